@@ -1,0 +1,235 @@
+"""The model, top to bottom: vanilla, recursive and Mixture-of-Recursions are one network.
+
+    embed -> prelude -> [ route -> gather -> shared blocks -> gate and scatter ] x R -> coda -> head
+
+Tokens are packed (see packing.py): M counts the tokens that really take part.
+
+B rows · T columns · M packed tokens · K selected · D model · N heads · G key/value heads · H head dim · V vocab
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mor.config import ModelConfig, Selection
+from mor.kv_cache import READS, KVCache, KVPass, KVStore, Scratch
+from mor.packing import PackedTokens, pack
+from mor.routing import Routing, build_router
+
+
+@dataclass(frozen=True)
+class Output:
+    """logits_BTV: zeros at padding; with ``last_only`` (B, 1, V), the last token of each row."""
+
+    logits_BTV: Tensor
+    routing: Routing
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        return F.rms_norm(x_MD, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_angles(position_M: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for rotary embedding, each (M, 1, H/2), fp32."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_M.device) / head_dim
+    angle_MH = position_M[:, None].float() * (1.0 / theta**exponent)
+    return angle_MH.cos()[:, None], angle_MH.sin()[:, None]
+
+
+def rotate(x_MNH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate dimension pairs (i, i + H/2)."""
+    cos, sin = (a.to(x_MNH.dtype) for a in angles)
+    a, b = x_MNH.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.dim, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
+
+    def forward(self, x_MD: Tensor, angles: tuple[Tensor, Tensor], kv: KVPass, layer: int) -> Tensor:
+        q_MNH = rotate(self.q_proj(x_MD).unflatten(-1, (-1, self.head_dim)), angles)
+        if kv.writes:
+            k_MGH = rotate(self.k_proj(x_MD).unflatten(-1, (-1, self.head_dim)), angles)
+            kv.write(layer, k_MGH, self.v_proj(x_MD).unflatten(-1, (-1, self.head_dim)))
+        return self.o_proj(kv.attend(layer, q_MNH).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_MD)) * self.up_proj(x_MD))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x_MD: Tensor, angles: tuple[Tensor, Tensor], kv: KVPass, layer: int) -> Tensor:
+        x_MD = x_MD + self.attention(self.attention_norm(x_MD), angles, kv, layer)
+        return x_MD + self.feed_forward(self.feed_forward_norm(x_MD))
+
+
+class Recursions(nn.Module):
+    """The shared blocks and the loop over them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.shared_blocks = nn.ModuleList(Block(config) for _ in range(config.shared_layers))
+        self.router = build_router(config)
+        self.reads = READS[config.kv_strategy]
+        layers, recursions = range(config.shared_layers), range(config.num_recursions)
+        self.passes = {  # (recursion, layers it applies), in order
+            "cycle": [(r, list(layers)) for r in recursions],
+            "sequence": [(r, [layer]) for layer in layers for r in recursions],
+        }[config.shared_order]
+
+    def forward(self, x_MD: Tensor, angles: tuple[Tensor, Tensor], routing: Routing, store: KVStore) -> Tensor:
+        first_MD, passes_kv = x_MD, {}
+        self.router.start(x_MD, routing)
+        for recursion, layers in self.passes:
+            if recursion >= routing.max_depth:
+                continue
+            step = self.router.select(recursion, x_MD, routing)  # route
+            if len(routing.steps) == recursion:
+                routing.steps.append(step)
+            if not len(step.tokens):
+                continue
+            index_K = step.index_K
+            if recursion not in passes_kv:
+                passes_kv[recursion] = KVPass(store, recursion + 1, self.reads(recursion + 1), step.tokens)
+            h_KD = x_MD if index_K is None else x_MD[index_K]  # gather
+            here = angles if index_K is None else (angles[0][index_K], angles[1][index_K])
+
+            out_KD = h_KD
+            for layer in layers:
+                out_KD = self.shared_blocks[layer](out_KD, here, passes_kv[recursion], layer)
+
+            new_KD = self.router.combine(step, h_KD, out_KD, first_MD, routing)  # gate
+            x_MD = new_KD if index_K is None else x_MD.index_copy(0, index_K, new_KD)  # scatter
+        return x_MD
+
+
+class Transformer(nn.Module):
+    """A causal language model for any :class:`ModelConfig`. Holds each shared layer once."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_layers))
+        self.recursions = Recursions(config)
+        self.coda = nn.ModuleList(Block(config) for _ in range(config.coda_layers))
+        self.final_norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        mask_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        selection: Selection = "threshold",
+        capacities: Sequence[float] | None = None,
+        max_depth: int | None = None,
+        last_only: bool = False,
+    ) -> Output:
+        """Logits for the next token at every position, and the routing that led there.
+
+        tokens_BT: int64 ids. mask_BT: true at real tokens; padding may be on either side.
+        cache: keys and values of earlier tokens; the new ones are appended.
+        selection: ``threshold`` is causal; ``topk`` is the paper's training selection and sees the future.
+        capacities: replaces the configured ones (warm-up). max_depth: caps the recursions.
+        Raises ValueError for ids outside the vocabulary, or top-k together with a cache.
+        """
+        tokens = self._check_and_pack(tokens_BT, mask_BT, cache, selection, max_depth)
+        routing = Routing(
+            tokens, selection, capacities or self.config.capacities, max_depth or self.config.num_recursions
+        )
+        store = cache or Scratch(kept=() if self.config.kv_strategy == "recursion_wise" else (1,))
+        x_MD = self.embedding(tokens.id_M)
+        angles = rotary_angles(tokens.position_M, self.config.head_dim, self.config.rope_theta)
+
+        everyone = KVPass(store, 0, (0,), tokens)
+        for layer, block in enumerate(self.prelude):
+            x_MD = block(x_MD, angles, everyone, layer)
+        x_MD = self.recursions(x_MD, angles, routing, store)
+        for layer, block in enumerate(self.coda, start=len(self.prelude)):
+            x_MD = block(x_MD, angles, everyone, layer)
+        return Output(self._logits(x_MD, tokens, last_only), routing)
+
+    def _check_and_pack(
+        self, tokens_BT: Tensor, mask_BT: Tensor | None, cache: KVCache | None, selection: str, max_depth: int | None
+    ) -> PackedTokens:
+        if tokens_BT.ndim != 2 or tokens_BT.numel() == 0:
+            raise ValueError(f"tokens must have shape (batch, length) and not be empty, got {tuple(tokens_BT.shape)}")
+        if selection not in ("topk", "threshold"):
+            raise ValueError(f"selection={selection!r} is not known; choose 'topk' or 'threshold'")
+        if selection == "topk" and cache is not None:
+            raise ValueError(
+                "top-k compares a token with later ones and cannot decode with a cache; use selection='threshold'"
+            )
+        if cache is not None and cache.batch != tokens_BT.shape[0]:
+            raise ValueError(f"the cache holds {cache.batch} sequences, the batch has {tokens_BT.shape[0]}")
+        if max_depth is not None and not 1 <= max_depth <= self.config.num_recursions:
+            raise ValueError(f"max_depth must lie in 1..{self.config.num_recursions}, got {max_depth}")
+        tokens = pack(tokens_BT, mask_BT, cache.length_B if cache is not None else None)
+        if not len(tokens):
+            raise ValueError("the mask hides every token of the batch")
+        return tokens
+
+    def _logits(self, x_MD: Tensor, tokens: PackedTokens, last_only: bool) -> Tensor:
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        if not last_only:
+            return tokens.unpack(F.linear(self.final_norm(x_MD), weight))
+        logits_AV = F.linear(self.final_norm(x_MD[tokens.last_index()]), weight)
+        if tokens.rows is None:
+            return logits_AV[:, None]
+        return logits_AV.new_zeros(tokens.num_rows, 1, logits_AV.shape[-1]).index_copy(
+            0, tokens.rows, logits_AV[:, None]
+        )
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> Transformer:
+        """Normal(0, init_std) for every matrix, ones for every norm. Raises if a parameter is missed."""
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        missed = {name for name, _ in self.named_parameters()}
+        for prefix, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                draw = torch.randn(module.weight.shape, generator=generator) * self.config.init_std
+                module.weight.copy_(draw)
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+            else:
+                continue
+            missed.discard(f"{prefix}.weight")
+        if missed:
+            raise RuntimeError(f"init_weights has no rule for {sorted(missed)}")
+        return self

@@ -1,0 +1,52 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+from mor.config import ModelConfig, RouterConfig, layout
+from mor.model import Transformer
+
+torch.set_num_threads(1)
+
+
+def tiny(router="expert_choice", *, num_recursions=3, sharing="middle_cycle", num_layers=None, seed=0, **overrides):
+    """A model small enough for slow references, with odd sizes and routers that really decide."""
+    num_layers = num_layers or (2 if sharing.startswith("middle") else 0) + 2 * num_recursions
+    router = RouterConfig(kind=router) if isinstance(router, str) else router
+    settings = dict(vocab_size=37, dim=24, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=40, max_seq_len=64)
+    settings |= layout(num_layers, num_recursions, sharing) | overrides
+    model = Transformer(ModelConfig(router=router, **settings)).init_weights(seed)
+    with torch.no_grad():  # larger than at initialisation, so that every path shows in the logits
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6.0)
+    return model
+
+
+def cases():
+    """Every router with every KV strategy and every sharing scheme that it allows: (id, model maker)."""
+    routers = {
+        "fixed": RouterConfig(),
+        "expert": RouterConfig(kind="expert_choice"),
+        "expert-aux-router": RouterConfig(kind="expert_choice", causal_selection="aux_router", gate="residual"),
+        "expert-flat": RouterConfig(kind="expert_choice", hierarchical=False, score="tanh"),
+        "token": RouterConfig(kind="token_choice"),
+        "token-every": RouterConfig(kind="token_choice", combination="every", score="sigmoid"),
+        "random": RouterConfig(kind="random"),
+    }
+    found = []
+    for name, router in routers.items():
+        schemes = ["cycle", "middle_cycle"] + (["sequence", "middle_sequence"] if name == "fixed" else [])
+        for sharing in schemes:
+            for kv in ("recursion_wise", "shared", "hybrid"):
+                found.append(pytest.param(
+                    lambda router=router, sharing=sharing, kv=kv, **k: tiny(router, sharing=sharing, kv_strategy=kv, **k),
+                    id=f"{name}-{sharing}-{kv}",
+                ))
+    return found
+
+
+def random_tokens(*shape, seed=0, vocab=37):
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))

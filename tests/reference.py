@@ -1,0 +1,197 @@
+"""An independent, slow definition of the model: loops over recursions, layers, tokens and heads.
+
+Written from METHOD's equations, one sequence at a time, without any code of the package. Weights
+come as a state dict. Everything is differentiable, so that gradients can be compared as well.
+"""
+
+import math
+
+import torch
+
+
+def rms_norm(x, weight, eps):
+    return weight * x / torch.sqrt((x * x).mean() + eps)
+
+
+def rope(vector, position, theta):
+    half = vector.numel() // 2
+    out = [None] * (2 * half)
+    for i in range(half):
+        angle = torch.tensor(position * theta ** (-2 * i / (2 * half)), dtype=torch.float64)
+        c, s = torch.cos(angle), torch.sin(angle)
+        out[i] = vector[i] * c - vector[i + half] * s
+        out[i + half] = vector[i + half] * c + vector[i] * s
+    return torch.stack(out)
+
+
+class Reference:
+    def __init__(self, weights, config):
+        self.w, self.c = weights, config
+
+    def layer_of_pass(self):
+        """(recursion, layers) in order, from METHOD's table of sharing schemes."""
+        n, r = self.c.shared_layers, self.c.num_recursions
+        if self.c.shared_order == "cycle":
+            return [(i, list(range(n))) for i in range(r)]
+        return [(i, [layer]) for layer in range(n) for i in range(r)]
+
+    def block(self, name, states, keys_of, write):
+        """One layer over ``states`` {position: vector}. keys_of(position, own) -> [(k, v)] that it may see."""
+        c, w = self.c, self.w
+        own = {}
+        normed = {p: rms_norm(x, w[f"{name}.attention_norm.weight"], c.norm_eps) for p, x in states.items()}
+        for p, x in normed.items():
+            k = (w[f"{name}.attention.k_proj.weight"] @ x).view(c.num_kv_heads, c.head_dim)
+            v = (w[f"{name}.attention.v_proj.weight"] @ x).view(c.num_kv_heads, c.head_dim)
+            own[p] = torch.stack([rope(h, p, c.rope_theta) for h in k]), v
+        write(own)
+        out = {}
+        for p, x in normed.items():
+            q = (w[f"{name}.attention.q_proj.weight"] @ x).view(c.num_heads, c.head_dim)
+            seen = keys_of(p, own)
+            heads = []
+            for n in range(c.num_heads):
+                g = n // (c.num_heads // c.num_kv_heads)
+                q_n = rope(q[n], p, c.rope_theta)
+                scores = torch.stack([q_n @ k[g] / math.sqrt(c.head_dim) for k, _ in seen])
+                weights = torch.softmax(scores, 0)
+                heads.append(sum(weights[j] * v[g] for j, (_, v) in enumerate(seen)))
+            h = states[p] + w[f"{name}.attention.o_proj.weight"] @ torch.cat(heads)
+            y = rms_norm(h, w[f"{name}.feed_forward_norm.weight"], c.norm_eps)
+            gate = w[f"{name}.feed_forward.gate_proj.weight"] @ y
+            up = w[f"{name}.feed_forward.up_proj.weight"] @ y
+            out[p] = h + w[f"{name}.feed_forward.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
+        return out
+
+    def own_layers(self, kind, count, states):
+        for i in range(count):
+            states = self.block(
+                f"{kind}.{i}", states, lambda p, own: [own[j] for j in sorted(own) if j <= p], lambda own: None
+            )
+        return states
+
+    def keys_for(self, recursion, layer, first):
+        """METHOD section 6: which keys a token active at this recursion sees."""
+        strategy = self.c.kv_strategy
+
+        def keys_of(p, own):
+            if strategy == "recursion_wise" or recursion == 0:
+                return [own[j] for j in sorted(own) if j <= p]
+            base = first[layer]
+            if strategy == "shared":
+                return [base[j] for j in sorted(base) if j <= p]
+            return [own.get(j, base[j]) for j in sorted(base) if j <= p]
+
+        return keys_of
+
+    def stack(self, recursion, layers, states, first):
+        for layer in layers:
+
+            def write(own, layer=layer):
+                if recursion == 0:
+                    first[layer] = own
+
+            states = self.block(
+                f"recursions.shared_blocks.{layer}", states, self.keys_for(recursion, layer, first), write
+            )
+        return states
+
+    def score(self, logit):
+        name = self.c.router.score_name
+        return {
+            "sigmoid": torch.sigmoid, "tanh": torch.tanh, "none": lambda x: x, "softmax": lambda x: torch.softmax(x, 0)
+        }[name](logit)
+
+    def net(self, name, x):
+        if f"{name}.weight" in self.w:
+            return self.w[f"{name}.weight"] @ x
+        hidden = self.w[f"{name}.0.weight"] @ x
+        return self.w[f"{name}.2.weight"] @ (hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))))
+
+    def gated(self, h, out, gate):
+        return h + gate * out if self.c.router.gate == "paper" else h + gate * (out - h)
+
+    def forward(self, ids, selection):
+        """(logits_TV, {loss name: value}, depth of each token)."""
+        c = self.c
+        states = {p: self.w["embedding.weight"][i] for p, i in enumerate(ids)}
+        states = self.own_layers("prelude", c.prelude_layers, states)
+        run = {"fixed": self.fixed, "expert_choice": self.expert_choice, "token_choice": self.token_choice}
+        states, losses, depth = run[c.router.kind](states, selection)
+        states = self.own_layers("coda", c.coda_layers, states)
+        head = self.w.get("head.weight", self.w["embedding.weight"])
+        final = self.w["final_norm.weight"]
+        logits = torch.stack([head @ rms_norm(states[p], final, c.norm_eps) for p in sorted(states)])
+        return logits, losses, depth
+
+    def fixed(self, states, selection):
+        first = {}
+        for recursion, layers in self.layer_of_pass():
+            states = self.stack(recursion, layers, states, first)
+        return states, {}, [self.c.num_recursions] * len(states)
+
+    def expert_choice(self, states, selection):
+        c, r = self.c, self.c.router
+        length, first, selected = len(states), {}, sorted(states)
+        depth, bce_sum, z_sum = [0] * length, 0.0, 0.0
+        for recursion, layers in self.layer_of_pass():
+            candidates = selected if r.hierarchical else sorted(states)
+            name = f"recursions.router.nets.{recursion}"
+            logit = {p: self.net(name, states[p])[0] for p in candidates}
+            causal = logit
+            if r.causal_selection == "aux_router":
+                aux = f"recursions.router.aux_nets.{recursion}"
+                causal = {p: self.net(aux, states[p].detach())[0] for p in candidates}
+            capacity = c.capacities[recursion]
+            if capacity == 1:
+                selected = list(candidates)
+            elif selection == "topk":
+                k = max(1, int(capacity * length))
+                selected = sorted(sorted(candidates, key=lambda p: -logit[p].item())[:k])
+            else:
+                limit = self.w["recursions.router.threshold_R"][recursion]
+                selected = [p for p in candidates if torch.sigmoid(causal[p]) > limit]
+            bce = 0.0
+            for p in candidates:
+                probability = torch.sigmoid(causal[p])
+                bce = bce - torch.log(probability if p in selected else 1 - probability) / len(candidates)
+                z_sum = z_sum + logit[p] ** 2 / len(candidates)
+            bce_sum = bce_sum + bce
+            if not selected:
+                continue
+            out = self.stack(recursion, layers, {p: states[p] for p in selected}, first)
+            states = dict(states)
+            for p in selected:
+                states[p] = self.gated(states[p], out[p], r.gate_scale * self.score(logit[p]))
+                depth[p] += 1
+        losses = {"selection": bce_sum} | ({"z_loss": z_sum} if r.z_loss_weight else {})
+        return states, losses if selection == "topk" else {}, depth
+
+    def token_choice(self, states, selection):
+        c, r = self.c, self.c.router
+        h_1, first = dict(states), {}
+        logits = {p: self.net("recursions.router.net", x) for p, x in states.items()}
+        scores = {p: self.score(x) for p, x in logits.items()}
+        bias = self.w["recursions.router.bias_R"]
+        depth = [int(torch.argmax(scores[p] + bias)) + 1 for p in sorted(states)]
+        for recursion, layers in self.layer_of_pass():
+            active = [p for p in sorted(states) if depth[p] > recursion]
+            if not active:
+                continue
+            out = self.stack(recursion, layers, {p: states[p] for p in active}, first)
+            states = dict(states)
+            for p in active:
+                gate, last = r.gate_scale * scores[p][recursion], depth[p] == recursion + 1
+                if r.combination == "last":
+                    states[p] = self.gated(h_1[p], out[p], gate) if last else out[p]
+                else:
+                    states[p] = gate * out[p] + (h_1[p] if last else 0)
+        losses = {}
+        if r.balancing == "loss":
+            n = c.num_recursions
+            share = [sum(d == i + 1 for d in depth) / len(depth) * n for i in range(n)]
+            mean = [sum(scores[p][i] / scores[p].sum() for p in scores) / len(depth) for i in range(n)]
+            losses["balancing"] = sum(f * m for f, m in zip(share, mean, strict=True))
+        if r.z_loss_weight:
+            losses["z_loss"] = sum(torch.logsumexp(x, 0) ** 2 for x in logits.values()) / len(depth)
+        return states, losses, depth
