@@ -41,10 +41,14 @@ def cases():
         schemes = ["cycle", "middle_cycle"] + (["sequence", "middle_sequence"] if name == "fixed" else [])
         for sharing in schemes:
             for kv in ("recursion_wise", "shared", "hybrid"):
-                found.append(pytest.param(
-                    lambda router=router, sharing=sharing, kv=kv, **k: tiny(router, sharing=sharing, kv_strategy=kv, **k),
-                    id=f"{name}-{sharing}-{kv}",
-                ))
+                found.append(
+                    pytest.param(
+                        lambda router=router, sharing=sharing, kv=kv, **k: tiny(
+                            router, sharing=sharing, kv_strategy=kv, **k
+                        ),
+                        id=f"{name}-{sharing}-{kv}",
+                    )
+                )
     return found
 
 

@@ -99,7 +99,10 @@ class Reference:
     def score(self, logit):
         name = self.c.router.score_name
         return {
-            "sigmoid": torch.sigmoid, "tanh": torch.tanh, "none": lambda x: x, "softmax": lambda x: torch.softmax(x, 0)
+            "sigmoid": torch.sigmoid,
+            "tanh": torch.tanh,
+            "none": lambda x: x,
+            "softmax": lambda x: torch.softmax(x, 0),
         }[name](logit)
 
     def net(self, name, x):

@@ -17,17 +17,37 @@ def test_vanilla_equals_transformers_llama(tied, heads, kv_heads, theta):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = ModelConfig(
-        vocab_size=61, dim=48, num_heads=heads, num_kv_heads=kv_heads, head_dim=8, ffn_dim=72, shared_layers=3,
-        rope_theta=theta, tie_embeddings=tied,
+        vocab_size=61,
+        dim=48,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=8,
+        ffn_dim=72,
+        shared_layers=3,
+        rope_theta=theta,
+        tie_embeddings=tied,
     )
     ours = Transformer(config).init_weights(3)
-    llama = LlamaForCausalLM(LlamaConfig(
-        vocab_size=61, hidden_size=48, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=8,
-        intermediate_size=72, num_hidden_layers=3, rms_norm_eps=1e-5, tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-    ))
-    names = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm",
-             "attention.": "self_attn.", "feed_forward.": "mlp."}
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=61,
+            hidden_size=48,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=8,
+            intermediate_size=72,
+            num_hidden_layers=3,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=tied,
+            rope_parameters={"rope_type": "default", "rope_theta": theta},
+        )
+    )
+    names = {
+        "attention_norm": "input_layernorm",
+        "feed_forward_norm": "post_attention_layernorm",
+        "attention.": "self_attn.",
+        "feed_forward.": "mlp.",
+    }
     with torch.no_grad():
         for parameter in ours.parameters():
             if parameter.ndim > 1:
@@ -66,10 +86,16 @@ def definition_cases():
         "token-every": token | dict(combination="every"),
         "token-loss-free": token | dict(balancing="loss_free"),
     }
-    found = [(f"{n}-{kv}", r, kv, "middle_cycle") for n, r in routers.items()
-             for kv in ("recursion_wise", "shared", "hybrid")]
-    found += [(f"{s}-{kv}", dict(kind="fixed"), kv, s) for kv in ("recursion_wise", "shared")
-              for s in ("cycle", "sequence", "middle_cycle", "middle_sequence")]
+    found = [
+        (f"{n}-{kv}", r, kv, "middle_cycle")
+        for n, r in routers.items()
+        for kv in ("recursion_wise", "shared", "hybrid")
+    ]
+    found += [
+        (f"{s}-{kv}", dict(kind="fixed"), kv, s)
+        for kv in ("recursion_wise", "shared")
+        for s in ("cycle", "sequence", "middle_cycle", "middle_sequence")
+    ]
     return [pytest.param(r, kv, s, id=name) for name, r, kv, s in found]
 
 
@@ -138,12 +164,15 @@ def test_mor_that_keeps_all_tokens_with_gate_one_is_recursive(kind, selection, m
     assert (ours.logits_BTV - theirs.logits_BTV).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("sharing", "expected"), [
-    ("cycle", [0, 1, 2, 0, 1, 2, 0, 1, 2]),
-    ("sequence", [0, 0, 0, 1, 1, 1, 2, 2, 2]),
-    ("middle_cycle", ["prelude", 0, 1, 2, 0, 1, 2, 0, 1, 2, "coda"]),
-    ("middle_sequence", ["prelude", 0, 0, 0, 1, 1, 1, 2, 2, 2, "coda"]),
-])
+@pytest.mark.parametrize(
+    ("sharing", "expected"),
+    [
+        ("cycle", [0, 1, 2, 0, 1, 2, 0, 1, 2]),
+        ("sequence", [0, 0, 0, 1, 1, 1, 2, 2, 2]),
+        ("middle_cycle", ["prelude", 0, 1, 2, 0, 1, 2, 0, 1, 2, "coda"]),
+        ("middle_sequence", ["prelude", 0, 0, 0, 1, 1, 1, 2, 2, 2, "coda"]),
+    ],
+)
 def test_sharing_applies_the_layers_of_the_papers_table(sharing, expected):
     model = tiny("fixed", sharing=sharing, num_layers=len(expected))
     applied = []
