@@ -1,0 +1,32 @@
+# Each target makes .venv and installs what it needs, so each works first on a fresh machine.
+PYTHON ?= python3
+# Installed before everything that depends on it; choose a CUDA build with e.g. TORCH="torch==2.13.0+cu130".
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint clean
+
+demo: .venv/.core
+	$(BIN)/mor demo
+
+test: .venv/.dev
+	$(BIN)/pytest -q -n 2 tests
+
+lint: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv
+
+.venv/.core: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) "$(TORCH)"
+	$(PIP) -e .
+	touch $@
+
+.venv/.dev: .venv/.core
+	$(PIP) -e ".[dev]"
+	touch $@
