@@ -1,0 +1,103 @@
+"""A checkpoint is a directory: config.json, model.safetensors, tokenizer files, training_state/.
+
+It is written under a temporary name and renamed when complete, so a crash leaves no broken one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mor.config import ModelConfig
+from mor.model import Transformer
+from mor.tokenizer import Tokenizer
+
+_STATE = Path("training_state") / "state.pt"
+
+
+class Checkpoint(NamedTuple):
+    config: ModelConfig
+    model: Transformer
+    tokenizer: Tokenizer
+
+
+def save(path: Path, model: Transformer, tokenizer: Tokenizer, *, training_state: dict[str, Any] | None = None) -> Path:
+    """Write a checkpoint directory, replacing one of the same name only when the new one is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir()
+        config = {"model_type": "mor", **model.config.to_dict()}
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2))
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(state, unfinished / "model.safetensors", metadata={"format": "pt"})
+        tokenizer.save(unfinished)
+        if training_state is not None:
+            (unfinished / _STATE).parent.mkdir()
+            torch.save(training_state, unfinished / _STATE)
+        for file in (*unfinished.rglob("*"), unfinished):
+            _flush(file)
+        if path.exists():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.rename(old)
+            unfinished.rename(path)
+            shutil.rmtree(old)
+        else:
+            unfinished.rename(path)
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return path
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint that ``path`` means: itself, or the newest one of a run directory."""
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return path
+    found = sorted(path.glob("checkpoints/step-*/config.json"))
+    if not found:
+        raise ValueError(f"{path} is neither a checkpoint (no config.json) nor a run with checkpoints in it")
+    return found[-1].parent
+
+
+def load(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read a checkpoint or the newest one of a run. Raises ValueError saying what is wrong with it."""
+    folder = resolve(path)
+    values = json.loads((folder / "config.json").read_text())
+    if values.pop("model_type", None) != "mor":
+        raise ValueError(f"{folder / 'config.json'} does not describe a mor model (model_type is not 'mor')")
+    config = ModelConfig.from_dict(values)
+    model = Transformer(config)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return Checkpoint(config, model.to(device).eval(), Tokenizer.load(folder))
+
+
+def load_training_state(path: str | Path) -> dict[str, Any]:
+    """Optimizer, step, data position and random state. Raises ValueError if the checkpoint has none."""
+    file = resolve(path) / _STATE
+    if not file.is_file():
+        raise ValueError(f"{resolve(path)} was saved without training state and cannot be continued")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; it disappears from view first, so that an interruption leaves no half of it."""
+    doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.rename(doomed)
+    shutil.rmtree(doomed)

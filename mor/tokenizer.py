@@ -1,0 +1,97 @@
+"""Text to token ids and back: bytes, a BPE trained here, or any Hugging Face tokenizer.
+
+All three are one thing, a ``tokenizers`` pipeline, so a saved one loads in transformers as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    def __init__(self, backend: tokenizers.Tokenizer, *, end_of_text: str = END_OF_TEXT) -> None:
+        self.backend, self.end_of_text = backend, end_of_text
+        end_id = backend.token_to_id(end_of_text)
+        if end_id is None:
+            raise ValueError(f"the tokenizer has no token {end_of_text!r} to end a document with")
+        self.end_of_text_id: int = end_id
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; the end-of-text token gives nothing."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """One piece of text per token; characters of several tokens appear with the last of them."""
+        pieces, done = [], ""
+        for end in range(1, len(ids) + 1):
+            text = self.decode(ids[:end])
+            if text.endswith("\ufffd") and end < len(ids):
+                pieces.append("")
+                continue
+            pieces.append(text[len(done) :])
+            done = text
+        return pieces
+
+    def save(self, folder: Path) -> None:
+        self.backend.save(str(folder / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_of_text}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Read a Hugging Face tokenizer directory."""
+        folder = Path(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{folder} holds no tokenizer.json; give 'bytes', 'bpe' or a tokenizer directory")
+        end = END_OF_TEXT
+        if (folder / "tokenizer_config.json").is_file():
+            end = json.loads((folder / "tokenizer_config.json").read_text()).get("eos_token") or END_OF_TEXT
+        end = end["content"] if isinstance(end, dict) else end
+        return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), end_of_text=end)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """256 bytes and the end-of-text token."""
+    vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    return _finish(backend, use_regex=False)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of ``vocab_size`` tokens, bytes and end-of-text included."""
+    if vocab_size < 257:
+        raise ValueError(f"a byte-level BPE needs at least 257 tokens, got vocab_size={vocab_size}")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _finish(backend, use_regex=True)
+
+
+def _finish(backend: tokenizers.Tokenizer, *, use_regex: bool) -> Tokenizer:
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(backend)
