@@ -72,13 +72,17 @@ class Routing:
             total = total + loss.weight * loss.value
         return total
 
+    def selected_M(self, recursion: int) -> Tensor:
+        """Whether each packed token took this recursion (counted from 0)."""
+        index_K, device = self.steps[recursion].index_K, self.tokens.row_M.device
+        if index_K is None:
+            return torch.ones(len(self.tokens), dtype=torch.bool, device=device)
+        return torch.zeros(len(self.tokens), dtype=torch.bool, device=device).index_fill_(0, index_K, True)
+
     @property
     def depth_M(self) -> Tensor:
         """Recursions that each packed token took."""
-        depth = torch.zeros(len(self.tokens), dtype=torch.int64, device=self.tokens.row_M.device)
-        for step in self.steps:
-            depth += 1 if step.index_K is None else torch.zeros_like(depth).index_fill_(0, step.index_K, 1)
-        return depth
+        return torch.stack([self.selected_M(r) for r in range(len(self.steps))]).sum(0)
 
     @property
     def depth_BT(self) -> Tensor:
@@ -87,7 +91,7 @@ class Routing:
 
     def selected_BT(self, recursion: int) -> Tensor:
         """Whether each token took this recursion (counted from 0)."""
-        return self._spread(self.steps[recursion].index_K, torch.ones(len(self.steps[recursion].tokens)), 0.0).bool()
+        return self.tokens.unpack(self.selected_M(recursion))
 
     def logit_BT(self, recursion: int) -> Tensor:
         """Router logits; NaN where the token was no candidate."""

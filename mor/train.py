@@ -214,10 +214,8 @@ def agreement(model: Transformer, routings: Sequence[Routing]) -> float | None:
         for step in routing.steps:
             if step.causal_logit_C is None or routing.capacities[step.recursion] == 1:
                 continue
-            depth_C = routing.depth_M if step.candidate_C is None else routing.depth_M[step.candidate_C]
-            chosen_C = depth_C > step.recursion
-            if not model.config.router.hierarchical:
-                chosen_C = torch.zeros_like(chosen_C).index_fill(0, step.index_K, True)
+            selected_M = routing.selected_M(step.recursion)
+            chosen_C = selected_M if step.candidate_C is None else selected_M[step.candidate_C]
             same += int((chosen_C == (step.causal_logit_C.sigmoid() > limits[step.recursion])).sum())
             count += chosen_C.numel()
     return same / count if count else None
@@ -309,8 +307,8 @@ def collapse_message(result: StepResult) -> str | None:
     if not empty:
         return None
     return (
-        f"the router sends no token to recursion {', '.join(map(str, empty))} any more (it collapsed); for token-choice "
-        "raise router.balancing_weight, for expert-choice lower optim.lr or router.alpha"
+        f"the router sends no token to recursion {', '.join(map(str, empty))} any more (it collapsed); "
+        "for token-choice raise router.balancing_weight, for expert-choice lower optim.lr or router.alpha"
     )
 
 
