@@ -108,7 +108,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpu
     documents = read_documents(Path(config.path), config.text_field) if config.path else python_documents()
     train, validation = split_documents(documents, config.validation_share)
     tokenizer = tokenizer or _make_tokenizer(config, train)
-    return Corpus(tokenizer, _tokenize(train, tokenizer), _tokenize(validation, tokenizer))
+    return Corpus(tokenizer, tokenize(train, tokenizer), tokenize(validation, tokenizer))
 
 
 def _make_tokenizer(config: DataConfig, train: list[Document]) -> Tokenizer:
@@ -119,7 +119,7 @@ def _make_tokenizer(config: DataConfig, train: list[Document]) -> Tokenizer:
     return Tokenizer.load(config.tokenizer)
 
 
-def _tokenize(documents: list[Document], tokenizer: Tokenizer) -> TokenData:
+def tokenize(documents: list[Document], tokenizer: Tokenizer) -> TokenData:
     ids = tokenizer.encode_batch([d.text for d in documents])
     end = [tokenizer.end_of_text_id]
     stream = torch.cat([torch.tensor(document + end, dtype=torch.int32) for document in ids])

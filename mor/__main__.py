@@ -1,0 +1,3 @@
+from mor.cli import main
+
+main()

@@ -1,0 +1,108 @@
+import pytest
+import torch
+
+from mor.config import PRESET_NAMES, ModelConfig, RouterConfig, layout, preset
+from mor.model import Transformer
+
+
+@pytest.mark.parametrize(("recursions", "expected"), [(2, (1, 15, 1)), (3, (1, 10, 1)), (4, (1, 8, 1))])
+def test_360m_preset_has_the_papers_layouts(recursions, expected):
+    config = preset("smollm-360m", num_recursions=recursions)
+    assert (config.prelude_layers, config.shared_layers, config.coda_layers) == expected
+
+
+@pytest.mark.parametrize("name", PRESET_NAMES)
+def test_every_preset_allows_two_to_four_recursions(name):
+    for recursions in (2, 3, 4):
+        assert preset(name, num_recursions=recursions, router="expert_choice").family == "mor"
+
+
+def test_impossible_depths_are_refused_with_the_nearest_valid_ones():
+    with pytest.raises(ValueError, match="nearest valid: 29 or 32"):
+        preset("smollm-135m", num_recursions=3, num_layers=30)
+    with pytest.raises(ValueError, match="nearest valid: 9 or 12"):
+        layout(10, 3, "cycle")
+    with pytest.raises(ValueError, match="nearest valid: 5"):
+        layout(2, 3, "middle_cycle")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(router=dict(kind="expert_choise")), "did you mean 'expert_choice'"),
+        (dict(numheads=3), "did you mean 'num_heads'"),
+        (dict(router=dict(alfa=1.0)), "did you mean 'alpha'"),
+        (dict(num_heads=4, num_kv_heads=3), "multiple of num_kv_heads"),
+        (dict(head_dim=7), "even"),
+        (dict(shared_layers=0), "shared_layers must be at least 1"),
+        (dict(prelude_layers=-1), "must not be negative"),
+        (dict(router=dict(kind="expert_choice")), "needs num_recursions >= 2"),
+        (
+            dict(num_recursions=2, shared_order="sequence", router=dict(kind="expert_choice")),
+            "needs shared_order='cycle'",
+        ),
+        (
+            dict(num_recursions=2, router=dict(kind="expert_choice", capacities=(1.0,))),
+            "1 entries for num_recursions=2",
+        ),
+        (dict(num_recursions=2, router=dict(kind="expert_choice", capacities=(0.5, 1.0))), "must not grow"),
+        (dict(num_recursions=2, router=dict(kind="expert_choice", capacities=(1.0, 0.0))), r"\(0, 1\]"),
+        (
+            dict(num_recursions=2, kv_strategy="shared", router=dict(kind="random", capacities=(0.5, 0.5))),
+            "first capacity must be 1",
+        ),
+        (dict(num_recursions=2, router=dict(kind="expert_choice", score="softmax")), "token_choice"),
+        (dict(num_recursions=2, router=dict(kind="token_choice", score="tanh")), "no probabilities"),
+        (
+            dict(num_recursions=2, router=dict(kind="token_choice", combination="every", gate="residual")),
+            "no residual form",
+        ),
+        (dict(num_recursions=2, router=dict(kind="random", alpha=0.0)), "alpha must be positive"),
+    ],
+)
+def test_wrong_or_contradictory_settings_are_refused_with_help(settings, words):
+    with pytest.raises(ValueError, match=words):
+        ModelConfig.from_dict(settings)
+
+
+def test_unknown_preset_or_sharing_names_the_known_ones():
+    with pytest.raises(ValueError, match="did you mean 'smollm-360m'"):
+        preset("smollm-36m")
+    with pytest.raises(ValueError, match="middle_cycle"):
+        preset("tiny", num_recursions=2, sharing="cyclic")
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(router=dict(balancing="none")),
+        dict(num_recursions=2, router=dict(kind="token_choice", hierarchical=False)),
+        dict(num_recursions=2, kv_strategy="hybrid"),
+        dict(kv_strategy="shared"),
+    ],
+)
+def test_a_setting_without_effect_is_a_warning(settings):
+    with pytest.warns(UserWarning, match="has no effect"):
+        ModelConfig.from_dict(settings)
+
+
+def test_dict_round_trip():
+    config = preset("tiny", num_recursions=3, router=RouterConfig(kind="expert_choice", capacities=(1, 0.5, 0.25)))
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_init_weights_is_seeded_and_misses_nothing():
+    config = preset("tiny", num_recursions=2, router=RouterConfig(kind="expert_choice", architecture="mlp"))
+    a, b, c = (
+        Transformer(config).init_weights(1),
+        Transformer(config).init_weights(1),
+        Transformer(config).init_weights(2),
+    )
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.embedding.weight, c.embedding.weight)
+    assert all((p == 1).all() for n, p in a.named_parameters() if "norm" in n)
+    assert all(abs(p.std() - 0.02) < 4e-3 for p in a.parameters() if p.ndim == 2 and p.numel() > 500)
+    a.recursions.extra = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(RuntimeError, match=r"recursions\.extra"):
+        a.init_weights(0)
