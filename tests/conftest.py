@@ -11,6 +11,11 @@ from mor.model import Transformer
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache_folder(tmp_path_factory):
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def tiny(router="expert_choice", *, num_recursions=3, sharing="middle_cycle", num_layers=None, seed=0, **overrides):
     """A model small enough for slow references, with odd sizes and routers that really decide."""
     num_layers = num_layers or (2 if sharing.startswith("middle") else 0) + 2 * num_recursions

@@ -1,0 +1,140 @@
+"""The command line, as a person calls it."""
+
+import json
+
+import pytest
+
+from mor.cli import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"The square of {i} is {i * i}. " * 6}) + "\n" for i in range(120))
+    )
+    config = folder / "run.toml"
+    config.write_text(
+        f'steps = 6\nbatch_size = 4\nseq_len = 32\n[data]\npath = "{folder}/a.jsonl"\nvocab_size = 300\n'
+        "[model]\nnum_recursions = 2\nprelude_layers = 1\nshared_layers = 1\ncoda_layers = 1\ndim = 32\n"
+        'num_heads = 2\nnum_kv_heads = 1\nhead_dim = 16\nffn_dim = 64\n[model.router]\nkind = "expert_choice"\n'
+    )
+    main(
+        ["train", "--config", str(config), "--out", str(folder / "run"), "--steps", "8", "--model.router.alpha", "0.2"]
+    )
+    return folder
+
+
+def last_json(capsys):
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_train_reads_toml_and_flags_win(run):
+    kept = json.loads((run / "run" / "train.json").read_text())
+    assert kept["steps"] == 8 and kept["seq_len"] == 32 and kept["model"]["router"]["alpha"] == 0.2
+    assert (run / "run" / "checkpoints" / "step-00000008" / "model.safetensors").is_file()
+
+
+def test_train_takes_a_preset_and_a_router(tmp_path, run):
+    main(
+        [
+            "train",
+            "--preset",
+            "tiny",
+            "--num-recursions",
+            "3",
+            "--router",
+            "token_choice",
+            "--out",
+            str(tmp_path / "r"),
+            "--data.path",
+            str(run / "a.jsonl"),
+            "--data.tokenizer",
+            "bytes",
+            "--steps",
+            "1",
+            "--batch-size",
+            "2",
+            "--seq-len",
+            "16",
+        ]
+    )
+    kept = json.loads((tmp_path / "r" / "train.json").read_text())["model"]
+    assert (kept["num_recursions"], kept["router"]["kind"], kept["dim"]) == (3, "token_choice", 64)
+    assert kept["vocab_size"] == 257
+
+
+def test_costs_of_the_papers_model(capsys):
+    main(["costs", "--preset", "smollm-360m", "--num-recursions", "3", "--json"])
+    found = last_json(capsys)
+    assert round(found["paper_mflops_per_token"], 1) == 555.6 and found["mean_depth"] == 2.0
+    assert {"params_non_embedding", "train_flops_per_token", "kv_bytes_per_token"} <= found.keys()
+    main(["costs", "--preset", "smollm-360m"])
+    assert "314,635,200" in capsys.readouterr().out
+
+
+def test_eval_prints_json_by_depth_and_labels_topk(run, capsys):
+    main(["eval", str(run / "run"), "--json"])
+    assert last_json(capsys)["causal"] is True
+    main(["eval", str(run / "run"), "--routing", "topk", "--json"])
+    assert last_json(capsys)["causal"] is False
+    main(["eval", str(run / "run"), "--data", str(run / "a.jsonl"), "--by-depth", "--json"])
+    assert [row["max_depth"] for row in last_json(capsys)] == [1, 2]
+
+
+def test_generate_streams_or_shows_depths(run, capsys):
+    common = ["generate", str(run / "run"), "--prompt", "The square", "--max-new-tokens", "12"]
+    main(common)
+    streamed = capsys.readouterr().out
+    main([*common, "--json"])
+    found = last_json(capsys)
+    assert streamed == "The square" + found["text"] + "\n"
+    assert set(found["depths"]) <= {1, 2} and found["mean_depth"] == sum(found["depths"]) / len(found["depths"])
+    main([*common, "--show-depth"])
+    shown = capsys.readouterr().out
+    assert "depth" in shown and "mean depth" in shown and "¹" in shown, "without colours depths are digits"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["costs", "--preset", "smollm-36m"], "did you mean 'smollm-360m'"),
+        (["costs", "--preset", "tiny", "--num-recursions", "3", "--num-layers", "9"], "nearest valid: 8 or 11"),
+        (["eval", "nowhere"], "neither a checkpoint"),
+        (["generate", "nowhere", "--prompt", "x"], "neither a checkpoint"),
+        (["train", "--config", "nowhere.toml"], "nowhere.toml"),
+        (["train", "--resume", "--out", "nowhere"], "no run to resume"),
+        (["train", "--data.path", "nowhere.txt", "--out", "never"], "not a file"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_no_traceback(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert printed.err.startswith("error: ") and words in printed.err and printed.err.count("\n") == 1
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_broken_config_file_is_a_readable_error(tmp_path, capsys):
+    (tmp_path / "a.toml").write_text("stepps = 3\n")
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(tmp_path / "a.toml")])
+    assert "did you mean 'steps'" in capsys.readouterr().err
+
+
+def test_demo_end_to_end_at_a_toy_budget(tmp_path, capsys):
+    main(["demo", "--out", str(tmp_path / "demo"), "--flops", "2e10", "--json"])
+    rows = last_json(capsys)
+    assert [row["name"] for row in rows] == ["vanilla", "recursive", "mor", "single pass"]
+    spent = [row["train_flops"] for row in rows]
+    assert max(spent) / min(spent) < 1.2
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["mor"]["params_non_embedding"] - by_name["single pass"]["params_non_embedding"] == 3 * 128, "routers"
+    assert by_name["vanilla"]["effective_layers"] == by_name["mor"]["effective_layers"] == 8
+    assert by_name["mor"]["bits_per_byte_topk"] is not None and by_name["vanilla"]["bits_per_byte_topk"] is None
+    assert (tmp_path / "demo" / "loss_over_flops.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        main(["demo", "--out", str(tmp_path), "--flops", "2e10"])
+    assert "holds other files" in capsys.readouterr().err
