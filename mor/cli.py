@@ -50,7 +50,7 @@ class Demo:
     """Train vanilla, recursive, MoR and a control at equal FLOPs on real text; compare; sample."""
 
     out: Path = Path("runs/demo")
-    flops: float = 6e12
+    flops: float = 3e12
     """Training FLOPs of each of the four models."""
     seed: int = 0
     json: bool = False
@@ -245,6 +245,8 @@ def _print_rows(rows: list[dict[str, Any]], as_json: bool, console: Console, *, 
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_cell, value))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if abs(value) < 1e4 else f"{value:,.0f}"

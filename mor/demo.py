@@ -25,10 +25,12 @@ from mor.optim import OptimConfig
 from mor.show import depth_legend, depth_text
 from mor.train import TrainConfig, train
 
-SHAPE: dict[str, Any] = dict(dim=128, num_heads=4, num_kv_heads=2, head_dim=32, ffn_dim=352, max_seq_len=256)
+SHAPE: dict[str, Any] = dict(
+    dim=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=176, max_seq_len=256, init_std=0.08
+)
 LAYERS = 8
 SEQ_LEN = 128
-BATCH_SIZE = 4
+BATCH_SIZE = 8
 # Peak learning rates, tuned per family on this budget (LOG.md).
 LR = {"vanilla": 6e-3, "recursive": 6e-3, "mor": 6e-3, "single pass": 6e-3}
 

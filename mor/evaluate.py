@@ -15,7 +15,7 @@ from mor.model import Transformer
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """nll: nats per token. causal: whether any token could see later ones."""
+    """nll: nats per token. causal: no token could see later ones. share_per_recursion: of the tokens."""
 
     selection: Selection
     causal: bool
@@ -24,6 +24,7 @@ class Evaluation:
     nll: float
     bits_per_byte: float
     mean_depth: float
+    share_per_recursion: list[float]
 
 
 @torch.inference_mode()
@@ -51,12 +52,13 @@ def evaluate(
     count = min(max_windows or available, available)
     chosen = [i * available // count for i in range(count)]
     device = model.embedding.weight.device
-    nll, depth = 0.0, 0
+    nll = 0.0
+    taken = torch.zeros(max_depth or model.config.num_recursions)
     for start in range(0, count, batch_size):
         block = torch.stack([data.window(i, length) for i in chosen[start : start + batch_size]]).long().to(device)
         output = model(block[:, :-1], selection=selection, max_depth=max_depth)
         nll += F.cross_entropy(output.logits_BTV.flatten(0, 1).float(), block[:, 1:].flatten(), reduction="sum").item()
-        depth += int(output.routing.depth_M.sum())
+        taken += torch.tensor(output.routing.tokens_per_recursion())
     tokens = count * length
     bytes_per_token = data.num_bytes / len(data.tokens)
     return Evaluation(
@@ -66,5 +68,6 @@ def evaluate(
         tokens=tokens,
         nll=nll / tokens,
         bits_per_byte=nll / tokens / math.log(2) / bytes_per_token,
-        mean_depth=depth / tokens,
+        mean_depth=float(taken.sum()) / tokens,
+        share_per_recursion=(taken / tokens).tolist(),
     )

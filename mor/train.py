@@ -265,7 +265,7 @@ def _loop(
 ) -> bool:
     """Steps until ``total`` or an interruption; True if it got to the end."""
     batches = corpus.train.batches(config.batch_size, config.seq_len, seed=config.seed, state=state.data)
-    warned = False
+    warned: str | None = None
     while state.step < total:
         started = time.perf_counter()
         result = train_step(config, state, batches, total)
@@ -275,11 +275,12 @@ def _loop(
             _log_step(config, state, result, elapsed_s, total, log)
         rate = result.tokens / elapsed_s
         progress.update(state.step, f"loss {result.loss:.3f} · {rate:,.0f} tok/s · depth {result.mean_depth:.2f}")
-        if not warned and (message := collapse_message(result)):
-            progress.note(f"warning: step {state.step}: {message}")
-            warned = True
         if state.step % config.eval_every == 0 or state.step == total:
             found = evaluate(state.model, corpus.validation, seq_len=config.seq_len, max_windows=config.eval_windows)
+            message = collapse_message(found.share_per_recursion)
+            if message and message != warned:
+                progress.note(f"warning: step {state.step}: {message}")
+            warned = message
             log.write(
                 step=state.step,
                 flops=state.flops,
@@ -287,6 +288,7 @@ def _loop(
                 validation_nll=found.nll,
                 validation_bits_per_byte=found.bits_per_byte,
                 validation_mean_depth=found.mean_depth,
+                validation_share_per_recursion=found.share_per_recursion,
             )
             if not progress.console.is_terminal:
                 progress.note(
@@ -301,14 +303,14 @@ def _loop(
     return True
 
 
-def collapse_message(result: StepResult) -> str | None:
-    """Plain words if a recursion got no tokens at all."""
-    empty = [r + 1 for r, count in enumerate(result.tokens_per_recursion) if count == 0]
+def collapse_message(share_per_recursion: Sequence[float]) -> str | None:
+    """Plain words if causal selection leaves a recursion without tokens."""
+    empty = [r + 1 for r, share in enumerate(share_per_recursion) if share == 0]
     if not empty:
         return None
     return (
-        f"the router sends no token to recursion {', '.join(map(str, empty))} any more (it collapsed); "
-        "for token-choice raise router.balancing_weight, for expert-choice lower optim.lr or router.alpha"
+        f"no validation token takes recursion {', '.join(map(str, empty))}: the router collapsed. "
+        "For token-choice raise router.balancing_weight; for expert-choice raise router.selection_weight or lower optim.lr"
     )
 
 

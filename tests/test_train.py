@@ -15,7 +15,6 @@ from mor.data import DataConfig
 from mor.evaluate import evaluate
 from mor.optim import OptimConfig, learning_rate
 from mor.train import (
-    StepResult,
     TrainConfig,
     TrainingError,
     capacities_at,
@@ -137,10 +136,23 @@ def test_a_loss_that_is_not_finite_stops_with_plain_words(data, tmp_path):
         train(settings(data, tmp_path / "run", optim=OptimConfig(lr=1e30, warmup=0.0)), console=quiet())
 
 
-def test_a_recursion_without_tokens_is_reported():
-    result = StepResult(1.0, {}, 1.0, [100, 20, 0], 100, None)
-    assert "no token to recursion 3" in collapse_message(result)
-    assert collapse_message(StepResult(1.0, {}, 1.0, [100, 20, 1], 100, None)) is None
+def test_a_collapsed_router_is_reported_in_plain_words(data, tmp_path, monkeypatch):
+    console = quiet()
+    config = settings(data, tmp_path / "run", steps=2, eval_every=1)
+    import mor.train as module
+
+    real = module.Transformer.init_weights
+
+    def collapsed(model, seed):
+        real(model, seed).recursions.router.threshold_R.fill_(1.0)
+        return model
+
+    monkeypatch.setattr(module.Transformer, "init_weights", collapsed)
+    train(config, console=console)
+    printed = console.file.getvalue()
+    assert printed.count("no validation token takes recursion 2: the router collapsed") == 1, "once, not at every step"
+    assert metrics(tmp_path / "run")[-1]["validation_share_per_recursion"] == [1.0, 0.0]
+    assert collapse_message([1.0, 0.01, 0.001]) is None
 
 
 def test_an_existing_run_is_not_overwritten(data, tmp_path):
