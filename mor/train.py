@@ -310,7 +310,8 @@ def collapse_message(share_per_recursion: Sequence[float]) -> str | None:
         return None
     return (
         f"no validation token takes recursion {', '.join(map(str, empty))}: the router collapsed. "
-        "For token-choice raise router.balancing_weight; for expert-choice raise router.selection_weight or lower optim.lr"
+        "For token-choice raise router.balancing_weight; for expert-choice raise router.selection_weight "
+        "or lower optim.lr"
     )
 
 
