@@ -32,7 +32,7 @@ LAYERS = 8
 SEQ_LEN = 128
 BATCH_SIZE = 8
 # Peak learning rates, tuned per family on this budget (LOG.md).
-LR = {"vanilla": 6e-3, "recursive": 6e-3, "mor": 6e-3, "single pass": 6e-3}
+LR = {"vanilla": 4e-3, "recursive": 8e-3, "mor": 8e-3, "single pass": 1.6e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
