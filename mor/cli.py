@@ -226,21 +226,15 @@ Command = (
 
 
 def _print_rows(rows: list[dict[str, Any]], as_json: bool, console: Console, *, title: str) -> None:
-    """JSON in one line (an object for one row), or a table; one row stands upright."""
+    """JSON in one line (an object for one row), or a table with a column for each row."""
     if as_json:
         print(json.dumps(rows[0] if len(rows) == 1 else rows))
         return
-    made = Table(title=title, title_justify="left", show_header=len(rows) > 1)
-    if len(rows) == 1:
-        made.add_column()
-        made.add_column(justify="right")
-        for name, value in rows[0].items():
-            made.add_row(name, _cell(value))
-    else:
-        for name in rows[0]:
-            made.add_column(name, justify="right")
-        for row in rows:
-            made.add_row(*map(_cell, row.values()))
+    made = Table(title=title, title_justify="left", show_header=False)
+    for name in rows[0]:
+        made.add_row(name, *(_cell(row[name]) for row in rows))
+    for column in made.columns[1:]:
+        column.justify = "right"
     console.print(made)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def run_demo(out: Path, *, flops: float, seed: int, console: Console) -> list[De
     plot_curves(curves, out / "loss_over_flops.png")
     (out / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=2))
     console.print(table(rows))
-    console.print(verdict(rows), highlight=False)
+    console.print(verdict(rows), highlight=False, soft_wrap=True)
     assert mor is not None
     _show_sample(mor, corpus, console)
     console.print(
@@ -156,35 +157,27 @@ def measured_kv_bytes(model: Transformer, data: TokenData, windows: int = 16) ->
 
 
 def table(rows: list[DemoRow]) -> Table:
+    """One column per model, so that it fits 80 characters."""
     made = Table(title="Equal training FLOPs", title_justify="left")
-    for heading in (
-        "model",
-        "unique params",
-        "layers",
-        "FLOPs",
-        "tokens seen",
-        "time",
-        "bits/byte\ncausal",
-        "bits/byte top-k\n(non-causal)",
-        "mean\ndepth",
-        "KV bytes\nper token",
-        "peak lr",
-    ):
-        made.add_column(heading, justify="left" if heading == "model" else "right")
-    for r in rows:
-        made.add_row(
-            r.name,
-            f"{r.params_non_embedding:,}",
-            str(r.effective_layers),
-            f"{r.train_flops:.2e}",
-            f"{r.tokens:,}",
-            f"{r.wall_s:.0f} s",
-            f"{r.bits_per_byte_causal:.3f}",
-            "–" if r.bits_per_byte_topk is None else f"{r.bits_per_byte_topk:.3f}",
-            f"{r.mean_depth:.2f}",
-            f"{r.kv_bytes_per_token:,.0f}",
-            f"{r.lr:g}",
-        )
+    made.add_column("")
+    for row in rows:
+        made.add_column(row.name, justify="right")
+    lines: dict[str, Callable[[DemoRow], str]] = {
+        "unique params": lambda r: f"{r.params_non_embedding:,}",
+        "effective layers": lambda r: str(r.effective_layers),
+        "training FLOPs": lambda r: f"{r.train_flops:.2e}",
+        "tokens seen": lambda r: f"{r.tokens:,}",
+        "training time": lambda r: f"{r.wall_s:.0f} s",
+        "bits/byte, causal": lambda r: f"{r.bits_per_byte_causal:.3f}",
+        "bits/byte, top-k (non-causal)": lambda r: (
+            "–" if r.bits_per_byte_topk is None else f"{r.bits_per_byte_topk:.3f}"
+        ),
+        "mean depth, causal": lambda r: f"{r.mean_depth:.2f}",
+        "KV bytes per token": lambda r: f"{r.kv_bytes_per_token:,.0f}",
+        "peak learning rate": lambda r: f"{r.lr:g}",
+    }
+    for name, cell in lines.items():
+        made.add_row(name, *(cell(row) for row in rows))
     return made
 
 

@@ -38,7 +38,7 @@ def depth_text(tokenizer: Tokenizer, result: Generation, console: Console) -> Te
     for i, piece in enumerate(tokenizer.pieces(ids)):
         depth = result.depths[i] if i < len(result.depths) else None
         bold = " bold" if i < len(result.prompt_ids) else ""
-        text.append(piece, style=(_style(depth) if depth else "dim") + bold)
-        if depth and not console.color_system:
-            text.append(_digits(depth))
+        mark = _digits(depth) if depth and not console.color_system else ""
+        words, line_end = (piece[:-1], "\n") if piece.endswith("\n") else (piece, "")
+        text.append(words + mark + line_end, style=(_style(depth) if depth else "dim") + bold)
     return text

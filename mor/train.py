@@ -292,8 +292,8 @@ def _loop(
             )
             if not progress.console.is_terminal:
                 progress.note(
-                    f"{progress.label}: step {state.step}/{total} · loss {result.loss:.3f} · validation "
-                    f"{found.bits_per_byte:.3f} bits/byte · {rate:,.0f} tok/s · depth {found.mean_depth:.2f}"
+                    f"{progress.label} {state.step}/{total} · loss {result.loss:.3f} · "
+                    f"{found.bits_per_byte:.3f} bits/byte · depth {found.mean_depth:.2f} · {rate:,.0f} tok/s"
                 )
         if config.save_every and state.step % config.save_every == 0 and state.step < total:
             _save(config, state, corpus, Path(config.out))
