@@ -25,7 +25,7 @@ class ModelChoice:
 
     preset: str = "mini"
     """tiny, mini, small, smollm-135m, smollm-360m, smollm-730m or smollm-1.7b."""
-    num_recursions: int = 1
+    num_recursions: int = 3
     """Times the shared layers are applied; 1 is a vanilla Transformer."""
     router: RouterKind | None = None
     """Default: expert_choice with several recursions, fixed with one."""
@@ -254,11 +254,10 @@ def _train_defaults(arguments: list[str]) -> Train:
         config: Path | None = None
         choice: Annotated[ModelChoice, arg(name="")] = field(default_factory=ModelChoice)
 
-    known = ("config", *ModelChoice.__dataclass_fields__)
     given = [a.split("=")[0].removeprefix("--").replace("-", "_") for a in arguments if a.startswith("--")]
     start, _ = tyro.cli(Start, args=arguments, return_unknown_args=True, add_help=False)
     if start.config is None:
-        settings = TrainConfig(model=start.choice.build()) if set(given) & set(known) else TrainConfig()
+        settings = TrainConfig(model=start.choice.build())
     else:
         values = start.config.read_text()
         settings = from_dict(

@@ -69,7 +69,7 @@ def test_costs_of_the_papers_model(capsys):
     found = last_json(capsys)
     assert round(found["paper_mflops_per_token"], 1) == 555.6 and found["mean_depth"] == 2.0
     assert {"params_non_embedding", "train_flops_per_token", "kv_bytes_per_token"} <= found.keys()
-    main(["costs", "--preset", "smollm-360m"])
+    main(["costs", "--preset", "smollm-360m", "--num-recursions", "1"])
     assert "314,635,200" in capsys.readouterr().out
 
 
