@@ -1,6 +1,6 @@
 # Each target makes .venv and installs what it needs, so each works first on a fresh machine.
 PYTHON ?= python3
-# Installed before everything that depends on it; choose a CUDA build with e.g. TORCH="torch==2.13.0+cu130".
+# Installed before everything that depends on it; TORCH="torch" takes the newest build, with CUDA on Linux.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check

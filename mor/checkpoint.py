@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mor.config import ModelConfig
@@ -84,7 +85,10 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
         raise ValueError(f"{folder / 'config.json'} does not describe a mor model (model_type is not 'mor')")
     config = ModelConfig.from_dict(values)
     model = Transformer(config)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'model.safetensors'} is damaged or belongs to another config: {error}") from error
     return Checkpoint(config, model.to(device).eval(), Tokenizer.load(folder))
 
 

@@ -71,7 +71,7 @@ class Train:
     config: Path | None = None
     """TOML file with the settings below; an earlier run's train.json works too."""
     resume: bool = False
-    """Continue the run in --out."""
+    """Continue the run in --out with the settings it was started with."""
     choice: Annotated[ModelChoice, arg(name="")] = field(default_factory=ModelChoice)
     settings: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
 
@@ -83,7 +83,7 @@ class Train:
             saved = Path(settings.out) / "train.json"
             if not saved.is_file():
                 raise ValueError(f"{settings.out} holds no run to resume (no train.json)")
-            settings = load_config(saved)
+            settings = replace(load_config(saved), out=settings.out)
         result = train(settings, resume=self.resume, console=console)
         console.print(f"checkpoint: {result.path}", highlight=False, soft_wrap=True)
 
@@ -254,7 +254,13 @@ def _train_defaults(arguments: list[str]) -> Train:
         config: Path | None = None
         choice: Annotated[ModelChoice, arg(name="")] = field(default_factory=ModelChoice)
 
-    given = [a.split("=")[0].removeprefix("--").replace("-", "_") for a in arguments if a.startswith("--")]
+    given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in arguments if a.startswith("--")}
+    ignored = given - {"resume", "out", "help"}
+    if "resume" in given and ignored:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(ignored))
+        raise ValueError(
+            f"--resume keeps the settings the run was started with and takes only --out; leave out {flags}"
+        )
     start, _ = tyro.cli(Start, args=arguments, return_unknown_args=True, add_help=False)
     if start.config is None:
         settings = TrainConfig(model=start.choice.build())
@@ -263,7 +269,7 @@ def _train_defaults(arguments: list[str]) -> Train:
         settings = from_dict(
             TrainConfig, tomllib.loads(values) if start.config.suffix == ".toml" else json.loads(values)
         )
-        if set(given) & set(ModelChoice.__dataclass_fields__):
+        if given & set(ModelChoice.__dataclass_fields__):
             settings = replace(settings, model=start.choice.build())
     return Train(config=start.config, choice=start.choice, settings=settings)
 

@@ -192,7 +192,7 @@ def python_documents() -> list[Document]:
     kept = cache / f"python-{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}.jsonl"
     if kept.is_file():
         return [Document(**json.loads(line)) for line in kept.read_text(encoding="utf-8").splitlines()]
-    documents = [*_help_topics(), *_builtin_docstrings(), *_library_docstrings()]
+    documents = without_repeats([*_help_topics(), *_builtin_docstrings(), *_library_docstrings()])
     try:
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = kept.with_suffix(f".{os.getpid()}.tmp")
@@ -201,6 +201,18 @@ def python_documents() -> list[Document]:
     except OSError as error:  # a read-only home costs a few seconds per run, nothing else
         print(f"note: could not keep the corpus in {cache}: {error}", file=sys.stderr)
     return documents
+
+
+def without_repeats(documents: list[Document]) -> list[Document]:
+    """Documents without paragraphs that an earlier one has: else validation would hold training text."""
+    seen: set[str] = set()
+    kept = []
+    for document in documents:
+        paragraphs = [p for p in document.text.split("\n\n") if len(p.strip()) <= 40 or p.strip() not in seen]
+        seen |= {p.strip() for p in paragraphs}
+        if text := "\n\n".join(paragraphs).strip():
+            kept.append(Document(document.name, text))
+    return kept
 
 
 def _help_topics() -> Iterator[Document]:

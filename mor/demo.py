@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -82,6 +83,7 @@ def run_demo(out: Path, *, flops: float, seed: int, console: Console) -> list[De
         config = TrainConfig(
             model=model_config,
             data=data,
+            device="cpu",
             out=str(out / name.replace(" ", "-")),
             flops=flops,
             seq_len=SEQ_LEN,
@@ -100,7 +102,11 @@ def run_demo(out: Path, *, flops: float, seed: int, console: Console) -> list[De
         curves[name] = [(m["flops"], m["validation_bits_per_byte"]) for m in metrics if "validation_bits_per_byte" in m]
         mor = model if name == "mor" else mor
     plot_curves(curves, out / "loss_over_flops.png")
-    (out / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=2))
+    machine = dict(
+        device="cpu", threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version()
+    )
+    results = dict(rows=[asdict(row) for row in rows], machine=machine, seed=seed)
+    (out / "results.json").write_text(json.dumps(results, indent=2))
     console.print(table(rows))
     console.print(verdict(rows), highlight=False, soft_wrap=True)
     assert mor is not None

@@ -167,12 +167,14 @@ class Transformer(nn.Module):
         cache: keys and values of earlier tokens; the new ones are appended.
         selection: ``threshold`` is causal; ``topk`` is the paper's training selection and sees the future.
         capacities: replaces the configured ones (warm-up). max_depth: caps the recursions.
-        Raises ValueError for ids outside the vocabulary, or top-k together with a cache.
+        Raises ValueError for an empty batch, capacities or a depth that do not fit, or top-k with a cache;
+        IndexError for ids outside the vocabulary.
         """
         tokens = self._check_and_pack(tokens_BT, mask_BT, cache, selection, max_depth)
-        routing = Routing(
-            tokens, selection, capacities or self.config.capacities, max_depth or self.config.num_recursions
-        )
+        capacities = self.config.capacities if capacities is None else capacities
+        if len(capacities) != self.config.num_recursions:
+            raise ValueError(f"got {len(capacities)} capacities for {self.config.num_recursions} recursions")
+        routing = Routing(tokens, selection, capacities, max_depth or self.config.num_recursions)
         store = cache or Scratch(kept=() if self.config.kv_strategy == "recursion_wise" else (1,))
         x_MD = self.embedding(tokens.id_M)
         angles = rotary_angles(tokens.position_M, self.config.head_dim, self.config.rope_theta)

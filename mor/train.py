@@ -237,13 +237,14 @@ def train(
     console, out = console or Console(), Path(config.out)
     if not resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"{out} already holds a run; resume it with --resume, choose another --out, or delete it")
-    corpus = corpus or load_corpus(config.data, checkpoint.load(out).tokenizer if resume else None)
+    saved = checkpoint.load(out) if resume else None
+    corpus = corpus or load_corpus(config.data, saved.tokenizer if saved else None)
     config = dataclasses.replace(config, model=config.model.replace(vocab_size=corpus.tokenizer.vocab_size))
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     model = Transformer(config.model).init_weights(config.seed).to(device)
     state = TrainState(model, build_optimizer(model, config.optim))
-    if resume:
-        model.load_state_dict(checkpoint.load(out).model.state_dict())
+    if saved:
+        model.load_state_dict(saved.model.state_dict())
         state.load(checkpoint.load_training_state(out))
     log = MetricsLog(out / "metrics.jsonl", truncate_to=state.step if resume else None)
     (out / "train.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))

@@ -1,6 +1,7 @@
 """The command line, as a person calls it."""
 
 import json
+import shutil
 
 import pytest
 
@@ -64,6 +65,14 @@ def test_train_takes_a_preset_and_a_router(tmp_path, run):
     assert kept["vocab_size"] == 257
 
 
+def test_a_run_that_was_moved_can_be_resumed_where_it_is_now(run, tmp_path, capsys):
+    shutil.copytree(run / "run", tmp_path / "moved")
+    before = (run / "run" / "metrics.jsonl").read_bytes()
+    main(["train", "--resume", "--out", str(tmp_path / "moved")])
+    assert str(tmp_path / "moved") in capsys.readouterr().out.replace("\n", "")
+    assert (run / "run" / "metrics.jsonl").read_bytes() == before
+
+
 def test_costs_of_the_papers_model(capsys):
     main(["costs", "--preset", "smollm-360m", "--num-recursions", "3", "--json"])
     found = last_json(capsys)
@@ -104,6 +113,7 @@ def test_generate_streams_or_shows_depths(run, capsys):
         (["generate", "nowhere", "--prompt", "x"], "neither a checkpoint"),
         (["train", "--config", "nowhere.toml"], "nowhere.toml"),
         (["train", "--resume", "--out", "nowhere"], "no run to resume"),
+        (["train", "--resume", "--out", "nowhere", "--steps", "9"], "leave out --steps"),
         (["train", "--data.path", "nowhere.txt", "--out", "never"], "not a file"),
     ],
 )

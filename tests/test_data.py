@@ -14,6 +14,7 @@ from mor.data import (
     python_documents,
     read_documents,
     split_documents,
+    without_repeats,
 )
 from mor.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
@@ -51,6 +52,12 @@ def test_the_default_corpus_is_pythons_own_prose(tmp_path, monkeypatch):
     assert sum(len(d.text) for d in documents) > 1_000_000
     assert len(list((tmp_path / "mor").iterdir())) == 1
     assert python_documents() == documents, "the kept copy is the same"
+
+
+def test_no_paragraph_stands_in_two_documents():
+    long = "a paragraph that is certainly longer than forty characters"
+    documents = [Document("a", f"{long}\n\nshort"), Document("b", f"short\n\n{long}\n\nown"), Document("c", long)]
+    assert without_repeats(documents) == [Document("a", f"{long}\n\nshort"), Document("b", "short\n\nown")]
 
 
 def test_validation_documents_stay_when_others_are_added():

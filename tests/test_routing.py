@@ -162,3 +162,5 @@ def test_bad_input_to_the_model_is_refused():
         model(random_tokens(1, 3), mask_BT=torch.zeros(1, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="choose 'topk' or 'threshold'"):
         model(random_tokens(1, 3), selection="best")
+    with pytest.raises(ValueError, match="1 capacities for 3 recursions"):
+        model(random_tokens(1, 3), capacities=(1.0,))

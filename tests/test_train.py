@@ -211,6 +211,20 @@ def test_evaluation_is_causal_unless_asked_and_says_so(data, tmp_path):
         evaluate(model, validation, seq_len=10**6)
 
 
+def test_a_damaged_or_foreign_weight_file_is_named(data, tmp_path):
+    result = train(settings(data, tmp_path / "run", steps=1), console=quiet())
+    weights = result.path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        checkpoint.load(tmp_path / "run")
+    weights.write_bytes(whole)
+    config = json.loads((result.path / "config.json").read_text())
+    (result.path / "config.json").write_text(json.dumps(config | {"ffn_dim": 8}))
+    with pytest.raises(ValueError, match="belongs to another config"):
+        checkpoint.load(tmp_path / "run")
+
+
 def test_loading_what_is_no_checkpoint_says_so(tmp_path):
     with pytest.raises(ValueError, match="neither a checkpoint"):
         checkpoint.load(tmp_path)

@@ -1,0 +1,67 @@
+"""Which form of a linear layer and of grouped-query attention is faster here: ratios, interleaved, medians.
+
+python benchmarks/cpu_kernels.py
+"""
+
+import json
+import platform
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+ROUNDS = 9
+THREADS = 2
+
+
+def medians(variants):
+    """Median seconds of each variant, forward and backward, run in turn."""
+    times = {name: [] for name in variants}
+    for round_ in range(ROUNDS + 1):
+        for name, run in variants.items():
+            started = time.perf_counter()
+            run().sum().backward()
+            if round_:  # the first round warms up
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def linear(tokens, width, outputs):
+    x = torch.randn(tokens, width, requires_grad=True)
+    w = torch.randn(outputs, width, requires_grad=True)
+    return medians({"F.linear": lambda: F.linear(x, w), "(W @ x.T).T": lambda: (w @ x.T).T})
+
+
+def grouped_attention():
+    q = torch.randn(8, 6, 256, 64, requires_grad=True)
+    k, v = (torch.randn(8, 2, 256, 64, requires_grad=True) for _ in range(2))
+
+    def repeated():
+        return F.scaled_dot_product_attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), is_causal=True)
+
+    return medians(
+        {
+            "enable_gqa": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+            "repeated heads": repeated,
+        }
+    )
+
+
+def main():
+    torch.set_num_threads(THREADS)
+    cases = {
+        f"linear {m}x{d}->{o}": linear(m, d, o) for m, d, o in [(512, 64, 176), (2048, 192, 512), (4096, 576, 1536)]
+    }
+    cases["attention 8x256, 6/2 heads"] = grouped_attention()
+    rows = []
+    for case, found in cases.items():
+        (first, a), (second, b) = found.items()
+        rows.append({"case": case, "first": first, "second": second, "first_s": a, "second_over_first": b / a})
+        print(f"{case:32} {first} {a * 1e3:.2f} ms, {second} / {first} = {b / a:.2f}")
+    machine = {"threads": THREADS, "torch": torch.__version__, "python": platform.python_version()}
+    print(json.dumps({"rows": rows, "machine": machine}))
+
+
+if __name__ == "__main__":
+    main()
