@@ -9,12 +9,13 @@ B rows · T columns · M packed tokens · K selected · D model · N heads · G 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mor.config import ModelConfig, Selection
 from mor.kv_cache import READS, KVCache, KVPass, KVStore, Scratch
@@ -97,6 +98,11 @@ class Block(nn.Module):
         return x_MD + self.feed_forward(self.feed_forward_norm(x_MD))
 
 
+def run(function: Callable[..., Tensor], *args: object, recompute: bool) -> Tensor:
+    """``function(*args)``; with ``recompute`` its activations are made again in the backward pass."""
+    return checkpoint(function, *args, use_reentrant=False) if recompute else function(*args)
+
+
 class Recursions(nn.Module):
     """The shared blocks and the loop over them."""
 
@@ -111,7 +117,14 @@ class Recursions(nn.Module):
             "sequence": [(r, [layer]) for layer in layers for r in recursions],
         }[config.shared_order]
 
-    def forward(self, x_MD: Tensor, angles: tuple[Tensor, Tensor], routing: Routing, store: KVStore) -> Tensor:
+    def stack(self, x_KD: Tensor, angles: tuple[Tensor, Tensor], kv: KVPass, layers: Sequence[int]) -> Tensor:
+        for layer in layers:
+            x_KD = self.shared_blocks[layer](x_KD, angles, kv, layer)
+        return x_KD
+
+    def forward(
+        self, x_MD: Tensor, angles: tuple[Tensor, Tensor], routing: Routing, store: KVStore, recompute: bool
+    ) -> Tensor:
         first_MD, passes_kv = x_MD, {}
         self.router.start(x_MD, routing)
         for recursion, layers in self.passes:
@@ -128,9 +141,7 @@ class Recursions(nn.Module):
             h_KD = x_MD if index_K is None else x_MD[index_K]  # gather
             here = angles if index_K is None else (angles[0][index_K], angles[1][index_K])
 
-            out_KD = h_KD
-            for layer in layers:
-                out_KD = self.shared_blocks[layer](out_KD, here, passes_kv[recursion], layer)
+            out_KD = run(self.stack, h_KD, here, passes_kv[recursion], layers, recompute=recompute)
 
             new_KD = self.router.combine(step, h_KD, out_KD, first_MD, routing)  # gate
             x_MD = new_KD if index_K is None else x_MD.index_copy(0, index_K, new_KD)  # scatter
@@ -155,22 +166,30 @@ class Transformer(nn.Module):
         tokens_BT: Tensor,
         *,
         mask_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
         cache: KVCache | None = None,
         selection: Selection = "threshold",
         capacities: Sequence[float] | None = None,
         max_depth: int | None = None,
         last_only: bool = False,
+        recompute: bool = False,
     ) -> Output:
         """Logits for the next token at every position, and the routing that led there.
 
         tokens_BT: int64 ids. mask_BT: true at real tokens; padding may be on either side.
+        documents_BT: a number per token; tokens of different documents neither attend to nor compete with
+        each other, and positions start anew (training and evaluation without a cache).
         cache: keys and values of earlier tokens; the new ones are appended.
         selection: ``threshold`` is causal; ``topk`` is the paper's training selection and sees the future.
         capacities: replaces the configured ones (warm-up). max_depth: caps the recursions.
+        recompute: keep no activations inside the layers; backward makes them again.
         Raises ValueError for an empty batch, capacities or a depth that do not fit, or top-k with a cache;
         IndexError for ids outside the vocabulary.
         """
-        tokens = self._check_and_pack(tokens_BT, mask_BT, cache, selection, max_depth)
+        self._check(tokens_BT, documents_BT, cache, selection, max_depth, last_only)
+        tokens = pack(tokens_BT, mask_BT, start_B=cache.length_B if cache else None, documents_BT=documents_BT)
+        if not len(tokens):
+            raise ValueError("the mask hides every token of the batch")
         capacities = self.config.capacities if capacities is None else capacities
         if len(capacities) != self.config.num_recursions:
             raise ValueError(f"got {len(capacities)} capacities for {self.config.num_recursions} recursions")
@@ -181,15 +200,21 @@ class Transformer(nn.Module):
 
         everyone = KVPass(store, 0, (0,), tokens)
         for layer, block in enumerate(self.prelude):
-            x_MD = block(x_MD, angles, everyone, layer)
-        x_MD = self.recursions(x_MD, angles, routing, store)
+            x_MD = run(block, x_MD, angles, everyone, layer, recompute=recompute)
+        x_MD = self.recursions(x_MD, angles, routing, store, recompute)
         for layer, block in enumerate(self.coda, start=len(self.prelude)):
-            x_MD = block(x_MD, angles, everyone, layer)
+            x_MD = run(block, x_MD, angles, everyone, layer, recompute=recompute)
         return Output(self._logits(x_MD, tokens, last_only), routing)
 
-    def _check_and_pack(
-        self, tokens_BT: Tensor, mask_BT: Tensor | None, cache: KVCache | None, selection: str, max_depth: int | None
-    ) -> PackedTokens:
+    def _check(
+        self,
+        tokens_BT: Tensor,
+        documents_BT: Tensor | None,
+        cache: KVCache | None,
+        selection: str,
+        max_depth: int | None,
+        last_only: bool,
+    ) -> None:
         if tokens_BT.ndim != 2 or tokens_BT.numel() == 0:
             raise ValueError(f"tokens must have shape (batch, length) and not be empty, got {tuple(tokens_BT.shape)}")
         if selection not in ("topk", "threshold"):
@@ -202,10 +227,8 @@ class Transformer(nn.Module):
             raise ValueError(f"the cache holds {cache.batch} sequences, the batch has {tokens_BT.shape[0]}")
         if max_depth is not None and not 1 <= max_depth <= self.config.num_recursions:
             raise ValueError(f"max_depth must lie in 1..{self.config.num_recursions}, got {max_depth}")
-        tokens = pack(tokens_BT, mask_BT, cache.length_B if cache is not None else None)
-        if not len(tokens):
-            raise ValueError("the mask hides every token of the batch")
-        return tokens
+        if documents_BT is not None and (cache is not None or last_only):
+            raise ValueError("documents_BT splits lines into several sequences; it takes neither cache nor last_only")
 
     def _logits(self, x_MD: Tensor, tokens: PackedTokens, last_only: bool) -> Tensor:
         weight = self.embedding.weight if self.head is None else self.head.weight

@@ -21,17 +21,17 @@ from torch import Tensor
 class PackedTokens:
     """Tokens sorted by row, then by position.
 
-    id_M: token ids. row_M: row in the batch. column_M: column in the batch. position_M: number of
-    real tokens before it in its sequence, cached ones included. per_row: tokens in each row, where
-    every row has the same number (then padding is a view), else None.
+    id_M: token ids. row_M: the sequence it belongs to. position_M: number of real tokens before it in
+    its sequence, cached ones included. place_M: where it stands in the flattened batch. per_row: tokens
+    in each row, where every row has the same number (then padding is a view), else None.
     """
 
     id_M: Tensor
     row_M: Tensor
-    column_M: Tensor
     position_M: Tensor
+    place_M: Tensor
     num_rows: int
-    num_columns: int
+    batch_shape: tuple[int, int]
     per_row: int | None
 
     def __len__(self) -> int:
@@ -43,8 +43,8 @@ class PackedTokens:
             self,
             id_M=self.id_M[index_K],
             row_M=self.row_M[index_K],
-            column_M=self.column_M[index_K],
             position_M=self.position_M[index_K],
+            place_M=self.place_M[index_K],
             per_row=per_row,
         )
 
@@ -58,8 +58,7 @@ class PackedTokens:
     @cached_property
     def slot_M(self) -> Tensor:
         """Rank of each token among those of its row."""
-        start_B = self.count_B.cumsum(0) - self.count_B
-        return torch.arange(len(self), device=self.row_M.device) - start_B[self.row_M]
+        return _rank(self.row_M, self.num_rows)
 
     @cached_property
     def rows(self) -> Tensor | None:
@@ -95,11 +94,12 @@ class PackedTokens:
         return x_AK[lane_M, slot_M]
 
     def unpack(self, x_M: Tensor, fill: float = 0) -> Tensor:
-        """(M, ...) -> (B, T, ...): back to the batch's own columns."""
-        if self.per_row == self.num_columns:
-            return x_M.view(self.num_rows, self.num_columns, *x_M.shape[1:])
-        out = x_M.new_full((self.num_rows, self.num_columns, *x_M.shape[1:]), fill)
-        return out.index_put((self.row_M, self.column_M), x_M)
+        """(M, ...) -> (B, T, ...): back to the places in the batch."""
+        rows, columns = self.batch_shape
+        if len(self) == rows * columns:
+            return x_M.view(rows, columns, *x_M.shape[1:])
+        out = x_M.new_full((rows * columns, *x_M.shape[1:]), fill)
+        return out.index_put((self.place_M,), x_M).view(rows, columns, *x_M.shape[1:])
 
     def last_index(self) -> Tensor:
         """Index of the last token of each row that holds tokens, (A,)."""
@@ -107,33 +107,61 @@ class PackedTokens:
         return count_A.cumsum(0) - 1
 
 
-def pack(tokens_BT: Tensor, mask_BT: Tensor | None = None, start_B: Tensor | None = None) -> PackedTokens:
+def pack(
+    tokens_BT: Tensor,
+    mask_BT: Tensor | None = None,
+    *,
+    start_B: Tensor | None = None,
+    documents_BT: Tensor | None = None,
+) -> PackedTokens:
     """Pack the tokens where ``mask_BT`` is true (all of them if None).
 
-    start_B: tokens that each sequence already has in the cache. Holes and padding on either side
-    are fine: a token's position counts the real tokens before it.
+    start_B: tokens that each sequence already has in the cache. documents_BT: a number for the document
+    that each token belongs to; where it changes along a line, a sequence of its own begins. Holes and
+    padding on either side are fine: a token's position counts the real tokens before it.
     """
     B, T = tokens_BT.shape
     device = tokens_BT.device
-    if mask_BT is not None and mask_BT.shape != tokens_BT.shape:
-        raise ValueError(f"mask has shape {tuple(mask_BT.shape)}, tokens {tuple(tokens_BT.shape)}; they must be equal")
+    for name, given in (("mask", mask_BT), ("documents", documents_BT)):
+        if given is not None and given.shape != tokens_BT.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(given.shape)}, tokens {tuple(tokens_BT.shape)}; they must be equal"
+            )
     if mask_BT is None or bool(mask_BT.all()):
-        row_M = torch.arange(B, device=device).repeat_interleave(T)
-        column_M = torch.arange(T, device=device).repeat(B)
+        place_M = torch.arange(B * T, device=device)
         per_row: int | None = T
-        position_M = column_M
     else:
-        row_M, column_M = mask_BT.bool().nonzero(as_tuple=True)
+        place_M = mask_BT.bool().flatten().nonzero().squeeze(1)
         per_row = None
-        position_M = (mask_BT.long().cumsum(1) - 1)[row_M, column_M]
+    row_M, num_rows = place_M // T, B
+    if documents_BT is not None:
+        row_M, num_rows, per_row = _split_rows(row_M, documents_BT.flatten()[place_M])
+    position_M = place_M % T if per_row == T else _rank(row_M, num_rows)
     if start_B is not None:
         position_M = position_M + start_B[row_M]
     return PackedTokens(
-        id_M=tokens_BT[row_M, column_M],
+        id_M=tokens_BT.flatten()[place_M],
         row_M=row_M,
-        column_M=column_M,
         position_M=position_M,
-        num_rows=B,
-        num_columns=T,
+        place_M=place_M,
+        num_rows=num_rows,
+        batch_shape=(B, T),
         per_row=per_row,
     )
+
+
+def _split_rows(row_M: Tensor, document_M: Tensor) -> tuple[Tensor, int, None]:
+    """Rows cut where the document changes: (row of each token, number of rows, tokens per row)."""
+    if not len(row_M):
+        return row_M, 0, None
+    begins_M = torch.ones_like(row_M)
+    begins_M[1:] = (row_M[1:] != row_M[:-1]) | (document_M[1:] != document_M[:-1])
+    new_M = begins_M.cumsum(0) - 1
+    return new_M, int(new_M[-1]) + 1, None
+
+
+def _rank(row_M: Tensor, num_rows: int) -> Tensor:
+    """Number of tokens of the same row before each token (rows ascending)."""
+    count_B = torch.bincount(row_M, minlength=num_rows)
+    start_B = count_B.cumsum(0) - count_B
+    return torch.arange(len(row_M), device=row_M.device) - start_B[row_M]
