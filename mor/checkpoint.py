@@ -1,6 +1,7 @@
 """A checkpoint is a directory: config.json, model.safetensors, tokenizer files, training_state/.
 
-It is written under a temporary name and renamed when complete, so a crash leaves no broken one.
+transformers reads and writes the same directories (see hf.py), and so names of weights carry its
+prefix. It is written under a temporary name and renamed when complete, so a crash leaves no broken one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from mor.model import Transformer
 from mor.tokenizer import Tokenizer
 
 _STATE = Path("training_state") / "state.pt"
+_PREFIX = "model."  # MoRForCausalLM holds the Transformer under this name
+_OUR_EXTRAS = {"model_type", "architectures", "eos_token_id"}  # in config.json beside the ModelConfig
 
 
 class Checkpoint(NamedTuple):
@@ -35,9 +38,13 @@ def save(path: Path, model: Transformer, tokenizer: Tokenizer, *, training_state
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir()
-        config = {"model_type": "mor", **model.config.to_dict()}
-        (unfinished / "config.json").write_text(json.dumps(config, indent=2))
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        extras = {
+            "model_type": "mor",
+            "architectures": ["MoRForCausalLM"],
+            "eos_token_id": tokenizer.end_of_text_id,
+        }
+        (unfinished / "config.json").write_text(json.dumps(extras | model.config.to_dict(), indent=2))
+        state = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(state, unfinished / "model.safetensors", metadata={"format": "pt"})
         tokenizer.save(unfinished)
         if training_state is not None:
@@ -80,16 +87,23 @@ def resolve(path: str | Path) -> Path:
 def load(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint or the newest one of a run. Raises ValueError saying what is wrong with it."""
     folder = resolve(path)
-    values = json.loads((folder / "config.json").read_text())
-    if values.pop("model_type", None) != "mor":
-        raise ValueError(f"{folder / 'config.json'} does not describe a mor model (model_type is not 'mor')")
-    config = ModelConfig.from_dict(values)
+    config = _read_config(folder / "config.json")
     model = Transformer(config)
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        state = load_file(folder / "model.safetensors")
+        model.load_state_dict({name.removeprefix(_PREFIX): tensor for name, tensor in state.items()})
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder / 'model.safetensors'} is damaged or belongs to another config: {error}") from error
     return Checkpoint(config, model.to(device).eval(), Tokenizer.load(folder))
+
+
+def _read_config(file: Path) -> ModelConfig:
+    values = json.loads(file.read_text())
+    if values.get("model_type") != "mor":
+        raise ValueError(f"{file} does not describe a mor model (model_type is not 'mor')")
+    theirs = "transformers_version" in values  # written by transformers, which adds settings of its own
+    ignored = values.keys() - ModelConfig.__dataclass_fields__.keys() if theirs else _OUR_EXTRAS
+    return ModelConfig.from_dict({name: value for name, value in values.items() if name not in ignored})
 
 
 def load_training_state(path: str | Path) -> dict[str, Any]:

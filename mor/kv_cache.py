@@ -192,11 +192,12 @@ class KVCache:
         s = self.streams[stream]
         return self._lines(s, s.position_BS, rows)
 
-    def truncate(self, length: int) -> None:
-        """Forget all tokens from position ``length`` on, in every row."""
+    def truncate(self, length: int | Tensor) -> None:
+        """Forget all tokens from position ``length`` on: one number for all rows, or one for each, (B,)."""
+        limit = length[:, None] if isinstance(length, Tensor) else length
         for s in self.streams:
-            s.length_B = (s.position_BS < length).sum(1)
-            s.position_BS = s.position_BS.masked_fill(s.position_BS >= length, EMPTY)
+            s.length_B = (s.position_BS < limit).sum(1)
+            s.position_BS = s.position_BS.masked_fill(s.position_BS >= limit, EMPTY)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep, reorder or repeat sequences: row i becomes what row ``rows[i]`` was."""
