@@ -22,7 +22,7 @@ from mor.tokenizer import Tokenizer
 
 _STATE = Path("training_state") / "state.pt"
 _PREFIX = "model."  # MoRForCausalLM holds the Transformer under this name
-_OUR_EXTRAS = {"model_type", "architectures", "eos_token_id"}  # in config.json beside the ModelConfig
+_OUR_EXTRAS = {"model_type", "architectures", "eos_token_id", "auto_map"}  # in config.json beside the ModelConfig
 
 
 class Checkpoint(NamedTuple):
@@ -87,7 +87,7 @@ def resolve(path: str | Path) -> Path:
 def load(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint or the newest one of a run. Raises ValueError saying what is wrong with it."""
     folder = resolve(path)
-    config = _read_config(folder / "config.json")
+    config = read_config(folder)
     model = Transformer(config)
     try:
         state = load_file(folder / "model.safetensors")
@@ -97,7 +97,9 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
     return Checkpoint(config, model.to(device).eval(), Tokenizer.load(folder))
 
 
-def _read_config(file: Path) -> ModelConfig:
+def read_config(folder: Path) -> ModelConfig:
+    """The model that a checkpoint directory holds. Raises ValueError if it is none of mor's."""
+    file = folder / "config.json"
     values = json.loads(file.read_text())
     if values.get("model_type") != "mor":
         raise ValueError(f"{file} does not describe a mor model (model_type is not 'mor')")

@@ -90,7 +90,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """NLL and bits per byte of a checkpoint, causal unless asked otherwise."""
+    """NLL, perplexity and bits per byte of a checkpoint, causal unless asked otherwise."""
 
     checkpoint: Positional[Path]
     data: Path | None = None
@@ -106,20 +106,27 @@ class Eval:
 
     def run(self, console: Console) -> None:
         from mor.checkpoint import load
-        from mor.evaluate import evaluate
+        from mor.evaluate import evaluate, leak
 
         config, model, tokenizer = load(self.checkpoint)
         length, data = self._data(tokenizer, config)
         caps = range(1, config.num_recursions + 1) if self.by_depth else [config.num_recursions]
-        rows = [
-            asdict(
-                evaluate(
-                    model, data, seq_len=length, max_windows=self.max_windows, selection=self.routing, max_depth=cap
-                )
-            )
-            for cap in caps
-        ]
-        _print_rows(rows, self.json, console, title=str(self.checkpoint))
+        rows = []
+        for cap in caps:
+            settings: dict[str, Any] = dict(seq_len=length, max_windows=self.max_windows, max_depth=cap)
+            rows += leak(model, data, **settings) if self.routing == "topk" else [evaluate(model, data, **settings)]
+        if self.json:
+            _print_json([asdict(row) for row in rows])
+            return
+        title = f"{self.checkpoint}: {rows[0].tokens:,} tokens in windows of {length}"
+        made = Table(title=title, title_justify="left")
+        for name in ("routing", "max depth", "NLL", "perplexity", "bits/byte", "mean depth", "leak (nats)"):
+            made.add_column(name, justify="left" if name == "routing" else "right")
+        for row in rows:
+            figures = (row.nll, row.perplexity, row.bits_per_byte, row.mean_depth, row.leak_nats)
+            label = row.selection if row.causal else f"{row.selection} (non-causal)"
+            made.add_row(label, str(row.max_depth), *("" if x is None else _cell(x) for x in figures))
+        console.print(made)
 
     def _data(self, tokenizer: Any, config: ModelConfig) -> tuple[int, Any]:
         from mor.checkpoint import resolve
@@ -225,10 +232,14 @@ Command = (
 )
 
 
+def _print_json(rows: list[dict[str, Any]]) -> None:
+    print(json.dumps(rows[0] if len(rows) == 1 else rows))
+
+
 def _print_rows(rows: list[dict[str, Any]], as_json: bool, console: Console, *, title: str) -> None:
     """JSON in one line (an object for one row), or a table with a column for each row."""
     if as_json:
-        print(json.dumps(rows[0] if len(rows) == 1 else rows))
+        _print_json(rows)
         return
     made = Table(title=title, title_justify="left", show_header=False)
     for name in rows[0]:

@@ -1,6 +1,7 @@
 """The command line, as a person calls it."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -86,7 +87,10 @@ def test_eval_prints_json_by_depth_and_labels_topk(run, capsys):
     main(["eval", str(run / "run"), "--json"])
     assert last_json(capsys)["causal"] is True
     main(["eval", str(run / "run"), "--routing", "topk", "--json"])
-    assert last_json(capsys)["causal"] is False
+    topk, causal = last_json(capsys)
+    assert topk["causal"] is False and causal["causal"] is True
+    assert topk["leak_nats"] == pytest.approx(causal["nll"] - topk["nll"]) and causal["leak_nats"] is None
+    assert causal["perplexity"] == pytest.approx(math.exp(causal["nll"]))
     main(["eval", str(run / "run"), "--data", str(run / "a.jsonl"), "--by-depth", "--json"])
     assert [row["max_depth"] for row in last_json(capsys)] == [1, 2]
 
