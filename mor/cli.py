@@ -106,12 +106,12 @@ class Eval:
 
     def run(self, console: Console) -> None:
         from mor.checkpoint import load
-        from mor.evaluate import evaluate, leak
+        from mor.evaluate import Evaluation, evaluate, leak
 
         config, model, tokenizer = load(self.checkpoint)
         length, data = self._data(tokenizer, config)
         caps = range(1, config.num_recursions + 1) if self.by_depth else [config.num_recursions]
-        rows = []
+        rows: list[Evaluation] = []
         for cap in caps:
             settings: dict[str, Any] = dict(seq_len=length, max_windows=self.max_windows, max_depth=cap)
             rows += leak(model, data, **settings) if self.routing == "topk" else [evaluate(model, data, **settings)]
@@ -120,11 +120,12 @@ class Eval:
             return
         title = f"{self.checkpoint}: {rows[0].tokens:,} tokens in windows of {length}"
         made = Table(title=title, title_justify="left")
-        for name in ("routing", "max depth", "NLL", "perplexity", "bits/byte", "mean depth", "leak (nats)"):
-            made.add_column(name, justify="left" if name == "routing" else "right")
+        made.add_column("routing", no_wrap=True)
+        for name in ("max depth", "NLL", "perplexity", "bits/byte", "mean depth", "leak, nats"):
+            made.add_column(name, justify="right")
         for row in rows:
             figures = (row.nll, row.perplexity, row.bits_per_byte, row.mean_depth, row.leak_nats)
-            label = row.selection if row.causal else f"{row.selection} (non-causal)"
+            label = row.selection if row.causal else f"{row.selection}, non-causal"
             made.add_row(label, str(row.max_depth), *("" if x is None else _cell(x) for x in figures))
         console.print(made)
 
