@@ -1,11 +1,13 @@
 """A checkpoint is a directory: config.json, model.safetensors, tokenizer files, training_state/.
 
 transformers reads and writes the same directories (see hf.py), and so names of weights carry its
-prefix. It is written under a temporary name and renamed when complete, so a crash leaves no broken one.
+prefix. It is written under a temporary name and renamed when complete, so a crash leaves no broken one;
+checksums.json tells one that was damaged later.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,6 +23,7 @@ from mor.model import Transformer
 from mor.tokenizer import Tokenizer
 
 _STATE = Path("training_state") / "state.pt"
+_CHECKSUMS = "checksums.json"
 _PREFIX = "model."  # MoRForCausalLM holds the Transformer under this name
 _OUR_EXTRAS = {"model_type", "architectures", "eos_token_id", "auto_map"}  # in config.json beside the ModelConfig
 
@@ -50,6 +53,8 @@ def save(path: Path, model: Transformer, tokenizer: Tokenizer, *, training_state
         if training_state is not None:
             (unfinished / _STATE).parent.mkdir()
             torch.save(training_state, unfinished / _STATE)
+        sums = {str(f.relative_to(unfinished)): _checksum(f) for f in unfinished.rglob("*") if f.is_file()}
+        (unfinished / _CHECKSUMS).write_text(json.dumps(sums, indent=2))
         for file in (*unfinished.rglob("*"), unfinished):
             _flush(file)
         if path.exists():
@@ -63,6 +68,58 @@ def save(path: Path, model: Transformer, tokenizer: Tokenizer, *, training_state
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return path
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def verify(path: Path) -> None:
+    """Raise ValueError naming the first file of a checkpoint that is missing or not as it was written."""
+    if not (path / _CHECKSUMS).is_file():
+        raise ValueError(f"{path} has no {_CHECKSUMS}: it was not written by mor or not to its end")
+    for name, expected in json.loads((path / _CHECKSUMS).read_text()).items():
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing")
+        if _checksum(path / name) != expected:
+            raise ValueError(f"{path / name} is damaged: its checksum is not the one it was written with")
+
+
+def newest_intact(run: Path) -> Path | None:
+    """The newest checkpoint of a run, None if it has none yet.
+
+    Raises ValueError if that one is damaged, naming the newest one that is not.
+    """
+    found = sorted(run.glob("checkpoints/step-*"))
+    problems: dict[Path, ValueError] = {}
+    for path in reversed(found):
+        try:
+            verify(path)
+        except ValueError as error:
+            problems[path] = error
+            continue
+        if not problems:
+            return path
+        doomed = " ".join(str(p) for p in problems)
+        raise ValueError(
+            f"{problems[found[-1]]}; {path} is intact: to go on from there, delete what is damaged (rm -r {doomed})"
+        ) from problems[found[-1]]
+    if problems:
+        raise ValueError(f"{problems[found[-1]]}; no checkpoint of {run} is intact") from problems[found[-1]]
+    return None
+
+
+def tidy(folder: Path) -> None:
+    """Undo what a killed process left in a folder of checkpoints: halves of new ones, old ones set aside."""
+    for left in folder.glob(".*.tmp"):
+        shutil.rmtree(left)
+    for aside in folder.glob(".*.old"):
+        name = aside.name.removeprefix(".").rsplit(".", 2)[0]
+        if (folder / name).exists() or aside.name.endswith(".removed.old"):
+            shutil.rmtree(aside)
+        else:  # killed between the two renames of a replacement
+            aside.rename(folder / name)
 
 
 def _flush(path: Path) -> None:
@@ -118,6 +175,6 @@ def load_training_state(path: str | Path) -> dict[str, Any]:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint; it disappears from view first, so that an interruption leaves no half of it."""
-    doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
+    doomed = path.with_name(f".{path.name}.removed.old")
     path.rename(doomed)
     shutil.rmtree(doomed)

@@ -72,13 +72,17 @@ class Train:
     """TOML file with the settings below; an earlier run's train.json works too."""
     resume: bool = False
     """Continue the run in --out with the settings it was started with."""
+    cooldown_steps: int | None = None
+    """With --branch-from: steps in which the learning rate decays from there to its end."""
     choice: Annotated[ModelChoice, arg(name="")] = field(default_factory=ModelChoice)
     settings: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
 
     def run(self, console: Console) -> None:
-        from mor.train import load_config, train
+        from mor.train import branch, load_config, train
 
         settings = self.settings
+        if self.cooldown_steps is not None and settings.branch_from is not None:
+            settings = branch(settings.branch_from, cooldown_steps=self.cooldown_steps, out=settings.out)
         if self.resume:
             saved = Path(settings.out) / "train.json"
             if not saved.is_file():
@@ -258,6 +262,10 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _train_defaults(arguments: list[str]) -> Train:
     """Defaults of `mor train` as its --config and model choice make them, so that single flags refine those."""
 
@@ -267,12 +275,14 @@ def _train_defaults(arguments: list[str]) -> Train:
         choice: Annotated[ModelChoice, arg(name="")] = field(default_factory=ModelChoice)
 
     given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in arguments if a.startswith("--")}
-    ignored = given - {"resume", "out", "help"}
-    if "resume" in given and ignored:
-        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(ignored))
-        raise ValueError(
-            f"--resume keeps the settings the run was started with and takes only --out; leave out {flags}"
-        )
+    for mode, allowed in {"resume": ["out"], "branch_from": ["cooldown_steps", "out"]}.items():
+        if mode in given and (ignored := given - {mode, "help", *allowed}):
+            flags, takes = (", ".join(map(_flag, names)) for names in (sorted(ignored), allowed))
+            raise ValueError(
+                f"{_flag(mode)} keeps the settings the run was started with and takes only {takes}; leave out {flags}"
+            )
+    if ("branch_from" in given) != ("cooldown_steps" in given):
+        raise ValueError("--branch-from CHECKPOINT and --cooldown-steps N go together")
     start, _ = tyro.cli(Start, args=arguments, return_unknown_args=True, add_help=False)
     if start.config is None:
         settings = TrainConfig(model=start.choice.build())

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mor.routing import ExpertChoiceRouter, FixedDepthRouter, Router, Routing, TokenChoiceRouter
 
 
 class MetricsLog:
@@ -15,19 +20,62 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, truncate_to: int | None = None) -> None:
         self.path = path
-        kept = []
-        if truncate_to is not None and path.is_file():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= truncate_to]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(line + "\n" for line in kept))
+        kept = read_metrics(path) if truncate_to is not None and path.is_file() else []
+        unfinished = path.with_name(f".{path.name}.tmp")
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept if row["step"] <= (truncate_to or 0)))
+        unfinished.replace(path)
 
     def write(self, **values: Any) -> None:
+        """NaN and infinity, which JSON has not, become null."""
+        finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a metrics.jsonl; a last line cut off by a crash is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+@torch.no_grad()
+def router_health(router: Router, routings: Sequence[Routing]) -> dict[str, Any]:
+    """What shows whether routing works, over the forwards of one step.
+
+    share_per_recursion: of all tokens. depth_entropy: of the depths that tokens took, 1 if all are equally
+    frequent. dead_positions: share of columns in which no row reached the last recursion. agreement: share
+    of decisions that threshold selection would have taken the same way (expert-choice). max_violation: how
+    far the most chosen depth lies above the mean load (token-choice).
+    """
+    tokens = sum(len(r.tokens) for r in routings)
+    taken = [sum(c) for c in zip(*(r.tokens_per_recursion() for r in routings), strict=True)]
+    found: dict[str, Any] = {"mean_depth": sum(taken) / tokens, "share_per_recursion": [c / tokens for c in taken]}
+    if len(taken) == 1 or type(router) is FixedDepthRouter:
+        return found
+    depth = torch.cat([r.depth_M for r in routings])
+    share = torch.bincount(depth, minlength=len(taken) + 1)[1:] / tokens
+    found["depth_entropy"] = float(torch.special.entr(share).sum()) / math.log(len(taken))
+    reached = torch.stack([r.selected_BT(len(taken) - 1).any(0) for r in routings]).any(0)
+    found["dead_positions"] = 1 - float(reached.float().mean())
+    if isinstance(router, ExpertChoiceRouter):
+        found["agreement"] = _agreement(router, routings)
+    if isinstance(router, TokenChoiceRouter):
+        found["max_violation"] = float(share.max()) * len(taken) - 1
+    return found
+
+
+def _agreement(router: ExpertChoiceRouter, routings: Sequence[Routing]) -> float | None:
+    same = count = 0
+    for routing in routings:
+        for step in routing.steps:
+            if step.causal_logit_C is None or routing.capacities[step.recursion] == 1:
+                continue
+            selected_M = routing.selected_M(step.recursion)
+            chosen_C = selected_M if step.candidate_C is None else selected_M[step.candidate_C]
+            same += int((chosen_C == (step.causal_logit_C.sigmoid() > router.threshold_R[step.recursion])).sum())
+            count += chosen_C.numel()
+    return same / count if count else None
 
 
 class ProgressLine:
