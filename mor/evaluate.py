@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from mor.config import Selection
 from mor.data import TokenData
@@ -60,8 +59,9 @@ def evaluate(
     taken = torch.zeros(max_depth or model.config.num_recursions)
     for start in range(0, count, batch_size):
         block = torch.stack([data.window(i, length) for i in chosen[start : start + batch_size]]).long().to(device)
-        output = model(block[:, :-1], selection=selection, max_depth=max_depth)
-        nll += F.cross_entropy(output.logits_BTV.flatten(0, 1).float(), block[:, 1:].flatten(), reduction="sum").item()
+        targets_BT = block[:, 1:]
+        output = model(block[:, :-1], targets_BT=targets_BT, selection=selection, max_depth=max_depth)
+        nll += output.nll.item() * targets_BT.numel()
         taken += torch.tensor(output.routing.tokens_per_recursion())
     tokens = count * length
     bytes_per_token = data.num_bytes / len(data.tokens)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor
@@ -171,10 +170,10 @@ def total_steps(config: TrainConfig) -> int:
     return max(1, len(warm) + round(left / step_flops(config, config.capacity_warmup_steps)))
 
 
-def compute_loss(output: Output, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Total loss to minimise, and the language-model loss alone, both means over tokens."""
-    lm_loss = F.cross_entropy(output.logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
-    return lm_loss + output.routing.weighted_loss, lm_loss
+def compute_loss(output: Output) -> Tensor:
+    """What training minimises: language-model loss plus the weighted auxiliary losses, means over tokens."""
+    assert output.nll is not None
+    return output.nll + output.routing.weighted_loss
 
 
 def train_step(config: TrainConfig, state: TrainState, batches: Iterator[Any], total: int) -> StepResult:
@@ -184,10 +183,11 @@ def train_step(config: TrainConfig, state: TrainState, batches: Iterator[Any], t
     for _ in range(config.accumulate):
         batch, state.data = next(batches)
         with _autocast(config, device):
-            output = model(batch.tokens_BT.to(device), selection="topk", capacities=capacities)
-            loss, lm_loss = compute_loss(output, batch.targets_BT.to(device))
+            tokens_BT, targets_BT = batch.tokens_BT.to(device), batch.targets_BT.to(device)
+            output = model(tokens_BT, targets_BT=targets_BT, selection="topk", capacities=capacities)
+            loss = compute_loss(output)
         (loss / config.accumulate).backward()
-        losses.append(lm_loss.detach())
+        losses.append(output.nll.detach())
         routings.append(output.routing)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
     result = StepResult(torch.stack(losses).mean().item(), grad_norm.item(), routings)

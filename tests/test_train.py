@@ -167,10 +167,11 @@ def poisoned(monkeypatch, steps):
 
     real = module.compute_loss
 
-    def loss(output, targets_BT):
+    def loss(output):
         loss.calls += 1
-        total, lm_loss = real(output, targets_BT)
-        return (total * math.nan, lm_loss * math.nan) if loss.calls in steps else (total, lm_loss)
+        if loss.calls in steps:
+            output.nll.data.fill_(math.nan)
+        return real(output)
 
     loss.calls = 0
     monkeypatch.setattr(module, "compute_loss", loss)
