@@ -1,4 +1,4 @@
-"""mor demo | train | eval | generate | costs"""
+"""mor demo | data | train | eval | generate | costs"""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg, subcommand
 
 from mor.config import KVStrategyName, ModelConfig, RouterKind, Selection, Sharing, from_dict, preset
+from mor.shards import PrepareConfig
 from mor.train import TrainConfig
 
 
@@ -65,6 +66,72 @@ class Demo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataPrepare:
+    """Tokenize text into memory-mapped shards that training reads. Run it again to continue where it stopped.
+
+    SOURCES are files (.txt, .jsonl, these as .gz or .zst, .parquet), folders of them, or hub:OWNER/NAME.
+    """
+
+    sources: Positional[tuple[str, ...]]
+    out: Path
+    settings: Annotated[PrepareConfig, arg(name="")] = field(default_factory=PrepareConfig)
+    json: bool = False
+    """Print the manifest without its shards as JSON in the last line."""
+
+    def run(self, console: Console) -> None:
+        from mor.shards import prepare
+
+        _print_manifest(prepare(self.sources, self.out, self.settings, console=console), self.out, self.json, console)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInfo:
+    """What a prepared directory holds."""
+
+    folder: Positional[Path]
+    json: bool = False
+
+    def run(self, console: Console) -> None:
+        from mor.shards import read_manifest
+
+        _print_manifest(read_manifest(self.folder), self.folder, self.json, console)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Token shards: prepare them, or look at them."""
+
+    command: Annotated[
+        Annotated[DataPrepare, subcommand("prepare")] | Annotated[DataInfo, subcommand("info")], arg(name="")
+    ]
+
+    def run(self, console: Console) -> None:
+        self.command.run(console)
+
+
+def _print_manifest(manifest: dict[str, Any], folder: Path, as_json: bool, console: Console) -> None:
+    splits = {name: {k: v for k, v in s.items() if k != "shards"} for name, s in manifest["splits"].items()}
+    tokenizer = manifest["settings"]["tokenizer"]
+    made = Table(title=str(folder), title_justify="left")
+    for name in ("split", "documents", "tokens", "bytes", "bytes/token"):
+        made.add_column(name, justify="left" if name == "split" else "right")
+    for name, s in splits.items():
+        counts = (f"{s[key]:,}" for key in ("documents", "tokens", "bytes"))
+        made.add_row(name, *counts, f"{s['bytes'] / s['tokens']:.2f}")
+    console.print(made)
+    console.print(
+        f"tokenizer {tokenizer['asked']} ({tokenizer['vocab_size']:,} tokens, {tokenizer['fingerprint']}) · "
+        f"{manifest['empty']:,} empty documents and {manifest['broken']:,} broken records left out",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for problem in manifest["problems"]:
+        console.print(f"  broken: {problem}", highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(manifest | {"splits": splits}))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Train one model. Settings come from --config (TOML), then the model choice, then single flags."""
 
@@ -98,7 +165,7 @@ class Eval:
 
     checkpoint: Positional[Path]
     data: Path | None = None
-    """A .txt or .jsonl file, evaluated whole. Default: the validation documents of the checkpoint's run."""
+    """A file or folder of text, or prepared data, evaluated whole. Default: the validation text of the run."""
     text_field: str = "text"
     routing: Selection = "threshold"
     """topk is the paper's evaluation: it sees the future, and the result is labelled non-causal."""
@@ -113,11 +180,13 @@ class Eval:
         from mor.evaluate import Evaluation, evaluate, leak
 
         config, model, tokenizer = load(self.checkpoint)
-        length, data = self._data(tokenizer, config)
+        length, mask, data = self._data(tokenizer, config)
         caps = range(1, config.num_recursions + 1) if self.by_depth else [config.num_recursions]
         rows: list[Evaluation] = []
         for cap in caps:
-            settings: dict[str, Any] = dict(seq_len=length, max_windows=self.max_windows, max_depth=cap)
+            settings: dict[str, Any] = dict(
+                seq_len=length, max_windows=self.max_windows, max_depth=cap, document_mask=mask
+            )
             rows += leak(model, data, **settings) if self.routing == "topk" else [evaluate(model, data, **settings)]
         if self.json:
             _print_json([asdict(row) for row in rows])
@@ -133,17 +202,19 @@ class Eval:
             made.add_row(label, str(row.max_depth), *("" if x is None else _cell(x) for x in figures))
         console.print(made)
 
-    def _data(self, tokenizer: Any, config: ModelConfig) -> tuple[int, Any]:
+    def _data(self, tokenizer: Any, config: ModelConfig) -> tuple[int, bool, Any]:
+        """Window length, whether documents are masked (as in the run), and the text."""
         from mor.checkpoint import resolve
-        from mor.data import DataConfig, load_corpus, read_documents, tokenize
+        from mor.data import DataConfig, load_corpus, load_tokens
         from mor.train import load_config
 
         saved = resolve(self.checkpoint).parent.parent / "train.json"
         run = load_config(saved) if saved.is_file() else None
         length = self.seq_len or (run.seq_len if run else config.max_seq_len)
+        mask = run.data.document_mask if run else False
         if self.data:
-            return length, tokenize(read_documents(self.data, self.text_field), tokenizer)
-        return length, load_corpus(run.data if run else DataConfig(), tokenizer).validation
+            return length, mask, load_tokens(self.data, tokenizer, self.text_field)
+        return length, mask, load_corpus(run.data if run else DataConfig(), tokenizer).validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +301,7 @@ class Costs:
 
 Command = (
     Annotated[Demo, subcommand("demo")]
+    | Annotated[Data, subcommand("data")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Generate, subcommand("generate")]

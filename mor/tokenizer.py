@@ -5,6 +5,7 @@ All three are one thing, a ``tokenizers`` pipeline, so a saved one loads in tran
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
+_SAMPLE = "  Größe 日本語 don't \t\n\n def f(x): return x**2 # 1234567 naïve CO₂ 🙂 e\u0301 A\u00a0B " + END_OF_TEXT
 
 
 class Tokenizer:
@@ -26,6 +28,12 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size()
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for tokenizers that make the same tokens: of the vocabulary and of a sample of its work."""
+        known = json.dumps([sorted(self.backend.get_vocab().items()), self.end_of_text_id, self.encode(_SAMPLE)])
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids

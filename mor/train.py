@@ -157,7 +157,7 @@ def capacities_at(config: TrainConfig, step: int) -> tuple[float, ...]:
 
 
 def step_flops(config: TrainConfig, step: int) -> float:
-    """Training FLOPs of a step, exact for static capacities."""
+    """Training FLOPs of a step, exact for static capacities. Documents are counted as if they were not masked."""
     sequences = config.batch_size * config.accumulate
     return sequences * costs.train_flops(config.model, config.seq_len, capacities=capacities_at(config, step))
 
@@ -183,8 +183,13 @@ def train_step(config: TrainConfig, state: TrainState, batches: Iterator[Any], t
     for _ in range(config.accumulate):
         batch, state.data = next(batches)
         with _autocast(config, device):
-            tokens_BT, targets_BT = batch.tokens_BT.to(device), batch.targets_BT.to(device)
-            output = model(tokens_BT, targets_BT=targets_BT, selection="topk", capacities=capacities)
+            output = model(
+                batch.tokens_BT.to(device),
+                targets_BT=batch.targets_BT.to(device),
+                documents_BT=None if batch.documents_BT is None else batch.documents_BT.to(device),
+                selection="topk",
+                capacities=capacities,
+            )
             loss = compute_loss(output)
         (loss / config.accumulate).backward()
         losses.append(output.nll.detach())
@@ -302,7 +307,9 @@ def _loop(
     interrupted: list[bool],
 ) -> bool:
     """Steps until ``total`` or an interruption; True if it got to the end."""
-    batches = corpus.train.batches(config.batch_size, config.seq_len, seed=config.seed, state=state.data)
+    batches = corpus.train.batches(
+        config.batch_size, config.seq_len, seed=config.seed, state=state.data, documents=config.data.document_mask
+    )
     warned: str | None = None
     skipped_in_a_row = 0
     while state.step < total:
@@ -320,7 +327,13 @@ def _loop(
         rate = result.tokens / elapsed_s
         progress.update(state.step, f"loss {result.loss:.3f} · {rate:,.0f} tok/s · depth {result.mean_depth:.2f}")
         if state.step % config.eval_every == 0 or state.step == total:
-            found = evaluate(state.model, corpus.validation, seq_len=config.seq_len, max_windows=config.eval_windows)
+            found = evaluate(
+                state.model,
+                corpus.validation,
+                seq_len=config.seq_len,
+                max_windows=config.eval_windows,
+                document_mask=config.data.document_mask,
+            )
             message = collapse_message(found.share_per_recursion)
             if message and message != warned:
                 progress.note(f"warning: step {state.step}: {message}")

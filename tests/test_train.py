@@ -382,7 +382,7 @@ def test_evaluation_is_causal_unless_asked_and_says_so(data, tmp_path):
     causal = evaluate(model, validation, seq_len=32)
     leaking = evaluate(model, validation, seq_len=32, selection="topk")
     assert causal.causal and not leaking.causal and causal.nll != leaking.nll
-    per_byte = causal.nll / math.log(2) * len(validation.tokens) / validation.num_bytes
+    per_byte = causal.nll / math.log(2) * len(validation) / validation.num_bytes
     assert causal.bits_per_byte == pytest.approx(per_byte)
     one_by_one = evaluate(model, validation, seq_len=32, batch_size=1)
     assert one_by_one.nll == pytest.approx(causal.nll, rel=1e-5)
