@@ -6,18 +6,32 @@ All three are one thing, a ``tokenizers`` pipeline, so a saved one loads in tran
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
+# Files beside tokenizer.json that transformers reads: special tokens, chat templates, limits.
+_COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
 
 
 class Tokenizer:
-    def __init__(self, backend: tokenizers.Tokenizer, *, end_of_text: str = END_OF_TEXT) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, *, end_of_text: str = END_OF_TEXT, files: Mapping[str, str] | None = None
+    ) -> None:
+        """files: names and texts of a Hugging Face tokenizer's other files, which save writes as they are."""
         self.backend, self.end_of_text = backend, end_of_text
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_text}
+        self.files = dict(files or {"tokenizer_config.json": json.dumps(settings, indent=2)})
         end_id = backend.token_to_id(end_of_text)
         if end_id is None:
             raise ValueError(f"the tokenizer has no token {end_of_text!r} to end a document with")
@@ -51,8 +65,9 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         self.backend.save(str(folder / "tokenizer.json"))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_of_text}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+        for name, text in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -60,11 +75,30 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{folder} holds no tokenizer.json; give 'bytes', 'bpe' or a tokenizer directory")
-        end = END_OF_TEXT
-        if (folder / "tokenizer_config.json").is_file():
-            end = json.loads((folder / "tokenizer_config.json").read_text()).get("eos_token") or END_OF_TEXT
+        found = sorted(path for pattern in _COMPANIONS for path in folder.glob(pattern))
+        files = {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in found}
+        special = json.loads(files.get("special_tokens_map.json", "{}"))
+        end = (special | json.loads(files.get("tokenizer_config.json", "{}"))).get("eos_token") or END_OF_TEXT
         end = end["content"] if isinstance(end, dict) else end
-        return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), end_of_text=end)
+        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return cls(backend, end_of_text=end, files=files)
+
+    @classmethod
+    def from_transformers(cls, theirs: Any) -> Tokenizer:
+        """A transformers tokenizer with all its settings. Raises ValueError for one without a fast form."""
+        if not theirs.is_fast:
+            raise ValueError(f"{type(theirs).__name__} has no tokenizer.json form; mor reads fast tokenizers only")
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.save_pretrained(folder)
+            return cls.load(folder)
+
+    def to_transformers(self) -> Any:
+        """The same tokenizer as transformers reads it from a checkpoint."""
+        from transformers import AutoTokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder))
+            return AutoTokenizer.from_pretrained(folder)
 
 
 def byte_tokenizer() -> Tokenizer:
