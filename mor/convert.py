@@ -314,35 +314,52 @@ def _read_llama(name: str, *, gguf: Path | None) -> Source:
     except ImportError as error:
         raise ValueError('this source needs transformers: pip install "mixture-of-recursions[hf]"') from error
     transformers.utils.logging.disable_progress_bar()
-    which = {} if gguf is None else {"gguf_file": gguf.name}
+    which, rule = {}, "default"
+    if gguf is not None:
+        which, rule = {"gguf_file": gguf.name}, _check_gguf(gguf)
     try:
         llama_config(AutoConfig.from_pretrained(name, **which))  # before the weights, which may be large
         theirs = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **which)
         tokenizer = Tokenizer.from_transformers(AutoTokenizer.from_pretrained(name, **which))
     except (OSError, ImportError) as error:
         raise ValueError(f"transformers cannot read {gguf or name}: {str(error).strip().splitlines()[0]}") from error
-    if gguf is not None:
-        restore_pre_tokenizer(tokenizer, gguf)
+    _restore_pre_tokenizer(tokenizer, rule)
     return Source("Llama", from_llama(theirs), tokenizer, theirs.dtype)
 
 
-def restore_pre_tokenizer(tokenizer: Tokenizer, gguf: Path) -> None:
-    """Give back what transformers leaves out of a GGUF's tokenizer: how text is cut before BPE.
+def _check_gguf(gguf: Path) -> str:
+    """How the file says to cut text before BPE. Raises ValueError for scaled rotary angles.
 
-    Warns where the GGUF names a rule that is not known here.
+    transformers reads neither from a GGUF, and would compute something else in silence.
     """
-    from gguf import GGUFReader
+    try:
+        from gguf import GGUFReader, GGUFValueType
+    except ImportError as error:
+        raise ValueError('GGUF files need gguf: pip install "mixture-of-recursions[hf]"') from error
+    reader = GGUFReader(gguf)
+    values = {
+        name.partition(".")[2]: f.contents()
+        for name, f in reader.fields.items()
+        if f.types[:1] == [GGUFValueType.STRING]
+    }
+    scaling = values.get("rope.scaling.type", "none")
+    if scaling != "none" or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+        raise ValueError(
+            f"{gguf.name} scales rotary angles (rope.scaling.type={scaling!r} or rope_freqs), which mor has not"
+        )
+    return values.get("ggml.pre", "default")
 
-    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
-    rule = "default" if field is None else field.contents()
+
+def _restore_pre_tokenizer(tokenizer: Tokenizer, rule: str) -> None:
+    """Cut text as the GGUF says; transformers always cuts as GPT-2 does. Warns about a rule not known here."""
     if rule == "smollm":  # digits stand alone
         tokenizer.backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     elif rule not in ("default", "gpt-2"):
         warnings.warn(
-            f"{gguf.name} cuts text by rule {rule!r}, which transformers does not read from GGUF; some texts may get "
-            "other tokens than in training. Prefer the model's original directory",
+            f"this GGUF cuts text by rule {rule!r}, which transformers does not read; some texts may get other "
+            "tokens than in training. Prefer the model's original directory",
             stacklevel=2,
         )
 
