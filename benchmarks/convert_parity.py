@@ -64,13 +64,13 @@ def main():
     texts = read_texts(options.validation)
     data = tokenize(texts, tokenizer)
     total = data.windows(options.seq_len)
-    largest, largest_back, scale = 0.0, 0.0, 0.0
+    scale, there, back_again = [], [], []
     for i in range(options.windows):
         ids = data.window(i * total // options.windows, options.seq_len)[None, :-1].long()
         expected = theirs(ids).logits
-        scale = max(scale, expected.abs().max().item())
-        largest = max(largest, (ours(ids).logits_BTV - expected).abs().max().item())
-        largest_back = max(largest_back, (again(ids).logits - expected).abs().max().item())
+        scale.append(expected.abs().max())
+        there.append((ours(ids).logits_BTV - expected).abs().max())
+        back_again.append((again(ids).logits - expected).abs().max())
     turns = [[{"role": "user", "content": q}] for q in QUESTIONS]
     prompts = [template.apply_chat_template(t, add_generation_prompt=True).input_ids for t in turns]
     prompts += [tokenizer.encode(text.text)[:64] for text in texts[:: len(texts) // 5]]
@@ -88,9 +88,9 @@ def main():
     found = {
         "source": options.source.name,
         "tokens": options.windows * options.seq_len,
-        "largest_logit": scale,
-        "max_abs_difference": largest,
-        "max_abs_difference_after_the_way_back": largest_back,
+        "largest_logit": torch.stack(scale).max().item(),
+        "max_abs_difference": torch.stack(there).max().item(),
+        "max_abs_difference_after_the_way_back": torch.stack(back_again).max().item(),
         "weights_bit_equal_after_the_way_back": all(torch.equal(w, weights[n]) for n, w in theirs.state_dict().items()),
         "greedy_prompts_equal": f"{same} of {len(prompts)}, {options.new_tokens} tokens each",
         "chat_template_equal": all(
