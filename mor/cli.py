@@ -1,4 +1,4 @@
-"""mor demo | data | train | eval | generate | costs"""
+"""mor demo | data | train | eval | generate | convert | costs"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg, subcommand
 
-from mor.config import KVStrategyName, ModelConfig, RouterKind, Selection, Sharing, from_dict, preset
+from mor.config import KVStrategyName, ModelConfig, RouterConfig, RouterKind, Selection, Sharing, from_dict, preset
 from mor.shards import PrepareConfig
 from mor.train import TrainConfig
 
@@ -219,10 +219,15 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Continue a text with a checkpoint."""
+    """Continue a text with a checkpoint, or chat with it."""
 
     checkpoint: Positional[Path]
-    prompt: str
+    prompt: str | None = None
+    """Text to continue. With --chat the question; without one, questions are read line by line."""
+    chat: bool = False
+    """Put the prompt into the tokenizer's chat template and print the answer alone."""
+    system: str | None = None
+    """System message for --chat."""
     max_new_tokens: int = 100
     temperature: float = 0.8
     """0 is greedy."""
@@ -238,48 +243,134 @@ class Generate:
     json: bool = False
 
     def run(self, console: Console) -> None:
+        from mor.chat import Chat
         from mor.checkpoint import load
-        from mor.generate import SamplingParams, generate, stream
+        from mor.generate import generate
         from mor.show import depth_legend, depth_text
 
+        self._check()
         config, model, tokenizer = load(self.checkpoint)
-        params = SamplingParams(
+        chat = Chat(tokenizer) if self.chat else None
+        stops = chat.stop_token_ids if chat else (tokenizer.end_of_text_id,)
+        if chat and self.prompt is None:
+            self._converse(model, tokenizer, chat)
+            return
+        assert self.prompt is not None
+        ids = chat.prompt(self._messages(self.prompt)) if chat else tokenizer.encode(self.prompt)
+        ids = ids or [tokenizer.end_of_text_id]
+        if not self.show_depth and not self.json:
+            print("" if chat else self.prompt, end="", flush=True)
+            self._print_stream(model, tokenizer, ids, stops)
+            return
+        result = generate(model, [ids], self._params(stops), max_depth=self.max_depth)[0]
+        if self.json:
+            found = {"prompt": self.prompt, "text": tokenizer.decode(result.token_ids), **asdict(result)}
+            print(json.dumps(found | {"mean_depth": result.mean_depth}))
+            return
+        console.print(depth_legend(config.num_recursions, console))
+        console.print(depth_text(tokenizer, result, console), soft_wrap=True)
+        console.print(f"mean depth {result.mean_depth:.2f} of {config.num_recursions}", highlight=False)
+
+    def _check(self) -> None:
+        if self.prompt is None and (not self.chat or self.show_depth or self.json):
+            raise ValueError("no prompt was given; add --prompt TEXT (only plain --chat reads lines instead)")
+        if self.system is not None and not self.chat:
+            raise ValueError("--system is a message of the chat template; add --chat")
+
+    def _params(self, stop_token_ids: tuple[int, ...]) -> Any:
+        from mor.generate import SamplingParams
+
+        return SamplingParams(
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             seed=self.seed,
-            stop_token_ids=(tokenizer.end_of_text_id,),
+            stop_token_ids=stop_token_ids,
         )
-        ids = tokenizer.encode(self.prompt) or [tokenizer.end_of_text_id]
-        if not self.show_depth and not self.json:
-            print(self.prompt, end="", flush=True)
-            new: list[int] = []
-            shown = ""
-            for event in stream(model, [ids], params, max_depth=self.max_depth):
-                new.append(event.token_id)
-                text = tokenizer.decode(new)
-                if not text.endswith("\ufffd") or event.finish_reason:  # wait for the rest of a character
-                    print(text[len(shown) :], end="", flush=True)
-                    shown = text
-            print()
-            return
-        result = generate(model, [ids], params, max_depth=self.max_depth)[0]
+
+    def _messages(self, *turns: str) -> list[dict[str, str]]:
+        """The system message, then user and assistant in turn."""
+        said = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        return ([] if self.system is None else [{"role": "system", "content": self.system}]) + said
+
+    def _print_stream(self, model: Any, tokenizer: Any, ids: list[int], stops: tuple[int, ...]) -> str:
+        from mor.generate import stream
+
+        new: list[int] = []
+        shown = ""
+        for event in stream(model, [ids], self._params(stops), max_depth=self.max_depth):
+            new.append(event.token_id)
+            text = tokenizer.decode(new)
+            if not text.endswith("\ufffd") or event.finish_reason:  # wait for the rest of a character
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        print()
+        return shown
+
+    def _converse(self, model: Any, tokenizer: Any, chat: Any) -> None:
+        """Answer each line of the standard input, remembering those before."""
+        turns: list[str] = []
+        if sys.stdin.isatty():
+            print("Type a line and press Enter; end with Ctrl-D.")
+        for line in sys.stdin:
+            if line.strip():
+                ids = chat.prompt(self._messages(*turns, line.strip()))
+                turns += [line.strip(), self._print_stream(model, tokenizer, ids, chat.stop_token_ids)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Turn a Llama-type model into a mor checkpoint, or back, or into the start of a recursive or MoR model.
+
+    SOURCE is a Llama directory, a .gguf file, a name on the Hugging Face hub, or a mor checkpoint or run.
+    """
+
+    source: Positional[str]
+    out: Positional[Path]
+    to: Literal["mor", "llama"] = "mor"
+    """llama writes a directory that transformers reads as LlamaForCausalLM."""
+    num_recursions: int | None = None
+    """Start a model that applies its shared layers this often. Default: copy the source as it is."""
+    sharing: Sharing | None = None
+    """Default: middle_cycle."""
+    init: Literal["stepwise", "average", "lower", "upper", "random"] | None = None
+    """Source layers that the shared ones start from: at regular intervals (default), the mean of those they
+    stand in for, the first, the last, or none."""
+    num_layers: int | None = None
+    """Effective depth. Default: the one nearest to the source's that the sharing scheme allows."""
+    router: RouterKind | None = None
+    """Default: expert_choice with several recursions; fixed gives a Recursive Transformer."""
+    gate: Literal["paper", "residual"] | None = None
+    """paper (default): h + g * Stack(h); residual: h + g * (Stack(h) - h)."""
+    alpha: float | None = None
+    """Scale of the gate. Default: the paper's for this router."""
+    kv_strategy: KVStrategyName | None = None
+    """Default: recursion_wise."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Default: the source's; GGUF weights become float32."""
+    seed: int = 0
+    """For fresh weights: routers and --init random."""
+    json: bool = False
+
+    def run(self, console: Console) -> None:
+        from mor.convert import convert
+
+        options = ("sharing", "init", "num_layers", "router", "gate", "alpha", "kv_strategy")
+        given = {name: value for name in options if (value := getattr(self, name)) is not None}
+        if given and self.num_recursions is None:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"a plain copy has no use for {flags}; add --num-recursions N or leave it out")
+        gate = {name: given.pop(name) for name in ("gate", "alpha") if name in given}
+        kind = given.pop("router", "expert_choice" if (self.num_recursions or 1) > 1 else "fixed")
+        router = RouterConfig(kind=kind, **gate)
+        settings: dict[str, Any] = given | {"router": router, "dtype": self.dtype, "seed": self.seed}
+        done = convert(self.source, self.out, to=self.to, num_recursions=self.num_recursions, **settings)
         if self.json:
-            print(
-                json.dumps(
-                    {
-                        "prompt": self.prompt,
-                        "text": tokenizer.decode(result.token_ids),
-                        **asdict(result),
-                        "mean_depth": result.mean_depth,
-                    }
-                )
-            )
+            print(json.dumps(asdict(done)))
             return
-        console.print(depth_legend(config.num_recursions, console))
-        console.print(depth_text(tokenizer, result, console), soft_wrap=True)
-        console.print(f"mean depth {result.mean_depth:.2f} of {config.num_recursions}", highlight=False)
+        for line in done.lines():
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,6 +396,7 @@ Command = (
     | Annotated[Train, subcommand("train")]
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Generate, subcommand("generate")]
+    | Annotated[Convert, subcommand("convert")]
     | Annotated[Costs, subcommand("costs")]
 )
 

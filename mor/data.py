@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mor.shards import MANIFEST, read_manifest
 from mor.sources import Document, draw, python_documents, read_documents
-from mor.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from mor.tokenizer import Tokenizer, train_bpe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class DataConfig:
     """Validation text of the same kinds. None: a share of the documents, or the prepared validation split."""
     text_field: str = "text"
     tokenizer: str = "bpe"
-    """'bytes', 'bpe' (trained on the training documents), or a tokenizer directory; prepared data has its own."""
+    """'bytes', 'bpe' (trained on the training documents), a directory or hub name; prepared data has its own."""
     vocab_size: int = 2048
     """Size of the trained BPE."""
     validation_share: float = 0.05
@@ -227,11 +227,9 @@ def _map_shard(folder: Path, shard: dict, dtype: str) -> Part:
 
 
 def _make_tokenizer(config: DataConfig, train: list[Document]) -> Tokenizer:
-    if config.tokenizer == "bytes":
-        return byte_tokenizer()
     if config.tokenizer == "bpe":
         return train_bpe((d.text for d in train), config.vocab_size)
-    return Tokenizer.load(config.tokenizer)
+    return Tokenizer.find(config.tokenizer)
 
 
 def tokenize(documents: list[Document], tokenizer: Tokenizer) -> TokenData:

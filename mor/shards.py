@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mor.sources import Record, Source, draw, find_sources
-from mor.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from mor.tokenizer import COMPANIONS, Tokenizer, train_bpe
 
 FORMAT = 1
 MANIFEST, JOURNAL = "manifest.json", "progress.jsonl"
@@ -128,14 +128,12 @@ def _begun(out: Path) -> dict[str, Any] | None:
     if (out / MANIFEST).is_file():
         return read_manifest(out)["settings"]
     if not (out / JOURNAL).is_file():
-        if stranger := next((p for p in out.iterdir() if p.name not in _TOKENIZER_FILES), None):
+        expected = {"tokenizer.json", *(name.split("/")[0] for name in COMPANIONS)}
+        if stranger := next((p for p in out.iterdir() if p.name not in expected), None):
             raise ValueError(f"{out} holds other things, such as {stranger.name}; choose an empty or new directory")
         return None
     with (out / JOURNAL).open(encoding="utf-8") as journal:
         return json.loads(journal.readline())
-
-
-_TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
 
 
 def _tokenizer(config: PrepareConfig, sources: Sequence[Source], out: Path, begun: dict[str, Any] | None) -> Tokenizer:
@@ -146,7 +144,7 @@ def _tokenizer(config: PrepareConfig, sources: Sequence[Source], out: Path, begu
     if trained:
         tokenizer = train_bpe(_first_texts(sources, int(config.bpe_megabytes * 1e6)), config.vocab_size)
     else:
-        tokenizer = byte_tokenizer() if config.tokenizer == "bytes" else Tokenizer.load(config.tokenizer)
+        tokenizer = Tokenizer.find(config.tokenizer)
     if begun is None:
         tokenizer.save(out)
     return tokenizer
