@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,22 +64,43 @@ class Part(NamedTuple):
     tokens: np.ndarray
     ends: np.ndarray
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    def open(self) -> Part:
+        return self
+
+
+class Shard(NamedTuple):
+    """A part on disk. It is mapped when it is read: there may be more of them than files a process may open."""
+
+    file: Path
+    dtype: str
+    num_tokens: int
+
+    def open(self) -> Part:
+        return _map(self)
+
+
+@lru_cache(maxsize=128)
+def _map(shard: Shard) -> Part:
+    ends = np.load(shard.file.with_suffix(".ends.npy"), mmap_mode="r")
+    return Part(np.memmap(shard.file, dtype=shard.dtype, mode="r"), ends)
+
 
 @dataclass(frozen=True)
 class TokenData:
     """A token stream, every document closed by end-of-text. num_bytes: UTF-8 bytes of its text."""
 
-    parts: Sequence[Part]
+    parts: Sequence[Part | Shard]
+    num_documents: int
     num_bytes: int
-
-    @cached_property
-    def num_documents(self) -> int:
-        return sum(len(part.ends) for part in self.parts)
 
     @cached_property
     def starts(self) -> list[int]:
         """First token of each part, and of what would follow."""
-        return [0, *np.cumsum([len(part.tokens) for part in self.parts]).tolist()]
+        return [0, *np.cumsum([part.num_tokens for part in self.parts]).tolist()]
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -107,7 +128,7 @@ class TokenData:
         for part, begin in zip(self.parts[first:], self.starts[first:], strict=False):
             if begin >= stop:
                 return
-            yield part, max(start - begin, 0), min(stop - begin, len(part.tokens))
+            yield part.open(), max(start - begin, 0), min(stop - begin, part.num_tokens)
 
     def windows(self, seq_len: int) -> int:
         """Sequences of seq_len tokens with their targets that the stream holds."""
@@ -215,15 +236,16 @@ def open_shards(folder: str | Path, split: str, tokenizer: Tokenizer) -> TokenDa
     if split not in manifest["splits"]:
         raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(manifest['splits'])}")
     found = manifest["splits"][split]
-    return TokenData([_map_shard(folder, s, manifest["settings"]["dtype"]) for s in found["shards"]], found["bytes"])
+    shards = [_find_shard(folder, shard, manifest["settings"]["dtype"]) for shard in found["shards"]]
+    return TokenData(shards, found["documents"], found["bytes"])
 
 
-def _map_shard(folder: Path, shard: dict, dtype: str) -> Part:
+def _find_shard(folder: Path, shard: dict, dtype: str) -> Shard:
     file = folder / f"{shard['name']}.bin"
     expected = shard["tokens"] * np.dtype(dtype).itemsize
     if not file.is_file() or file.stat().st_size != expected:
         raise ValueError(f"{file} is missing or not {expected} bytes long; delete {folder} and prepare it again")
-    return Part(np.memmap(file, dtype=dtype, mode="r"), np.load(file.with_suffix(".ends.npy"), mmap_mode="r"))
+    return Shard(file, dtype, shard["tokens"])
 
 
 def _make_tokenizer(config: DataConfig, train: list[Document]) -> Tokenizer:
@@ -237,7 +259,7 @@ def tokenize(documents: list[Document], tokenizer: Tokenizer) -> TokenData:
     end = [tokenizer.end_of_text_id]
     tokens = np.concatenate([np.array(document + end, dtype=np.uint32) for document in ids])
     ends = np.cumsum([len(document) + 1 for document in ids], dtype=np.int64)
-    return TokenData([Part(tokens, ends)], sum(len(d.text.encode()) for d in documents))
+    return TokenData([Part(tokens, ends)], len(documents), sum(len(d.text.encode()) for d in documents))
 
 
 def split_documents(documents: list[Document], validation_share: float) -> tuple[list[Document], list[Document]]:

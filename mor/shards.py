@@ -11,6 +11,7 @@ The main process reads, workers tokenize and write. At most ``workers + 2`` chun
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -76,7 +78,8 @@ class Chunk:
     broken: int = 0
     problems: list[str] = field(default_factory=list)
     next_place: tuple[int, int] = (0, 0)
-    characters: int = 0
+    size: int = 0
+    """Characters; a record without text counts as 100, so that a long run of them ends as well."""
     bytes_read: int = 0
 
 
@@ -96,20 +99,34 @@ def prepare(
     if left_out:
         console.print(f"left out {len(left_out)} file(s) of other kinds, such as {left_out[0]}", highlight=False)
     out.mkdir(parents=True, exist_ok=True)
-    for half in out.glob(".*.tmp"):
-        half.unlink()
-    begun = _begun(out)
-    tokenizer = _tokenizer(config, sources, out, begun)
-    settings = _settings(config, sources, tokenizer)
-    if begun is not None:
-        _refuse_changes(begun, settings, out)
-    if (out / MANIFEST).is_file():
-        console.print(f"{out} is complete: nothing to do", highlight=False)
-        return read_manifest(out)
-    if begun is None:
-        _write_atomically(out / JOURNAL, json.dumps(settings).encode() + b"\n")
-    _tokenize(config, sources, out, settings, console)
-    return _finish(out, settings)
+    with _lock(out):
+        for half in out.glob(".*.tmp"):
+            half.unlink()
+        begun = _begun(out)
+        tokenizer = _tokenizer(config, sources, out, begun)
+        settings = _settings(config, sources, tokenizer)
+        if begun is not None:
+            _refuse_changes(begun, settings, out)
+        if (out / MANIFEST).is_file():
+            console.print(f"{out} is complete: nothing to do", highlight=False)
+            return read_manifest(out)
+        if begun is None:
+            _write_atomically(out / JOURNAL, json.dumps(settings).encode() + b"\n")
+        _tokenize(config, sources, out, settings, console)
+        return _finish(out, settings)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """One process at a time; the system lets go of a killed one's lock."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"another process is preparing {folder}; wait for it, or choose another directory") from None
+    finally:
+        os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -142,7 +159,7 @@ def _tokenizer(config: PrepareConfig, sources: Sequence[Source], out: Path, begu
     if trained and begun is not None and begun["tokenizer"]["asked"] == _asked(config):
         return Tokenizer.load(out)
     if trained:
-        tokenizer = train_bpe(_first_texts(sources, int(config.bpe_megabytes * 1e6)), config.vocab_size)
+        tokenizer = train_bpe(_first_texts(config, sources), config.vocab_size)
     else:
         tokenizer = Tokenizer.find(config.tokenizer)
     if begun is None:
@@ -150,12 +167,14 @@ def _tokenizer(config: PrepareConfig, sources: Sequence[Source], out: Path, begu
     return tokenizer
 
 
-def _first_texts(sources: Sequence[Source], characters: int) -> Iterator[str]:
+def _first_texts(config: PrepareConfig, sources: Sequence[Source]) -> Iterator[str]:
+    """The first training documents."""
+    characters = config.bpe_megabytes * 1e6
     for source in sources:
         for record, _ in source.read():
             if characters <= 0:
                 return
-            if record.text.strip():
+            if record.text.strip() and draw(record.name) >= config.validation_share:
                 characters -= len(record.text)
                 yield record.text
 
@@ -205,7 +224,7 @@ def _refuse_changes(begun: dict[str, Any], now: dict[str, Any], out: Path) -> No
 
 
 def _chunks(sources: Sequence[Source], size: int, number: int, place: tuple[int, int]) -> Iterator[Chunk]:
-    """Chunks of at least ``size`` characters from ``place`` (source, record) on; the last may be smaller."""
+    """Chunks of at least ``size`` from ``place`` (source, record) on; the last may be smaller."""
     chunk = Chunk(number)
     finished_bytes = sum(source.num_bytes or 0 for source in sources[: place[0]])
     for index in range(place[0], len(sources)):
@@ -213,7 +232,7 @@ def _chunks(sources: Sequence[Source], size: int, number: int, place: tuple[int,
         for record, read in sources[index].read(done):
             done += 1
             _take(chunk, record)
-            if chunk.characters >= size:
+            if chunk.size >= size:
                 chunk.next_place, chunk.bytes_read = (index, done), finished_bytes + read
                 yield chunk
                 chunk = Chunk(chunk.number + 1)
@@ -224,6 +243,7 @@ def _chunks(sources: Sequence[Source], size: int, number: int, place: tuple[int,
 
 
 def _take(chunk: Chunk, record: Record) -> None:
+    chunk.size += len(record.text) or 100
     if record.problem:
         chunk.broken += 1
         if len(chunk.problems) < SHOWN_PROBLEMS:
@@ -232,7 +252,6 @@ def _take(chunk: Chunk, record: Record) -> None:
         chunk.empty += 1
     else:
         chunk.documents.append((record.name, record.text))
-        chunk.characters += len(record.text)
 
 
 def _tokenize(

@@ -17,8 +17,9 @@ import sys
 import sysconfig
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -159,17 +160,17 @@ def find_sources(
             found.append(FileSource(path, path.name, text_field))
     if subset and not any(isinstance(s, HubSource) for s in found):
         raise ValueError(f"subset={subset!r} is for hub data sets; write hub:OWNER/NAME or leave it out")
-    _refuse_repeats(found)
-    return found, left_out
+    return _with_own_names(found), left_out
 
 
-def _refuse_repeats(sources: list[Source]) -> None:
-    seen = set()
-    for source in sources:
-        place = source.path.resolve() if isinstance(source, FileSource) else source.name
-        if place in seen:
-            raise ValueError(f"{place} is given twice; leave one out")
-        seen.add(place)
+def _with_own_names(sources: list[Source]) -> list[Source]:
+    """Files of equal names are named by their paths. Raises ValueError if a source is given twice."""
+    places = [str(s.path.resolve()) if isinstance(s, FileSource) else s.name for s in sources]
+    place, times = Counter(places).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{place} is given twice; leave one out")
+    frequency = Counter(s.name for s in sources)
+    return [replace(s, name=str(s.path)) if isinstance(s, FileSource) and frequency[s.name] > 1 else s for s in sources]
 
 
 def _hidden(path: Path) -> bool:

@@ -71,7 +71,7 @@ def test_validation_documents_stay_when_others_are_added():
 
 
 def test_batches_are_a_function_of_seed_and_position():
-    data = TokenData([Part(np.arange(101), np.array([101]))], 100)
+    data = TokenData([Part(np.arange(101), np.array([101]))], 1, 100)
     stream = data.batches(3, 10, seed=1, state=DataState())
     seen = [next(stream) for _ in range(9)]
     again = data.batches(3, 10, seed=1, state=seen[3][1])

@@ -44,15 +44,16 @@ def test_shards_hold_every_document_with_its_end(prepared):
     seen = []
     for split in ("train", "validation"):
         data = open_shards(out, split, tokenizer)
-        assert len(data.parts) > 3 and data.parts[0].tokens.dtype == np.uint16
-        assert isinstance(data.parts[0].tokens, np.memmap) and isinstance(data.parts[0].ends, np.memmap)
+        first = data.parts[0].open()
+        assert len(data.parts) > 3 and first.tokens.dtype == np.uint16
+        assert isinstance(first.tokens, np.memmap) and isinstance(first.ends, np.memmap)
         counts = manifest["splits"][split]
         assert (len(data), data.num_documents, data.num_bytes) == (
             counts["tokens"],
             counts["documents"],
             counts["bytes"],
         )
-        for part in data.parts:
+        for part in (shard.open() for shard in data.parts):
             for start, end in zip([0, *part.ends[:-1]], part.ends, strict=True):
                 assert part.tokens[end - 1] == tokenizer.end_of_text_id
                 seen.append(tokenizer.decode(part.tokens[start : end - 1].tolist()))
@@ -125,6 +126,17 @@ def test_kills_at_any_moment_change_nothing(prepared, tmp_path):
     found = prepare([source], again, SMALL)
     assert content(again) == content(out) and not list(again.glob(".*.tmp"))
     assert found["splits"] == manifest["splits"] and found["empty"] == manifest["empty"]
+
+
+def test_two_processes_do_not_prepare_the_same_directory(prepared):
+    import fcntl
+
+    source, out, _ = prepared
+    other = os.open(out, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another process is preparing"):
+        prepare([source], out, SMALL)
+    os.close(other)
 
 
 def test_finished_files_are_not_read_again(tmp_path, monkeypatch):
@@ -245,6 +257,9 @@ def test_folders_are_walked_in_order_and_tell_what_they_leave_out(tmp_path):
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "x.md").write_text("x")
         find_sources([tmp_path / "other"])
+    write_jsonl(tmp_path / "in" / "b" / "a.jsonl", TEXTS[4:5])
+    twins, _ = find_sources([tmp_path / "in" / "a.jsonl", tmp_path / "in" / "b" / "a.jsonl"])
+    assert twins[0].name != twins[1].name, "documents are told apart by their source's name"
     with pytest.raises(ValueError, match="given twice"):
         find_sources([tmp_path / "in", tmp_path / "in" / "a.jsonl"])
     with pytest.raises(ValueError, match="is not a file or folder"):
@@ -331,7 +346,7 @@ def split_up(tokens, ends, borders):
     for border in [*borders, len(tokens)]:
         parts.append(Part(tokens[start:border], ends[(ends > start) & (ends <= border)] - start))
         start = border
-    return TokenData(parts, 100)
+    return TokenData(parts, len(ends), 100)
 
 
 def test_windows_cross_the_borders_of_shards():
