@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from mor import checkpoint
+from mor.optim import OptimConfig, build_optimizers
 
 SETTINGS = """
 steps = {steps}
@@ -110,14 +110,22 @@ def newest(out: Path) -> str:
 
 
 def identical(a: Path, b: Path) -> bool:
-    weights = [load_file(checkpoint.resolve(run) / "model.safetensors") for run in (a, b)]
-    states = [checkpoint.load_training_state(run) for run in (a, b)]
-    moments = [s["optimizer"]["state"] for s in states]
+    tensors, counters = zip(*map(everything, (a, b)), strict=True)
     return (
-        all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
-        and all(torch.equal(moments[0][i][k], moments[1][i][k]) for i in moments[0] for k in moments[0][i])
-        and all(states[0][k] == states[1][k] for k in ("step", "position", "tokens", "flops"))
+        tensors[0].keys() == tensors[1].keys()
+        and all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+        and all(counters[0][k] == counters[1][k] for k in ("step", "position", "tokens", "flops"))
     )
+
+
+def everything(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Weights and moments by name, and the counters of a run's newest checkpoint."""
+    _, model, _ = checkpoint.load(run)
+    optimizers = build_optimizers(model, OptimConfig())
+    checkpoint.load_optimizers(run, model, optimizers)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    moments = {f"{names[p]} {k}": v for p, state in optimizers[0].state.items() for k, v in state.items()}
+    return model.state_dict() | moments, checkpoint.load_progress(run)
 
 
 if __name__ == "__main__":

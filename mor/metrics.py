@@ -12,14 +12,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mor.distributed import ALONE, Ranks
 from mor.routing import ExpertChoiceRouter, FixedDepthRouter, Router, Routing, TokenChoiceRouter
 
 
 class MetricsLog:
     """Appends one JSON object per line; ``truncate_to`` drops what a continued run will write again."""
 
-    def __init__(self, path: Path, *, truncate_to: int | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, truncate_to: int | None = None, active: bool = True) -> None:
+        """active: False writes nothing, for all ranks but the first."""
+        self.path, self.active = path, active
+        if not active:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = read_metrics(path) if truncate_to is not None and path.is_file() else []
         unfinished = path.with_name(f".{path.name}.tmp")
@@ -28,6 +32,8 @@ class MetricsLog:
 
     def write(self, **values: Any) -> None:
         """NaN and infinity, which JSON has not, become null."""
+        if not self.active:
+            return
         finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(finite) + "\n")
@@ -40,32 +46,38 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def router_health(router: Router, routings: Sequence[Routing]) -> dict[str, Any]:
-    """What shows whether routing works, over the forwards of one step.
+def router_health(router: Router, routings: Sequence[Routing], ranks: Ranks = ALONE) -> dict[str, Any]:
+    """What shows whether routing works, over the forwards of one step on all ranks.
 
     share_per_recursion: of all tokens. depth_entropy: of the depths that tokens took, 1 if all are equally
     frequent. dead_positions: share of columns in which no row reached the last recursion. agreement: share
     of decisions that threshold selection would have taken the same way (expert-choice). max_violation: how
     far the most chosen depth lies above the mean load (token-choice).
     """
-    tokens = sum(len(r.tokens) for r in routings)
-    taken = [sum(c) for c in zip(*(r.tokens_per_recursion() for r in routings), strict=True)]
-    found: dict[str, Any] = {"mean_depth": sum(taken) / tokens, "share_per_recursion": [c / tokens for c in taken]}
-    if len(taken) == 1 or type(router) is FixedDepthRouter:
+    R = router.num_recursions
+    taken = torch.stack([r.selected_M(i).sum() for r in routings for i in range(R)]).view(-1, R).sum(0)
+    depths = torch.cat([r.depth_M for r in routings])
+    load = torch.bincount(depths, minlength=R + 1)
+    counts = ranks.sum(torch.cat([taken, load])).double()
+    taken, load = counts[:R], counts[R:]
+    share = load[1:] / load.sum()
+    found: dict[str, Any] = {
+        "mean_depth": float(taken.sum() / load.sum()),
+        "share_per_recursion": (taken / load.sum()).tolist(),
+    }
+    if R == 1 or type(router) is FixedDepthRouter:
         return found
-    depth = torch.cat([r.depth_M for r in routings])
-    share = torch.bincount(depth, minlength=len(taken) + 1)[1:] / tokens
-    found["depth_entropy"] = float(torch.special.entr(share).sum()) / math.log(len(taken))
-    reached = torch.stack([r.selected_BT(len(taken) - 1).any(0) for r in routings]).any(0)
-    found["dead_positions"] = 1 - float(reached.float().mean())
+    found["depth_entropy"] = float(torch.special.entr(share).sum()) / math.log(R)
+    reached = torch.stack([r.selected_BT(R - 1).any(0) for r in routings]).any(0)
+    found["dead_positions"] = 1 - float(ranks.max(reached.float()).mean())
     if isinstance(router, ExpertChoiceRouter):
-        found["agreement"] = _agreement(router, routings)
+        found["agreement"] = _agreement(router, routings, ranks)
     if isinstance(router, TokenChoiceRouter):
-        found["max_violation"] = float(share.max()) * len(taken) - 1
+        found["max_violation"] = float(share.max()) * R - 1
     return found
 
 
-def _agreement(router: ExpertChoiceRouter, routings: Sequence[Routing]) -> float | None:
+def _agreement(router: ExpertChoiceRouter, routings: Sequence[Routing], ranks: Ranks) -> float | None:
     same = count = 0
     for routing in routings:
         for step in routing.steps:
@@ -75,6 +87,7 @@ def _agreement(router: ExpertChoiceRouter, routings: Sequence[Routing]) -> float
             chosen_C = selected_M if step.candidate_C is None else selected_M[step.candidate_C]
             same += int((chosen_C == (step.causal_logit_C.sigmoid() > router.threshold_R[step.recursion])).sum())
             count += chosen_C.numel()
+    same, count = ranks.sum(torch.tensor([same, count], device=routings[0].tokens.row_M.device)).tolist()
     return same / count if count else None
 
 

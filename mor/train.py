@@ -1,4 +1,4 @@
-"""Training: one loop for every family, on one device.
+"""Training: one loop for every family, on one process or many.
 
 text -> batches -> forward (top-k selection) -> LM loss + auxiliary losses -> step -> checkpoint
 """
@@ -19,15 +19,16 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
-from mor import checkpoint, costs
+from mor import checkpoint, costs, distributed
 from mor.config import ModelConfig, from_dict, preset
-from mor.data import Corpus, DataConfig, DataState, load_corpus
+from mor.data import Batch, Corpus, DataConfig, DataState, load_corpus
+from mor.distributed import Parallel, Ranks, reducing, reshard, spread, whole
 from mor.evaluate import evaluate
 from mor.metrics import MetricsLog, ProgressLine, router_health
 from mor.model import Output, Transformer
-from mor.optim import OptimConfig, build_optimizer, learning_rate
+from mor.optim import OptimConfig, build_optimizers, learning_rate
 from mor.routing import Routing, TokenChoiceRouter
 
 
@@ -47,7 +48,7 @@ class TrainConfig:
     flops: float | None = None
     """Training FLOPs to spend (exact count); replaces steps."""
     batch_size: int = 16
-    """Sequences per forward."""
+    """Sequences per forward and rank."""
     accumulate: int = 1
     """Forwards per optimizer step."""
     seq_len: int = 256
@@ -68,6 +69,10 @@ class TrainConfig:
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
+    parallel: Parallel = "ddp"
+    """Several ranks (torchrun): ddp keeps a copy of everything on each, fsdp a share of everything."""
+    recompute: bool = False
+    """Keep no activations inside the layers; the backward pass makes them again."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "seq_len", "eval_every", "eval_windows", "log_every"):
@@ -75,6 +80,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision={self.precision!r} is not known; choose auto, float32 or bfloat16")
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"parallel={self.parallel!r} is not known; choose ddp or fsdp")
+        if self.parallel == "fsdp" and self.optim.name == "muon":
+            raise ValueError("optim.name='muon' needs whole matrices; use parallel='ddp', or optim.name='adamw'")
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(f"seq_len={self.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}")
         if self.capacity_warmup_steps and self.model.router.kind not in ("expert_choice", "random"):
@@ -86,7 +95,10 @@ class TrainState:
     """Everything that changes from step to step."""
 
     model: Transformer
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
+    ranks: Ranks
+    forward: nn.Module
+    """What a training step calls: the model, or what spreads it over the ranks."""
     step: int = 0
     data: DataState = field(default_factory=DataState)
     tokens: int = 0
@@ -95,22 +107,19 @@ class TrainState:
     skipped: int = 0
     """Steps whose loss or gradient was not finite."""
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "position": self.data.position,
-            "tokens": self.tokens,
-            "flops": self.flops,
-            "train_s": self.train_s,
-            "skipped": self.skipped,
-        }
+    _COUNTERS = ("step", "tokens", "flops", "train_s", "skipped")
 
-    def load(self, saved: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.data = saved["step"], DataState(saved["position"])
-        self.tokens, self.flops, self.train_s = saved["tokens"], saved["flops"], saved["train_s"]
-        self.skipped = saved["skipped"]
+    @property
+    def progress(self) -> dict[str, Any]:
+        """Plain values that say where the run is. Nothing random is left to save: batches follow from the position."""
+        return {name: getattr(self, name) for name in self._COUNTERS} | {"position": self.data.position}
+
+    def load(self, path: Path) -> None:
+        checkpoint.load_optimizers(path, self.model, self.optimizers, ranks=self.ranks)
+        saved = checkpoint.load_progress(path)
+        self.data = DataState(saved["position"])
+        for name in self._COUNTERS:
+            setattr(self, name, saved[name])
 
 
 @dataclass(frozen=True)
@@ -156,18 +165,18 @@ def capacities_at(config: TrainConfig, step: int) -> tuple[float, ...]:
     return tuple(c + (1 - c) * excess for c in config.model.capacities)
 
 
-def step_flops(config: TrainConfig, step: int) -> float:
+def step_flops(config: TrainConfig, step: int, num_ranks: int = 1) -> float:
     """Training FLOPs of a step, exact for static capacities. Documents are counted as if they were not masked."""
-    sequences = config.batch_size * config.accumulate
+    sequences = config.batch_size * config.accumulate * num_ranks
     return sequences * costs.train_flops(config.model, config.seq_len, capacities=capacities_at(config, step))
 
 
-def total_steps(config: TrainConfig) -> int:
+def total_steps(config: TrainConfig, num_ranks: int = 1) -> int:
     if config.flops is None:
         return config.steps
-    warm = [step_flops(config, s) for s in range(config.capacity_warmup_steps)]
+    warm = [step_flops(config, s, num_ranks) for s in range(config.capacity_warmup_steps)]
     left = config.flops - sum(warm)
-    return max(1, len(warm) + round(left / step_flops(config, config.capacity_warmup_steps)))
+    return max(1, len(warm) + round(left / step_flops(config, config.capacity_warmup_steps, num_ranks)))
 
 
 def compute_loss(output: Output) -> Tensor:
@@ -178,36 +187,47 @@ def compute_loss(output: Output) -> Tensor:
 
 def train_step(config: TrainConfig, state: TrainState, batches: Iterator[Any], total: int) -> StepResult:
     """One optimizer step over ``config.accumulate`` batches; weights stay as they are if it is not finite."""
-    model, device = state.model, state.model.embedding.weight.device
+    model, device = state.model, state.ranks.device
     capacities, routings, losses = capacities_at(config, state.step), [], []
-    for _ in range(config.accumulate):
+    for i in range(config.accumulate):
         batch, state.data = next(batches)
-        with _autocast(config, device):
-            output = model(
-                batch.tokens_BT.to(device),
-                targets_BT=batch.targets_BT.to(device),
-                documents_BT=None if batch.documents_BT is None else batch.documents_BT.to(device),
-                selection="topk",
-                capacities=capacities,
-            )
-            loss = compute_loss(output)
-        (loss / config.accumulate).backward()
+        with reducing(state.forward, last=i == config.accumulate - 1):
+            with _autocast(config, device):
+                output = _forward(config, state.forward, batch, capacities, device)
+                loss = compute_loss(output)
+            (loss / config.accumulate).backward()
+        assert output.nll is not None
         losses.append(output.nll.detach())
         routings.append(output.routing)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-    result = StepResult(torch.stack(losses).mean().item(), grad_norm.item(), routings)
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip))
+    result = StepResult(state.ranks.mean(torch.stack(losses).mean()).item(), grad_norm.item(), routings)
     if result.is_finite:
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config.optim, state.step, total)
-        state.optimizer.step()
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optim, state.step, total)
+            optimizer.step()
         _balance(model, routings)
     else:
         state.skipped += 1
-    state.optimizer.zero_grad(set_to_none=True)
+    for optimizer in state.optimizers:
+        optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    state.tokens += config.batch_size * config.accumulate * config.seq_len
-    state.flops += step_flops(config, state.step - 1)
+    state.tokens += config.batch_size * config.accumulate * config.seq_len * state.ranks.size
+    state.flops += step_flops(config, state.step - 1, state.ranks.size)
     return result
+
+
+def _forward(
+    config: TrainConfig, forward: nn.Module, batch: Batch, capacities: Sequence[float], device: torch.device
+) -> Output:
+    return forward(
+        batch.tokens_BT.to(device),
+        targets_BT=batch.targets_BT.to(device),
+        documents_BT=None if batch.documents_BT is None else batch.documents_BT.to(device),
+        selection="topk",
+        capacities=capacities,
+        recompute=config.recompute,
+    )
 
 
 def _autocast(config: TrainConfig, device: torch.device) -> Any:
@@ -236,25 +256,33 @@ def train(
     Ctrl-C or SIGTERM finishes the step, saves and returns with ``finished=False``. Raises TrainingError if
     the loss stays not finite or a checkpoint cannot be written, ValueError if the newest one is damaged.
     """
-    console, out = console or Console(), Path(config.out)
-    if not resume and (out / "metrics.jsonl").exists():
+    with distributed.ranks(config.device) as ranks:
+        shown = (console or Console()) if ranks.is_first else Console(quiet=True)
+        return _train(config, ranks, resume, corpus, shown, label)
+
+
+def _train(
+    config: TrainConfig, ranks: Ranks, resume: bool, corpus: Corpus | None, console: Console, label: str
+) -> TrainResult:
+    out = Path(config.out)
+    if ranks.from_first(not resume and (out / "metrics.jsonl").exists()):
         raise ValueError(f"{out} already holds a run; resume it with --resume, choose another --out, or delete it")
-    start = _start(config, resume, console)
+    start = ranks.from_first(_start(config, resume, console) if ranks.is_first else None)
     saved = checkpoint.load(start) if start else None
     corpus = corpus or load_corpus(config.data, saved.tokenizer if saved else None)
     config = dataclasses.replace(config, model=config.model.replace(vocab_size=corpus.tokenizer.vocab_size))
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    model = Transformer(config.model).init_weights(config.seed).to(device)
-    state = TrainState(model, build_optimizer(model, config.optim))
-    if start and saved:
-        model.load_state_dict(saved.model.state_dict())
-        state.load(checkpoint.load_training_state(start))
-    log = MetricsLog(out / "metrics.jsonl", truncate_to=state.step if resume else None)
-    (out / "train.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
-    total = total_steps(config)
+    model = saved.model.train() if saved else Transformer(config.model).init_weights(config.seed)
+    forward = spread(model.to(ranks.device), ranks, config.parallel)
+    state = TrainState(model, build_optimizers(model, config.optim), ranks, forward)
+    if start:
+        state.load(start)
+    log = MetricsLog(out / "metrics.jsonl", truncate_to=state.step if resume else None, active=ranks.is_first)
+    if ranks.is_first:
+        (out / "train.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+    total = total_steps(config, ranks.size)
     with ProgressLine(console, total, state.step, label) as progress, _interruptible() as interrupted:
         finished = _loop(config, state, corpus, total, log, progress, interrupted)
-    path = _save(config, state, corpus)
+    path = _save(config, state, corpus, total)
     return TrainResult(path, state, corpus, finished)
 
 
@@ -283,7 +311,8 @@ def branch(start: str | Path, *, cooldown_steps: int, out: str) -> TrainConfig:
     if not run.is_file():
         raise ValueError(f"{folder} belongs to no run (no {run})")
     config = load_config(run)
-    step, total = checkpoint.load_training_state(folder)["step"], total_steps(config)
+    saved = checkpoint.load_progress(folder)
+    step, total = saved["step"], saved["total_steps"]
     stable = (math.ceil(total * config.optim.warmup), math.floor(total * (1 - config.optim.cooldown)))
     if config.optim.schedule != "trapezoid" or not stable[0] <= step <= stable[1]:
         raise ValueError(
@@ -308,7 +337,13 @@ def _loop(
 ) -> bool:
     """Steps until ``total`` or an interruption; True if it got to the end."""
     batches = corpus.train.batches(
-        config.batch_size, config.seq_len, seed=config.seed, state=state.data, documents=config.data.document_mask
+        config.batch_size,
+        config.seq_len,
+        seed=config.seed,
+        state=state.data,
+        rank=state.ranks.rank,
+        world_size=state.ranks.size,
+        documents=config.data.document_mask,
     )
     warned: str | None = None
     skipped_in_a_row = 0
@@ -324,7 +359,7 @@ def _loop(
             raise TrainingError(_stop_message(config, state, result))
         if state.step % config.log_every == 0 or state.step == total:
             _log_step(config, state, result, elapsed_s, total, log)
-        rate = result.tokens / elapsed_s
+        rate = result.tokens * state.ranks.size / elapsed_s
         progress.update(state.step, f"loss {result.loss:.3f} · {rate:,.0f} tok/s · depth {result.mean_depth:.2f}")
         if state.step % config.eval_every == 0 or state.step == total:
             found = evaluate(
@@ -334,6 +369,7 @@ def _loop(
                 max_windows=config.eval_windows,
                 document_mask=config.data.document_mask,
             )
+            reshard(state.model)
             message = collapse_message(found.share_per_recursion)
             if message and message != warned:
                 progress.note(f"warning: step {state.step}: {message}")
@@ -353,8 +389,8 @@ def _loop(
                     f"{found.bits_per_byte:.3f} bits/byte · depth {found.mean_depth:.2f} · {rate:,.0f} tok/s"
                 )
         if config.save_every and state.step % config.save_every == 0 and state.step < total:
-            _save(config, state, corpus)
-        if interrupted:
+            _save(config, state, corpus, total)
+        if state.ranks.max(torch.tensor(float(bool(interrupted)), device=state.ranks.device)):
             progress.note(f"interrupted: saved after step {state.step}; continue with --resume")
             return state.step >= total
     return True
@@ -396,17 +432,24 @@ def _log_step(
         grad_norm=result.grad_norm,
         lr=learning_rate(config.optim, state.step - 1, total),
         skipped=state.skipped,
-        tokens_per_s=result.tokens / elapsed_s,
-        **router_health(state.model.recursions.router, result.routings),
+        tokens_per_s=result.tokens * state.ranks.size / elapsed_s,
+        **router_health(state.model.recursions.router, result.routings, state.ranks),
         **result.aux_losses,
     )
 
 
-def _save(config: TrainConfig, state: TrainState, corpus: Corpus) -> Path:
+def _save(config: TrainConfig, state: TrainState, corpus: Corpus, total: int) -> Path:
     folder = Path(config.out) / "checkpoints"
     path = folder / f"step-{state.step:08d}"
     try:
-        checkpoint.save(path, state.model, corpus.tokenizer, training_state=state.to_dict())
+        checkpoint.save(
+            path,
+            state.model,
+            corpus.tokenizer,
+            progress=state.progress | {"total_steps": total},
+            optimizers=state.optimizers,
+            ranks=state.ranks,
+        )
     except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk looks like, by library
         kept = sorted(folder.glob("step-*"))
         raise TrainingError(
@@ -414,7 +457,7 @@ def _save(config: TrainConfig, state: TrainState, corpus: Corpus) -> Path:
             + (f"The last good checkpoint is {kept[-1]}; " if kept else "There is no earlier checkpoint; ")
             + "make room and continue with --resume"
         ) from error
-    if config.keep:
+    if config.keep and state.ranks.is_first:
         for old in sorted(folder.glob("step-*"))[: -config.keep]:
             checkpoint.remove(old)
     return path

@@ -187,8 +187,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(data, tmp_path, monkey
     rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
     assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3]
     assert rows[3]["loss"] is None and rows[5]["loss"] is not None
-    state = checkpoint.load_training_state(tmp_path / "run")
-    assert state["skipped"] == 3 and state["optimizer"]["state"][0]["step"].item() == 9
+    assert checkpoint.load_progress(tmp_path / "run")["skipped"] == 3
+    assert next(iter(result.state.optimizers[0].state.values()))["step"].item() == 9
 
 
 def test_steps_that_stay_not_finite_stop_the_run_with_the_last_good_checkpoint(data, tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(data, tmp_path
     config = settings(data, tmp_path / "run", save_every=4, keep=0)
     train(config, console=quiet())
     newest = tmp_path / "run" / "checkpoints" / "step-00000012"
-    for name in ("model.safetensors", "training_state/state.pt"):
+    for name in ("model.safetensors", "training_state/optimizer/__0_0.distcp"):
         file = newest / name
         whole = file.read_bytes()
         file.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
@@ -224,14 +224,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(data, tmp_path
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(data, tmp_path, monkeypatch):
     config = settings(data, tmp_path / "run", save_every=4)
-    real = torch.save
+    real = checkpoint.dcp.save
 
-    def full(state, file):
-        if state["step"] == 8:
+    def full(*arguments, checkpoint_id, **settings):
+        if "00000008" in str(checkpoint_id):
             raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
-        real(state, file)
+        real(*arguments, checkpoint_id=checkpoint_id, **settings)
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
     with pytest.raises(
         TrainingError, match=r"could not write .*step-00000008.*last good checkpoint is .*step-00000004"
     ):
