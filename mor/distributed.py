@@ -114,6 +114,7 @@ def reducing(forward: nn.Module, last: bool) -> Iterator[None]:
 
     if isinstance(forward, FSDPModule):
         forward.set_requires_gradient_sync(last)
+        forward.set_reshard_after_backward(last)  # the weights stay the same, so one gathering serves the step
         yield
     elif isinstance(forward, nn.parallel.DistributedDataParallel) and not last:
         with forward.no_sync():

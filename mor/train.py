@@ -142,10 +142,13 @@ class StepResult:
     def mean_depth(self) -> float:
         return sum(sum(r.tokens_per_recursion()) for r in self.routings) / self.tokens
 
-    @property
-    def aux_losses(self) -> dict[str, float]:
-        names = self.routings[0].losses
-        return {n: sum(r.losses[n].value.item() for r in self.routings) / len(self.routings) for n in names}
+    def aux_losses(self, ranks: Ranks) -> dict[str, float]:
+        """Means over the forwards of the step on all ranks, without their weights."""
+        names = list(self.routings[0].losses)
+        if not names:
+            return {}
+        values = torch.stack([torch.stack([r.losses[n].value.detach() for n in names]) for r in self.routings])
+        return dict(zip(names, ranks.mean(values.mean(0)).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -434,7 +437,7 @@ def _log_step(
         skipped=state.skipped,
         tokens_per_s=result.tokens * state.ranks.size / elapsed_s,
         **router_health(state.model.recursions.router, result.routings, state.ranks),
-        **result.aux_losses,
+        **result.aux_losses(state.ranks),
     )
 
 
