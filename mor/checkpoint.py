@@ -1,26 +1,41 @@
 """A checkpoint is a directory: config.json, model.safetensors, tokenizer files, training_state/.
 
 transformers reads and writes the same directories (see hf.py), and so names of weights carry its
-prefix. It is written under a temporary name and renamed when complete, so a crash leaves no broken one.
+prefix. It is written under a temporary name and renamed when complete, so a crash leaves no broken one;
+checksums.json tells one that was damaged later.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
 
 from mor.config import ModelConfig
+from mor.distributed import ALONE, Ranks
 from mor.model import Transformer
 from mor.tokenizer import Tokenizer
 
-_STATE = Path("training_state") / "state.pt"
+_PROGRESS = Path("training_state") / "progress.json"
+_OPTIMIZER = Path("training_state") / "optimizer"
+_CHECKSUMS = "checksums.json"
 _PREFIX = "model."  # MoRForCausalLM holds the Transformer under this name
 _OUR_EXTRAS = {"model_type", "architectures", "eos_token_id", "auto_map"}  # in config.json beside the ModelConfig
 
@@ -31,38 +46,130 @@ class Checkpoint(NamedTuple):
     tokenizer: Tokenizer
 
 
-def save(path: Path, model: Transformer, tokenizer: Tokenizer, *, training_state: dict[str, Any] | None = None) -> Path:
-    """Write a checkpoint directory, replacing one of the same name only when the new one is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+def save(
+    path: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    *,
+    progress: dict[str, Any] | None = None,
+    optimizers: Sequence[Optimizer] = (),
+    ranks: Ranks = ALONE,
+) -> Path:
+    """Write a checkpoint directory, replacing one of the same name only when the new one is complete.
+
+    progress: plain values for resuming. optimizers: theirs is written with it, by every rank its share; the
+    weights are always written whole.
+    """
+    unfinished = path.with_name(f".{path.name}.tmp")
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     try:
-        unfinished.mkdir()
-        extras = {
-            "model_type": "mor",
-            "architectures": ["MoRForCausalLM"],
-            "eos_token_id": tokenizer.end_of_text_id,
-        }
-        (unfinished / "config.json").write_text(json.dumps(extras | model.config.to_dict(), indent=2))
-        state = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(state, unfinished / "model.safetensors", metadata={"format": "pt"})
-        tokenizer.save(unfinished)
-        if training_state is not None:
-            (unfinished / _STATE).parent.mkdir()
-            torch.save(training_state, unfinished / _STATE)
-        for file in (*unfinished.rglob("*"), unfinished):
-            _flush(file)
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            path.rename(old)
-            unfinished.rename(path)
-            shutil.rmtree(old)
-        else:
-            unfinished.rename(path)
-        _flush(path.parent)
+        if ranks.is_first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            (unfinished / _PROGRESS).parent.mkdir(parents=True)
+        ranks.wait()
+        state: dict[str, Any] = get_model_state_dict(model, options=options)
+        if optimizers:
+            shares = {"optimizer": get_optimizer_state_dict(model, optimizers)}
+            _quietly(dcp.save, shares, checkpoint_id=unfinished / _OPTIMIZER, no_dist=ranks.size == 1)
+        if ranks.is_first:
+            _write_rest(unfinished, model, state, tokenizer, progress)
+            _rename(unfinished, path)
+        ranks.wait()
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if ranks.is_first:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return path
+
+
+def _write_rest(
+    folder: Path, model: Transformer, state: dict[str, Any], tokenizer: Tokenizer, progress: dict[str, Any] | None
+) -> None:
+    extras = {"model_type": "mor", "architectures": ["MoRForCausalLM"], "eos_token_id": tokenizer.end_of_text_id}
+    (folder / "config.json").write_text(json.dumps(extras | model.config.to_dict(), indent=2))
+    save_file(
+        {_PREFIX + name: tensor.detach().contiguous() for name, tensor in state.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    tokenizer.save(folder)
+    if progress is not None:
+        (folder / _PROGRESS).write_text(json.dumps(progress))
+    else:
+        (folder / _PROGRESS).parent.rmdir()
+    sums = {str(f.relative_to(folder)): _checksum(f) for f in folder.rglob("*") if f.is_file()}
+    (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=2))
+
+
+def _rename(unfinished: Path, path: Path) -> None:
+    for file in (*unfinished.rglob("*"), unfinished):
+        _flush(file)
+    if path.exists():
+        old = path.with_name(f".{path.name}.replaced.old")
+        path.rename(old)
+        unfinished.rename(path)
+        shutil.rmtree(old)
+    else:
+        unfinished.rename(path)
+    _flush(path.parent)
+
+
+def _quietly(function: Callable[..., Any], *arguments: Any, **settings: Any) -> None:
+    """Without the library's notes on running in a single process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        function(*arguments, **settings)
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def verify(path: Path) -> None:
+    """Raise ValueError naming the first file of a checkpoint that is missing or not as it was written."""
+    if not (path / _CHECKSUMS).is_file():
+        raise ValueError(f"{path} has no {_CHECKSUMS}: it was not written by mor or not to its end")
+    for name, expected in json.loads((path / _CHECKSUMS).read_text()).items():
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing")
+        if _checksum(path / name) != expected:
+            raise ValueError(f"{path / name} is damaged: its checksum is not the one it was written with")
+
+
+def newest_intact(run: Path) -> Path | None:
+    """The newest checkpoint of a run, None if it has none yet.
+
+    Raises ValueError if that one is damaged, naming the newest one that is not.
+    """
+    found = sorted(run.glob("checkpoints/step-*"))
+    problems: dict[Path, ValueError] = {}
+    for path in reversed(found):
+        try:
+            verify(path)
+        except ValueError as error:
+            problems[path] = error
+            continue
+        if not problems:
+            return path
+        doomed = " ".join(str(p) for p in problems)
+        raise ValueError(
+            f"{problems[found[-1]]}; {path} is intact: to go on from there, delete what is damaged (rm -r {doomed})"
+        ) from problems[found[-1]]
+    if problems:
+        raise ValueError(f"{problems[found[-1]]}; no checkpoint of {run} is intact") from problems[found[-1]]
+    return None
+
+
+def tidy(folder: Path) -> None:
+    """Undo what a killed process left in a folder of checkpoints: halves of new ones, old ones set aside."""
+    for left in folder.glob(".*.tmp"):
+        shutil.rmtree(left)
+    for aside in folder.glob(".*.old"):
+        name = aside.name.removeprefix(".").rsplit(".", 2)[0]
+        if (folder / name).exists() or aside.name.endswith(".removed.old"):
+            shutil.rmtree(aside)
+        else:  # killed between the two renames of a replacement
+            aside.rename(folder / name)
 
 
 def _flush(path: Path) -> None:
@@ -108,16 +215,25 @@ def read_config(folder: Path) -> ModelConfig:
     return ModelConfig.from_dict({name: value for name, value in values.items() if name not in ignored})
 
 
-def load_training_state(path: str | Path) -> dict[str, Any]:
-    """Optimizer, step, data position and random state. Raises ValueError if the checkpoint has none."""
-    file = resolve(path) / _STATE
+def load_progress(path: str | Path) -> dict[str, Any]:
+    """What ``save`` was given as progress. Raises ValueError if the checkpoint has none."""
+    file = resolve(path) / _PROGRESS
     if not file.is_file():
         raise ValueError(f"{resolve(path)} was saved without training state and cannot be continued")
-    return torch.load(file, map_location="cpu", weights_only=True)
+    return json.loads(file.read_text())
+
+
+def load_optimizers(
+    path: str | Path, model: Transformer, optimizers: Sequence[Optimizer], *, ranks: Ranks = ALONE
+) -> None:
+    """Fill the optimizers of ``model`` from a checkpoint; it may have been written by another number of ranks."""
+    shares = {"optimizer": get_optimizer_state_dict(model, optimizers)}
+    _quietly(dcp.load, shares, checkpoint_id=resolve(path) / _OPTIMIZER, no_dist=ranks.size == 1)
+    set_optimizer_state_dict(model, optimizers, shares["optimizer"])
 
 
 def remove(path: Path) -> None:
     """Delete a checkpoint; it disappears from view first, so that an interruption leaves no half of it."""
-    doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
+    doomed = path.with_name(f".{path.name}.removed.old")
     path.rename(doomed)
     shutil.rmtree(doomed)

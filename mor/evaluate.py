@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from mor.config import Selection
 from mor.data import TokenData
@@ -41,30 +40,36 @@ def evaluate(
     max_windows: int | None = None,
     selection: Selection = "threshold",
     max_depth: int | None = None,
+    document_mask: bool = False,
 ) -> Evaluation:
     """Mean NLL over consecutive windows of the data.
 
     selection: ``topk`` reproduces the paper's evaluation, which sees the future, and is labelled so.
+    document_mask: documents do not see each other, as a model trained so expects.
     max_windows: only that many windows, spread evenly.
     """
     length = seq_len or model.config.max_seq_len
     available = data.windows(length)
     if available < 1:
-        raise ValueError(
-            f"the data holds {len(data.tokens)} tokens, less than one window of {length + 1}; lower seq_len"
-        )
+        raise ValueError(f"the data holds {len(data)} tokens, less than one window of {length + 1}; lower seq_len")
     count = min(max_windows or available, available)
     chosen = [i * available // count for i in range(count)]
     device = model.embedding.weight.device
     nll = 0.0
     taken = torch.zeros(max_depth or model.config.num_recursions)
     for start in range(0, count, batch_size):
-        block = torch.stack([data.window(i, length) for i in chosen[start : start + batch_size]]).long().to(device)
-        output = model(block[:, :-1], selection=selection, max_depth=max_depth)
-        nll += F.cross_entropy(output.logits_BTV.flatten(0, 1).float(), block[:, 1:].flatten(), reduction="sum").item()
+        batch = data.batch(chosen[start : start + batch_size], length, documents=document_mask)
+        output = model(
+            batch.tokens_BT.to(device),
+            targets_BT=batch.targets_BT.to(device),
+            documents_BT=None if batch.documents_BT is None else batch.documents_BT.to(device),
+            selection=selection,
+            max_depth=max_depth,
+        )
+        nll += output.nll.item() * batch.targets_BT.numel()
         taken += torch.tensor(output.routing.tokens_per_recursion())
     tokens = count * length
-    bytes_per_token = data.num_bytes / len(data.tokens)
+    bytes_per_token = data.num_bytes / len(data)
     return Evaluation(
         selection=selection,
         causal=selection == "threshold" or not model.recursions.router.has_topk,

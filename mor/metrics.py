@@ -3,31 +3,92 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mor.distributed import ALONE, Ranks
+from mor.routing import ExpertChoiceRouter, FixedDepthRouter, Router, Routing, TokenChoiceRouter
 
 
 class MetricsLog:
     """Appends one JSON object per line; ``truncate_to`` drops what a continued run will write again."""
 
-    def __init__(self, path: Path, *, truncate_to: int | None = None) -> None:
-        self.path = path
-        kept = []
-        if truncate_to is not None and path.is_file():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= truncate_to]
+    def __init__(self, path: Path, *, truncate_to: int | None = None, active: bool = True) -> None:
+        """active: False writes nothing, for all ranks but the first."""
+        self.path, self.active = path, active
+        if not active:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(line + "\n" for line in kept))
+        kept = read_metrics(path) if truncate_to is not None and path.is_file() else []
+        unfinished = path.with_name(f".{path.name}.tmp")
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept if row["step"] <= (truncate_to or 0)))
+        unfinished.replace(path)
 
     def write(self, **values: Any) -> None:
+        """NaN and infinity, which JSON has not, become null."""
+        if not self.active:
+            return
+        finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a metrics.jsonl; a last line cut off by a crash is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+@torch.no_grad()
+def router_health(router: Router, routings: Sequence[Routing], ranks: Ranks = ALONE) -> dict[str, Any]:
+    """What shows whether routing works, over the forwards of one step on all ranks.
+
+    share_per_recursion: of all tokens. depth_entropy: of the depths that tokens took, 1 if all are equally
+    frequent. dead_positions: share of columns in which no row reached the last recursion. agreement: share
+    of decisions that threshold selection would have taken the same way (expert-choice). max_violation: how
+    far the most chosen depth lies above the mean load (token-choice).
+    """
+    R = router.num_recursions
+    taken = torch.stack([r.selected_M(i).sum() for r in routings for i in range(R)]).view(-1, R).sum(0)
+    depths = torch.cat([r.depth_M for r in routings])
+    load = torch.bincount(depths, minlength=R + 1)
+    counts = ranks.sum(torch.cat([taken, load])).double()
+    taken, load = counts[:R], counts[R:]
+    share = load[1:] / load.sum()
+    found: dict[str, Any] = {
+        "mean_depth": float(taken.sum() / load.sum()),
+        "share_per_recursion": (taken / load.sum()).tolist(),
+    }
+    if R == 1 or type(router) is FixedDepthRouter:
+        return found
+    found["depth_entropy"] = float(torch.special.entr(share).sum()) / math.log(R)
+    reached = torch.stack([r.selected_BT(R - 1).any(0) for r in routings]).any(0)
+    found["dead_positions"] = 1 - float(ranks.max(reached.float()).mean())
+    if isinstance(router, ExpertChoiceRouter):
+        found["agreement"] = _agreement(router, routings, ranks)
+    if isinstance(router, TokenChoiceRouter):
+        found["max_violation"] = float(share.max()) * R - 1
+    return found
+
+
+def _agreement(router: ExpertChoiceRouter, routings: Sequence[Routing], ranks: Ranks) -> float | None:
+    same = count = 0
+    for routing in routings:
+        for step in routing.steps:
+            if step.causal_logit_C is None or routing.capacities[step.recursion] == 1:
+                continue
+            selected_M = routing.selected_M(step.recursion)
+            chosen_C = selected_M if step.candidate_C is None else selected_M[step.candidate_C]
+            same += int((chosen_C == (step.causal_logit_C.sigmoid() > router.threshold_R[step.recursion])).sum())
+            count += chosen_C.numel()
+    same, count = ranks.sum(torch.tensor([same, count], device=routings[0].tokens.row_M.device)).tolist()
+    return same / count if count else None
 
 
 class ProgressLine:

@@ -19,16 +19,19 @@ from torch.utils.checkpoint import checkpoint
 
 from mor.config import ModelConfig, Selection
 from mor.kv_cache import READS, KVCache, KVPass, KVStore, Scratch
+from mor.loss import linear_cross_entropy
 from mor.packing import PackedTokens, pack
 from mor.routing import Routing, build_router
 
 
 @dataclass(frozen=True)
 class Output:
-    """logits_BTV: zeros at padding; with ``last_only`` (B, 1, V), the last token of each row."""
+    """logits_BTV: zeros at padding; with ``last_only`` (B, 1, V), the last token of each row. With targets
+    there are none, and ``nll`` is the mean negative log-likelihood of the targets, in nats."""
 
     logits_BTV: Tensor
     routing: Routing
+    nll: Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -167,6 +170,7 @@ class Transformer(nn.Module):
         *,
         mask_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
+        targets_BT: Tensor | None = None,
         cache: KVCache | None = None,
         selection: Selection = "threshold",
         capacities: Sequence[float] | None = None,
@@ -179,6 +183,7 @@ class Transformer(nn.Module):
         tokens_BT: int64 ids. mask_BT: true at real tokens; padding may be on either side.
         documents_BT: a number per token; tokens of different documents neither attend to nor compete with
         each other, and positions start anew (training and evaluation without a cache).
+        targets_BT: next tokens, -100 where there is none; gives ``nll`` instead of logits, in less memory.
         cache: keys and values of earlier tokens; the new ones are appended.
         selection: ``threshold`` is causal; ``topk`` is the paper's training selection and sees the future.
         capacities: replaces the configured ones (warm-up). max_depth: caps the recursions.
@@ -204,7 +209,15 @@ class Transformer(nn.Module):
         x_MD = self.recursions(x_MD, angles, routing, store, recompute)
         for layer, block in enumerate(self.coda, start=len(self.prelude)):
             x_MD = run(block, x_MD, angles, everyone, layer, recompute=recompute)
+        if targets_BT is not None:
+            target_M = targets_BT.flatten()[tokens.place_M]
+            nll = linear_cross_entropy(self.final_norm(x_MD), self.head_weight, target_M)
+            return Output(x_MD.new_empty(0), routing, nll)
         return Output(self._logits(x_MD, tokens, last_only), routing)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def _check(
         self,
@@ -231,10 +244,9 @@ class Transformer(nn.Module):
             raise ValueError("documents_BT splits lines into several sequences; it takes neither cache nor last_only")
 
     def _logits(self, x_MD: Tensor, tokens: PackedTokens, last_only: bool) -> Tensor:
-        weight = self.embedding.weight if self.head is None else self.head.weight
         if not last_only:
-            return tokens.unpack(F.linear(self.final_norm(x_MD), weight))
-        logits_AV = F.linear(self.final_norm(x_MD[tokens.last_index()]), weight)
+            return tokens.unpack(F.linear(self.final_norm(x_MD), self.head_weight))
+        logits_AV = F.linear(self.final_norm(x_MD[tokens.last_index()]), self.head_weight)
         if tokens.rows is None:
             return logits_AV[:, None]
         return logits_AV.new_zeros(tokens.num_rows, 1, logits_AV.shape[-1]).index_copy(

@@ -13,6 +13,8 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices of the layers, with AdamW for embedding, head, norms and routers."""
     lr: float = 3e-3
     """Peak learning rate."""
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"
@@ -28,6 +30,8 @@ class OptimConfig:
     """Largest norm of the gradient; larger ones are scaled down."""
 
     def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"optim.name={self.name!r} is not known; choose adamw or muon")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optim.schedule={self.schedule!r} is not known; choose from {', '.join(SCHEDULES)}")
         if self.lr <= 0 or self.clip <= 0:
@@ -69,11 +73,22 @@ def learning_rate(config: OptimConfig, step: int, total: int) -> float:
     return config.lr * SCHEDULES[config.schedule](config, step, total)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW; matrices decay, norms do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices of the layers and AdamW for the rest.
+
+    Matrices decay, norms do not. Muon's updates are scaled to the size of AdamW's (Moonlight, arXiv 2502.16982),
+    so one learning rate serves both.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inside = {n for n, p in parameters.items() if p.ndim == 2 and ("attention." in n or "feed_forward." in n)}
+    muon = [parameters[n] for n in parameters if n in inside] if config.name == "muon" else []
+    rest = [p for n, p in parameters.items() if not (muon and n in inside)]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)]
+    if muon:
+        decay = config.weight_decay
+        made.append(torch.optim.Muon(muon, lr=config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return made

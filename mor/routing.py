@@ -251,10 +251,19 @@ class ExpertChoiceRouter(Router):
             routing.add_loss("z_loss", logit_C.square().mean(), self.config.z_loss_weight)
 
 
+def alone(x: Tensor) -> Tensor:
+    """Mean over the ranks of a run, if there is one only."""
+    return x
+
+
 class TokenChoiceRouter(Router):
-    """Each token picks its depth once, from its state before the first recursion (METHOD, section 5)."""
+    """Each token picks its depth once, from its state before the first recursion (METHOD, section 5).
+
+    mean_over_ranks: averages a tensor over all processes of a run, so that all balance the same load.
+    """
 
     bias_R: Tensor
+    mean_over_ranks: Callable[[Tensor], Tensor] = staticmethod(alone)
 
     def __init__(self, config: RouterConfig, dim: int, num_recursions: int) -> None:
         super().__init__(config, dim, num_recursions)
@@ -271,6 +280,7 @@ class TokenChoiceRouter(Router):
         routing.choice_M = choice_M.clamp(max=routing.max_depth)
         if self.config.balancing == "loss":
             share_R = torch.bincount(choice_M - 1, minlength=self.num_recursions) / choice_M.numel()
+            share_R = self.mean_over_ranks(share_R)
             mean_R = (score_MR / score_MR.sum(-1, keepdim=True)).mean(0)
             balance = self.num_recursions * (share_R * mean_R).sum()
             routing.add_loss("balancing", balance, self.config.balancing_weight)
@@ -300,7 +310,7 @@ class TokenChoiceRouter(Router):
     @torch.no_grad()
     def update_bias(self, load_R: Tensor) -> None:
         """Loss-free balancing, once per optimizer step. load_R: tokens that chose each depth."""
-        load_R = load_R.to(self.bias_R)
+        load_R = self.mean_over_ranks(load_R.to(self.bias_R))
         self.bias_R += self.config.bias_update_rate * torch.sign(load_R.mean() - load_R)
 
 

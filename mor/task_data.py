@@ -7,11 +7,13 @@ Two layouts are known. Flat files such as ``hellaswag_val.jsonl.zst`` hold one f
 from __future__ import annotations
 
 import gzip
-import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from mor.sources import damage_errors, unpacked_lines
 
 Record = dict[str, Any]
 
@@ -86,24 +88,14 @@ def _convert(layout: _Layout, record: Record, where: str) -> Record:
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
-    with _open(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
+    with path.open("rb") as file:
+        try:
+            for number, line in enumerate(unpacked_lines(path, file), start=1):
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is not valid JSON: {error}") from None
-
-
-def _open(path: Path) -> io.TextIOBase:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.suffix != ".zst":
-        return path.open(encoding="utf-8")
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ImportError(f'{path} needs zstandard: pip install "mixture-of-recursions[eval]"') from error
-    return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb")), encoding="utf-8")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} is not valid JSON: {error}") from None
+        except (EOFError, gzip.BadGzipFile, zlib.error, *damage_errors()) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def _lambada(record: Record) -> Record:

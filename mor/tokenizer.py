@@ -5,19 +5,35 @@ All three are one thing, a ``tokenizers`` pipeline, so a saved one loads in tran
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
+_SAMPLE = "  Größe 日本語 don't \t\n\n def f(x): return x**2 # 1234567 naïve CO₂ 🙂 e\u0301 A\u00a0B " + END_OF_TEXT
+# Files beside tokenizer.json that transformers reads: special tokens, chat templates, limits.
+COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
 
 
 class Tokenizer:
-    def __init__(self, backend: tokenizers.Tokenizer, *, end_of_text: str = END_OF_TEXT) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, *, end_of_text: str = END_OF_TEXT, files: Mapping[str, str] | None = None
+    ) -> None:
+        """files: names and texts of a Hugging Face tokenizer's other files, which save writes as they are."""
         self.backend, self.end_of_text = backend, end_of_text
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_text}
+        self.files = dict(files or {"tokenizer_config.json": json.dumps(settings, indent=2)})
         end_id = backend.token_to_id(end_of_text)
         if end_id is None:
             raise ValueError(f"the tokenizer has no token {end_of_text!r} to end a document with")
@@ -26,6 +42,12 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size()
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for tokenizers that make the same tokens: of the vocabulary and of a sample of its work."""
+        known = json.dumps([sorted(self.backend.get_vocab().items()), self.end_of_text_id, self.encode(_SAMPLE)])
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -51,20 +73,62 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         self.backend.save(str(folder / "tokenizer.json"))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_of_text}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+        for name, text in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
         """Read a Hugging Face tokenizer directory."""
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
-            raise ValueError(f"{folder} holds no tokenizer.json; give 'bytes', 'bpe' or a tokenizer directory")
-        end = END_OF_TEXT
-        if (folder / "tokenizer_config.json").is_file():
-            end = json.loads((folder / "tokenizer_config.json").read_text()).get("eos_token") or END_OF_TEXT
+            raise ValueError(
+                f"{folder} holds no tokenizer.json; give 'bytes', 'bpe', a tokenizer directory or a hub name"
+            )
+        found = sorted(path for pattern in COMPANIONS for path in folder.glob(pattern))
+        files = {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in found}
+        special = json.loads(files.get("special_tokens_map.json", "{}"))
+        end = (special | json.loads(files.get("tokenizer_config.json", "{}"))).get("eos_token") or END_OF_TEXT
         end = end["content"] if isinstance(end, dict) else end
-        return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), end_of_text=end)
+        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return cls(backend, end_of_text=end, files=files)
+
+    @classmethod
+    def find(cls, name: str) -> Tokenizer:
+        """'bytes', a tokenizer directory (a checkpoint or prepared data holds one too), or a hub name."""
+        if name == "bytes":
+            return byte_tokenizer()
+        if Path(name).exists() or name.count("/") > 1 or name.startswith(("/", ".")):
+            return cls.load(name)
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            raise ValueError(
+                f"no directory {name!r}; a tokenizer of the hub needs transformers: "
+                'pip install "mixture-of-recursions[hf]"'
+            ) from None
+        try:
+            return cls.from_transformers(AutoTokenizer.from_pretrained(name))
+        except OSError as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"{name!r} is neither a directory nor a tokenizer that the hub gave: {first}") from error
+
+    @classmethod
+    def from_transformers(cls, theirs: Any) -> Tokenizer:
+        """A transformers tokenizer with all its settings. Raises ValueError for one without a fast form."""
+        if not theirs.is_fast:
+            raise ValueError(f"{type(theirs).__name__} has no tokenizer.json form; mor reads fast tokenizers only")
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.save_pretrained(folder)
+            return cls.load(folder)
+
+    def to_transformers(self) -> Any:
+        """The same tokenizer as transformers reads it from a checkpoint."""
+        from transformers import AutoTokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder))
+            return AutoTokenizer.from_pretrained(folder)
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Training: one loop for every family, on one device.
+"""Training: one loop for every family, on one process or many.
 
 text -> batches -> forward (top-k selection) -> LM loss + auxiliary losses -> step -> checkpoint
 """
@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
-from mor import checkpoint, costs
+from mor import checkpoint, costs, distributed
 from mor.config import ModelConfig, from_dict, preset
-from mor.data import Corpus, DataConfig, DataState, load_corpus
+from mor.data import Batch, Corpus, DataConfig, DataState, load_corpus
+from mor.distributed import Parallel, Ranks, reducing, reshard, spread, whole
 from mor.evaluate import evaluate
-from mor.metrics import MetricsLog, ProgressLine
+from mor.metrics import MetricsLog, ProgressLine, router_health
 from mor.model import Output, Transformer
-from mor.optim import OptimConfig, build_optimizer, learning_rate
+from mor.optim import OptimConfig, build_optimizers, learning_rate
 from mor.routing import Routing, TokenChoiceRouter
 
 
@@ -47,7 +48,7 @@ class TrainConfig:
     flops: float | None = None
     """Training FLOPs to spend (exact count); replaces steps."""
     batch_size: int = 16
-    """Sequences per forward."""
+    """Sequences per forward and rank."""
     accumulate: int = 1
     """Forwards per optimizer step."""
     seq_len: int = 256
@@ -58,19 +59,31 @@ class TrainConfig:
     save_every: int = 0
     """Steps between checkpoints; 0 saves at the end only."""
     keep: int = 2
-    """Checkpoints that are kept."""
+    """Checkpoints that are kept; 0 keeps all."""
+    max_skipped: int = 5
+    """Steps in a row whose loss or gradient is not finite before the run stops; each one is skipped."""
+    branch_from: str | None = None
+    """Checkpoint of another run's stable phase that this run starts from; it takes that run's settings."""
     log_every: int = 10
     seed: int = 0
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
+    parallel: Parallel = "ddp"
+    """Several ranks (torchrun): ddp keeps a copy of everything on each, fsdp a share of everything."""
+    recompute: bool = False
+    """Keep no activations inside the layers; the backward pass makes them again."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "seq_len", "eval_every", "eval_windows", "keep", "log_every"):
+        for name in ("steps", "batch_size", "accumulate", "seq_len", "eval_every", "eval_windows", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision={self.precision!r} is not known; choose auto, float32 or bfloat16")
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"parallel={self.parallel!r} is not known; choose ddp or fsdp")
+        if self.parallel == "fsdp" and self.optim.name == "muon":
+            raise ValueError("optim.name='muon' needs whole matrices; use parallel='ddp', or optim.name='adamw'")
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(f"seq_len={self.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}")
         if self.capacity_warmup_steps and self.model.router.kind not in ("expert_choice", "random"):
@@ -82,43 +95,57 @@ class TrainState:
     """Everything that changes from step to step."""
 
     model: Transformer
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
+    ranks: Ranks
+    forward: nn.Module
+    """What a training step calls: the model, or what spreads it over the ranks."""
     step: int = 0
     data: DataState = field(default_factory=DataState)
     tokens: int = 0
     flops: float = 0.0
     train_s: float = 0.0
+    skipped: int = 0
+    """Steps whose loss or gradient was not finite."""
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "position": self.data.position,
-            "tokens": self.tokens,
-            "flops": self.flops,
-            "train_s": self.train_s,
-        }
+    _COUNTERS = ("step", "tokens", "flops", "train_s", "skipped")
 
-    def load(self, saved: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.data = saved["step"], DataState(saved["position"])
-        self.tokens, self.flops, self.train_s = saved["tokens"], saved["flops"], saved["train_s"]
+    @property
+    def progress(self) -> dict[str, Any]:
+        """Plain values that say where the run is. Nothing random is left to save: batches follow from the position."""
+        return {name: getattr(self, name) for name in self._COUNTERS} | {"position": self.data.position}
+
+    def load(self, path: Path) -> None:
+        checkpoint.load_optimizers(path, self.model, self.optimizers, ranks=self.ranks)
+        saved = checkpoint.load_progress(path)
+        self.data = DataState(saved["position"])
+        for name in self._COUNTERS:
+            setattr(self, name, saved[name])
 
 
 @dataclass(frozen=True)
 class StepResult:
+    """loss: language-model loss, nats per token. routings: one per forward of the step."""
+
     loss: float
-    """Language-model loss, nats per token."""
-    aux_losses: dict[str, float]
     grad_norm: float
-    tokens_per_recursion: list[int]
-    tokens: int
-    agreement: float | None
-    """Share of router decisions that threshold selection would have made the same way."""
+    routings: list[Routing]
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(r.tokens) for r in self.routings)
 
     @property
     def mean_depth(self) -> float:
-        return sum(self.tokens_per_recursion) / self.tokens
+        return sum(sum(r.tokens_per_recursion()) for r in self.routings) / self.tokens
+
+    @property
+    def aux_losses(self) -> dict[str, float]:
+        names = self.routings[0].losses
+        return {n: sum(r.losses[n].value.item() for r in self.routings) / len(self.routings) for n in names}
 
 
 @dataclass(frozen=True)
@@ -138,57 +165,69 @@ def capacities_at(config: TrainConfig, step: int) -> tuple[float, ...]:
     return tuple(c + (1 - c) * excess for c in config.model.capacities)
 
 
-def step_flops(config: TrainConfig, step: int) -> float:
-    """Training FLOPs of a step, exact for static capacities."""
-    sequences = config.batch_size * config.accumulate
+def step_flops(config: TrainConfig, step: int, num_ranks: int = 1) -> float:
+    """Training FLOPs of a step, exact for static capacities. Documents are counted as if they were not masked."""
+    sequences = config.batch_size * config.accumulate * num_ranks
     return sequences * costs.train_flops(config.model, config.seq_len, capacities=capacities_at(config, step))
 
 
-def total_steps(config: TrainConfig) -> int:
+def total_steps(config: TrainConfig, num_ranks: int = 1) -> int:
     if config.flops is None:
         return config.steps
-    warm = [step_flops(config, s) for s in range(config.capacity_warmup_steps)]
+    warm = [step_flops(config, s, num_ranks) for s in range(config.capacity_warmup_steps)]
     left = config.flops - sum(warm)
-    return max(1, len(warm) + round(left / step_flops(config, config.capacity_warmup_steps)))
+    return max(1, len(warm) + round(left / step_flops(config, config.capacity_warmup_steps, num_ranks)))
 
 
-def compute_loss(output: Output, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Total loss to minimise, and the language-model loss alone, both means over tokens."""
-    lm_loss = F.cross_entropy(output.logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
-    return lm_loss + output.routing.weighted_loss, lm_loss
+def compute_loss(output: Output) -> Tensor:
+    """What training minimises: language-model loss plus the weighted auxiliary losses, means over tokens."""
+    assert output.nll is not None
+    return output.nll + output.routing.weighted_loss
 
 
 def train_step(config: TrainConfig, state: TrainState, batches: Iterator[Any], total: int) -> StepResult:
-    """One optimizer step over ``config.accumulate`` batches."""
-    model, device = state.model, state.model.embedding.weight.device
-    capacities, routings = capacities_at(config, state.step), []
-    lm_sum, aux = 0.0, dict[str, float]()
-    for _ in range(config.accumulate):
+    """One optimizer step over ``config.accumulate`` batches; weights stay as they are if it is not finite."""
+    model, device = state.model, state.ranks.device
+    capacities, routings, losses = capacities_at(config, state.step), [], []
+    for i in range(config.accumulate):
         batch, state.data = next(batches)
-        with _autocast(config, device):
-            output = model(batch.tokens_BT.to(device), selection="topk", capacities=capacities)
-            loss, lm_loss = compute_loss(output, batch.targets_BT.to(device))
-        (loss / config.accumulate).backward()
-        lm_sum += lm_loss.item() / config.accumulate
-        for name, auxiliary in output.routing.losses.items():
-            aux[name] = aux.get(name, 0.0) + auxiliary.value.item() / config.accumulate
+        with reducing(state.forward, last=i == config.accumulate - 1):
+            with _autocast(config, device):
+                output = _forward(config, state.forward, batch, capacities, device)
+                loss = compute_loss(output)
+            (loss / config.accumulate).backward()
+        assert output.nll is not None
+        losses.append(output.nll.detach())
         routings.append(output.routing)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip).item()
-    if not (math.isfinite(lm_sum) and math.isfinite(grad_norm)):
-        raise TrainingError(
-            f"the {'loss' if not math.isfinite(lm_sum) else 'gradient'} is not finite at step {state.step}; "
-            f"lower optim.lr (now {config.optim.lr:g}) or lengthen optim.warmup"
-        )
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config.optim, state.step, total)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    _balance(model, routings)
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip))
+    result = StepResult(state.ranks.mean(torch.stack(losses).mean()).item(), grad_norm.item(), routings)
+    if result.is_finite:
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optim, state.step, total)
+            optimizer.step()
+        _balance(model, routings)
+    else:
+        state.skipped += 1
+    for optimizer in state.optimizers:
+        optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    state.tokens += config.batch_size * config.accumulate * config.seq_len
-    state.flops += step_flops(config, state.step - 1)
-    counts = [sum(c) for c in zip(*(r.tokens_per_recursion() for r in routings), strict=True)]
-    return StepResult(lm_sum, aux, grad_norm, counts, sum(len(r.tokens) for r in routings), agreement(model, routings))
+    state.tokens += config.batch_size * config.accumulate * config.seq_len * state.ranks.size
+    state.flops += step_flops(config, state.step - 1, state.ranks.size)
+    return result
+
+
+def _forward(
+    config: TrainConfig, forward: nn.Module, batch: Batch, capacities: Sequence[float], device: torch.device
+) -> Output:
+    return forward(
+        batch.tokens_BT.to(device),
+        targets_BT=batch.targets_BT.to(device),
+        documents_BT=None if batch.documents_BT is None else batch.documents_BT.to(device),
+        selection="topk",
+        capacities=capacities,
+        recompute=config.recompute,
+    )
 
 
 def _autocast(config: TrainConfig, device: torch.device) -> Any:
@@ -203,24 +242,6 @@ def _balance(model: Transformer, routings: Sequence[Routing]) -> None:
         router.update_bias(torch.bincount(choices - 1, minlength=router.num_recursions))
 
 
-@torch.no_grad()
-def agreement(model: Transformer, routings: Sequence[Routing]) -> float | None:
-    """Share of candidates that threshold selection treats as top-k did (expert-choice)."""
-    limits = getattr(model.recursions.router, "threshold_R", None)
-    if limits is None:
-        return None
-    same = count = 0
-    for routing in routings:
-        for step in routing.steps:
-            if step.causal_logit_C is None or routing.capacities[step.recursion] == 1:
-                continue
-            selected_M = routing.selected_M(step.recursion)
-            chosen_C = selected_M if step.candidate_C is None else selected_M[step.candidate_C]
-            same += int((chosen_C == (step.causal_logit_C.sigmoid() > limits[step.recursion])).sum())
-            count += chosen_C.numel()
-    return same / count if count else None
-
-
 def train(
     config: TrainConfig,
     *,
@@ -231,28 +252,78 @@ def train(
 ) -> TrainResult:
     """Train a model as configured and save it under ``config.out``.
 
-    resume: continue the run in ``config.out``. Ctrl-C finishes the step, saves and returns with
-    ``finished=False``. Raises TrainingError if the loss stops being finite.
+    resume: continue the run in ``config.out`` from its newest checkpoint, or start it if there is none yet.
+    Ctrl-C or SIGTERM finishes the step, saves and returns with ``finished=False``. Raises TrainingError if
+    the loss stays not finite or a checkpoint cannot be written, ValueError if the newest one is damaged.
     """
-    console, out = console or Console(), Path(config.out)
-    if not resume and (out / "metrics.jsonl").exists():
+    with distributed.ranks(config.device) as ranks:
+        shown = (console or Console()) if ranks.is_first else Console(quiet=True)
+        return _train(config, ranks, resume, corpus, shown, label)
+
+
+def _train(
+    config: TrainConfig, ranks: Ranks, resume: bool, corpus: Corpus | None, console: Console, label: str
+) -> TrainResult:
+    out = Path(config.out)
+    if ranks.from_first(not resume and (out / "metrics.jsonl").exists()):
         raise ValueError(f"{out} already holds a run; resume it with --resume, choose another --out, or delete it")
-    saved = checkpoint.load(out) if resume else None
+    start = ranks.from_first(_start(config, resume, console) if ranks.is_first else None)
+    saved = checkpoint.load(start) if start else None
     corpus = corpus or load_corpus(config.data, saved.tokenizer if saved else None)
     config = dataclasses.replace(config, model=config.model.replace(vocab_size=corpus.tokenizer.vocab_size))
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    model = Transformer(config.model).init_weights(config.seed).to(device)
-    state = TrainState(model, build_optimizer(model, config.optim))
-    if saved:
-        model.load_state_dict(saved.model.state_dict())
-        state.load(checkpoint.load_training_state(out))
-    log = MetricsLog(out / "metrics.jsonl", truncate_to=state.step if resume else None)
-    (out / "train.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
-    total = total_steps(config)
+    model = saved.model.train() if saved else Transformer(config.model).init_weights(config.seed)
+    forward = spread(model.to(ranks.device), ranks, config.parallel)
+    state = TrainState(model, build_optimizers(model, config.optim), ranks, forward)
+    if start:
+        state.load(start)
+    log = MetricsLog(out / "metrics.jsonl", truncate_to=state.step if resume else None, active=ranks.is_first)
+    if ranks.is_first:
+        (out / "train.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+    total = total_steps(config, ranks.size)
     with ProgressLine(console, total, state.step, label) as progress, _interruptible() as interrupted:
         finished = _loop(config, state, corpus, total, log, progress, interrupted)
-    path = _save(config, state, corpus, out)
+    path = _save(config, state, corpus, total)
     return TrainResult(path, state, corpus, finished)
+
+
+def _start(config: TrainConfig, resume: bool, console: Console) -> Path | None:
+    """The checkpoint that a run begins with; None for fresh weights."""
+    checkpoint.tidy(Path(config.out) / "checkpoints")
+    if resume:
+        if newest := checkpoint.newest_intact(Path(config.out)):
+            return newest
+        console.print(f"{config.out} has no checkpoint yet: starting at its beginning", highlight=False)
+    if config.branch_from is None:
+        return None
+    start = checkpoint.resolve(config.branch_from)
+    checkpoint.verify(start)
+    return start
+
+
+def branch(start: str | Path, *, cooldown_steps: int, out: str) -> TrainConfig:
+    """Settings of a run that decays the learning rate from a checkpoint of another run's stable phase.
+
+    So one long run serves several budgets (the paper's way). Raises ValueError if the checkpoint lies
+    in the warm-up or in the decay of its own run.
+    """
+    folder = checkpoint.resolve(start)
+    run = folder.parent.parent / "train.json"
+    if not run.is_file():
+        raise ValueError(f"{folder} belongs to no run (no {run})")
+    config = load_config(run)
+    saved = checkpoint.load_progress(folder)
+    step, total = saved["step"], saved["total_steps"]
+    stable = (math.ceil(total * config.optim.warmup), math.floor(total * (1 - config.optim.cooldown)))
+    if config.optim.schedule != "trapezoid" or not stable[0] <= step <= stable[1]:
+        raise ValueError(
+            f"{folder} is at step {step}; a branch needs a checkpoint of the stable phase of a trapezoid schedule, "
+            f"here steps {stable[0]} to {stable[1]} (keep them with --save-every and --keep 0)"
+        )
+    if cooldown_steps < 1:
+        raise ValueError(f"cooldown_steps must be at least 1, got {cooldown_steps}")
+    steps = step + cooldown_steps
+    optim = dataclasses.replace(config.optim, warmup=0.0, cooldown=cooldown_steps / steps)
+    return dataclasses.replace(config, out=out, steps=steps, flops=None, optim=optim, branch_from=str(folder))
 
 
 def _loop(
@@ -265,19 +336,40 @@ def _loop(
     interrupted: list[bool],
 ) -> bool:
     """Steps until ``total`` or an interruption; True if it got to the end."""
-    batches = corpus.train.batches(config.batch_size, config.seq_len, seed=config.seed, state=state.data)
+    batches = corpus.train.batches(
+        config.batch_size,
+        config.seq_len,
+        seed=config.seed,
+        state=state.data,
+        rank=state.ranks.rank,
+        world_size=state.ranks.size,
+        documents=config.data.document_mask,
+    )
     warned: str | None = None
+    skipped_in_a_row = 0
     while state.step < total:
         started = time.perf_counter()
         result = train_step(config, state, batches, total)
         elapsed_s = time.perf_counter() - started
         state.train_s += elapsed_s
+        skipped_in_a_row = 0 if result.is_finite else skipped_in_a_row + 1
+        if skipped_in_a_row:
+            progress.note(f"warning: step {state.step} is skipped: {_not_finite(result)}")
+        if skipped_in_a_row == config.max_skipped:
+            raise TrainingError(_stop_message(config, state, result))
         if state.step % config.log_every == 0 or state.step == total:
             _log_step(config, state, result, elapsed_s, total, log)
-        rate = result.tokens / elapsed_s
+        rate = result.tokens * state.ranks.size / elapsed_s
         progress.update(state.step, f"loss {result.loss:.3f} · {rate:,.0f} tok/s · depth {result.mean_depth:.2f}")
         if state.step % config.eval_every == 0 or state.step == total:
-            found = evaluate(state.model, corpus.validation, seq_len=config.seq_len, max_windows=config.eval_windows)
+            found = evaluate(
+                state.model,
+                corpus.validation,
+                seq_len=config.seq_len,
+                max_windows=config.eval_windows,
+                document_mask=config.data.document_mask,
+            )
+            reshard(state.model)
             message = collapse_message(found.share_per_recursion)
             if message and message != warned:
                 progress.note(f"warning: step {state.step}: {message}")
@@ -297,8 +389,8 @@ def _loop(
                     f"{found.bits_per_byte:.3f} bits/byte · depth {found.mean_depth:.2f} · {rate:,.0f} tok/s"
                 )
         if config.save_every and state.step % config.save_every == 0 and state.step < total:
-            _save(config, state, corpus, Path(config.out))
-        if interrupted:
+            _save(config, state, corpus, total)
+        if state.ranks.max(torch.tensor(float(bool(interrupted)), device=state.ranks.device)):
             progress.note(f"interrupted: saved after step {state.step}; continue with --resume")
             return state.step >= total
     return True
@@ -316,6 +408,19 @@ def collapse_message(share_per_recursion: Sequence[float]) -> str | None:
     )
 
 
+def _not_finite(result: StepResult) -> str:
+    return f"its {'gradient' if math.isfinite(result.loss) else 'loss'} is not finite"
+
+
+def _stop_message(config: TrainConfig, state: TrainState, result: StepResult) -> str:
+    kept = sorted(Path(config.out).glob("checkpoints/step-*"))
+    return (
+        f"{config.max_skipped} steps in a row were skipped, the last at step {state.step}: {_not_finite(result)}; "
+        f"lower optim.lr (now {config.optim.lr:g}) or lengthen optim.warmup. "
+        + (f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was saved before")
+    )
+
+
 def _log_step(
     config: TrainConfig, state: TrainState, result: StepResult, elapsed_s: float, total: int, log: MetricsLog
 ) -> None:
@@ -326,40 +431,58 @@ def _log_step(
         loss=result.loss,
         grad_norm=result.grad_norm,
         lr=learning_rate(config.optim, state.step - 1, total),
-        mean_depth=result.mean_depth,
-        share_per_recursion=[c / result.tokens for c in result.tokens_per_recursion],
-        agreement=result.agreement,
-        tokens_per_s=result.tokens / elapsed_s,
+        skipped=state.skipped,
+        tokens_per_s=result.tokens * state.ranks.size / elapsed_s,
+        **router_health(state.model.recursions.router, result.routings, state.ranks),
         **result.aux_losses,
     )
 
 
-def _save(config: TrainConfig, state: TrainState, corpus: Corpus, out: Path) -> Path:
-    path = out / "checkpoints" / f"step-{state.step:08d}"
-    checkpoint.save(path, state.model, corpus.tokenizer, training_state=state.to_dict())
-    for old in sorted((out / "checkpoints").glob("step-*"))[: -config.keep]:
-        checkpoint.remove(old)
+def _save(config: TrainConfig, state: TrainState, corpus: Corpus, total: int) -> Path:
+    folder = Path(config.out) / "checkpoints"
+    path = folder / f"step-{state.step:08d}"
+    try:
+        checkpoint.save(
+            path,
+            state.model,
+            corpus.tokenizer,
+            progress=state.progress | {"total_steps": total},
+            optimizers=state.optimizers,
+            ranks=state.ranks,
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk looks like, by library
+        kept = sorted(folder.glob("step-*"))
+        raise TrainingError(
+            f"could not write {path}: {error}. "
+            + (f"The last good checkpoint is {kept[-1]}; " if kept else "There is no earlier checkpoint; ")
+            + "make room and continue with --resume"
+        ) from error
+    if config.keep and state.ranks.is_first:
+        for old in sorted(folder.glob("step-*"))[: -config.keep]:
+            checkpoint.remove(old)
     return path
 
 
 @contextmanager
 def _interruptible() -> Iterator[list[bool]]:
-    """A list that the first Ctrl-C fills; the second one interrupts as usual."""
+    """A list that the first Ctrl-C or SIGTERM fills; the next one ends the process as usual."""
     asked: list[bool] = []
+    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
-    def handle(*_: object) -> None:
+    def handle(number: int, _: object) -> None:
         asked.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(number, usual[number])
 
     try:
-        before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not in the main thread: whoever runs us there handles Ctrl-C
+        before = {number: signal.signal(number, handle) for number in usual}
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
         yield asked
         return
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def load_config(path: Path) -> TrainConfig:

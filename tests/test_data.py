@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,13 +10,12 @@ from mor.data import (
     DataConfig,
     DataState,
     Document,
+    Part,
     TokenData,
     load_corpus,
-    python_documents,
-    read_documents,
     split_documents,
-    without_repeats,
 )
+from mor.sources import python_documents, read_documents, without_repeats
 from mor.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 TEXT = "Recursion, n.: see recursion. Größe ☃ 日本語\n\n\tdef f(x): return x\n"
@@ -71,7 +71,7 @@ def test_validation_documents_stay_when_others_are_added():
 
 
 def test_batches_are_a_function_of_seed_and_position():
-    data = TokenData(torch.arange(101, dtype=torch.int32), 100, 1)
+    data = TokenData([Part(np.arange(101), np.array([101]))], 1, 100)
     stream = data.batches(3, 10, seed=1, state=DataState())
     seen = [next(stream) for _ in range(9)]
     again = data.batches(3, 10, seed=1, state=seen[3][1])
@@ -96,9 +96,9 @@ def test_files_of_text_and_jsonl(tmp_path):
     with pytest.raises(ValueError, match=r"a.jsonl:1 has no field 'text'; it has body, id"):
         read_documents(lines)
     lines.write_text("{broken\n")
-    with pytest.raises(ValueError, match=r"a.jsonl:1 is not valid JSON"):
+    with pytest.raises(ValueError, match=r"holds no text; 1 broken record.*a.jsonl:1 is not valid JSON"):
         read_documents(lines)
-    with pytest.raises(ValueError, match=r"give a .txt or .jsonl file"):
+    with pytest.raises(ValueError, match=r"give a .txt, .jsonl"):
         read_documents(tmp_path / "missing.txt")
 
 
@@ -107,6 +107,6 @@ def test_corpus_counts_bytes_and_closes_documents(tmp_path):
     path.write_text("".join(json.dumps({"text": f"é{i}"}) + "\n" for i in range(40)))
     corpus = load_corpus(DataConfig(path=str(path), tokenizer="bytes", validation_share=0.2))
     for part in (corpus.train, corpus.validation):
-        ends = int((part.tokens == corpus.tokenizer.end_of_text_id).sum())
-        assert ends == part.num_documents and len(part.tokens) == part.num_bytes + part.num_documents
+        ends = int((part.tokens(0, len(part)) == corpus.tokenizer.end_of_text_id).sum())
+        assert ends == part.num_documents and len(part) == part.num_bytes + part.num_documents
     assert corpus.train.num_documents + corpus.validation.num_documents == 40

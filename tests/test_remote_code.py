@@ -33,7 +33,7 @@ torch.save((model(tokens).logits.detach(), model(tokens).depths, texts[0]), sys.
 @pytest.mark.parametrize("kv", ["recursion_wise", "hybrid"])
 def test_an_export_needs_no_mor(kv, tmp_path):
     model, tokens = tiny("expert_choice", kv_strategy=kv), random_tokens(2, 9)
-    checkpoint.save(tmp_path / "c", model, byte_tokenizer(), training_state={"step": 1})
+    checkpoint.save(tmp_path / "c", model, byte_tokenizer(), progress={"step": 1})
     export(tmp_path / "c", tmp_path / "out")
     assert not (tmp_path / "out" / "training_state").exists()
     torch.save(tokens, tmp_path / "tokens.pt")

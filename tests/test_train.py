@@ -1,5 +1,6 @@
 """Training end to end on a small corpus: learns, resumes bit for bit, says what is wrong."""
 
+import dataclasses
 import io
 import json
 import math
@@ -7,16 +8,19 @@ import signal
 
 import pytest
 import torch
+from conftest import random_tokens, tiny
 from rich.console import Console
 
 from mor import checkpoint
 from mor.config import RouterConfig, preset
 from mor.data import DataConfig
 from mor.evaluate import evaluate
+from mor.metrics import router_health
 from mor.optim import OptimConfig, learning_rate
 from mor.train import (
     TrainConfig,
     TrainingError,
+    branch,
     capacities_at,
     collapse_message,
     load_config,
@@ -131,9 +135,185 @@ def test_ctrl_c_saves_and_the_run_can_go_on(data, tmp_path, monkeypatch):
     assert resumed.finished and resumed.state.step == 12
 
 
-def test_a_loss_that_is_not_finite_stops_with_plain_words(data, tmp_path):
-    with pytest.raises(TrainingError, match=r"not finite at step \d+; lower optim.lr"):
-        train(settings(data, tmp_path / "run", optim=OptimConfig(lr=1e30, warmup=0.0)), console=quiet())
+def test_sigterm_saves_as_ctrl_c_does(data, tmp_path, monkeypatch):
+    import mor.train as module
+
+    real = module.train_step
+
+    def terminated(*arguments):
+        if arguments[1].step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "train_step", terminated)
+    result = train(settings(data, tmp_path / "run"), console=quiet())
+    assert not result.finished and result.state.step == 4
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_run_without_a_checkpoint_yet_resumes_at_its_beginning(data, tmp_path):
+    config, console = settings(data, tmp_path / "run", steps=3), quiet()
+    whole = train(config, console=quiet())
+    checkpoint.remove(whole.path)
+    again = train(config, resume=True, console=console)
+    assert "starting at its beginning" in console.file.getvalue()
+    for a, b in zip(again.state.model.parameters(), whole.state.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def poisoned(monkeypatch, steps):
+    """Batches of these steps give a loss that is not finite."""
+    import mor.train as module
+
+    real = module.compute_loss
+
+    def loss(output):
+        loss.calls += 1
+        if loss.calls in steps:
+            output.nll.data.fill_(math.nan)
+        return real(output)
+
+    loss.calls = 0
+    monkeypatch.setattr(module, "compute_loss", loss)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(data, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {4, 5, 9})
+    console = quiet()
+    result = train(settings(data, tmp_path / "run", log_every=1), console=console)
+    assert result.finished and result.state.step == 12 and result.state.skipped == 3
+    assert all(p.isfinite().all() for p in result.state.model.parameters())
+    assert console.file.getvalue().count("is skipped: its loss is not finite") == 3
+    rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+    assert rows[3]["loss"] is None and rows[5]["loss"] is not None
+    assert checkpoint.load_progress(tmp_path / "run")["skipped"] == 3
+    assert next(iter(result.state.optimizers[0].state.values()))["step"].item() == 9
+
+
+def test_steps_that_stay_not_finite_stop_the_run_with_the_last_good_checkpoint(data, tmp_path, monkeypatch):
+    poisoned(monkeypatch, range(6, 100))
+    with pytest.raises(TrainingError, match=r"3 steps in a row .* step 8: its loss .*; lower optim.lr .*step-00000004"):
+        train(settings(data, tmp_path / "run", save_every=4, max_skipped=3), console=quiet())
+    assert checkpoint.newest_intact(tmp_path / "run").name == "step-00000004"
+
+
+def test_a_learning_rate_that_explodes_says_what_to_change(data, tmp_path):
+    explosive = OptimConfig(lr=1e30, warmup=0.0)
+    with pytest.raises(TrainingError, match=r"lower optim.lr .*No checkpoint was saved"):
+        train(settings(data, tmp_path / "run", optim=explosive), console=quiet())
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(data, tmp_path):
+    config = settings(data, tmp_path / "run", save_every=4, keep=0)
+    train(config, console=quiet())
+    newest = tmp_path / "run" / "checkpoints" / "step-00000012"
+    for name in ("model.safetensors", "training_state/optimizer/__0_0.distcp"):
+        file = newest / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+        with pytest.raises(ValueError, match=rf"{name} is damaged.*step-00000008 is intact.*rm -r .*step-00000012\)"):
+            train(config, resume=True, console=quiet())
+        file.write_bytes(whole)
+    (newest / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer.json is missing"):
+        train(config, resume=True, console=quiet())
+    checkpoint.remove(newest)
+    assert train(config, resume=True, console=quiet()).finished
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(data, tmp_path, monkeypatch):
+    config = settings(data, tmp_path / "run", save_every=4)
+    real = checkpoint.dcp.save
+
+    def full(*arguments, checkpoint_id, **settings):
+        if "00000008" in str(checkpoint_id):
+            raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+        real(*arguments, checkpoint_id=checkpoint_id, **settings)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    with pytest.raises(
+        TrainingError, match=r"could not write .*step-00000008.*last good checkpoint is .*step-00000004"
+    ):
+        train(config, console=quiet())
+    folder = tmp_path / "run" / "checkpoints"
+    assert [p.name for p in folder.iterdir()] == ["step-00000004"]
+    monkeypatch.undo()
+    assert train(config, resume=True, console=quiet()).finished
+
+
+def test_what_a_killed_process_left_is_tidied(data, tmp_path):
+    config = settings(data, tmp_path / "run")
+    train(config, console=quiet())
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / ".step-00000020.77.tmp").mkdir()
+    (folder / ".step-00000004.removed.old").mkdir()
+    (folder / "step-00000012").rename(folder / ".step-00000012.77.old")  # killed between two renames
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 99, "lo')
+    assert train(config, resume=True, console=quiet()).state.step == 12
+    assert [p.name for p in folder.iterdir()] == ["step-00000012"]
+    assert metrics(tmp_path / "run")[-1]["step"] == 12
+
+
+def test_a_branch_decays_from_the_stable_phase(data, tmp_path):
+    stable = settings(data, tmp_path / "long", steps=20, save_every=5, keep=0)
+    train(stable, console=quiet())
+    start = tmp_path / "long" / "checkpoints" / "step-00000010"
+    config = branch(start, cooldown_steps=4, out=str(tmp_path / "short"))
+    result = train(dataclasses.replace(config, log_every=1), console=quiet())
+    assert result.finished and result.state.step == 14 and result.state.tokens == 14 * 4 * 32
+    rows = [row for row in metrics(tmp_path / "short") if "lr" in row]
+    assert [row["step"] for row in rows] == [11, 12, 13, 14]
+    assert [row["lr"] / stable.optim.lr for row in rows] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    direct = settings(data, tmp_path / "direct", steps=14, optim=OptimConfig(warmup=1 / 14, cooldown=4 / 14))
+    same = train(direct, console=quiet())  # warms up over the same single step
+    for a, b in zip(result.state.model.parameters(), same.state.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match=r"at step 20; a branch needs .* steps 1 to 16"):
+        branch(tmp_path / "long", cooldown_steps=4, out=str(tmp_path / "no"))
+
+
+def test_a_resumed_branch_starts_where_the_branch_did(data, tmp_path):
+    train(settings(data, tmp_path / "long", steps=20, save_every=5, keep=0), console=quiet())
+    start = tmp_path / "long" / "checkpoints" / "step-00000010"
+    config = branch(start, cooldown_steps=4, out=str(tmp_path / "short"))
+    first = train(config, console=quiet())
+    checkpoint.remove(first.path)
+    again = train(config, resume=True, console=quiet())
+    for a, b in zip(first.state.model.parameters(), again.state.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_router_health_by_hand():
+    model = tiny("expert_choice", num_recursions=3)
+    routing = model(random_tokens(2, 12), selection="topk").routing
+    found = router_health(model.recursions.router, [routing])
+    assert found["mean_depth"] == pytest.approx(2.0) and found["share_per_recursion"] == pytest.approx(
+        [1, 2 / 3, 1 / 3]
+    )
+    assert found["depth_entropy"] == pytest.approx(1.0), "a third of the tokens at each depth"
+    last = routing.selected_BT(2)
+    assert found["dead_positions"] == pytest.approx(sum(not (last[0, t] or last[1, t]) for t in range(12)) / 12)
+    same = [
+        bool(routing.selected_BT(r)[b, t]) == bool(routing.logit_BT(r)[b, t] > 0)
+        for r in (1, 2)
+        for b in range(2)
+        for t in range(12)
+        if not routing.logit_BT(r)[b, t].isnan()
+    ]
+    assert found["agreement"] == pytest.approx(sum(same) / len(same))
+    chosen = tiny("token_choice", num_recursions=3)
+    routing = chosen(random_tokens(2, 12), selection="topk").routing
+    load = torch.bincount(routing.depth_M - 1, minlength=3) / 24
+    assert router_health(chosen.recursions.router, [routing])["max_violation"] == pytest.approx(
+        3 * load.max().item() - 1
+    )
+    plain = tiny("fixed", num_recursions=3)
+    assert router_health(plain.recursions.router, [plain(random_tokens(2, 5)).routing]).keys() == {
+        "mean_depth",
+        "share_per_recursion",
+    }
 
 
 def test_a_collapsed_router_is_reported_in_plain_words(data, tmp_path, monkeypatch):
@@ -202,7 +382,7 @@ def test_evaluation_is_causal_unless_asked_and_says_so(data, tmp_path):
     causal = evaluate(model, validation, seq_len=32)
     leaking = evaluate(model, validation, seq_len=32, selection="topk")
     assert causal.causal and not leaking.causal and causal.nll != leaking.nll
-    per_byte = causal.nll / math.log(2) * len(validation.tokens) / validation.num_bytes
+    per_byte = causal.nll / math.log(2) * len(validation) / validation.num_bytes
     assert causal.bits_per_byte == pytest.approx(per_byte)
     one_by_one = evaluate(model, validation, seq_len=32, batch_size=1)
     assert one_by_one.nll == pytest.approx(causal.nll, rel=1e-5)

@@ -1,0 +1,49 @@
+"""Chat: messages to a prompt by the tokenizer's own template, and the tokens that end an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mor.tokenizer import Tokenizer
+
+Message = Mapping[str, str]
+
+
+class Chat:
+    """The chat template of a tokenizer.
+
+    stop_token_ids: the end-of-text token and the one that the template puts after an answer.
+    Raises ValueError if the tokenizer has no template or transformers is missing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        try:
+            self.theirs = tokenizer.to_transformers()
+        except ImportError as error:
+            raise ValueError('chat needs transformers: pip install "mixture-of-recursions[hf]"') from error
+        if not self.theirs.chat_template:
+            raise ValueError(
+                "this checkpoint's tokenizer has no chat template; it was not trained to chat, so leave out --chat"
+            )
+        self.tokenizer = tokenizer
+        self.stop_token_ids = tuple({tokenizer.end_of_text_id, *self._end_of_answer()})
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids up to the place where the assistant's answer begins.
+
+        messages: role (system, user or assistant) and content of each turn.
+        """
+        return self.tokenizer.encode(self._render(messages, add_generation_prompt=True))
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        return self.theirs.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def _end_of_answer(self) -> list[int]:
+        """The special token that follows an answer, which need not be end-of-text (Llama 3: <|eot_id|>)."""
+        marker = "8d1f"
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
+        after = self._render(turns, add_generation_prompt=False).rpartition(marker)[2]
+        special = {i for i, token in self.tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+        return [i for i in self.tokenizer.encode(after) if i in special][:1]

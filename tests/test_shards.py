@@ -1,0 +1,422 @@
+"""Prepared data: the same bytes whatever happens on the way, and nothing dropped in silence."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+
+from mor.data import DataConfig, DataState, Part, TokenData, load_corpus, load_tokens, open_shards
+from mor.shards import PrepareConfig, prepare, read_manifest
+from mor.sources import find_sources
+from mor.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+
+TEXTS = [f"Document {i}: the square of {i} is {i * i}. é☃ " * (1 + i % 7) for i in range(150)]
+SMALL = PrepareConfig(tokenizer="bytes", chunk_megabytes=0.002, workers=1, validation_share=0.2)
+
+
+def write_jsonl(path, texts=TEXTS, **extra):
+    path.write_text("".join(json.dumps({"text": t} | extra) + "\n" for t in texts), encoding="utf-8")
+    return str(path)
+
+
+def content(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".npy")}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    source = write_jsonl(folder / "a.jsonl")
+    return source, folder / "out", prepare([source], folder / "out", SMALL)
+
+
+def test_shards_hold_every_document_with_its_end(prepared):
+    _, out, manifest = prepared
+    tokenizer = Tokenizer.load(out)
+    seen = []
+    for split in ("train", "validation"):
+        data = open_shards(out, split, tokenizer)
+        first = data.parts[0].open()
+        assert len(data.parts) > 3 and first.tokens.dtype == np.uint16
+        assert isinstance(first.tokens, np.memmap) and isinstance(first.ends, np.memmap)
+        counts = manifest["splits"][split]
+        assert (len(data), data.num_documents, data.num_bytes) == (
+            counts["tokens"],
+            counts["documents"],
+            counts["bytes"],
+        )
+        for part in (shard.open() for shard in data.parts):
+            for start, end in zip([0, *part.ends[:-1]], part.ends, strict=True):
+                assert part.tokens[end - 1] == tokenizer.end_of_text_id
+                seen.append(tokenizer.decode(part.tokens[start : end - 1].tolist()))
+    assert sorted(seen) == sorted(TEXTS)
+    assert 10 < manifest["splits"]["validation"]["documents"] < 60
+    assert not [p for p in out.iterdir() if p.name.endswith(".tmp") or p.name == "progress.jsonl"]
+
+
+def test_the_number_of_workers_does_not_matter(prepared, tmp_path):
+    source, out, _ = prepared
+    from dataclasses import replace
+
+    prepare([source], tmp_path / "out", replace(SMALL, workers=3))
+    assert content(tmp_path / "out") == content(out)
+
+
+def test_a_finished_directory_is_left_alone_and_other_settings_are_refused(prepared, tmp_path):
+    from dataclasses import replace
+
+    source, out, manifest = prepared
+    assert prepare([source], out, SMALL) == manifest
+    with pytest.raises(ValueError, match=r"validation_share was 0.2, now it is 0.5"):
+        prepare([source], out, replace(SMALL, validation_share=0.5))
+    with pytest.raises(ValueError, match="tokens of two tokenizers do not mix"):
+        prepare([source], out, replace(SMALL, tokenizer="bpe", vocab_size=300))
+    other = write_jsonl(tmp_path / "b.jsonl", TEXTS[:3])
+    with pytest.raises(ValueError, match=r"sources changed since: a.jsonl, b.jsonl"):
+        prepare([other], out, SMALL)
+    with pytest.raises(ValueError, match=r"holds other things, such as b.jsonl"):
+        prepare([other], tmp_path, SMALL)
+    with pytest.raises(ValueError, match="no source was given"):
+        prepare([], tmp_path / "x", SMALL)
+
+
+SLOWED = """
+import sys, time
+import mor.shards as shards
+real = shards._row
+def slow(*arguments):
+    time.sleep(0.02)
+    return real(*arguments)
+shards._row = slow
+if __name__ == "__main__":
+    config = shards.PrepareConfig(tokenizer="bytes", chunk_megabytes=0.002, workers=2, validation_share=0.2)
+    shards.prepare([sys.argv[1]], sys.argv[2], config)
+"""
+
+
+def test_kills_at_any_moment_change_nothing(prepared, tmp_path):
+    source, out, manifest = prepared
+    script = tmp_path / "run.py"
+    script.write_text(SLOWED)
+    again = tmp_path / "again"
+    kills = 0
+    for chunks in (2, 5, 9, 100):
+        process = subprocess.Popen([sys.executable, script, source, again], stderr=subprocess.PIPE)
+        while process.poll() is None:
+            journal = again / "progress.jsonl"
+            if journal.is_file() and journal.read_text().count("\n") > chunks:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.002)
+        process.communicate()
+        (again / ".train-00099.bin.1.tmp").write_bytes(b"half")
+        if not (again / "manifest.json").is_file():
+            with (again / "progress.jsonl").open("a") as journal_file:
+                journal_file.write('{"chunk": 7, "spl')  # a line cut off
+    assert kills >= 2
+    found = prepare([source], again, SMALL)
+    assert content(again) == content(out) and not list(again.glob(".*.tmp"))
+    assert found["splits"] == manifest["splits"] and found["empty"] == manifest["empty"]
+
+
+def test_two_processes_do_not_prepare_the_same_directory(prepared):
+    import fcntl
+
+    source, out, _ = prepared
+    other = os.open(out, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another process is preparing"):
+        prepare([source], out, SMALL)
+    os.close(other)
+
+
+def test_finished_files_are_not_read_again(tmp_path, monkeypatch):
+    import mor.shards as shards
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(4):
+        write_jsonl(folder / f"{i}.jsonl", TEXTS[i * 30 : i * 30 + 30])
+    real, rows = shards._row, []
+
+    def stop(*arguments):
+        if len(rows) == 6:
+            raise KeyboardInterrupt
+        rows.append(real(*arguments))
+        return rows[-1]
+
+    monkeypatch.setattr(shards, "_row", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([str(folder)], tmp_path / "out", SMALL)
+    monkeypatch.setattr(shards, "_row", real)
+    read = []
+    from mor.sources import FileSource
+
+    original = FileSource.read
+    monkeypatch.setattr(FileSource, "read", lambda self, skip=0: read.append((self.name, skip)) or original(self, skip))
+    prepare([str(folder)], tmp_path / "out", SMALL)
+    place = tuple(rows[-1]["next_place"])
+    assert read[0] == (f"{place[0]}.jsonl", place[1]) and place > (0, 0)
+    monkeypatch.undo()
+    prepare([str(folder)], tmp_path / "whole", SMALL)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_broken_and_empty_records_are_counted_and_named(tmp_path):
+    lines = [
+        b'{"text": "good"}',
+        b"{broken",
+        b'{"text": ""}',
+        b'{"text": "  "}',
+        b"",
+        b'{"text": 7}',
+        b'{"text": null}',
+        b"\xff\xfe",
+        b"[1]",
+        b'{"text": "\\ud800"}',
+        b'{"text": "also good"}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    found = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", PrepareConfig(tokenizer="bytes", workers=1))
+    assert found["splits"]["train"]["documents"] == 2 and found["empty"] == 4 and found["broken"] == 5
+    named = " | ".join(found["problems"])
+    for place, why in [(2, "not valid JSON"), (6, "int in field"), (8, "not valid UTF-8"), (9, "not an object")]:
+        assert f"a.jsonl:{place} " in named and why in named
+    assert "a.jsonl:10 is not valid Unicode" in named
+
+
+def test_a_missing_field_lists_those_there_are(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS[:3], title="x")
+    wrong = PrepareConfig(tokenizer="bytes", text_field="body", workers=1)
+    with pytest.raises(ValueError, match=r"a.jsonl:1 has no field 'body'; it has text, title: choose one with"):
+        prepare([source], tmp_path / "out", wrong)
+    assert not list((tmp_path / "out").glob("*.bin"))
+    (tmp_path / "b.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(ValueError, match="the sources hold no text: 1 empty"):
+        prepare([str(tmp_path / "b.jsonl")], tmp_path / "out2", PrepareConfig(tokenizer="bytes", workers=1))
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path):
+    import pyarrow as arrow
+    import zstandard
+    from pyarrow import parquet
+
+    plain = tmp_path / "a.jsonl"
+    write_jsonl(plain)
+    raw = plain.read_bytes()
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(raw))
+    frames = [zstandard.ZstdCompressor().compress(half) for half in (raw[:1000], raw[1000:])]
+    (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))
+    parquet.write_table(
+        arrow.table({"text": TEXTS, "id": range(len(TEXTS))}), tmp_path / "d.parquet", row_group_size=40
+    )
+
+    def texts(name, skip=0):
+        (source,), _ = find_sources([tmp_path / name])
+        return [record.text for record, _ in source.read(skip)]
+
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"):
+        assert texts(name) == TEXTS and texts(name, 90) == TEXTS[90:], name
+    parquet.write_table(arrow.table({"body": TEXTS}), tmp_path / "e.parquet")
+    with pytest.raises(ValueError, match=r"e.parquet has no field 'text'; it has body"):
+        texts("e.parquet")
+
+
+def test_damaged_archives_are_named(tmp_path):
+    import zstandard
+
+    raw = b'{"text": "x"}\n' * 5000
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(os.urandom(50_000))[:20_000])
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(raw)[:-9])
+    (tmp_path / "c.jsonl.gz").write_bytes(b"no gzip at all")
+    (tmp_path / "d.parquet").write_bytes(b"no parquet at all")
+    for name in ("a.jsonl.gz", "b.jsonl.zst", "c.jsonl.gz", "d.parquet"):
+        (source,), _ = find_sources([tmp_path / name])
+        with pytest.raises(ValueError, match=rf"{name} is damaged or cut off after record \d+"):
+            list(source.read())
+
+
+def test_folders_are_walked_in_order_and_tell_what_they_leave_out(tmp_path):
+    (tmp_path / "in" / "b").mkdir(parents=True)
+    write_jsonl(tmp_path / "in" / "b" / "1.jsonl", TEXTS[:2])
+    write_jsonl(tmp_path / "in" / "a.jsonl", TEXTS[2:4])
+    (tmp_path / "in" / "readme.md").write_text("x")
+    (tmp_path / "in" / ".hidden.jsonl").write_text("x")
+    sources, left_out = find_sources([tmp_path / "in"])
+    assert [s.name for s in sources] == ["a.jsonl", "b/1.jsonl"] and [p[-9:] for p in left_out] == ["readme.md"]
+    with pytest.raises(ValueError, match=r"holds nothing to read, only .md"):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "x.md").write_text("x")
+        find_sources([tmp_path / "other"])
+    write_jsonl(tmp_path / "in" / "b" / "a.jsonl", TEXTS[4:5])
+    twins, _ = find_sources([tmp_path / "in" / "a.jsonl", tmp_path / "in" / "b" / "a.jsonl"])
+    assert twins[0].name != twins[1].name, "documents are told apart by their source's name"
+    with pytest.raises(ValueError, match="given twice"):
+        find_sources([tmp_path / "in", tmp_path / "in" / "a.jsonl"])
+    with pytest.raises(ValueError, match="is not a file or folder"):
+        find_sources([tmp_path / "nowhere"])
+
+
+def test_a_hub_data_set_streams(tmp_path, monkeypatch):
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set" / "fineweb-edu-dedup"
+    folder.mkdir(parents=True)
+    table = arrow.table({"text": TEXTS, "id": [str(i) for i in range(len(TEXTS))]})
+    parquet.write_table(table, folder / "train-00000.parquet")
+    (tmp_path / "set" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: fineweb-edu-dedup\n  data_files: fineweb-edu-dedup/*.parquet\n---\n"
+    )
+    place = f"hub:{tmp_path / 'set'}"
+    (source,), _ = find_sources([place], subset="fineweb-edu-dedup")
+    assert [record.text for record, _ in source.read(140)] == TEXTS[140:]
+    hub = PrepareConfig(tokenizer="bytes", workers=1, subset="fineweb-edu-dedup", chunk_megabytes=0.01)
+    found = prepare([place], tmp_path / "out", hub)
+    assert found["splits"]["train"]["documents"] == 150
+    with pytest.raises(ValueError, match="cannot be read"):
+        list(find_sources([place], subset="nothing-like-this")[0][0].read())
+    with pytest.raises(ValueError, match="is for hub data sets"):
+        find_sources([tmp_path], subset="x")
+
+
+def test_a_full_disk_leaves_no_half_shard(prepared, tmp_path):
+    source, out, _ = prepared
+    limited = (
+        "import resource, sys; from mor.shards import *\n"
+        "if __name__ == '__main__':\n"
+        "    import mor.shards as s, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "    real = s._tokenize\n"
+        "    def few(*a):\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); return real(*a)\n"
+        "    s._tokenize = few\n"
+        f"    prepare([{source!r}], {str(tmp_path / 'out')!r}, PrepareConfig(tokenizer='bytes', "
+        "chunk_megabytes=0.002, workers=1, validation_share=0.2))\n"
+    )
+    (tmp_path / "run.py").write_text(limited)
+    done = subprocess.run([sys.executable, tmp_path / "run.py"], capture_output=True, text=True)
+    assert done.returncode != 0 and "make room and run the same command again" in done.stderr, done.stderr[-2000:]
+    assert not list((tmp_path / "out").glob(".*.tmp"))
+    prepare([source], tmp_path / "out", SMALL)
+    assert content(tmp_path / "out") == content(out)
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    vocab = {f"w{i}": i for i in range(70_000)} | {"<|endoftext|>": 70_000}
+    backend = Backend(models.WordLevel(vocab, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    (tmp_path / "tok").mkdir()
+    Tokenizer(backend).save(tmp_path / "tok")
+    source = write_jsonl(tmp_path / "a.jsonl", ["w69999 w5"])
+    found = prepare([source], tmp_path / "out", PrepareConfig(tokenizer=str(tmp_path / "tok"), workers=1))
+    assert found["settings"]["dtype"] == "uint32"
+    data = open_shards(tmp_path / "out", "train", Tokenizer.load(tmp_path / "out"))
+    assert data.tokens(0, 3).tolist() == [69_999, 5, 70_000]
+
+
+def test_a_trained_tokenizer_is_kept_and_can_be_used_again(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl")
+    first = PrepareConfig(tokenizer="bpe", vocab_size=300, workers=1)
+    prepare([source], tmp_path / "one", first)
+    prepare([source], tmp_path / "two", PrepareConfig(tokenizer=str(tmp_path / "one"), workers=1))
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert Tokenizer.load(tmp_path / "one").fingerprint == train_bpe(TEXTS, 300).fingerprint
+    assert train_bpe(TEXTS, 300).fingerprint != train_bpe(TEXTS, 301).fingerprint != byte_tokenizer().fingerprint
+
+
+# Reading
+
+
+def split_up(tokens, ends, borders):
+    """The same stream in several parts."""
+    parts, start = [], 0
+    for border in [*borders, len(tokens)]:
+        parts.append(Part(tokens[start:border], ends[(ends > start) & (ends <= border)] - start))
+        start = border
+    return TokenData(parts, len(ends), 100)
+
+
+def test_windows_cross_the_borders_of_shards():
+    tokens = np.arange(100)
+    ends = np.array([3, 10, 30, 31, 60, 95, 100])
+    whole, parts = split_up(tokens, ends, []), split_up(tokens, ends, [10, 31, 60])
+    assert len(whole) == len(parts) == 100 and parts.num_documents == 7
+    for start in range(0, 95, 7):
+        stop = min(start + 33, 100)
+        assert torch.equal(parts.tokens(start, stop), torch.arange(start, stop))
+        a, b = whole.documents(start, stop), parts.documents(start, stop)
+        assert torch.equal(a - a[0], b - b[0])
+    assert whole.documents(0, 12).tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2], "the end token begins the next one"
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_together_see_what_one_process_sees(world_size):
+    data = split_up(np.arange(200), np.array([50, 200]), [50])
+    whole = data.batches(2 * world_size, 9, seed=5, state=DataState(4), documents=True)
+    ranks = [
+        data.batches(2, 9, seed=5, state=DataState(4), rank=r, world_size=world_size, documents=True)
+        for r in range(world_size)
+    ]
+    for _ in range(8):
+        batch, state = next(whole)
+        pieces = [next(r) for r in ranks]
+        for name in batch._fields:
+            assert torch.equal(getattr(batch, name), torch.cat([getattr(b, name) for b, _ in pieces])), name
+        assert {s for _, s in pieces} == {state}
+
+
+def test_masked_training_on_shards_equals_each_document_alone(prepared):
+    """From text to loss: the batch's documents, each run alone as end-of-text plus text, give the same loss."""
+    _, out, _ = prepared
+    tokenizer = Tokenizer.load(out)
+    data = open_shards(out, "train", tokenizer)
+    model = tiny("expert_choice", vocab_size=tokenizer.vocab_size, max_seq_len=256).double()
+    batch = data.batch([0, 5], 200, documents=True)
+    together = model(batch.tokens_BT, targets_BT=batch.targets_BT, documents_BT=batch.documents_BT, selection="topk")
+    total = count = 0
+    for row in range(2):
+        changes = (batch.documents_BT[row].diff() != 0).nonzero()[:, 0] + 1
+        for place in torch.arange(200).tensor_split(changes):
+            tokens, targets = batch.tokens_BT[row, place], batch.targets_BT[row, place]
+            if place[0] > 0:
+                assert tokens[0] == tokenizer.end_of_text_id, "a document begins with the end of the one before"
+            assert tokenizer.end_of_text_id not in tokens[1:]
+            total += model(tokens[None], targets_BT=targets[None], selection="topk").nll * len(place)
+            count += len(place)
+        assert len(changes) >= 1
+    torch.testing.assert_close(together.nll, total / count)
+
+
+def test_training_reads_prepared_data_and_names_what_does_not_fit(prepared, tmp_path):
+    _, out, _ = prepared
+    corpus = load_corpus(DataConfig(path=str(out)))
+    assert corpus.train.num_documents + corpus.validation.num_documents == 150
+    assert corpus.tokenizer.fingerprint == read_manifest(out)["settings"]["tokenizer"]["fingerprint"]
+    with pytest.raises(ValueError, match=r"was prepared with the tokenizer 'bytes' \(\w+\), not with .*\(\w+\)"):
+        load_corpus(DataConfig(path=str(out)), train_bpe(TEXTS, 300))
+    source = write_jsonl(tmp_path / "a.jsonl")
+    prepare([source], tmp_path / "all", PrepareConfig(tokenizer="bytes", workers=1))
+    with pytest.raises(ValueError, match=r"has no validation split; set data.validation_path"):
+        load_corpus(DataConfig(path=str(tmp_path / "all")))
+    both = load_corpus(DataConfig(path=str(tmp_path / "all"), validation_path=str(out)))
+    assert both.train.num_documents == 150 and len(both.validation) == len(corpus.validation)
+    texts = load_corpus(DataConfig(path=source, validation_path=source, tokenizer="bytes"))
+    assert len(texts.train) == len(texts.validation) == len(both.train)
+    assert len(load_tokens(tmp_path / "all", byte_tokenizer())) == len(both.train)
+    shard = next((tmp_path / "all").glob("*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"is missing or not .* bytes long"):
+        load_corpus(DataConfig(path=str(tmp_path / "all"), validation_path=str(out)))
