@@ -91,11 +91,21 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:
         try:
             for number, line in enumerate(unpacked_lines(path, file), start=1):
-                yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not valid JSON: {error}") from None
-        except (EOFError, gzip.BadGzipFile, zlib.error, *damage_errors()) as error:
+                yield _parse(line, f"{path}:{number}")
+        except Exception as error:
+            if not isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error, *damage_errors())):
+                raise
             raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _parse(line: bytes, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is not an object with fields but {type(record).__name__}")
+    return record
 
 
 def _lambada(record: Record) -> Record:
