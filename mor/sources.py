@@ -88,7 +88,7 @@ class FileSource:
             for done, found in enumerate(reader(self, skip), start=skip + 1):  # noqa: B007
                 yield found
         except Exception as error:
-            if not isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error, *_damage_errors())):
+            if not isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error, *damage_errors())):
                 raise
             raise ValueError(f"{self.path} is damaged or cut off after record {done}: {error}; replace it") from None
 
@@ -217,7 +217,7 @@ def _extra(module: str) -> ModuleType:
         raise ValueError(f'this kind of source needs {module}: pip install "mixture-of-recursions[data]"') from None
 
 
-def _damage_errors() -> tuple[type[Exception], ...]:
+def damage_errors() -> tuple[type[Exception], ...]:
     """Exceptions of those optional libraries that are loaded: an unloaded one cannot have raised."""
     found: list[type[Exception]] = []
     if zstandard := sys.modules.get("zstandard"):
@@ -250,7 +250,7 @@ def _record(name: str, fields: Any, text_field: str) -> Record:
 
 def _read_jsonl(source: FileSource, skip: int) -> Iterator[tuple[Record, int]]:
     with source.path.open("rb") as file:
-        for number, line in enumerate(itertools.islice(_lines(source.path, file), skip, None), start=skip + 1):
+        for number, line in enumerate(itertools.islice(unpacked_lines(source.path, file), skip, None), start=skip + 1):
             yield _parse_line(f"{source.name}:{number}", line, source.text_field), file.tell()
 
 
@@ -269,7 +269,7 @@ def _parse_line(name: str, line: bytes, text_field: str) -> Record:
 def _read_text(source: FileSource, skip: int) -> Iterator[tuple[Record, int]]:
     """Pieces of about 4,000 characters, cut at blank lines; lines that are not UTF-8 come out as broken."""
     with source.path.open("rb") as file:
-        pieces = _pieces(source.name, _lines(source.path, file))
+        pieces = _pieces(source.name, unpacked_lines(source.path, file))
         yield from ((record, file.tell()) for record in itertools.islice(pieces, skip, None))
 
 
@@ -337,7 +337,7 @@ _READERS: dict[str, Callable[[FileSource, int], Iterator[tuple[Record, int]]]] =
 }
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+def unpacked_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
     """Lines of an open file, unpacked as its suffix says, without their newlines."""
     begun: list[bytes] = []
     for block in _blocks(path, file):
