@@ -6,7 +6,6 @@ SOURCE: a Llama directory or a .gguf file. VALIDATION: .jsonl or .jsonl.zst with
 """
 
 import argparse
-import io
 import json
 import platform
 import tempfile
@@ -14,22 +13,15 @@ from pathlib import Path
 
 import torch
 import transformers
-import zstandard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mor import checkpoint
 from mor.convert import convert
-from mor.data import Document, tokenize
+from mor.data import tokenize
 from mor.generate import SamplingParams, generate
+from mor.sources import read_documents
 
 QUESTIONS = ("What is the capital of France?", "Why is the sky blue?", "Name three uses of a paper clip.")
-
-
-def read_texts(path):
-    with open(path, "rb") as raw:
-        plain = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
-        lines = io.TextIOWrapper(plain, encoding="utf-8")
-        return [Document(f"{path.name}:{i}", json.loads(line)["text"]) for i, line in enumerate(lines, start=1)]
 
 
 def read_theirs(source):
@@ -61,7 +53,7 @@ def main():
         template = AutoTokenizer.from_pretrained(made)
     theirs, their_tokenizer = read_theirs(options.source)
     weights = again.state_dict()
-    texts = read_texts(options.validation)
+    texts = read_documents(options.validation)
     data = tokenize(texts, tokenizer)
     total = data.windows(options.seq_len)
     scale, there, back_again = [], [], []

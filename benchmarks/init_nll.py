@@ -6,18 +6,17 @@ SOURCE: anything that `mor convert` reads. VALIDATION: .jsonl or .jsonl.zst with
 """
 
 import argparse
-import io
 import json
 import platform
 from pathlib import Path
 
 import torch
-import zstandard
 
 from mor.config import RouterConfig, layout
 from mor.convert import count, fitting_depth, read_source, recursive_init
-from mor.data import Document, tokenize
+from mor.data import tokenize
 from mor.evaluate import evaluate
+from mor.sources import read_documents
 
 INITS = ("stepwise", "average", "lower", "upper", "random")
 ROUTERS = {
@@ -27,13 +26,6 @@ ROUTERS = {
     "MoR, residual gate, alpha 1": RouterConfig(kind="expert_choice", gate="residual", alpha=1.0),
 }
 KINDS = [("recursive", 2), *((name, 3) for name in ROUTERS)]
-
-
-def read_texts(path):
-    with open(path, "rb") as raw:
-        plain = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
-        lines = io.TextIOWrapper(plain, encoding="utf-8")
-        return [Document(f"{path.name}:{i}", json.loads(line)["text"]) for i, line in enumerate(lines, start=1)]
 
 
 def measure(model, data, settings, **labels):
@@ -66,7 +58,7 @@ def main():
 
     source = read_source(options.source)
     model = source.model.float()
-    data = tokenize(read_texts(options.validation), source.tokenizer)
+    data = tokenize(read_documents(options.validation), source.tokenizer)
     settings = {"seq_len": options.seq_len, "max_windows": options.windows}
     print(f"{options.windows} windows of {options.seq_len} tokens of {options.validation.name}; causal selection")
     print(f"{'model':30} {'init':9} layers  params      NLL  bits/byte mean depth")

@@ -399,8 +399,9 @@ class Convert:
 
     source: Positional[str]
     out: Positional[Path]
-    to: Literal["mor", "llama"] = "mor"
-    """llama writes a directory that transformers reads as LlamaForCausalLM."""
+    to: Literal["mor", "llama", "remote-code"] = "mor"
+    """llama writes a directory that transformers reads as LlamaForCausalLM; remote-code copies a mor checkpoint
+    together with the code that runs it, for transformers with trust_remote_code=True where mor is not installed."""
     num_recursions: int | None = None
     """Start a model that applies its shared layers this often. Default: copy the source as it is."""
     sharing: Sharing | None = None
@@ -429,8 +430,11 @@ class Convert:
 
         options = ("sharing", "init", "num_layers", "router", "gate", "alpha", "kv_strategy")
         given = {name: value for name in options if (value := getattr(self, name)) is not None}
+        if self.to == "remote-code":
+            self._export(given)
+            return
         if given and self.num_recursions is None:
-            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            flags = ", ".join(map(_flag, given))
             raise ValueError(f"a plain copy has no use for {flags}; add --num-recursions N or leave it out")
         gate = {name: given.pop(name) for name in ("gate", "alpha") if name in given}
         kind = given.pop("router", "expert_choice" if (self.num_recursions or 1) > 1 else "fixed")
@@ -442,6 +446,16 @@ class Convert:
             return
         for line in done.lines():
             console.print(line, highlight=False, soft_wrap=True)
+
+    def _export(self, given: dict[str, Any]) -> None:
+        from mor.remote_code import export
+
+        others = [*given, *(name for name in ("num_recursions", "dtype") if getattr(self, name) is not None)]
+        if others:
+            raise ValueError(
+                f"--to remote-code copies a checkpoint as it is; leave out {', '.join(map(_flag, others))}"
+            )
+        print(f"{export(self.source, self.out)}: load it with trust_remote_code=True")
 
 
 @dataclass(frozen=True, kw_only=True)

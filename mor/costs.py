@@ -2,7 +2,7 @@
 
 FLOPs count multiplications and additions of matrix products (2 per multiply-add); norms, rotary
 embedding and element-wise work are left out, as is usual. Two counts stand side by side: the
-paper's (METHOD, section 7) and the exact one.
+paper's (recovered from its step counts) and the exact one.
 """
 
 from __future__ import annotations

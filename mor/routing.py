@@ -187,7 +187,7 @@ class FixedDepthRouter(Router):
 
 
 class ExpertChoiceRouter(Router):
-    """Each recursion picks its tokens (METHOD, section 4).
+    """Each recursion picks its tokens (arXiv 2507.10524, expert-choice routing).
 
     Training selects with ``topk``, which compares a token with later ones. ``threshold`` looks at the
     token alone: its logit (the router's own or the auxiliary router's) against ``threshold_R``.
@@ -257,7 +257,7 @@ def alone(x: Tensor) -> Tensor:
 
 
 class TokenChoiceRouter(Router):
-    """Each token picks its depth once, from its state before the first recursion (METHOD, section 5).
+    """Each token picks its depth once, from its state before the first recursion (arXiv 2507.10524, token-choice).
 
     mean_over_ranks: averages a tensor over all processes of a run, so that all balance the same load.
     """

@@ -118,6 +118,8 @@ def test_generate_streams_or_shows_depths(run, capsys):
         (["train", "--branch-from", "x", "--cooldown-steps", "3", "--optim.lr", "1"], "leave out --optim.lr"),
         (["train", "--branch-from", "x", "--cooldown-steps", "3"], "neither a checkpoint"),
         (["generate", "nowhere", "--prompt", "x"], "neither a checkpoint"),
+        (["convert", "nowhere", "out", "--to", "remote-code"], "neither a checkpoint"),
+        (["convert", "nowhere", "out", "--to", "remote-code", "--init", "lower"], "leave out --init"),
         (["train", "--config", "nowhere.toml"], "nowhere.toml"),
         (["train", "--resume", "--out", "nowhere"], "no run to resume"),
         (["train", "--resume", "--out", "nowhere", "--steps", "9"], "leave out --steps"),
