@@ -96,7 +96,7 @@ def on_two_ranks(folder, configs, resume=False):
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=240)
             assert process.returncode == 0, errors[-3000:]
     finally:
         for process in processes:
