@@ -8,6 +8,7 @@ B rows · T columns
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,10 @@ from mor.config import Selection
 from mor.hf_config import MoRConfig
 from mor.kv_cache import KVCache
 from mor.model import RMSNorm, Transformer
+
+# generate() hands the cache over as "cache" since transformers 5.24, before that as "past_key_values".
+_GENERATE_ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+_CACHE = "cache" if "cache" in _GENERATE_ARGUMENTS else "past_key_values"
 
 
 class MoRCache(Cache):
@@ -66,6 +71,10 @@ class MoRCache(Cache):
     def is_initialized(self) -> bool:
         return not self.is_empty
 
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False]  # keys and values of earlier tokens are kept, so only new tokens are to be passed
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
@@ -95,9 +104,14 @@ class MoROutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: MoRCache | None = None
+    cache: MoRCache | None = None
     aux_loss: Tensor | None = None
     depths: Tensor | None = None
+
+    @property
+    def past_key_values(self) -> MoRCache | None:
+        """The cache, by the name that transformers gave it before 5.24."""
+        return self.cache
 
 
 class MoRForCausalLM(PreTrainedModel, GenerationMixin):
@@ -128,7 +142,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: MoRCache | None = None,
+        cache: MoRCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
@@ -139,6 +153,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: MoRCache | None = None,
     ) -> MoROutput | tuple:
         """Logits, the loss if there are labels, and the depth of every token.
 
@@ -146,15 +161,18 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         labels: (B, T), -100 where there is nothing to learn; shifted here. selection: by default
         ``topk`` for training steps (training mode with labels), otherwise ``threshold``, which is causal.
         logits_to_keep: 1 gives the last real token of each row. max_depth: caps the recursions.
+        past_key_values: the older name of cache.
         """
         _refuse(inputs_embeds=inputs_embeds, output_hidden_states=output_hidden_states)
         _refuse(output_attentions=output_attentions)
         if input_ids is None:
             raise ValueError("input_ids are needed")
         training_step = self.training and labels is not None
-        cache = MoRCache() if past_key_values is None and use_cache else past_key_values
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache:
+            cache = MoRCache()
         if cache is not None and not isinstance(cache, MoRCache):
-            raise ValueError(f"past_key_values must be a MoRCache, as forward returns it, not {type(cache).__name__}")
+            raise ValueError(f"the cache must be a MoRCache, as forward returns it, not a {type(cache).__name__}")
         output = self.model(
             input_ids,
             mask_BT=None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool(),
@@ -205,8 +223,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = MoRCache()
+        if generation_config.use_cache and model_kwargs.get(_CACHE) is None:
+            model_kwargs[_CACHE] = MoRCache()
 
 
 def _refuse(**unsupported: Any) -> None:

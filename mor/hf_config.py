@@ -20,7 +20,7 @@ class MoRConfig(PreTrainedConfig):
     """
 
     model_type = "mor"
-    keys_to_ignore_at_inference = ["past_key_values", "depths", "aux_loss"]  # noqa: RUF012 (a list to transformers)
+    keys_to_ignore_at_inference = ["cache", "depths", "aux_loss"]  # noqa: RUF012 (a list to transformers)
     attribute_map = {  # noqa: RUF012 (transformers reads it from the class)
         "hidden_size": "dim",
         "intermediate_size": "ffn_dim",

@@ -186,21 +186,21 @@ def test_speculation_from_the_prompt_gives_the_same_text(router):
 def test_a_conversation_goes_on_from_its_cache():
     model, tokens = wrapped(), random_tokens(2, 12)
     first = model(tokens[:, :5], use_cache=True)
-    second = model(tokens[:, 5:], past_key_values=first.past_key_values, logits_to_keep=1)
+    second = model(tokens[:, 5:], cache=first.cache, logits_to_keep=1)
     whole = model(tokens)
     torch.testing.assert_close(second.logits[:, 0], whole.logits[:, -1], atol=1e-5, rtol=1e-5)
-    assert torch.equal(second.past_key_values.depth_BT, whole.depths)
-    assert torch.equal(second.past_key_values.depth_BT[:, 5:], second.depths)
+    assert torch.equal(second.cache.depth_BT, whole.depths)
+    assert torch.equal(second.cache.depth_BT[:, 5:], second.depths)
 
 
 def test_cache_rows_can_be_repeated_and_dropped():
     model, tokens = wrapped(), random_tokens(2, 9)
-    cache = model(tokens[:, :6], use_cache=True).past_key_values
+    cache = model(tokens[:, :6], use_cache=True).cache
     cache.batch_repeat_interleave(2)
     cache.crop(-2)
     assert cache.batch_size == 4 and cache.get_seq_length() == 4
     repeated = tokens.repeat_interleave(2, 0)
-    again = model(repeated[:, 4:], past_key_values=cache)
+    again = model(repeated[:, 4:], cache=cache)
     torch.testing.assert_close(again.logits, model(repeated).logits[:, 4:], atol=1e-5, rtol=1e-5)
     cache.reset()
     assert cache.get_seq_length() == 0 and torch.equal(
@@ -419,7 +419,7 @@ def test_what_is_not_supported_says_so():
     with pytest.raises(ValueError, match="output_hidden_states is not supported"):
         model(tokens, output_hidden_states=True)
     with pytest.raises(ValueError, match="must be a MoRCache"):
-        model(tokens, past_key_values=DynamicCache())
+        model(tokens, cache=DynamicCache())
     with pytest.raises(ValueError, match="minus the number"):
-        model(tokens, past_key_values=MoRCache()).past_key_values.crop(3)
+        model(tokens, cache=MoRCache()).cache.crop(3)
     assert AutoConfig.for_model("mor", dim=32).dim == 32
