@@ -20,7 +20,10 @@ from mor.model import Output, Transformer
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request samples. temperature=0 is greedy; top_k=0 and top_p=1 keep every token."""
+    """How one request samples. temperature=0 is greedy; top_k=0 and top_p=1 keep every token.
+
+    logprobs: also give the log-probability of each new token (of the model, before temperature and cuts).
+    """
 
     max_new_tokens: int = 128
     temperature: float = 1.0
@@ -28,6 +31,7 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -56,6 +60,10 @@ def sample(logits_V: Tensor, params: SamplingParams, counter: int) -> int:
     return int(id_V[place])
 
 
+def logprob(logits_V: Tensor, token_id: int) -> float:
+    return float(logits_V[token_id].double() - logits_V.double().logsumexp(0))
+
+
 @dataclass(frozen=True)
 class TokenEvent:
     """A new token of sequence ``index``. source_depth: recursions of the token that predicted it."""
@@ -74,6 +82,7 @@ class Generation:
     prompt_ids: list[int]
     token_ids: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
 
     @property
@@ -156,6 +165,8 @@ def _decode(
             result.depths += [depth for depth in depth_BT[i] if depth]
             token = sample(output.logits_BTV[i, 0], params[i], len(result.token_ids))
             result.token_ids.append(token)
+            if params[i].logprobs:
+                result.logprobs.append(logprob(output.logits_BTV[i, 0], token))
             if token in params[i].stop_token_ids:
                 result.finish_reason = "stop"
             elif len(result.token_ids) == params[i].max_new_tokens:

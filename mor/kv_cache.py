@@ -32,8 +32,34 @@ READS: dict[str, Callable[[int], tuple[int, ...]]] = {
 }
 
 
+class AttentionPass(Protocol):
+    """One pass of a stack of layers over some tokens: where its attention writes and what it sees."""
+
+    writes: bool
+
+    def write(self, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None: ...
+
+    def attend(self, layer: int, q_MNH: Tensor) -> Tensor:
+        """Attention of the pass's tokens over all entries they may see, (M, N, H)."""
+
+
 class KVStore(Protocol):
-    """What a pass writes to and reads from: a cache, or scratch space for one forward."""
+    """Where a forward keeps keys and values."""
+
+    def open(self, stream: int, reads: tuple[int, ...], tokens: PackedTokens) -> AttentionPass: ...
+
+
+class Cache(KVStore, Protocol):
+    """A store that keeps them for the next forward. length_B: tokens that each of ``batch`` sequences holds."""
+
+    batch: int
+
+    @property
+    def length_B(self) -> Tensor: ...
+
+
+class Streams(Protocol):
+    """Padded streams, as :class:`KVPass` uses them."""
 
     def begin(self, stream: int, tokens: PackedTokens) -> bool:
         """Make room for ``tokens``; True if the stream was empty before."""
@@ -46,9 +72,9 @@ class KVStore(Protocol):
 
 
 class KVPass:
-    """One pass of a stack of layers over ``tokens``: where its attention writes and what it sees."""
+    """A pass over ``tokens``, the entries of each row side by side."""
 
-    def __init__(self, store: KVStore, stream: int, reads: tuple[int, ...], tokens: PackedTokens) -> None:
+    def __init__(self, store: Streams, stream: int, reads: tuple[int, ...], tokens: PackedTokens) -> None:
         self.store, self.stream, self.reads, self.tokens = store, stream, reads, tokens
         self.writes = stream in reads
         was_empty = self.writes and store.begin(stream, tokens)
@@ -66,7 +92,6 @@ class KVPass:
         self.store.write(self.stream, layer, k_MGH, v_MGH)
 
     def attend(self, layer: int, q_MNH: Tensor) -> Tensor:
-        """Attention of the pass's tokens over all entries they may see, (M, N, H)."""
         k, v = self.store.read(self.reads[0], layer, self.tokens.rows)
         if len(self.reads) > 1:
             # Every token is in stream 1, in order, so there a token's slot is its position.
@@ -85,6 +110,9 @@ class Scratch:
         self.tokens: dict[int, PackedTokens] = {}
         self.entries: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.latest: tuple[Tensor, Tensor] | None = None
+
+    def open(self, stream: int, reads: tuple[int, ...], tokens: PackedTokens) -> KVPass:
+        return KVPass(self, stream, reads, tokens)
 
     def begin(self, stream: int, tokens: PackedTokens) -> bool:
         self.tokens[stream] = tokens
@@ -168,6 +196,9 @@ class KVCache:
     @property
     def allocated_nbytes(self) -> int:
         return sum(t.nbytes for stream in self.streams for t in (*stream.k, *stream.v))
+
+    def open(self, stream: int, reads: tuple[int, ...], tokens: PackedTokens) -> KVPass:
+        return KVPass(self, stream, reads, tokens)
 
     def begin(self, stream: int, tokens: PackedTokens) -> bool:
         s = self.streams[stream]

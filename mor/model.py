@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mor.config import ModelConfig, Selection
-from mor.kv_cache import READS, KVCache, KVPass, KVStore, Scratch
+from mor.kv_cache import READS, AttentionPass, Cache, KVStore, Scratch
 from mor.loss import linear_cross_entropy
 from mor.packing import PackedTokens, pack
 from mor.routing import Routing, build_router
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x_MD: Tensor, angles: tuple[Tensor, Tensor], kv: KVPass, layer: int) -> Tensor:
+    def forward(self, x_MD: Tensor, angles: tuple[Tensor, Tensor], kv: AttentionPass, layer: int) -> Tensor:
         q_MNH = rotate(self.q_proj(x_MD).unflatten(-1, (-1, self.head_dim)), angles)
         if kv.writes:
             k_MGH = rotate(self.k_proj(x_MD).unflatten(-1, (-1, self.head_dim)), angles)
@@ -96,7 +96,7 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x_MD: Tensor, angles: tuple[Tensor, Tensor], kv: KVPass, layer: int) -> Tensor:
+    def forward(self, x_MD: Tensor, angles: tuple[Tensor, Tensor], kv: AttentionPass, layer: int) -> Tensor:
         x_MD = x_MD + self.attention(self.attention_norm(x_MD), angles, kv, layer)
         return x_MD + self.feed_forward(self.feed_forward_norm(x_MD))
 
@@ -120,7 +120,7 @@ class Recursions(nn.Module):
             "sequence": [(r, [layer]) for layer in layers for r in recursions],
         }[config.shared_order]
 
-    def stack(self, x_KD: Tensor, angles: tuple[Tensor, Tensor], kv: KVPass, layers: Sequence[int]) -> Tensor:
+    def stack(self, x_KD: Tensor, angles: tuple[Tensor, Tensor], kv: AttentionPass, layers: Sequence[int]) -> Tensor:
         for layer in layers:
             x_KD = self.shared_blocks[layer](x_KD, angles, kv, layer)
         return x_KD
@@ -140,7 +140,7 @@ class Recursions(nn.Module):
                 continue
             index_K = step.index_K
             if recursion not in passes_kv:
-                passes_kv[recursion] = KVPass(store, recursion + 1, self.reads(recursion + 1), step.tokens)
+                passes_kv[recursion] = store.open(recursion + 1, self.reads(recursion + 1), step.tokens)
             h_KD = x_MD if index_K is None else x_MD[index_K]  # gather
             here = angles if index_K is None else (angles[0][index_K], angles[1][index_K])
 
@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         mask_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
         targets_BT: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         selection: Selection = "threshold",
         capacities: Sequence[float] | None = None,
         max_depth: int | None = None,
@@ -199,11 +199,11 @@ class Transformer(nn.Module):
         if len(capacities) != self.config.num_recursions:
             raise ValueError(f"got {len(capacities)} capacities for {self.config.num_recursions} recursions")
         routing = Routing(tokens, selection, capacities, max_depth or self.config.num_recursions)
-        store = cache or Scratch(kept=() if self.config.kv_strategy == "recursion_wise" else (1,))
+        store: KVStore = cache or Scratch(kept=() if self.config.kv_strategy == "recursion_wise" else (1,))
         x_MD = self.embedding(tokens.id_M)
         angles = rotary_angles(tokens.position_M, self.config.head_dim, self.config.rope_theta)
 
-        everyone = KVPass(store, 0, (0,), tokens)
+        everyone = store.open(0, (0,), tokens)
         for layer, block in enumerate(self.prelude):
             x_MD = run(block, x_MD, angles, everyone, layer, recompute=recompute)
         x_MD = self.recursions(x_MD, angles, routing, store, recompute)
@@ -223,7 +223,7 @@ class Transformer(nn.Module):
         self,
         tokens_BT: Tensor,
         documents_BT: Tensor | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         selection: str,
         max_depth: int | None,
         last_only: bool,
@@ -243,10 +243,15 @@ class Transformer(nn.Module):
         if documents_BT is not None and (cache is not None or last_only):
             raise ValueError("documents_BT splits lines into several sequences; it takes neither cache nor last_only")
 
+    def predict(self, x_MD: Tensor) -> Tensor:
+        """Final norm and head: logits, (M, V)."""
+        x_MD = self.final_norm(x_MD)
+        return F.linear(x_MD, self.embedding.weight) if self.head is None else self.head(x_MD)
+
     def _logits(self, x_MD: Tensor, tokens: PackedTokens, last_only: bool) -> Tensor:
         if not last_only:
-            return tokens.unpack(F.linear(self.final_norm(x_MD), self.head_weight))
-        logits_AV = F.linear(self.final_norm(x_MD[tokens.last_index()]), self.head_weight)
+            return tokens.unpack(self.predict(x_MD))
+        logits_AV = self.predict(x_MD[tokens.last_index()])
         if tokens.rows is None:
             return logits_AV[:, None]
         return logits_AV.new_zeros(tokens.num_rows, 1, logits_AV.shape[-1]).index_copy(

@@ -1,0 +1,7 @@
+"""Inference for many requests at a time: continuous depth-wise batching on a paged, recursion-wise KV cache."""
+
+from mor.engine.engine import Engine, EngineConfig
+from mor.engine.request import Request, RequestOutput, Status
+from mor.generate import SamplingParams
+
+__all__ = ["Engine", "EngineConfig", "Request", "RequestOutput", "SamplingParams", "Status"]
