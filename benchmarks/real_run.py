@@ -25,7 +25,9 @@ from mor.metrics import read_metrics
 from mor.optim import OptimConfig
 from mor.train import TrainConfig, train
 
-SHAPE = dict(dim=192, num_heads=6, num_kv_heads=2, head_dim=32, ffn_dim=512, max_seq_len=256, num_layers=14)
+SHAPE = dict(
+    dim=128, num_heads=4, num_kv_heads=2, head_dim=32, ffn_dim=344, max_seq_len=256, num_layers=14, init_std=0.08
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +37,9 @@ class Settings:
     validation: Path | None = None
     """The same for validation text, where the first holds none."""
     out: Path = Path("runs/real")
-    flops: float = 3e13
+    flops: float = 1e14
     """Training FLOPs of each final run (exact count, head included)."""
-    tuning_flops: float = 4e12
+    tuning_flops: float = 1e13
     lrs: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)
     seed: int = 0
     threads: int = 2

@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def compile_library(source: str) -> Path:
 
 
 @functools.cache
-def _function() -> ctypes._CFuncPtr:
+def _function() -> Callable[..., None]:
     source = resources.files("mor.engine").joinpath("paged_attention.c").read_text()
     # PyTorch has loaded an OpenMP runtime of the same name, so both share one pool of threads.
     function = ctypes.CDLL(str(compile_library(source))).paged_attention

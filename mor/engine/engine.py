@@ -7,7 +7,7 @@ depth; a token that is done goes on to coda and head at once, and its sequence's
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +100,7 @@ class Engine:
         self.prefix_cache = PrefixCache(config.page_size) if config.prefix_caching else None
         self.scheduler = Scheduler(self.kv, prefix_cache=self.prefix_cache, static=config.batching == "static")
         self.requests: dict[str, Request] = {}
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.passes: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
         self._number = 0
@@ -185,8 +185,8 @@ class Engine:
             "preemptions": self.scheduler.preemptions,
             "kv_bytes_used": self.kv.used_bytes,
             "kv_bytes": self.kv.nbytes,
-            "prefix_segments": len(self.prefix_cache) if self.prefix_cache else 0,
-            "prefix_hits": self.prefix_cache.hits if self.prefix_cache else 0,
+            "prefix_segments": len(self.prefix_cache) if self.prefix_cache is not None else 0,
+            "prefix_hits": self.prefix_cache.hits if self.prefix_cache is not None else 0,
             "seconds": dict(self.seconds),
             "passes": dict(self.passes),
             "tokens": dict(self.tokens),
@@ -252,15 +252,15 @@ class Engine:
 
     def _read(self, outputs: list[RequestOutput]) -> None:
         """The next ``prefill_chunk`` tokens of prompts, oldest first."""
-        budget, chunk = self.config.prefill_chunk, {}
+        budget, chunk = self.config.prefill_chunk, dict[str, list[int]]()
         for request in self._in_phase(Phase.READ):
             if budget:
-                ids = request.known_ids[request.num_read : request.num_read + budget]
-                chunk[request.request_id] = ids
-                budget -= len(ids)
+                part = request.known_ids[request.num_read : request.num_read + budget]
+                chunk[request.request_id] = part
+                budget -= len(part)
 
         def needed(requests: list[Request]) -> list[int]:
-            pages = [self.kv.pages_for(len(chunk[r.request_id]), slot=r.slot) for r in requests]
+            pages = (self.kv.pages_for(len(chunk[r.request_id]), slot=r.slot) for r in requests)
             return [sum(kind) for kind in zip(*pages, strict=True)]
 
         requests = self.scheduler.make_room([self.requests[i] for i in chunk], needed)

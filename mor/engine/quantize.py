@@ -24,11 +24,11 @@ def int8_weights(model: Transformer) -> Transformer:
     if model.head is None:
         model.head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         model.head.weight = nn.Parameter(weight.detach())
-    head = nn.ModuleList([model.head])
+    head = nn.ModuleDict({"head": model.head})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         qconfig = torch.ao.quantization.per_channel_dynamic_qconfig
         for part in (model.prelude, model.recursions.shared_blocks, model.coda, head):
             torch.ao.quantization.quantize_dynamic(part, {nn.Linear: qconfig}, inplace=True)
-    model.head = head[0]
+    model.head = head["head"]  # type: ignore[assignment]  # a quantised Linear is no nn.Linear
     return model

@@ -40,7 +40,7 @@ class Scheduler:
         while self.waiting and self._free_slots:
             request, slot = self.waiting[0], self._free_slots[-1]
             ids = request.known_ids
-            segments = self.prefix_cache.match(ids) if self.prefix_cache else []
+            segments = self.prefix_cache.match(ids) if self.prefix_cache is not None else []
             self.kv.attach(slot, segments)
             taken = [segment.taken for segment in segments]
             cached = sum(map(len, taken))
@@ -77,7 +77,7 @@ class Scheduler:
 
     def remember(self, request: Request) -> None:
         """Put what the request has read into the prefix cache."""
-        if not self.prefix_cache:
+        if self.prefix_cache is None:
             return
         ids, size = request.known_ids[: request.num_read], self.prefix_cache.segment_size
         taken = np.concatenate(request.taken)
@@ -87,7 +87,7 @@ class Scheduler:
             self.prefix_cache.add(ids, index, segment)
 
     def clear_prefix_cache(self) -> None:
-        while self.prefix_cache and (segment := self.prefix_cache.evict()):
+        while self.prefix_cache is not None and (segment := self.prefix_cache.evict()):
             self.kv.release(segment)
 
     def _leave(self, request: Request) -> None:
@@ -99,7 +99,7 @@ class Scheduler:
     def _evict_until(self, pages: Sequence[int]) -> bool:
         """Drop cached prefixes until so many pages are free; False if they never are."""
         while not self.kv.has_free(pages):
-            segment = self.prefix_cache.evict() if self.prefix_cache else None
+            segment = self.prefix_cache.evict() if self.prefix_cache is not None else None
             if segment is None:
                 return False
             self.kv.release(segment)

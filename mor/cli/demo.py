@@ -1,0 +1,28 @@
+"""mor demo"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Train vanilla, recursive, MoR and a control at equal FLOPs on real text; compare; sample."""
+
+    out: Path = Path("runs/demo")
+    flops: float = 3e12
+    """Training FLOPs of each of the four models."""
+    seed: int = 0
+    json: bool = False
+    """Print the table as JSON in the last line."""
+
+    def run(self, console: Console) -> None:
+        from mor.demo import run_demo
+
+        rows = run_demo(self.out, flops=self.flops, seed=self.seed, console=console)
+        if self.json:
+            print(json.dumps([asdict(row) for row in rows]))

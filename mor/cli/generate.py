@@ -1,0 +1,114 @@
+"""mor generate"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tyro.conf import Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue a text with a checkpoint, or chat with it."""
+
+    checkpoint: Positional[Path]
+    prompt: str | None = None
+    """Text to continue. With --chat the question; without one, questions are read line by line."""
+    chat: bool = False
+    """Put the prompt into the tokenizer's chat template and print the answer alone."""
+    system: str | None = None
+    """System message for --chat."""
+    max_new_tokens: int = 100
+    temperature: float = 0.8
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 0.95
+    """Keep the likeliest tokens up to this probability."""
+    seed: int = 0
+    max_depth: int | None = None
+    """Cap on every token's recursions."""
+    show_depth: bool = False
+    """Colour each token by its recursion depth."""
+    json: bool = False
+
+    def run(self, console: Console) -> None:
+        from mor.chat import Chat
+        from mor.checkpoint import load
+        from mor.generate import generate
+        from mor.show import depth_legend, depth_text
+
+        self._check()
+        config, model, tokenizer = load(self.checkpoint)
+        chat = Chat(tokenizer) if self.chat else None
+        stops = chat.stop_token_ids if chat else (tokenizer.end_of_text_id,)
+        if chat and self.prompt is None:
+            self._converse(model, tokenizer, chat)
+            return
+        assert self.prompt is not None
+        ids = chat.prompt(self._messages(self.prompt)) if chat else tokenizer.encode(self.prompt)
+        ids = ids or [tokenizer.end_of_text_id]
+        if not self.show_depth and not self.json:
+            print("" if chat else self.prompt, end="", flush=True)
+            self._print_stream(model, tokenizer, ids, stops)
+            return
+        result = generate(model, [ids], self._params(stops), max_depth=self.max_depth)[0]
+        if self.json:
+            found = {"prompt": self.prompt, "text": tokenizer.decode(result.token_ids), **asdict(result)}
+            print(json.dumps(found | {"mean_depth": result.mean_depth}))
+            return
+        console.print(depth_legend(config.num_recursions, console))
+        console.print(depth_text(tokenizer, result, console), soft_wrap=True)
+        console.print(f"mean depth {result.mean_depth:.2f} of {config.num_recursions}", highlight=False)
+
+    def _check(self) -> None:
+        if self.prompt is None and (not self.chat or self.show_depth or self.json):
+            raise ValueError("no prompt was given; add --prompt TEXT (only plain --chat reads lines instead)")
+        if self.system is not None and not self.chat:
+            raise ValueError("--system is a message of the chat template; add --chat")
+
+    def _params(self, stop_token_ids: tuple[int, ...]) -> Any:
+        from mor.generate import SamplingParams
+
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop_token_ids=stop_token_ids,
+        )
+
+    def _messages(self, *turns: str) -> list[dict[str, str]]:
+        """The system message, then user and assistant in turn."""
+        said = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        return ([] if self.system is None else [{"role": "system", "content": self.system}]) + said
+
+    def _print_stream(self, model: Any, tokenizer: Any, ids: list[int], stops: tuple[int, ...]) -> str:
+        from mor.generate import stream
+
+        new: list[int] = []
+        shown = ""
+        for event in stream(model, [ids], self._params(stops), max_depth=self.max_depth):
+            new.append(event.token_id)
+            text = tokenizer.decode(new)
+            if not text.endswith("\ufffd") or event.finish_reason:  # wait for the rest of a character
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        print()
+        return shown
+
+    def _converse(self, model: Any, tokenizer: Any, chat: Any) -> None:
+        """Answer each line of the standard input, remembering those before."""
+        turns: list[str] = []
+        if sys.stdin.isatty():
+            print("Type a line and press Enter; end with Ctrl-D.")
+        for line in sys.stdin:
+            if line.strip():
+                ids = chat.prompt(self._messages(*turns, line.strip()))
+                turns += [line.strip(), self._print_stream(model, tokenizer, ids, chat.stop_token_ids)]

@@ -1,0 +1,55 @@
+"""mor costs, and the choice of a model that several commands share."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Literal
+
+from rich.console import Console
+from tyro.conf import arg
+
+from mor.cli.show import print_rows
+from mor.config import KVStrategyName, ModelConfig, RouterKind, Sharing, preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    """Which model: a preset and the paper's layout for a number of recursions."""
+
+    preset: str = "mini"
+    """tiny, mini, small, smollm-135m, smollm-360m, smollm-730m or smollm-1.7b."""
+    num_recursions: int = 3
+    """Times the shared layers are applied; 1 is a vanilla Transformer."""
+    router: RouterKind | None = None
+    """Default: expert_choice with several recursions, fixed with one."""
+    sharing: Sharing = "middle_cycle"
+    kv_strategy: KVStrategyName = "recursion_wise"
+    num_layers: int | None = None
+    """Effective depth. Default: the preset's, rounded up to one that the sharing scheme allows."""
+
+    def build(self) -> ModelConfig:
+        return preset(
+            self.preset,
+            num_recursions=self.num_recursions,
+            sharing=self.sharing,
+            num_layers=self.num_layers,
+            router=self.router or ("expert_choice" if self.num_recursions > 1 else "fixed"),
+            kv_strategy=self.kv_strategy,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Parameters, FLOPs and KV bytes of a model, before training it."""
+
+    choice: Annotated[ModelChoice, arg(name="")] = field(default_factory=lambda: ModelChoice(preset="smollm-360m"))
+    context: int | None = None
+    """Sequence length; the preset's maximum if not given."""
+    kv_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    json: bool = False
+
+    def run(self, console: Console) -> None:
+        from mor.costs import costs
+
+        found = costs(self.choice.build(), context=self.context, kv_dtype_bytes=4 if self.kv_dtype == "float32" else 2)
+        print_rows([asdict(found)], self.json, console, title=self.choice.preset)

@@ -1,0 +1,38 @@
+"""What commands print: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_json(rows: list[dict[str, Any]]) -> None:
+    print(json.dumps(rows[0] if len(rows) == 1 else rows))
+
+
+def print_rows(rows: list[dict[str, Any]], as_json: bool, console: Console, *, title: str) -> None:
+    """JSON in one line (an object for one row), or a table with a column for each row."""
+    if as_json:
+        print_json(rows)
+        return
+    made = Table(title=title, title_justify="left", show_header=False)
+    for name in rows[0]:
+        made.add_row(name, *(cell(row[name]) for row in rows))
+    for column in made.columns[1:]:
+        column.justify = "right"
+    console.print(made)
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(cell, value))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
