@@ -37,9 +37,9 @@ class Settings:
     validation: Path | None = None
     """The same for validation text, where the first holds none."""
     out: Path = Path("runs/real")
-    flops: float = 1e14
+    flops: float = 6e13
     """Training FLOPs of each final run (exact count, head included)."""
-    tuning_flops: float = 1e13
+    tuning_flops: float = 8e12
     lrs: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)
     seed: int = 0
     threads: int = 2
