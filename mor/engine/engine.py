@@ -19,16 +19,19 @@ from torch import Tensor
 
 from mor.engine.attention import AttentionBackend, decode_attention
 from mor.engine.block_manager import PrefixCache
+from mor.engine.device_loop import MAX_STOP_TOKENS, DeviceLoop
 from mor.engine.paged_kv import PagedKV
 from mor.engine.request import FinishReason, Phase, Request, RequestOutput
 from mor.engine.runner import Runner
+from mor.engine.sampling import SamplingRows, logprob_rows, sample_rows
 from mor.engine.scheduler import Scheduler
 from mor.engine.weights import for_decoding
-from mor.generate import SamplingParams, logprob, sample
+from mor.generate import SamplingParams
 from mor.model import Output, Transformer
 from mor.tokenizer import Tokenizer
 
 Batching = Literal["depth_wise", "lock_step", "static"]
+Loop = Literal["auto", "host", "device"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,9 @@ class EngineConfig:
     batching: Batching = "depth_wise"
     """depth_wise: tokens of any depths share a pass. lock_step: all sequences take their next token together,
     and finished ones are replaced at once. static: as lock_step, but a batch ends with its longest request."""
+    loop: Loop = "auto"
+    """Of depth_wise batching. host: Python chooses the tokens of every pass. device: several passes are one launch, a
+    CUDA graph where there is CUDA. auto: device on CUDA, host elsewhere."""
     prefix_caching: bool = True
     """Keep the keys and values of prompts for others that begin alike."""
     attention: AttentionBackend = "auto"
@@ -66,6 +72,10 @@ class EngineConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.batching not in ("depth_wise", "lock_step", "static"):
             raise ValueError(f"batching={self.batching!r} is not known; choose 'depth_wise', 'lock_step' or 'static'")
+        if self.loop not in ("auto", "host", "device"):
+            raise ValueError(f"loop={self.loop!r} is not known; choose 'auto', 'host' or 'device'")
+        if self.loop == "device" and self.batching != "depth_wise":
+            raise ValueError(f"loop='device' is made for batching='depth_wise', not {self.batching!r}; use loop='host'")
 
 
 class Engine:
@@ -95,7 +105,11 @@ class Engine:
             device=weight.device,
             dtype=weight.dtype,
         )
-        self.runner = Runner(for_decoding(model.eval(), config.quantize), self.kv, max_depth=config.max_depth)
+        on_device = self._runs_on_device(model, weight.device)
+        longest = self.max_len if on_device else None
+        model = for_decoding(model.eval(), config.quantize)
+        self.runner = Runner(model, self.kv, max_depth=config.max_depth, longest=longest)
+        self.device_loop = DeviceLoop(self.runner, lanes=self.lanes) if on_device else None
         self.prefix_cache = PrefixCache(config.page_size) if config.prefix_caching else None
         self.scheduler = Scheduler(self.kv, prefix_cache=self.prefix_cache, static=config.batching == "static")
         self.requests: dict[str, Request] = {}
@@ -103,6 +117,13 @@ class Engine:
         self.passes: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
         self._number = 0
+
+    def _runs_on_device(self, model: Transformer, device: torch.device) -> bool:
+        asked, layers = self.config.loop, [layers for _, layers in model.recursions.passes]
+        fits = self.config.batching == "depth_wise" and all(part == layers[0] for part in layers)
+        if asked == "device" and not fits:
+            raise ValueError("loop='device' needs shared_order='cycle': every pass applies the same layers")
+        return fits and (asked == "device" or (asked == "auto" and device.type == "cuda"))
 
     def add_request(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str | None = None
@@ -135,7 +156,9 @@ class Engine:
         outputs: list[RequestOutput] = []
         self.scheduler.admit()
         self._read(outputs)
-        if self.config.batching == "depth_wise":
+        if self.device_loop is not None:
+            self._launch(self.device_loop, outputs)
+        elif self.config.batching == "depth_wise":
             self._end_tokens(outputs)
             self._pass()
         else:
@@ -209,6 +232,10 @@ class Engine:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens and asks for {params.max_new_tokens} more, but a request holds "
                 f"{self.max_len}; shorten the prompt or lower max_new_tokens"
+            )
+        if self.device_loop is not None and len(params.stop_token_ids) > MAX_STOP_TOKENS:
+            raise ValueError(
+                f"loop='device' takes up to {MAX_STOP_TOKENS} stop tokens, got {len(params.stop_token_ids)}; use 'host'"
             )
         needed, pools = self.kv.pages_for(request.max_length), self.kv.pools
         if any(n > pool.num_pages for n, pool in zip(needed, pools, strict=True)):
@@ -333,6 +360,41 @@ class Engine:
             request.stage = stage
             request.phase = Phase.CODA if stage == len(self.runner.passes) else Phase.BLOCK
 
+    def _launch(self, loop: DeviceLoop, outputs: list[RequestOutput]) -> None:
+        """Several passes of all running requests in one launch."""
+
+        def needed(requests: list[Request]) -> list[int]:
+            return self.kv.pages_for(*self._entries_for_launch(loop, requests))
+
+        requests = self._in_phase(Phase.ENTER) + self._in_phase(Phase.BLOCK)
+        requests = self.scheduler.make_room(requests, needed)
+        if not requests:
+            return
+        entries, slots = self._entries_for_launch(loop, requests)
+        for stream in range(self.kv.num_streams):
+            self.kv.reserve(np.array(slots), np.full(len(slots), stream), entries[:, 0])
+        with self._measured("launch", len(requests)):
+            if entering := [request for request in requests if request.phase is Phase.ENTER]:
+                loop.start(entering)
+            new = loop.launch(slots)
+            self.kv.refresh()
+        by_slot = {request.slot: request for request in requests}
+        for request in requests:
+            request.phase = Phase.BLOCK
+        self.tokens["sample"] += len(new)
+        self.tokens["block"] += sum(token.depth for token in new)
+        for token in new:
+            request = by_slot[token.slot]
+            request.depths.append(token.depth)
+            request.num_read += 1
+            self._take(request, token.token_id, token.logprob if request.params.logprobs else None, outputs)
+
+    def _entries_for_launch(self, loop: DeviceLoop, requests: list[Request]) -> tuple[np.ndarray, list[int]]:
+        """Entries that a launch adds to each stream of each request at most, (requests, 1), and their slots."""
+        slots = [request.slot for request in requests]
+        longest = np.array([request.max_length for request in requests])[:, None]
+        return np.minimum(loop.codas + 1, longest - self.kv.count[slots].min(1, keepdims=True)), slots
+
     def _whole_tokens(self, outputs: list[RequestOutput]) -> None:
         """One token of every sequence, from embedding to head."""
         requests = self.scheduler.make_room(self._in_phase(Phase.ENTER), self._pages_for_token)
@@ -368,24 +430,27 @@ class Engine:
     def _sample(self, requests: list[Request], logits_MV: Tensor, outputs: list[RequestOutput]) -> None:
         if not requests:
             return
+        params = [request.params for request in requests]
         with self._measured("sample", len(requests)):
-            best_M = logits_MV.argmax(-1).tolist()
-            for i, request in enumerate(requests):
-                params = request.params
-                greedy = params.temperature == 0
-                token = best_M[i] if greedy else sample(logits_MV[i], params, len(request.token_ids))
-                request.token_ids.append(token)
-                if params.logprobs:
-                    request.logprobs.append(logprob(logits_MV[i], token))
-        for request in requests:
-            params, token, depth = request.params, request.token_ids[-1], request.depths[-1]
+            rows = SamplingRows.of(params, [len(r.token_ids) for r in requests], logits_MV.device)
+            token_M = sample_rows(logits_MV, rows, all_greedy=all(p.temperature == 0 for p in params))
+            asked = any(p.logprobs for p in params)
+            logprobs = logprob_rows(logits_MV, token_M).tolist() if asked else [None] * len(params)
+        for request, token, value in zip(requests, token_M.tolist(), logprobs, strict=True):
             request.phase = Phase.ENTER
-            if token in params.stop_token_ids:
-                outputs.append(self._finish(request, "stop"))
-            elif len(request.token_ids) == params.max_new_tokens:
-                outputs.append(self._finish(request, "length"))
-            else:
-                outputs.append(RequestOutput(request, token, depth, self._last_logprob(request), None))
+            self._take(request, token, value if request.params.logprobs else None, outputs)
+
+    def _take(self, request: Request, token: int, value: float | None, outputs: list[RequestOutput]) -> None:
+        """A request's next token, and its end if that was the last."""
+        request.token_ids.append(token)
+        if value is not None:
+            request.logprobs.append(value)
+        if token in request.params.stop_token_ids:
+            outputs.append(self._finish(request, "stop"))
+        elif len(request.token_ids) == request.params.max_new_tokens:
+            outputs.append(self._finish(request, "length"))
+        else:
+            outputs.append(RequestOutput(request, token, request.depths[-1], value, None))
 
     def _last_logprob(self, request: Request) -> float | None:
         return request.logprobs[-1] if request.params.logprobs else None

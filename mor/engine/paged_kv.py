@@ -55,7 +55,9 @@ class PagedKV:
         reads = [(0,), *(READS[config.kv_strategy](r) for r in range(1, self.num_streams))]
         self.writes = np.array([stream in r for stream, r in enumerate(reads)])
         self.writes_V = torch.tensor(self.writes, device=device)
-        self.counted_V = torch.tensor([r[0] for r in reads], device=device)  # whose count says what a token may see
+        # Whether the reader of a stream sees its own entries alone, and so as many as there are up to its token's;
+        # else it sees an entry of every token up to its own.
+        self.compact_V = torch.tensor([r == (stream,) for stream, r in enumerate(reads)], device=device)
         self.read_V = torch.tensor([r[-1] for r in reads], device=device)  # whose view it reads
 
         layers = (config.prelude_layers + config.coda_layers, config.shared_layers)
@@ -112,9 +114,9 @@ class PagedKV:
         """Bytes of the pages that have an owner."""
         return sum((p.num_pages - p.num_free) * b for p, b in zip(self.pools, self.page_bytes, strict=True))
 
-    def pages_for(self, tokens: int, slots: Sequence[int] | None = None) -> list[int]:
+    def pages_for(self, tokens: int | np.ndarray, slots: Sequence[int] | None = None) -> list[int]:
         """Pages of each kind that ``tokens`` more tokens take at most, if each takes every recursion: of one new
-        sequence, or of each of these slots."""
+        sequence, or of each of these slots (then ``tokens`` may differ: one row for each)."""
         free = np.zeros((1, self.num_streams), dtype=np.int64)
         if slots is not None:
             free = (self.reserved - self.count)[list(slots)]
@@ -161,7 +163,14 @@ class PagedKV:
         self.reserved[slot, stream] += self.page_size
 
     def append(
-        self, slot_M: Tensor, stream_M: Tensor, new_M: Tensor, *, kind: int, longest: int | None = None
+        self,
+        slot_M: Tensor,
+        stream_M: Tensor,
+        position_M: Tensor,
+        new_M: Tensor,
+        *,
+        kind: int,
+        longest: int | None = None,
     ) -> LanePass:
         """A pass over one token of each of several sequences, at any mixture of depths; places are reserved.
 
@@ -174,11 +183,10 @@ class PagedKV:
         self.count_R.index_add_(0, row_M, counted_M.long())
         index_M = (self.count_R[row_M] - 1).clamp(min=0)
         place_M = torch.where(writes_M, self.table_RL[row_M, index_M].long(), self.unread_V[stream_M])
-        first_M = slot_M * self.num_streams
-        seen_M = self.count_R[first_M + self.counted_V[stream_M]].clamp(min=1)
+        seen_M = torch.where(self.compact_V[stream_M], index_M, position_M) + 1
         if self.view_RL is not self.table_RL:
-            self._look_at(slot_M, stream_M, seen_M - 1, place_M)
-        view_M = first_M + self.read_V[stream_M]
+            self._look_at(slot_M, stream_M, position_M, place_M)
+        view_M = slot_M * self.num_streams + self.read_V[stream_M]
         writes = longest is not None or bool(writes_M.any())
         return LanePass(self, kind, writes, place_M, view_M, seen_M, longest or int(seen_M.max()))
 
@@ -187,7 +195,7 @@ class PagedKV:
         for stream in range(self.num_streams):
             seeing_M = (stream_M == stream) | ((stream_M == 1) & (stream > 1))
             row_M = torch.where(seeing_M, slot_M, self.idle) * self.num_streams + stream
-            self.view_RL[row_M, position_M] = place_M.int()
+            self.view_RL[row_M, position_M] = torch.where(seeing_M, place_M, self.unread_V[stream]).int()
 
     def append_chunk(self, slot_M: Tensor, stream: int, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
         """Consecutive entries of several virtual sequences: (place of each, entries that each token may see)."""
@@ -199,8 +207,7 @@ class PagedKV:
         self.count_R.index_add_(0, row_M, torch.ones_like(row_M))
         if self.view_RL is not self.table_RL:
             self._look_at(slot_M, torch.full_like(slot_M, stream), tokens.position_M, place_M)
-        own = int(self.counted_V[stream]) == stream
-        return place_M, (index_M if own else tokens.position_M) + 1
+        return place_M, torch.where(self.compact_V[stream], index_M, tokens.position_M) + 1
 
     def segment(self, slot: int, start: int, taken: np.ndarray, skipped: np.ndarray) -> Segment:
         """What a sequence has cached of the tokens from position ``start`` on, for the prefix cache.
@@ -315,6 +322,7 @@ class PagedBatch:
         else:
             stream_M = torch.full_like(tokens.row_M, stream)
             new_M = torch.ones_like(stream_M, dtype=torch.bool)
-            made = self.kv.append(self.slots_B[tokens.row_M], stream_M, new_M, kind=min(stream, 1))
+            slot_M = self.slots_B[tokens.row_M]
+            made = self.kv.append(slot_M, stream_M, tokens.position_M, new_M, kind=min(stream, 1))
         self.kv.refresh()
         return made

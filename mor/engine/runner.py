@@ -69,7 +69,7 @@ class Runner:
         self.id_S[slot_M], self.position_S[slot_M], self.stage_S[slot_M] = id_M, position_M, 0
         self.took_SR[slot_M] = False
         tokens, own_M = self._tokens(slot_M), torch.zeros_like(slot_M)
-        lanes = self.kv.append(slot_M, own_M, own_M == 0, kind=0, longest=self.longest)
+        lanes = self.kv.append(slot_M, own_M, position_M, own_M == 0, kind=0, longest=self.longest)
         x_MD = self.model.embedding(id_M)
         if self.model.prelude:
             angles = self._angles(tokens)
@@ -86,10 +86,10 @@ class Runner:
     def block(self, slot_M: Tensor, layers: Sequence[int]) -> None:
         """One pass of the shared stack. The slots may be at any recursions, but at these layers of it."""
         recursion_M = self.recursion_P[self.stage_S[slot_M]]
-        new_M = ~self.took_SR[slot_M, recursion_M]
+        tokens, new_M = self._tokens(slot_M), ~self.took_SR[slot_M, recursion_M]
         self.took_SR[slot_M, recursion_M] = True
-        lanes = self.kv.append(slot_M, recursion_M + 1, new_M, kind=1, longest=self.longest)
-        tokens, h_MD = self._tokens(slot_M), self.h_SD[slot_M]
+        lanes = self.kv.append(slot_M, recursion_M + 1, tokens.position_M, new_M, kind=1, longest=self.longest)
+        h_MD = self.h_SD[slot_M]
         angles = self._angles(tokens)
         with self._in_model():
             out_MD = self.model.recursions.stack(h_MD, angles, lanes, layers).contiguous()
@@ -103,8 +103,9 @@ class Runner:
         """States after the coda of tokens that took their last pass, (M, D); the head makes logits of them."""
         x_MD = self.h_SD[slot_M]
         if self.model.coda:
-            own_M, angles = torch.zeros_like(slot_M), self._angles(self._tokens(slot_M))
-            lanes = self.kv.append(slot_M, own_M, own_M > 0, kind=0, longest=self.longest)
+            own_M, tokens = torch.zeros_like(slot_M), self._tokens(slot_M)
+            lanes = self.kv.append(slot_M, own_M, tokens.position_M, own_M > 0, kind=0, longest=self.longest)
+            angles = self._angles(tokens)
             with self._in_model():
                 for layer, block in enumerate(self.model.coda, start=len(self.model.prelude)):
                     x_MD = block(x_MD, angles, lanes, layer)

@@ -1,0 +1,74 @@
+"""Sampling for many requests at once; draws what ``mor.generate.sample`` draws for each alone.
+
+M rows · V vocab
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from mor.generate import SamplingParams
+from mor.hashing import hash_uniform
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """The settings of each row's request, and how many tokens it has drawn."""
+
+    temperature_M: Tensor
+    top_k_M: Tensor
+    top_p_M: Tensor
+    seed_M: Tensor
+    counter_M: Tensor
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], counters: Sequence[int], device: torch.device) -> SamplingRows:
+        columns = ([p.temperature for p in params], [p.top_k for p in params], [p.top_p for p in params])
+        temperature, top_k, top_p = columns
+        return cls(
+            torch.tensor(temperature, dtype=torch.float64, device=device),
+            torch.tensor(top_k, device=device),
+            torch.tensor(top_p, dtype=torch.float64, device=device),
+            torch.tensor([p.seed for p in params], device=device),
+            torch.tensor(counters, device=device),
+        )
+
+    @classmethod
+    def empty(cls, count: int, device: torch.device) -> SamplingRows:
+        return cls.of([SamplingParams(temperature=0)] * count, [0] * count, device)
+
+    def at(self, index: Tensor) -> SamplingRows:
+        return SamplingRows(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def put(self, index: Tensor, rows: SamplingRows) -> None:
+        for f in fields(self):
+            getattr(self, f.name)[index] = getattr(rows, f.name)
+
+
+def sample_rows(logits_MV: Tensor, rows: SamplingRows, *, all_greedy: bool) -> Tensor:
+    """One token of each row of logits. all_greedy: no row samples, so that nothing needs sorting."""
+    best_M = logits_MV.argmax(-1)
+    if all_greedy:
+        return best_M
+    scaled_MV = logits_MV.double() / torch.where(rows.temperature_M == 0, 1.0, rows.temperature_M)[:, None]
+    sorted_MV, id_MV = scaled_MV.sort(dim=-1, descending=True, stable=True)
+    rank_V = torch.arange(logits_MV.shape[1], device=logits_MV.device)
+    cut_MV = (rows.top_k_M[:, None] > 0) & (rank_V >= rows.top_k_M[:, None])
+    probability_MV = sorted_MV.masked_fill(cut_MV, float("-inf")).softmax(-1)
+    below_MV = probability_MV.cumsum(-1) - probability_MV
+    kept_MV = probability_MV * (below_MV < rows.top_p_M[:, None])  # the fewest best tokens that reach top_p
+    cumulative_MV = kept_MV.cumsum(-1)
+    draw_M = hash_uniform(rows.seed_M, rows.counter_M) * cumulative_MV[:, -1]
+    place_M1 = torch.searchsorted(cumulative_MV, draw_M[:, None], right=True)
+    place_M1 = torch.minimum(place_M1, (kept_MV > 0).sum(-1, keepdim=True) - 1)
+    return torch.where(rows.temperature_M == 0, best_M, id_MV.gather(1, place_M1)[:, 0])
+
+
+def logprob_rows(logits_MV: Tensor, token_M: Tensor) -> Tensor:
+    """Log-probability of one token of each row, (M,), fp64."""
+    logits_MV = logits_MV.double()
+    return logits_MV.gather(1, token_M[:, None])[:, 0] - logits_MV.logsumexp(-1)
