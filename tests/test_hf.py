@@ -313,19 +313,29 @@ def unbatch(batch):
     return [{name: value[i] for name, value in batch.items()} for i in range(len(batch["input_ids"]))]
 
 
-def test_gradient_checkpointing_keeps_the_gradients():
+def test_gradient_checkpointing_keeps_the_gradients_and_fewer_activations():
     tokens, mask, labels = batch_and_labels()
-    found = []
+    found, kept = [], []
     for on in (False, True):
         model = wrapped().train()
         if on:
             model.gradient_checkpointing_enable()
             assert model.is_gradient_checkpointing
-        model(tokens, attention_mask=mask, labels=labels).loss.backward()
+        seen = {}
+
+        def keep(t, seen=seen):
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = model(tokens, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        kept.append(sum(seen.values()))
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
     for name in found[0]:
         torch.testing.assert_close(found[1][name], found[0][name], atol=1e-6, rtol=1e-5, msg=name)
+    assert kept[1] < kept[0] * 0.6
 
 
 def test_lora_on_the_shared_blocks(tmp_path):

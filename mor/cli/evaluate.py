@@ -93,9 +93,10 @@ class Eval:
 
     def _run_nll(self, console: Console) -> None:
         from mor.checkpoint import load
+        from mor.distributed import pick_device
         from mor.evaluate import Evaluation, evaluate, leak
 
-        config, model, tokenizer = load(self.checkpoint)
+        config, model, tokenizer = load(self.checkpoint, device=pick_device())
         length, mask, data = self._data(tokenizer, config)
         caps = range(1, config.num_recursions + 1) if self.by_depth else [config.num_recursions]
         rows: list[Evaluation] = []
