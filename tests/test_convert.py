@@ -6,6 +6,7 @@ import json
 import gguf
 import pytest
 import torch
+from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -504,6 +505,18 @@ def test_a_chat_remembers_and_stops_at_the_end_of_an_answer(tmp_path):
     assert sorted(chat.stop_token_ids) == [256, 258]
     turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     assert chat.prompt(turns) == theirs.apply_chat_template(turns, add_generation_prompt=True).input_ids
+
+
+def test_a_prompt_begins_as_transformers_lets_it_begin(folder, chatty, tmp_path, capsys):
+    theirs = chat_tokenizer()
+    beginning = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 257)])
+    theirs.backend_tokenizer.post_processor = beginning
+    checkpoint.save(tmp_path / "c", checkpoint.load(chatty).model, Tokenizer.from_transformers(theirs))
+    for path, expected in [(tmp_path / "c", theirs), (chatty, AutoTokenizer.from_pretrained(folder))]:
+        main(["generate", str(path), "--prompt", "hé", "--max-new-tokens", "3", "--json"])
+        assert last_json(capsys)["prompt_ids"] == expected("hé").input_ids
+    tokenizer = Tokenizer.load(tmp_path / "c")
+    assert tokenizer.encode_prompt("hé")[0] == 257 and 257 not in tokenizer.encode("hé"), "documents have no beginning"
 
 
 def test_chat_needs_a_template_and_a_prompt_where_lines_are_not_read(chatty, tmp_path, capsys):

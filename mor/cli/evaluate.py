@@ -109,10 +109,10 @@ class Eval:
             print_json([asdict(row) for row in rows])
             return
         title = f"{self.checkpoint}: {rows[0].tokens:,} tokens in windows of {length}"
-        made = Table(title=title, title_justify="left")
+        made = Table(title=title, title_justify="left", pad_edge=False)  # so that it fits 80 columns
         made.add_column("routing", no_wrap=True)
         for name in ("max depth", "NLL", "perplexity", "bits/byte", "mean depth", "leak, nats"):
-            made.add_column(name, justify="right")
+            made.add_column(name, justify="right", overflow="fold")
         for row in rows:
             figures = (row.nll, row.perplexity, row.bits_per_byte, row.mean_depth, row.leak_nats)
             label = row.selection if row.causal else f"{row.selection}, non-causal"
