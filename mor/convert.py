@@ -457,6 +457,7 @@ def _save_llama(out: Path, model: Transformer, tokenizer: Tokenizer) -> int:
     try:
         unfinished.chmod(0o755)  # mkdtemp's is for the owner alone
         theirs.save_pretrained(unfinished)
+        checkpoint.open_weights(unfinished)
         tokenizer.save(unfinished)
         unfinished.rename(out)
     finally:

@@ -334,6 +334,7 @@ def test_there_and_back_through_directories(dtype, folder, tmp_path):
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(after.generation_config, name) == SIZES[name]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "nothing unfinished is left"
+    assert len({file.stat().st_mode for out in ("mor", "llama") for file in (tmp_path / out).iterdir()}) == 1
 
 
 def test_the_tokenizer_keeps_all_that_transformers_needs(folder, tmp_path):

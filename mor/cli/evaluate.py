@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
@@ -109,7 +110,7 @@ class Eval:
             print_json([asdict(row) for row in rows])
             return
         title = f"{self.checkpoint}: {rows[0].tokens:,} tokens in windows of {length}"
-        made = Table(title=title, title_justify="left", pad_edge=False)  # so that it fits 80 columns
+        made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)  # fits 80 columns
         made.add_column("routing", no_wrap=True)
         for name in ("max depth", "NLL", "perplexity", "bits/byte", "mean depth", "leak, nats"):
             made.add_column(name, justify="right", overflow="fold")
