@@ -386,9 +386,9 @@ def write_gguf(path, model, pre="smollm", scaling=None):
     vocabulary = sorted(chat_tokenizer().get_vocab().items(), key=lambda item: item[1])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list([*(token for token, _ in vocabulary), "he"])
-    writer.add_token_types([3 if 256 <= i < 259 else 1 for i in range(260)])  # 3: control, 1: normal
-    writer.add_token_merges(["h e"])
+    writer.add_token_list([*(token for token, _ in vocabulary), "he", "hi"])
+    writer.add_token_types([3 if 256 <= i < 259 else 1 for i in range(261)])  # 3: control, 1: normal
+    writer.add_token_merges(["h e", "h i"])  # transformers 5.17 misreads a list of one
     writer.add_bos_token_id(257)
     writer.add_eos_token_id(258)
     writer.add_chat_template(TEMPLATE)
@@ -408,7 +408,7 @@ def write_gguf(path, model, pre="smollm", scaling=None):
 
 
 def test_a_gguf_file_is_read_with_its_tokenizer(tmp_path):
-    theirs = llama(vocab_size=260)
+    theirs = llama(vocab_size=261)
     write_gguf(tmp_path / "tiny.gguf", theirs)
     convert(str(tmp_path / "tiny.gguf"), tmp_path / "mor")
     _, ours, tokenizer = checkpoint.load(tmp_path / "mor")
@@ -421,10 +421,10 @@ def test_a_gguf_file_is_read_with_its_tokenizer(tmp_path):
 
 
 def test_what_transformers_overlooks_in_a_gguf_is_said(tmp_path):
-    write_gguf(tmp_path / "a.gguf", llama(vocab_size=260), scaling=gguf.RopeScalingType.YARN)
+    write_gguf(tmp_path / "a.gguf", llama(vocab_size=261), scaling=gguf.RopeScalingType.YARN)
     with pytest.raises(ValueError, match=r"rope\.scaling\.type='yarn'"):
         convert(str(tmp_path / "a.gguf"), tmp_path / "mor")
-    write_gguf(tmp_path / "b.gguf", llama(vocab_size=260), pre="llama-bpe")
+    write_gguf(tmp_path / "b.gguf", llama(vocab_size=261), pre="llama-bpe")
     with pytest.warns(UserWarning, match="rule 'llama-bpe'"):
         convert(str(tmp_path / "b.gguf"), tmp_path / "mor")
 
