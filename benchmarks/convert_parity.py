@@ -58,7 +58,7 @@ def main():
     total = data.windows(options.seq_len)
     scale, there, back_again = [], [], []
     for i in range(options.windows):
-        ids = data.window(i * total // options.windows, options.seq_len)[None, :-1].long()
+        ids = data.batch([i * total // options.windows], options.seq_len).tokens_BT
         expected = theirs(ids).logits
         scale.append(expected.abs().max())
         there.append((ours(ids).logits_BTV - expected).abs().max())

@@ -91,6 +91,7 @@ def _write_rest(
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
+    open_weights(folder)
     tokenizer.save(folder)
     if progress is not None:
         (folder / _PROGRESS).write_text(json.dumps(progress))
@@ -98,6 +99,12 @@ def _write_rest(
         (folder / _PROGRESS).parent.rmdir()
     sums = {str(f.relative_to(folder)): _checksum(f) for f in folder.rglob("*") if f.is_file()}
     (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=2))
+
+
+def open_weights(folder: Path) -> None:
+    """Let whoever may read config.json read the weights: safetensors writes them for their owner alone."""
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", weights)
 
 
 def _rename(unfinished: Path, path: Path) -> None:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors import safe_open
@@ -314,23 +314,32 @@ def _read_llama(name: str, *, gguf: Path | None) -> Source:
     except ImportError as error:
         raise ValueError('this source needs transformers: pip install "mixture-of-recursions[hf]"') from error
     transformers.utils.logging.disable_progress_bar()
-    which, rule = {}, "default"
+    which, said = {}, _GGUFTokenizer()
     if gguf is not None:
-        which, rule = {"gguf_file": gguf.name}, _check_gguf(gguf)
+        which, said = {"gguf_file": gguf.name}, _check_gguf(gguf)
     try:
         llama_config(AutoConfig.from_pretrained(name, **which))  # before the weights, which may be large
         theirs = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **which)
-        tokenizer = Tokenizer.from_transformers(AutoTokenizer.from_pretrained(name, **which))
+        their_tokenizer = AutoTokenizer.from_pretrained(name, **which)
     except (OSError, ImportError) as error:
         raise ValueError(f"transformers cannot read {gguf or name}: {str(error).strip().splitlines()[0]}") from error
-    _restore_pre_tokenizer(tokenizer, rule)
+    if said.end_of_text is not None:
+        their_tokenizer.eos_token = said.end_of_text
+    tokenizer = Tokenizer.from_transformers(their_tokenizer)
+    _restore_pre_tokenizer(tokenizer, said.rule)
     return Source("Llama", from_llama(theirs), tokenizer, theirs.dtype)
 
 
-def _check_gguf(gguf: Path) -> str:
-    """How the file says to cut text before BPE. Raises ValueError for scaled rotary angles.
+class _GGUFTokenizer(NamedTuple):
+    """rule: how to cut text before BPE."""
 
-    transformers reads neither from a GGUF, and would compute something else in silence.
+    rule: str = "default"
+    end_of_text: str | None = None
+
+
+def _check_gguf(gguf: Path) -> _GGUFTokenizer:
+    """What transformers does not read from a GGUF, or not in every version (5.17 ends texts with the beginning's
+    token). Raises ValueError for scaled rotary angles, without which it would compute something else in silence.
     """
     try:
         from gguf import GGUFReader, GGUFValueType
@@ -347,7 +356,9 @@ def _check_gguf(gguf: Path) -> str:
         raise ValueError(
             f"{gguf.name} scales rotary angles (rope.scaling.type={scaling!r} or rope_freqs), which mor has not"
         )
-    return values.get("ggml.pre", "default")
+    end = reader.fields.get("tokenizer.ggml.eos_token_id")
+    end_of_text = None if end is None else reader.fields["tokenizer.ggml.tokens"].contents(end.contents())
+    return _GGUFTokenizer(values.get("ggml.pre", "default"), end_of_text)
 
 
 def _restore_pre_tokenizer(tokenizer: Tokenizer, rule: str) -> None:
@@ -457,6 +468,7 @@ def _save_llama(out: Path, model: Transformer, tokenizer: Tokenizer) -> int:
     try:
         unfinished.chmod(0o755)  # mkdtemp's is for the owner alone
         theirs.save_pretrained(unfinished)
+        checkpoint.open_weights(unfinished)
         tokenizer.save(unfinished)
         unfinished.rename(out)
     finally:

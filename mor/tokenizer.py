@@ -52,6 +52,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of a text to continue, with the beginning-of-text token where the tokenizer puts one (Llama 2, 3)."""
+        return self.backend.encode(text).ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 

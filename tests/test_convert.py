@@ -6,6 +6,7 @@ import json
 import gguf
 import pytest
 import torch
+from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -333,6 +334,7 @@ def test_there_and_back_through_directories(dtype, folder, tmp_path):
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(after.generation_config, name) == SIZES[name]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "nothing unfinished is left"
+    assert len({file.stat().st_mode for out in ("mor", "llama") for file in (tmp_path / out).iterdir()}) == 1
 
 
 def test_the_tokenizer_keeps_all_that_transformers_needs(folder, tmp_path):
@@ -384,9 +386,9 @@ def write_gguf(path, model, pre="smollm", scaling=None):
     vocabulary = sorted(chat_tokenizer().get_vocab().items(), key=lambda item: item[1])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list([*(token for token, _ in vocabulary), "he"])
-    writer.add_token_types([3 if 256 <= i < 259 else 1 for i in range(260)])  # 3: control, 1: normal
-    writer.add_token_merges(["h e"])
+    writer.add_token_list([*(token for token, _ in vocabulary), "he", "hi"])
+    writer.add_token_types([3 if 256 <= i < 259 else 1 for i in range(261)])  # 3: control, 1: normal
+    writer.add_token_merges(["h e", "h i"])  # transformers 5.17 misreads a list of one
     writer.add_bos_token_id(257)
     writer.add_eos_token_id(258)
     writer.add_chat_template(TEMPLATE)
@@ -406,7 +408,7 @@ def write_gguf(path, model, pre="smollm", scaling=None):
 
 
 def test_a_gguf_file_is_read_with_its_tokenizer(tmp_path):
-    theirs = llama(vocab_size=260)
+    theirs = llama(vocab_size=261)
     write_gguf(tmp_path / "tiny.gguf", theirs)
     convert(str(tmp_path / "tiny.gguf"), tmp_path / "mor")
     _, ours, tokenizer = checkpoint.load(tmp_path / "mor")
@@ -419,10 +421,10 @@ def test_a_gguf_file_is_read_with_its_tokenizer(tmp_path):
 
 
 def test_what_transformers_overlooks_in_a_gguf_is_said(tmp_path):
-    write_gguf(tmp_path / "a.gguf", llama(vocab_size=260), scaling=gguf.RopeScalingType.YARN)
+    write_gguf(tmp_path / "a.gguf", llama(vocab_size=261), scaling=gguf.RopeScalingType.YARN)
     with pytest.raises(ValueError, match=r"rope\.scaling\.type='yarn'"):
         convert(str(tmp_path / "a.gguf"), tmp_path / "mor")
-    write_gguf(tmp_path / "b.gguf", llama(vocab_size=260), pre="llama-bpe")
+    write_gguf(tmp_path / "b.gguf", llama(vocab_size=261), pre="llama-bpe")
     with pytest.warns(UserWarning, match="rule 'llama-bpe'"):
         convert(str(tmp_path / "b.gguf"), tmp_path / "mor")
 
@@ -504,6 +506,18 @@ def test_a_chat_remembers_and_stops_at_the_end_of_an_answer(tmp_path):
     assert sorted(chat.stop_token_ids) == [256, 258]
     turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     assert chat.prompt(turns) == theirs.apply_chat_template(turns, add_generation_prompt=True).input_ids
+
+
+def test_a_prompt_begins_as_transformers_lets_it_begin(folder, chatty, tmp_path, capsys):
+    theirs = chat_tokenizer()
+    beginning = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 257)])
+    theirs.backend_tokenizer.post_processor = beginning
+    checkpoint.save(tmp_path / "c", checkpoint.load(chatty).model, Tokenizer.from_transformers(theirs))
+    for path, expected in [(tmp_path / "c", theirs), (chatty, AutoTokenizer.from_pretrained(folder))]:
+        main(["generate", str(path), "--prompt", "hé", "--max-new-tokens", "3", "--json"])
+        assert last_json(capsys)["prompt_ids"] == expected("hé").input_ids
+    tokenizer = Tokenizer.load(tmp_path / "c")
+    assert tokenizer.encode_prompt("hé")[0] == 257 and 257 not in tokenizer.encode("hé"), "documents have no beginning"
 
 
 def test_chat_needs_a_template_and_a_prompt_where_lines_are_not_read(chatty, tmp_path, capsys):

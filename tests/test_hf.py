@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from mor import checkpoint
 from mor.config import PRESET_NAMES, ModelConfig, RouterConfig, preset
 from mor.generate import SamplingParams, generate
-from mor.hf import MoRCache, MoRConfig, MoRForCausalLM
+from mor.hf import LoadBalancing, MoRCache, MoRConfig, MoRForCausalLM
 from mor.tokenizer import byte_tokenizer
 
 ROUTERS = ["fixed", "expert_choice", "token_choice", "random"]
@@ -309,23 +309,67 @@ def test_trainer_takes_the_steps_that_a_plain_loop_takes(router, accumulate, tmp
     assert evaluated == pytest.approx(expected_eval, abs=1e-4)
 
 
+def test_loss_free_balancing_follows_the_load_of_each_step(tmp_path):
+    def made():
+        return wrapped(tiny(RouterConfig(kind="token_choice", balancing="loss_free", bias_update_rate=0.02)))
+
+    def trainer(model, *callbacks, steps=3):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=steps,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        return Trainer(model=model, args=arguments, train_dataset=Sequences(4), callbacks=list(callbacks))
+
+    model = made()
+    before = model.model.recursions.router.bias_R.clone()
+    with torch.no_grad():
+        load = torch.bincount(model(Sequences(4).tokens).depths.flatten(), minlength=4)[1:].double()
+    trainer(model, LoadBalancing(), steps=1).train()
+    router = model.model.recursions.router
+    torch.testing.assert_close(router.bias_R, before + 0.02 * torch.sign(load.mean() - load).float())
+    assert router.bias_R.abs().max() > 0
+    model(Sequences(4).tokens)  # neither evaluation nor a later forward counts
+    trainer(model, LoadBalancing()).train()
+    assert (router.bias_R / 0.02).abs().max() <= 4.001
+    with pytest.warns(UserWarning, match="needs callbacks"):
+        trainer(made(), steps=1).train()
+    with pytest.raises(ValueError, match="balancing='loss_free'"):
+        trainer(wrapped(tiny("token_choice")), LoadBalancing()).train()
+
+
 def unbatch(batch):
     return [{name: value[i] for name, value in batch.items()} for i in range(len(batch["input_ids"]))]
 
 
-def test_gradient_checkpointing_keeps_the_gradients():
+def test_gradient_checkpointing_keeps_the_gradients_and_fewer_activations():
     tokens, mask, labels = batch_and_labels()
-    found = []
+    found, kept = [], []
     for on in (False, True):
         model = wrapped().train()
         if on:
             model.gradient_checkpointing_enable()
             assert model.is_gradient_checkpointing
-        model(tokens, attention_mask=mask, labels=labels).loss.backward()
+        seen = {}
+
+        def keep(t, seen=seen):
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = model(tokens, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        kept.append(sum(seen.values()))
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
     for name in found[0]:
         torch.testing.assert_close(found[1][name], found[0][name], atol=1e-6, rtol=1e-5, msg=name)
+    assert kept[1] < kept[0] * 0.6
 
 
 def test_lora_on_the_shared_blocks(tmp_path):

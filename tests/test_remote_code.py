@@ -36,6 +36,7 @@ def test_an_export_needs_no_mor(kv, tmp_path):
     checkpoint.save(tmp_path / "c", model, byte_tokenizer(), progress={"step": 1})
     export(tmp_path / "c", tmp_path / "out")
     assert not (tmp_path / "out" / "training_state").exists()
+    assert not (tmp_path / "out" / "checksums.json").exists(), "config.json is another one now"
     torch.save(tokens, tmp_path / "tokens.pt")
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_MOR, tmp_path / "out", tmp_path / "tokens.pt", tmp_path / "found.pt"],

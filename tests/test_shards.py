@@ -200,6 +200,8 @@ def test_a_missing_field_lists_those_there_are(tmp_path):
     with pytest.raises(ValueError, match=r"a.jsonl:1 has no field 'body'; it has text, title: choose one with"):
         prepare([source], tmp_path / "out", wrong)
     assert not list((tmp_path / "out").glob("*.bin"))
+    right = PrepareConfig(tokenizer="bytes", text_field="title", workers=1)
+    assert prepare([source], tmp_path / "out", right)["splits"]["train"]["bytes"] == 3, "the mistake left no trace"
     (tmp_path / "b.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(ValueError, match="the sources hold no text: 1 empty"):
         prepare([str(tmp_path / "b.jsonl")], tmp_path / "out2", PrepareConfig(tokenizer="bytes", workers=1))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
@@ -93,9 +94,10 @@ class Eval:
 
     def _run_nll(self, console: Console) -> None:
         from mor.checkpoint import load
+        from mor.distributed import pick_device
         from mor.evaluate import Evaluation, evaluate, leak
 
-        config, model, tokenizer = load(self.checkpoint)
+        config, model, tokenizer = load(self.checkpoint, device=pick_device())
         length, mask, data = self._data(tokenizer, config)
         caps = range(1, config.num_recursions + 1) if self.by_depth else [config.num_recursions]
         rows: list[Evaluation] = []
@@ -108,10 +110,10 @@ class Eval:
             print_json([asdict(row) for row in rows])
             return
         title = f"{self.checkpoint}: {rows[0].tokens:,} tokens in windows of {length}"
-        made = Table(title=title, title_justify="left")
+        made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)  # fits 80 columns
         made.add_column("routing", no_wrap=True)
         for name in ("max depth", "NLL", "perplexity", "bits/byte", "mean depth", "leak, nats"):
-            made.add_column(name, justify="right")
+            made.add_column(name, justify="right", overflow="fold")
         for row in rows:
             figures = (row.nll, row.perplexity, row.bits_per_byte, row.mean_depth, row.leak_nats)
             label = row.selection if row.causal else f"{row.selection}, non-causal"

@@ -51,7 +51,7 @@ class Generate:
             self._converse(model, tokenizer, chat)
             return
         assert self.prompt is not None
-        ids = chat.prompt(self._messages(self.prompt)) if chat else tokenizer.encode(self.prompt)
+        ids = chat.prompt(self._messages(self.prompt)) if chat else tokenizer.encode_prompt(self.prompt)
         ids = ids or [tokenizer.end_of_text_id]
         if not self.show_depth and not self.json:
             print("" if chat else self.prompt, end="", flush=True)

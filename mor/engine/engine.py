@@ -219,7 +219,7 @@ class Engine:
             return list(prompt)
         if self.tokenizer is None:
             raise ValueError("this engine has no tokenizer; give the prompt as token ids")
-        return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode_prompt(prompt)
 
     def _check(self, request: Request) -> None:
         ids, params = request.prompt_ids, request.params

@@ -1,0 +1,75 @@
+"""The scripts behind published numbers run as printed, and their figures are right where these can be known."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from test_convert import chat_tokenizer, llama
+from test_harness import FLAT
+
+from mor.cli import main
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Llama directory, what mor makes of it, and text."""
+    path = tmp_path_factory.mktemp("benchmarks")
+    llama().save_pretrained(path / "llama")
+    chat_tokenizer().save_pretrained(path / "llama")
+    main(["convert", str(path / "llama"), str(path / "mor")])
+    texts = (f"The square of {i} is {i * i}. " * 4 for i in range(30))
+    (path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (path / "piqa_val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in FLAT["piqa_val"]))
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+def test_convert_parity_finds_what_is_equal_and_what_is_not(folder, run, monkeypatch):
+    arguments = [folder / "llama", folder / "text.jsonl", "--windows", 2, "--seq-len", 40, "--new-tokens", 5]
+    found = run("convert_parity.py", *arguments)
+    assert found["max_abs_difference"] < 1e-4 and found["weights_bit_equal_after_the_way_back"]
+    assert found["greedy_prompts_equal"].startswith("8 of 8") and found["tokens"] == 80
+    assert found["chat_template_equal"] and found["documents_with_other_ids_than_transformers"] == 0
+    from mor import checkpoint
+
+    def spoilt(path, load=checkpoint.load):
+        loaded = load(path)
+        loaded.model.final_norm.weight.data += 0.1
+        return loaded
+
+    monkeypatch.setattr(checkpoint, "load", spoilt)
+    assert run("convert_parity.py", *arguments)["max_abs_difference"] > 1e-2
+
+
+def test_init_nll_measures_every_start(folder, run):
+    arguments = ["--windows", 2, "--seq-len", 40, "--threads", 1]
+    rows = run("init_nll.py", folder / "mor", folder / "text.jsonl", *arguments)["rows"]
+    assert len(rows) == 26 and {row["init"] for row in rows[1:6]} == {"stepwise", "average", "lower", "upper", "random"}
+    assert rows[0]["kind"] == "source" and rows[0]["layers"] == 8
+    assert len({row["nll"] for row in rows}) > 20
+
+
+def test_harness_parity_compares_two_checkpoints(folder, run):
+    arguments = ["--task-data", folder, "--tasks", "piqa", "--limit", 4, "--batch-sizes", 3, 2, "--threads", 1]
+    found = run("harness_parity.py", folder / "llama", folder / "mor", *arguments)
+    (row,) = found["rows"]
+    assert row["first"] == row["second"] and row["items"] == 4 and 0 <= found["largest_difference"] < 1e-4
+
+
+def test_data_prepare_measures_both_sides(folder, run):
+    arguments = ["--tokenizer", folder / "llama", "--megabytes", 0.001, "--rounds", 1]
+    found = run("data_prepare.py", folder / "text.jsonl", *arguments)
+    assert min(found["tokens_per_s"], found["bare_tokens_per_s"]) > 0 and found["peak_memory_mb"] > 10
