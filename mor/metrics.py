@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mor.distributed import ALONE, Ranks
+from mor.packing import tally
 from mor.routing import ExpertChoiceRouter, FixedDepthRouter, Router, Routing, TokenChoiceRouter
 
 
@@ -57,7 +58,7 @@ def router_health(router: Router, routings: Sequence[Routing], ranks: Ranks = AL
     R = router.num_recursions
     taken = torch.stack([r.selected_M(i).sum() for r in routings for i in range(R)]).view(-1, R).sum(0)
     depths = torch.cat([r.depth_M for r in routings])
-    load = torch.bincount(depths, minlength=R + 1)
+    load = tally(depths, R + 1)
     counts = ranks.sum(torch.cat([taken, load])).double()
     taken, load = counts[:R], counts[R:]
     share = load[1:] / load.sum()

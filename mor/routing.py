@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mor.config import ModelConfig, RouterConfig, Selection
 from mor.hashing import hash_uniform
-from mor.packing import PackedTokens
+from mor.packing import PackedTokens, tally
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 # How the gated output of the stack joins the state it started from.
-GATES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+GATES: dict[str, Callable[[Tensor, Tensor, Tensor | float], Tensor]] = {
     "paper": lambda h, out, gate: h + gate * out,
     "residual": lambda h, out, gate: h + gate * (out - h),
 }
@@ -279,7 +279,7 @@ class TokenChoiceRouter(Router):
         routing.logit_MR, routing.score_MR = logit_MR, score_MR
         routing.choice_M = choice_M.clamp(max=routing.max_depth)
         if self.config.balancing == "loss":
-            share_R = torch.bincount(choice_M - 1, minlength=self.num_recursions) / choice_M.numel()
+            share_R = tally(choice_M - 1, self.num_recursions) / choice_M.numel()
             share_R = self.mean_over_ranks(share_R)
             mean_R = (score_MR / score_MR.sum(-1, keepdim=True)).mean(0)
             balance = self.num_recursions * (share_R * mean_R).sum()
@@ -335,7 +335,7 @@ class RandomRouter(Router):
         return RoutingStep(recursion, all_tokens.select(index_K, per_row), index_K)
 
     def combine(self, step: RoutingStep, h_KD: Tensor, out_KD: Tensor, first_MD: Tensor, routing: Routing) -> Tensor:
-        return self.gate(h_KD, out_KD, torch.tensor(self.config.gate_scale, dtype=out_KD.dtype, device=out_KD.device))
+        return self.gate(h_KD, out_KD, self.config.gate_scale)
 
 
 ROUTERS: dict[str, type[Router]] = {

@@ -29,6 +29,7 @@ from mor.evaluate import evaluate
 from mor.metrics import MetricsLog, ProgressLine, router_health
 from mor.model import Output, Transformer
 from mor.optim import OptimConfig, build_optimizers, learning_rate
+from mor.packing import tally
 from mor.routing import Routing, TokenChoiceRouter
 
 
@@ -242,7 +243,7 @@ def _balance(model: Transformer, routings: Sequence[Routing]) -> None:
     router = model.recursions.router
     if isinstance(router, TokenChoiceRouter) and router.config.balancing == "loss_free":
         choices = torch.cat([r.choice_M for r in routings if r.choice_M is not None])
-        router.update_bias(torch.bincount(choices - 1, minlength=router.num_recursions))
+        router.update_bias(tally(choices - 1, router.num_recursions))
 
 
 def train(

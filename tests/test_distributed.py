@@ -63,7 +63,7 @@ for line in sys.stdin:
 class Pair:
     """Two processes that train together, run after run; a run that fails or hangs fails with what both said."""
 
-    TIMEOUT_S = 120
+    TIMEOUT_S = 300  # on a busy machine two processes in lock-step wait for each other most of the time
 
     def __init__(self, folder):
         self.folder, self.processes, self.runs = folder, [], 0
