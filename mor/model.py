@@ -48,8 +48,8 @@ class RMSNorm(nn.Module):
 def rotary_angles(position_M: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines for rotary embedding, each (M, 1, H/2), fp32."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_M.device) / head_dim
-    angle_MH = position_M[:, None].float() * (1.0 / theta**exponent)
-    return angle_MH.cos()[:, None], angle_MH.sin()[:, None]
+    angle_M1H = position_M[:, None, None].float() * (1.0 / theta**exponent)
+    return angle_M1H.cos(), angle_M1H.sin()
 
 
 def rotate(x_MNH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

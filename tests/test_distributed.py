@@ -20,7 +20,8 @@ from mor import checkpoint
 from mor.config import RouterConfig, preset
 from mor.data import DataConfig
 from mor.optim import OptimConfig
-from mor.train import TrainConfig, load_config, train
+from mor.train import train
+from mor.train_config import TrainConfig, load_config
 
 ROUTERS = {
     "fixed": RouterConfig(),
@@ -39,7 +40,8 @@ torch.set_num_threads(1)
 faulthandler.register(signal.SIGUSR1)
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
-from mor.train import load_config, train
+from mor.train import train
+from mor.train_config import load_config
 
 class Communication(TorchDispatchMode):
     def __init__(self):
