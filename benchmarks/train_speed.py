@@ -175,9 +175,9 @@ class Trainer:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             self.step()
         held = peak = 0
-        for event in sorted(seen.events(), key=lambda e: e.time_range.start):
-            if event.name == "[memory]":
-                held += event.cpu_memory_usage if hasattr(event, "cpu_memory_usage") else event.self_cpu_memory_usage
+        for event in seen.profiler.kineto_results.events():  # events() leaves out what belongs to an operation
+            if event.name() == "[memory]":
+                held += event.nbytes()
                 peak = max(peak, held)
         return peak + self.resident_bytes()
 

@@ -146,9 +146,16 @@ class Recursions(nn.Module):
             "sequence": [(r, [layer]) for layer in layers for r in recursions],
         }[config.shared_order]
 
-    def stack(self, x_KD: Tensor, angles: tuple[Tensor, Tensor], kv: AttentionPass, layers: Sequence[int]) -> Tensor:
+    def stack(
+        self,
+        x_KD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        kv: AttentionPass,
+        layers: Sequence[int],
+        recompute: bool = False,
+    ) -> Tensor:
         for layer in layers:
-            x_KD = self.shared_blocks[layer](x_KD, angles, kv, layer)
+            x_KD = run(self.shared_blocks[layer], x_KD, angles, kv, layer, recompute=recompute)
         return x_KD
 
     def forward(
@@ -170,7 +177,7 @@ class Recursions(nn.Module):
             h_KD = x_MD if index_K is None else take(x_MD, index_K)  # gather
             here = angles if index_K is None else (angles[0][index_K], angles[1][index_K])
 
-            out_KD = run(self.stack, h_KD, here, passes_kv[recursion], layers, recompute=recompute)
+            out_KD = self.stack(h_KD, here, passes_kv[recursion], layers, recompute)
 
             new_KD = self.router.combine(step, h_KD, out_KD, first_MD, routing)  # gate
             x_MD = new_KD if index_K is None else x_MD.index_copy(0, index_K, new_KD)  # scatter

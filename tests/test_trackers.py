@@ -13,9 +13,9 @@ from rich.console import Console
 
 from mor.config import preset
 from mor.data import DataConfig
+from mor.trackers import flat_scalars, routing_histograms
 from mor.train import train
 from mor.train_config import TrainConfig
-from mor.trackers import flat_scalars, routing_histograms
 
 
 @pytest.fixture
