@@ -23,7 +23,8 @@ from mor.demo import plot_curves, step_flops
 from mor.evaluate import evaluate
 from mor.metrics import read_metrics
 from mor.optim import OptimConfig
-from mor.train import TrainConfig, train
+from mor.train import train
+from mor.train_config import TrainConfig
 
 SHAPE = dict(
     dim=128, num_heads=4, num_kv_heads=2, head_dim=32, ffn_dim=344, max_seq_len=256, num_layers=14, init_std=0.08

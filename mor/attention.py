@@ -5,17 +5,29 @@ A rows · K queries · S keys · N heads · G key/value heads · H head dim
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+PREFERENCE = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
-def attention(q_AKNH: Tensor, k_ASGH: Tensor, v_ASGH: Tensor, visible_AKS: Tensor | None) -> Tensor:
+def attention(q_AKNH: Tensor, k_ASGH: Tensor, v_ASGH: Tensor, mask_AKS: Tensor | None) -> Tensor:
     """Grouped-query softmax attention, (A, K, N, H).
 
-    visible_AKS: which key each query may see; None means causal, query i sees keys 0..i (then K = S).
+    mask_AKS: which key each query may see, as truth values or as a bias (:func:`as_bias`); None means causal,
+    query i sees keys 0..i (then K = S).
     """
-    mask = None if visible_AKS is None else visible_AKS[:, None]
+    mask = None if mask_AKS is None else mask_AKS[:, None]
     out = F.scaled_dot_product_attention(
         q_AKNH.transpose(1, 2),
         k_ASGH.transpose(1, 2),
@@ -25,6 +37,23 @@ def attention(q_AKNH: Tensor, k_ASGH: Tensor, v_ASGH: Tensor, visible_AKS: Tenso
         enable_gqa=q_AKNH.shape[2] != k_ASGH.shape[2],
     )
     return out.transpose(1, 2)
+
+
+def as_bias(visible_AKS: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores: 0 where a query sees a key, minus infinity where it does not."""
+    return torch.zeros(visible_AKS.shape, dtype=dtype, device=visible_AKS.device).masked_fill_(
+        ~visible_AKS, float("-inf")
+    )
+
+
+@contextmanager
+def preferred_kernels(device: torch.device) -> Iterator[None]:
+    """On Hopper and later GPUs cuDNN's attention comes first, then the others wherever it declines."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
+        yield
+        return
+    with sdpa_kernel(PREFERENCE, set_priority=True):
+        yield
 
 
 def plain_attention(q_AKNH: Tensor, k_ASGH: Tensor, v_ASGH: Tensor, visible_AKS: Tensor | None) -> Tensor:

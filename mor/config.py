@@ -69,7 +69,7 @@ class RouterConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         if self.capacities is not None:
             object.__setattr__(self, "capacities", tuple(float(c) for c in self.capacities))
         for name, kinds in _READ_BY.items():
@@ -143,7 +143,7 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         for name in (
             "vocab_size",
             "dim",
@@ -323,7 +323,7 @@ def _default(config: Any, name: str) -> Any:
     return type(config).__dataclass_fields__[name].default
 
 
-def _check_choices(config: Any) -> None:
+def check_choices(config: Any) -> None:
     """Literal fields hold one of their values; dataclasses themselves do not check."""
     hints = _literal_choices(type(config))
     for name, choices in hints.items():

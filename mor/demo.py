@@ -25,7 +25,8 @@ from mor.metrics import read_metrics
 from mor.model import Transformer
 from mor.optim import OptimConfig
 from mor.show import depth_legend, depth_text
-from mor.train import TrainConfig, train
+from mor.train import train
+from mor.train_config import TrainConfig
 
 SHAPE: dict[str, Any] = dict(
     dim=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=176, max_seq_len=256, init_std=0.08

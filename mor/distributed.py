@@ -10,6 +10,7 @@ fsdp  every rank holds a share of weights, gradients and optimizer state (FSDP2)
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,7 +103,11 @@ def spread(model: Transformer, ranks: Ranks, how: Parallel) -> nn.Module:
         return model
     if how == "ddp":
         devices = [ranks.device.index] if ranks.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        with warnings.catch_warnings():  # newer versions rename broadcast_buffers, older ones know only that
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.parallel.DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mor.attention import attention
+from mor.attention import as_bias, attention
 from mor.config import ModelConfig
 from mor.packing import PackedTokens
 
@@ -78,11 +78,11 @@ class KVPass:
         self.store, self.stream, self.reads, self.tokens = store, stream, reads, tokens
         self.writes = stream in reads
         was_empty = self.writes and store.begin(stream, tokens)
-        self.visible_AKS: Tensor | None = None  # causal: the pass sees exactly its own tokens, in order
+        self.mask_AKS: Tensor | None = None  # causal: the pass sees exactly its own tokens, in order
         if not (was_empty and reads == (stream,)):
             key_AS = store.positions(reads[0], tokens.rows)
             query_AK = tokens.pad(tokens.position_M, fill=_PADDED_QUERY)
-            self.visible_AKS = key_AS[:, None, :] <= query_AK[:, :, None]
+            self.mask_AKS = key_AS[:, None, :] <= query_AK[:, :, None]
         if len(reads) > 1:
             fresh_AS = store.positions(stream, tokens.rows)
             lane, slot = (fresh_AS != EMPTY).nonzero(as_tuple=True)
@@ -99,7 +99,10 @@ class KVPass:
             k_fresh, v_fresh = self.store.read(self.stream, layer, self.tokens.rows)
             k = k.index_put((lane, position), k_fresh[lane, slot])
             v = v.index_put((lane, position), v_fresh[lane, slot])
-        return self.tokens.unpad(attention(self.tokens.pad(q_MNH), k, v, self.visible_AKS))
+        if self.mask_AKS is not None and self.mask_AKS.dtype == torch.bool:
+            # Once for all layers: the kernel would make, and keep for its backward, a copy for each.
+            self.mask_AKS = as_bias(self.mask_AKS, q_MNH.dtype)
+        return self.tokens.unpad(attention(self.tokens.pad(q_MNH), k, v, self.mask_AKS))
 
 
 class Scratch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mor.distributed import ALONE, Ranks
+from mor.packing import tally
 from mor.routing import ExpertChoiceRouter, FixedDepthRouter, Router, Routing, TokenChoiceRouter
+from mor.trackers import NoTracker, Tracker, flat_scalars
 
 
 class MetricsLog:
     """Appends one JSON object per line; ``truncate_to`` drops what a continued run will write again."""
 
-    def __init__(self, path: Path, *, truncate_to: int | None = None, active: bool = True) -> None:
-        """active: False writes nothing, for all ranks but the first."""
-        self.path, self.active = path, active
+    def __init__(
+        self, path: Path, *, truncate_to: int | None = None, active: bool = True, tracker: Tracker | None = None
+    ) -> None:
+        """active: False writes nothing, for all ranks but the first. tracker: gets the numbers as well."""
+        self.path, self.active, self.tracker = path, active, tracker or NoTracker()
         if not active:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +41,7 @@ class MetricsLog:
         finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(finite) + "\n")
+        self.tracker.scalars(values["step"], flat_scalars(values))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -57,7 +62,7 @@ def router_health(router: Router, routings: Sequence[Routing], ranks: Ranks = AL
     R = router.num_recursions
     taken = torch.stack([r.selected_M(i).sum() for r in routings for i in range(R)]).view(-1, R).sum(0)
     depths = torch.cat([r.depth_M for r in routings])
-    load = torch.bincount(depths, minlength=R + 1)
+    load = tally(depths, R + 1)
     counts = ranks.sum(torch.cat([taken, load])).double()
     taken, load = counts[:R], counts[R:]
     share = load[1:] / load.sum()
@@ -91,6 +96,20 @@ def _agreement(router: ExpertChoiceRouter, routings: Sequence[Routing], ranks: R
     return same / count if count else None
 
 
+def health_text(health: Mapping[str, Any]) -> str:
+    """Router health in a few words for the progress line."""
+    if "depth_entropy" not in health:
+        return f"depth {health['mean_depth']:.2f}"
+    share = "/".join(f"{100 * s:.0f}" for s in health["share_per_recursion"])
+    words = [f"depth {health['mean_depth']:.2f} ({share}%)", f"entropy {health['depth_entropy']:.2f}"]
+    words.append(f"dead {100 * health['dead_positions']:.0f}%")
+    if health.get("agreement") is not None:
+        words.append(f"agreement {100 * health['agreement']:.1f}%")
+    if "max_violation" in health:
+        words.append(f"MaxVio {health['max_violation']:.2f}")
+    return " · ".join(words)
+
+
 class ProgressLine:
     """A live line on a terminal; elsewhere a plain line now and then."""
 
@@ -119,4 +138,4 @@ class ProgressLine:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from mor.config import ModelConfig, Selection
 from mor.kv_cache import READS, AttentionPass, Cache, KVStore, Scratch
 from mor.loss import linear_cross_entropy
-from mor.packing import PackedTokens, pack
+from mor.packing import PackedTokens, pack, take
 from mor.routing import Routing, build_router
 
 
@@ -47,8 +48,8 @@ class RMSNorm(nn.Module):
 def rotary_angles(position_M: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines for rotary embedding, each (M, 1, H/2), fp32."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_M.device) / head_dim
-    angle_MH = position_M[:, None].float() * (1.0 / theta**exponent)
-    return angle_MH.cos()[:, None], angle_MH.sin()[:, None]
+    angle_M1H = position_M[:, None, None].float() * (1.0 / theta**exponent)
+    return angle_M1H.cos(), angle_M1H.sin()
 
 
 def rotate(x_MNH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -67,12 +68,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x_MD: Tensor, angles: tuple[Tensor, Tensor], kv: AttentionPass, layer: int) -> Tensor:
+    def project(
+        self, x_MD: Tensor, angles: tuple[Tensor, Tensor], with_kv: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Queries (M, N, H), and keys and values (M, G, H) if the pass writes any."""
         q_MNH = rotate(self.q_proj(x_MD).unflatten(-1, (-1, self.head_dim)), angles)
-        if kv.writes:
-            k_MGH = rotate(self.k_proj(x_MD).unflatten(-1, (-1, self.head_dim)), angles)
-            kv.write(layer, k_MGH, self.v_proj(x_MD).unflatten(-1, (-1, self.head_dim)))
-        return self.o_proj(kv.attend(layer, q_MNH).flatten(-2))
+        if not with_kv:
+            return q_MNH, None, None
+        k_MGH = rotate(self.k_proj(x_MD).unflatten(-1, (-1, self.head_dim)), angles)
+        return q_MNH, k_MGH, self.v_proj(x_MD).unflatten(-1, (-1, self.head_dim))
 
 
 class FeedForward(nn.Module):
@@ -97,8 +101,30 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x_MD: Tensor, angles: tuple[Tensor, Tensor], kv: AttentionPass, layer: int) -> Tensor:
-        x_MD = x_MD + self.attention(self.attention_norm(x_MD), angles, kv, layer)
+        q_MNH, k_MGH, v_MGH = self.enter(x_MD, angles, kv.writes)
+        if k_MGH is not None and v_MGH is not None:
+            kv.write(layer, k_MGH, v_MGH)
+        return self.leave(x_MD, kv.attend(layer, q_MNH))
+
+    def enter(
+        self, x_MD: Tensor, angles: tuple[Tensor, Tensor], with_kv: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Everything before the attention kernel."""
+        return self.attention.project(self.attention_norm(x_MD), angles, with_kv)
+
+    def leave(self, x_MD: Tensor, mixed_MNH: Tensor) -> Tensor:
+        """Everything after it."""
+        x_MD = x_MD + self.attention.o_proj(mixed_MNH.flatten(-2))
         return x_MD + self.feed_forward(self.feed_forward_norm(x_MD))
+
+    def compile_parts(self, **settings: Any) -> None:
+        """Compile what stands before and after attention, each into one graph for any number of tokens.
+
+        Attention is one kernel already, and what surrounds it knows neither rows nor caches: so no shape, layer
+        or recursion asks for a compilation of its own. settings: as ``torch.compile`` takes them.
+        """
+        for name in ("enter", "leave"):
+            setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=True, **settings))
 
 
 def run(function: Callable[..., Tensor], *args: object, recompute: bool) -> Tensor:
@@ -120,9 +146,16 @@ class Recursions(nn.Module):
             "sequence": [(r, [layer]) for layer in layers for r in recursions],
         }[config.shared_order]
 
-    def stack(self, x_KD: Tensor, angles: tuple[Tensor, Tensor], kv: AttentionPass, layers: Sequence[int]) -> Tensor:
+    def stack(
+        self,
+        x_KD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        kv: AttentionPass,
+        layers: Sequence[int],
+        recompute: bool = False,
+    ) -> Tensor:
         for layer in layers:
-            x_KD = self.shared_blocks[layer](x_KD, angles, kv, layer)
+            x_KD = run(self.shared_blocks[layer], x_KD, angles, kv, layer, recompute=recompute)
         return x_KD
 
     def forward(
@@ -141,10 +174,10 @@ class Recursions(nn.Module):
             index_K = step.index_K
             if recursion not in passes_kv:
                 passes_kv[recursion] = store.open(recursion + 1, self.reads(recursion + 1), step.tokens)
-            h_KD = x_MD if index_K is None else x_MD[index_K]  # gather
+            h_KD = x_MD if index_K is None else take(x_MD, index_K)  # gather
             here = angles if index_K is None else (angles[0][index_K], angles[1][index_K])
 
-            out_KD = run(self.stack, h_KD, here, passes_kv[recursion], layers, recompute=recompute)
+            out_KD = self.stack(h_KD, here, passes_kv[recursion], layers, recompute)
 
             new_KD = self.router.combine(step, h_KD, out_KD, first_MD, routing)  # gate
             x_MD = new_KD if index_K is None else x_MD.index_copy(0, index_K, new_KD)  # scatter
@@ -214,6 +247,12 @@ class Transformer(nn.Module):
             nll = linear_cross_entropy(self.final_norm(x_MD), self.head_weight, target_M)
             return Output(x_MD.new_empty(0), routing, nll)
         return Output(self._logits(x_MD, tokens, last_only), routing)
+
+    def compile_blocks(self, **settings: Any) -> Transformer:
+        """Compile all layers (see :meth:`Block.compile_parts`)."""
+        for block in (*self.prelude, *self.recursions.shared_blocks, *self.coda):
+            block.compile_parts(**settings)
+        return self
 
     @property
     def head_weight(self) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,12 @@ class PackedTokens:
         """Tokens in each row."""
         if self.per_row is not None:
             return torch.full((self.num_rows,), self.per_row, device=self.row_M.device)
-        return torch.bincount(self.row_M, minlength=self.num_rows)
+        return tally(self.row_M, self.num_rows)
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        """Tokens in each row, on the host: the one time that shapes make it wait for the device."""
+        return self.count_B.tolist()
 
     @cached_property
     def slot_M(self) -> Tensor:
@@ -63,9 +69,9 @@ class PackedTokens:
     @cached_property
     def rows(self) -> Tensor | None:
         """Rows that hold tokens, (A,); None if all do."""
-        if self.per_row is not None or bool((self.count_B > 0).all()):
+        if self.per_row is not None or 0 not in self._counts:
             return None
-        return self.count_B.nonzero().squeeze(1)
+        return torch.tensor([row for row, n in enumerate(self._counts) if n], device=self.row_M.device)
 
     @cached_property
     def lane_B(self) -> Tensor | None:
@@ -73,25 +79,29 @@ class PackedTokens:
         return None if self.rows is None else (self.count_B > 0).cumsum(0) - 1
 
     @cached_property
-    def _padded_place(self) -> tuple[Tensor, Tensor, int, int]:
+    def _lines(self) -> tuple[int, int]:
+        """Shape (A, K) of the padded tokens."""
+        return self.num_rows if self.rows is None else len(self.rows), max(self._counts)
+
+    @cached_property
+    def _line_place_M(self) -> Tensor:
+        """Where each token stands among the flattened (A, K) lines."""
         lane_M = self.row_M if self.lane_B is None else self.lane_B[self.row_M]
-        num_lanes = self.num_rows if self.rows is None else self.rows.numel()
-        return lane_M, self.slot_M, num_lanes, int(self.count_B.max())
+        return lane_M * self._lines[1] + self.slot_M
 
     def pad(self, x_M: Tensor, fill: float = 0) -> Tensor:
         """(M, ...) -> (A, K, ...): one line per row that holds tokens, filled up at the end."""
         if self.per_row is not None:
             return x_M.view(self.num_rows, self.per_row, *x_M.shape[1:])
-        lane_M, slot_M, num_lanes, width = self._padded_place
-        out = x_M.new_full((num_lanes, width, *x_M.shape[1:]), fill)
-        return out.index_put((lane_M, slot_M), x_M)
+        lines, width = self._lines
+        out = x_M.new_full((lines * width, *x_M.shape[1:]), fill)
+        return out.index_copy(0, self._line_place_M, x_M).view(lines, width, *x_M.shape[1:])
 
     def unpad(self, x_AK: Tensor) -> Tensor:
         """(A, K, ...) -> (M, ...): the reverse of :meth:`pad`."""
         if self.per_row is not None:
             return x_AK.reshape(len(self), *x_AK.shape[2:])
-        lane_M, slot_M, _, _ = self._padded_place
-        return x_AK[lane_M, slot_M]
+        return take(x_AK.flatten(0, 1), self._line_place_M)
 
     def unpack(self, x_M: Tensor, fill: float = 0) -> Tensor:
         """(M, ...) -> (B, T, ...): back to the places in the batch."""
@@ -99,7 +109,7 @@ class PackedTokens:
         if len(self) == rows * columns:
             return x_M.view(rows, columns, *x_M.shape[1:])
         out = x_M.new_full((rows * columns, *x_M.shape[1:]), fill)
-        return out.index_put((self.place_M,), x_M).view(rows, columns, *x_M.shape[1:])
+        return out.index_copy(0, self.place_M, x_M).view(rows, columns, *x_M.shape[1:])
 
     def last_index(self) -> Tensor:
         """Index of the last token of each row that holds tokens, (A,)."""
@@ -160,8 +170,31 @@ def _split_rows(row_M: Tensor, document_M: Tensor) -> tuple[Tensor, int, None]:
     return new_M, int(new_M[-1]) + 1, None
 
 
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_M: Tensor, index_K: Tensor) -> Tensor:
+        ctx.save_for_backward(index_K)
+        ctx.rows = len(x_M)
+        return x_M.index_select(0, index_K)
+
+    @staticmethod
+    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None]:
+        (index_K,) = ctx.saved_tensors
+        return grad_K.new_zeros(ctx.rows, *grad_K.shape[1:]).index_copy(0, index_K, grad_K), None
+
+
+def take(x_M: Tensor, index_K: Tensor) -> Tensor:
+    """``x_M[index_K]`` where no index occurs twice: then the gradient is a copy, and needs neither sums nor sorting."""
+    return _Take.apply(x_M, index_K)
+
+
+def tally(index_M: Tensor, length: int) -> Tensor:
+    """How often each of 0..length-1 occurs; unlike ``bincount`` it does not make the host wait for the device."""
+    return index_M.new_zeros(length).index_add_(0, index_M, torch.ones_like(index_M))
+
+
 def _rank(row_M: Tensor, num_rows: int) -> Tensor:
     """Number of tokens of the same row before each token (rows ascending)."""
-    count_B = torch.bincount(row_M, minlength=num_rows)
+    count_B = tally(row_M, num_rows)
     start_B = count_B.cumsum(0) - count_B
     return torch.arange(len(row_M), device=row_M.device) - start_B[row_M]

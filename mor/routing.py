@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mor.config import ModelConfig, RouterConfig, Selection
 from mor.hashing import hash_uniform
-from mor.packing import PackedTokens
+from mor.packing import PackedTokens, take, tally
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,12 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def router_logits(net: nn.Module, x_MD: Tensor) -> Tensor:
+    """``net(x)`` in the precision of its weights, also under autocast: bf16 has too few digits to rank tokens by."""
+    with torch.autocast(x_MD.device.type, enabled=False):
+        return at_least_fp32(net(x_MD.to(next(net.parameters()).dtype)))
+
+
 def score_net(architecture: str, dim: int, outputs: int) -> nn.Module:
     """The router's network: linear, or one hidden layer of width dim or 4 * dim."""
     if architecture == "linear":
@@ -218,7 +224,7 @@ class ExpertChoiceRouter(Router):
         candidate_C, tokens = None, routing.tokens
         if self.config.hierarchical and routing.steps:
             candidate_C, tokens = routing.steps[-1].index_K, routing.steps[-1].tokens
-        logit_C, causal_C = self._logits(recursion, x_MD if candidate_C is None else x_MD[candidate_C])
+        logit_C, causal_C = self._logits(recursion, x_MD if candidate_C is None else take(x_MD, candidate_C))
         kept_K, per_row = self._keep(recursion, logit_C, causal_C, tokens, routing)
         if routing.selection == "topk":
             self._add_losses(logit_C, causal_C, kept_K, routing)
@@ -237,10 +243,10 @@ class ExpertChoiceRouter(Router):
 
     def _logits(self, recursion: int, h_CD: Tensor) -> tuple[Tensor, Tensor]:
         """The router's logits, and those that threshold selection looks at."""
-        logit_C = at_least_fp32(self.nets[recursion](h_CD).squeeze(-1))
+        logit_C = router_logits(self.nets[recursion], h_CD).squeeze(-1)
         if not self.aux_nets:
             return logit_C, logit_C
-        return logit_C, at_least_fp32(self.aux_nets[recursion](h_CD.detach()).squeeze(-1))
+        return logit_C, router_logits(self.aux_nets[recursion], h_CD.detach()).squeeze(-1)
 
     def _passes_threshold(self, recursion: int, causal_C: Tensor) -> Tensor:
         return causal_C.sigmoid() > self.threshold_R[recursion]
@@ -291,13 +297,13 @@ class TokenChoiceRouter(Router):
         self.combine_form = {"last": self._gate_last, "every": self._gate_every}[config.combination]
 
     def start(self, x_MD: Tensor, routing: Routing) -> None:
-        logit_MR = at_least_fp32(self.net(x_MD))
+        logit_MR = router_logits(self.net, x_MD)
         score_MR = self.score(logit_MR)
         choice_M = (score_MR + self.bias_R).argmax(-1) + 1  # the bias balances, it does not gate
         routing.logit_MR, routing.score_MR = logit_MR, score_MR
         routing.choice_M = choice_M.clamp(max=routing.max_depth)
         if self.config.balancing == "loss":
-            share_R = torch.bincount(choice_M - 1, minlength=self.num_recursions) / choice_M.numel()
+            share_R = tally(choice_M - 1, self.num_recursions) / choice_M.numel()
             share_R = self.mean_over_ranks(share_R)
             mean_R = (score_MR / score_MR.sum(-1, keepdim=True)).mean(0)
             balance = self.num_recursions * (share_R * mean_R).sum()

@@ -11,83 +11,32 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mor import checkpoint, costs, distributed
-from mor.config import ModelConfig, from_dict, preset
-from mor.data import Batch, Corpus, DataConfig, DataState, load_corpus
-from mor.distributed import Parallel, Ranks, reducing, reshard, spread, whole
+from mor import checkpoint, distributed
+from mor.attention import preferred_kernels
+from mor.data import Batch, Corpus, DataState, load_corpus
+from mor.distributed import Ranks, reducing, reshard, spread, whole
 from mor.evaluate import evaluate
-from mor.metrics import MetricsLog, ProgressLine, router_health
+from mor.metrics import MetricsLog, ProgressLine, health_text, router_health
 from mor.model import Output, Transformer
-from mor.optim import OptimConfig, build_optimizers, learning_rate
+from mor.optim import build_optimizers, learning_rate
+from mor.packing import tally
 from mor.routing import Routing, TokenChoiceRouter
+from mor.trackers import TRACKERS, Tracker, routing_histograms
+from mor.train_config import TrainConfig, capacities_at, step_flops, total_steps
 
 
 class TrainingError(ValueError):
     """A run that cannot go on; the message says why and what to do."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    model: ModelConfig = field(default_factory=lambda: preset("mini", num_recursions=3, router="expert_choice"))
-    """vocab_size is taken from the tokenizer."""
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    out: str = "runs/mor"
-    """Run directory: metrics.jsonl, train.json, checkpoints/."""
-    steps: int = 500
-    flops: float | None = None
-    """Training FLOPs to spend (exact count); replaces steps."""
-    batch_size: int = 16
-    """Sequences per forward and rank."""
-    accumulate: int = 1
-    """Forwards per optimizer step."""
-    seq_len: int = 256
-    capacity_warmup_steps: int = 0
-    """Steps in which capacities fall from 1 to their value along a cosine."""
-    eval_every: int = 100
-    eval_windows: int = 64
-    save_every: int = 0
-    """Steps between checkpoints; 0 saves at the end only."""
-    keep: int = 2
-    """Checkpoints that are kept; 0 keeps all."""
-    max_skipped: int = 5
-    """Steps in a row whose loss or gradient is not finite before the run stops; each one is skipped."""
-    branch_from: str | None = None
-    """Checkpoint of another run's stable phase that this run starts from; it takes that run's settings."""
-    log_every: int = 10
-    seed: int = 0
-    device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
-    parallel: Parallel = "ddp"
-    """Several ranks (torchrun): ddp keeps a copy of everything on each, fsdp a share of everything."""
-    recompute: bool = False
-    """Keep no activations inside the layers; the backward pass makes them again."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "seq_len", "eval_every", "eval_windows", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"precision={self.precision!r} is not known; choose auto, float32 or bfloat16")
-        if self.parallel not in ("ddp", "fsdp"):
-            raise ValueError(f"parallel={self.parallel!r} is not known; choose ddp or fsdp")
-        if self.parallel == "fsdp" and self.optim.name == "muon":
-            raise ValueError("optim.name='muon' needs whole matrices; use parallel='ddp', or optim.name='adamw'")
-        if self.seq_len > self.model.max_seq_len:
-            raise ValueError(f"seq_len={self.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}")
-        if self.capacity_warmup_steps and self.model.router.kind not in ("expert_choice", "random"):
-            raise ValueError(f"capacity_warmup_steps needs a router with capacities, not {self.model.router.kind!r}")
 
 
 @dataclass
@@ -160,28 +109,6 @@ class TrainResult:
     finished: bool
 
 
-def capacities_at(config: TrainConfig, step: int) -> tuple[float, ...]:
-    """Capacities of a step (from 0): a cosine from 1 to the configured ones during warm-up."""
-    if step >= config.capacity_warmup_steps:
-        return config.model.capacities
-    excess = 0.5 * (1 + math.cos(math.pi * step / config.capacity_warmup_steps))
-    return tuple(c + (1 - c) * excess for c in config.model.capacities)
-
-
-def step_flops(config: TrainConfig, step: int, num_ranks: int = 1) -> float:
-    """Training FLOPs of a step, exact for static capacities. Documents are counted as if they were not masked."""
-    sequences = config.batch_size * config.accumulate * num_ranks
-    return sequences * costs.train_flops(config.model, config.seq_len, capacities=capacities_at(config, step))
-
-
-def total_steps(config: TrainConfig, num_ranks: int = 1) -> int:
-    if config.flops is None:
-        return config.steps
-    warm = [step_flops(config, s, num_ranks) for s in range(config.capacity_warmup_steps)]
-    left = config.flops - sum(warm)
-    return max(1, len(warm) + round(left / step_flops(config, config.capacity_warmup_steps, num_ranks)))
-
-
 def compute_loss(output: Output) -> Tensor:
     """What training minimises: language-model loss plus the weighted auxiliary losses, means over tokens."""
     assert output.nll is not None
@@ -242,7 +169,7 @@ def _balance(model: Transformer, routings: Sequence[Routing]) -> None:
     router = model.recursions.router
     if isinstance(router, TokenChoiceRouter) and router.config.balancing == "loss_free":
         choices = torch.cat([r.choice_M for r in routings if r.choice_M is not None])
-        router.update_bias(torch.bincount(choices - 1, minlength=router.num_recursions))
+        router.update_bias(tally(choices - 1, router.num_recursions))
 
 
 def train(
@@ -275,18 +202,34 @@ def _train(
     corpus = corpus or load_corpus(config.data, saved.tokenizer if saved else None)
     config = dataclasses.replace(config, model=config.model.replace(vocab_size=corpus.tokenizer.vocab_size))
     model = saved.model.train() if saved else Transformer(config.model).init_weights(config.seed)
-    forward = spread(model.to(ranks.device), ranks, config.parallel)
+    model.to(ranks.device)
+    if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
+        model.compile_blocks()
+    forward = spread(model, ranks, config.parallel)
     state = TrainState(model, build_optimizers(model, config.optim), ranks, forward)
     if start:
         state.load(start)
-    log = MetricsLog(out / "metrics.jsonl", truncate_to=state.step if resume else None, active=ranks.is_first)
+    tracker = _tracker(config, state)
+    log = MetricsLog(
+        out / "metrics.jsonl", truncate_to=state.step if resume else None, active=ranks.is_first, tracker=tracker
+    )
     if ranks.is_first:
         (out / "train.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
     total = total_steps(config, ranks.size)
-    with ProgressLine(console, total, state.step, label) as progress, _interruptible() as interrupted:
+    with (
+        ProgressLine(console, total, state.step, label) as progress,
+        _interruptible() as interrupted,
+        preferred_kernels(ranks.device),
+        closing(tracker),
+    ):
         finished = _loop(config, state, corpus, total, log, progress, interrupted)
     path = _save(config, state, corpus, total)
     return TrainResult(path, state, corpus, finished)
+
+
+def _tracker(config: TrainConfig, state: TrainState) -> Tracker:
+    make = TRACKERS[config.tracker if state.ranks.is_first else "none"]
+    return make(Path(config.out), dataclasses.asdict(config), state.step + 1)
 
 
 def _start(config: TrainConfig, resume: bool, console: Console) -> Path | None:
@@ -301,32 +244,6 @@ def _start(config: TrainConfig, resume: bool, console: Console) -> Path | None:
     start = checkpoint.resolve(config.branch_from)
     checkpoint.verify(start)
     return start
-
-
-def branch(start: str | Path, *, cooldown_steps: int, out: str) -> TrainConfig:
-    """Settings of a run that decays the learning rate from a checkpoint of another run's stable phase.
-
-    So one long run serves several budgets (the paper's way). Raises ValueError if the checkpoint lies
-    in the warm-up or in the decay of its own run.
-    """
-    folder = checkpoint.resolve(start)
-    run = folder.parent.parent / "train.json"
-    if not run.is_file():
-        raise ValueError(f"{folder} belongs to no run (no {run})")
-    config = load_config(run)
-    saved = checkpoint.load_progress(folder)
-    step, total = saved["step"], saved["total_steps"]
-    stable = (math.ceil(total * config.optim.warmup), math.floor(total * (1 - config.optim.cooldown)))
-    if config.optim.schedule != "trapezoid" or not stable[0] <= step <= stable[1]:
-        raise ValueError(
-            f"{folder} is at step {step}; a branch needs a checkpoint of the stable phase of a trapezoid schedule, "
-            f"here steps {stable[0]} to {stable[1]} (keep them with --save-every and --keep 0)"
-        )
-    if cooldown_steps < 1:
-        raise ValueError(f"cooldown_steps must be at least 1, got {cooldown_steps}")
-    steps = step + cooldown_steps
-    optim = dataclasses.replace(config.optim, warmup=0.0, cooldown=cooldown_steps / steps)
-    return dataclasses.replace(config, out=out, steps=steps, flops=None, optim=optim, branch_from=str(folder))
 
 
 def _loop(
@@ -349,6 +266,7 @@ def _loop(
         documents=config.data.document_mask,
     )
     warned: str | None = None
+    health: dict[str, Any] = {}  # as last logged
     skipped_in_a_row = 0
     while state.step < total:
         started = time.perf_counter()
@@ -361,9 +279,10 @@ def _loop(
         if skipped_in_a_row == config.max_skipped:
             raise TrainingError(_stop_message(config, state, result))
         if state.step % config.log_every == 0 or state.step == total:
-            _log_step(config, state, result, elapsed_s, total, log)
+            health = _log_step(config, state, result, elapsed_s, total, log)
         rate = result.tokens * state.ranks.size / elapsed_s
-        progress.update(state.step, f"loss {result.loss:.3f} · {rate:,.0f} tok/s · depth {result.mean_depth:.2f}")
+        shown = health_text(health) if health else f"depth {result.mean_depth:.2f}"
+        progress.update(state.step, f"loss {result.loss:.3f} · {rate:,.0f} tok/s · {shown}")
         if state.step % config.eval_every == 0 or state.step == total:
             found = evaluate(
                 state.model,
@@ -389,7 +308,7 @@ def _loop(
             if not progress.console.is_terminal:
                 progress.note(
                     f"{progress.label} {state.step}/{total} · loss {result.loss:.3f} · "
-                    f"{found.bits_per_byte:.3f} bits/byte · depth {found.mean_depth:.2f} · {rate:,.0f} tok/s"
+                    f"{found.bits_per_byte:.3f} bits/byte · {rate:,.0f} tok/s · {shown}"
                 )
         if config.save_every and state.step % config.save_every == 0 and state.step < total:
             _save(config, state, corpus, total)
@@ -426,7 +345,10 @@ def _stop_message(config: TrainConfig, state: TrainState, result: StepResult) ->
 
 def _log_step(
     config: TrainConfig, state: TrainState, result: StepResult, elapsed_s: float, total: int, log: MetricsLog
-) -> None:
+) -> dict[str, Any]:
+    """Write the step's row; returns its router health."""
+    health = router_health(state.model.recursions.router, result.routings, state.ranks)
+    log.tracker.histograms(state.step, routing_histograms(result.routings) if config.tracker != "none" else {})
     log.write(
         step=state.step,
         flops=state.flops,
@@ -436,9 +358,10 @@ def _log_step(
         lr=learning_rate(config.optim, state.step - 1, total),
         skipped=state.skipped,
         tokens_per_s=result.tokens * state.ranks.size / elapsed_s,
-        **router_health(state.model.recursions.router, result.routings, state.ranks),
+        **health,
         **result.aux_losses(state.ranks),
     )
+    return health
 
 
 def _save(config: TrainConfig, state: TrainState, corpus: Corpus, total: int) -> Path:
@@ -486,8 +409,3 @@ def _interruptible() -> Iterator[list[bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def load_config(path: Path) -> TrainConfig:
-    """A run's train.json."""
-    return from_dict(TrainConfig, json.loads(path.read_text()))

@@ -1,23 +1,27 @@
 """Two processes train as one does with the same global batch: DDP and FSDP2, every router, any number on resuming."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
-import random
-import socket
+import select
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from rich.console import Console
+from torch.distributed import TCPStore
 
 from mor import checkpoint
 from mor.config import RouterConfig, preset
 from mor.data import DataConfig
 from mor.optim import OptimConfig
-from mor.train import TrainConfig, load_config, train
+from mor.train import train
+from mor.train_config import TrainConfig, load_config
 
 ROUTERS = {
     "fixed": RouterConfig(),
@@ -27,14 +31,17 @@ ROUTERS = {
     "random": RouterConfig(kind="random"),
 }
 
+# One of two processes: trains what each line of stdin says, answers each run with its collective operations.
 RANK = """
-import io, json, os, sys
+import faulthandler, io, json, os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+faulthandler.register(signal.SIGUSR1)
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
-from mor.train import load_config, train
+from mor.train import train
+from mor.train_config import load_config
 
 class Communication(TorchDispatchMode):
     def __init__(self):
@@ -46,13 +53,92 @@ class Communication(TorchDispatchMode):
             self.counts[name] = self.counts.get(name, 0) + 1
         return function(*args, **(kwargs or {}))
 
-for run in json.loads(sys.argv[1]):
+for line in sys.stdin:
+    run = json.loads(line)
     os.environ["MASTER_PORT"] = str(run["port"])
     with Communication() as seen:
         train(load_config(Path(run["config"])), resume=run["resume"], console=Console(file=io.StringIO()))
-    if os.environ["RANK"] == "0":
-        Path(run["config"]).with_suffix(".counts").write_text(json.dumps(seen.counts))
+    print(json.dumps(seen.counts), flush=True)
 """
+
+
+class Pair:
+    """Two processes that train together, run after run; a run that fails or hangs fails with what both said."""
+
+    TIMEOUT_S = 300  # on a busy machine two processes in lock-step wait for each other most of the time
+
+    def __init__(self, folder):
+        self.folder, self.processes, self.runs = folder, [], 0
+
+    def __call__(self, config, resume=False):
+        """Train; the counts of collective operations of the first rank."""
+        if not self.processes:
+            self.start()
+        self.runs += 1
+        file = self.folder / f"run-{self.runs}.json"
+        file.write_text(json.dumps(dataclasses.asdict(config)))
+        # The store of a run lives here, on a port of the system's choice: nobody else can have taken it meanwhile.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        order = json.dumps({"config": str(file), "resume": resume, "port": store.port})
+        for process in self.processes:
+            with contextlib.suppress(BrokenPipeError):  # it died: the lack of an answer says so
+                process.stdin.write(order + "\n")
+                process.stdin.flush()
+        return json.loads(self.answers()[0])
+
+    def start(self):
+        environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # as under torchrun, which holds the store as well
+        for rank in range(2):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with (self.folder / f"rank-{rank}.err").open("w") as errors:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", RANK],
+                        env=environment | place,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=errors,
+                        text=True,
+                    )
+                )
+
+    def answers(self):
+        """A line of each process. If one dies, the other would wait for it for half an hour: both are ended."""
+        waiting, found = {p.stdout: rank for rank, p in enumerate(self.processes)}, {}
+        deadline = time.monotonic() + self.TIMEOUT_S
+        while waiting:
+            ready, _, _ = select.select(list(waiting), [], [], max(0, deadline - time.monotonic()))
+            lines = {waiting.pop(stream): stream.readline() for stream in ready}
+            if not ready or not all(lines.values()):
+                self.show_stacks()
+                what = f"rank {', '.join(map(str, lines))} died" if ready else f"no answer in {self.TIMEOUT_S} s"
+                self.stop()
+                said = "\n".join(f"rank {r}: {self.said(r)}" for r in range(2))
+                raise AssertionError(f"run {self.runs}: {what}\n{said}")
+            found |= lines
+        return found
+
+    def show_stacks(self):
+        for process in self.processes:
+            process.send_signal(signal.SIGUSR1)
+        time.sleep(1)
+
+    def said(self, rank):
+        return (self.folder / f"rank-{rank}.err").read_text()[-6000:]
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+        self.processes = []
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    made = Pair(tmp_path_factory.mktemp("pair"))
+    yield made
+    made.stop()
 
 
 @pytest.fixture(scope="module")
@@ -81,38 +167,6 @@ def settings(data, out, router, **overrides):
     return TrainConfig(**(values | overrides))
 
 
-def on_two_ranks(folder, configs, resume=False):
-    """Train each config in two processes, one after the other."""
-    runs = []
-    for config in configs:
-        file = folder / f"{config.out.replace('/', '_')}.json"
-        file.write_text(json.dumps(dataclasses.asdict(config)))
-        runs.append({"config": str(file), "resume": resume, "port": free_port()})
-    processes = []
-    for rank in range(2):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
-        environment = os.environ | {name: str(value) for name, value in place.items()}
-        command = [sys.executable, "-c", RANK, json.dumps(runs)]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
-    return [json.loads((folder / run["config"]).with_suffix(".counts").read_text()) for run in runs]
-
-
-def free_port():
-    """Below the range from which the system gives ports to others between now and the run."""
-    while True:
-        port = random.SystemRandom().randrange(15_000, 32_000)
-        with socket.socket() as s:
-            if s.connect_ex(("127.0.0.1", port)):
-                return port
-
-
 def alone(config, **settings):
     return train(config, console=Console(file=io.StringIO()), **settings)
 
@@ -123,10 +177,9 @@ def curve(out, *names):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_two_ranks_train_as_one(how, data, tmp_path):
-    configs = {name: settings(data, tmp_path / f"two-{name}", router, parallel=how) for name, router in ROUTERS.items()}
-    on_two_ranks(tmp_path, configs.values())
+def test_two_ranks_train_as_one(how, data, tmp_path, pair):
     for name, router in ROUTERS.items():
+        pair(settings(data, tmp_path / f"two-{name}", router, parallel=how))
         result = alone(settings(data, tmp_path / f"one-{name}", router, batch_size=4))
         for what in (["loss"], ["validation_nll"], ["grad_norm"], ["share_per_recursion"], ["tokens", "flops"]):
             ours, theirs = (torch.tensor(curve(tmp_path / f"{n}-{name}", *what)).double() for n in ("two", "one"))
@@ -144,13 +197,13 @@ def test_two_ranks_train_as_one(how, data, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_accumulation_reduces_once_per_step_and_fsdp_gathers_twice(how, data, tmp_path):
+def test_accumulation_reduces_once_per_step_and_fsdp_gathers_twice(how, data, tmp_path, pair):
     """The recursions are one unit: gathered once, not once per recursion; the rest of the model is the other."""
     common = dict(steps=3, eval_every=100, eval_windows=1, parallel=how)
     many, few = (
         settings(data, tmp_path / name, ROUTERS["expert"], accumulate=k, **common) for name, k in [("a", 4), ("b", 1)]
     )
-    counts = on_two_ranks(tmp_path, [many, few])
+    counts = [pair(many), pair(few)]
     reduced = "_reduce_scatter_base_" if how == "fsdp" else "allreduce_"
     if how == "fsdp":
         assert counts[1][reduced] == 3 * 2, "two units, once per step"
@@ -165,13 +218,13 @@ def test_accumulation_reduces_once_per_step_and_fsdp_gathers_twice(how, data, tm
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_a_run_goes_on_with_another_number_of_ranks(how, data, tmp_path):
+def test_a_run_goes_on_with_another_number_of_ranks(how, data, tmp_path, pair):
     whole = settings(data, tmp_path / "whole", ROUTERS["expert"], batch_size=4, save_every=10, keep=0)
     alone(whole)
     expected = curve(tmp_path / "whole", "step", "loss")
 
     shrinking = settings(data, tmp_path / "shrinking", ROUTERS["expert"], parallel=how, save_every=10, keep=0)
-    on_two_ranks(tmp_path, [shrinking])
+    pair(shrinking)
     checkpoint.remove(tmp_path / "shrinking" / "checkpoints" / "step-00000020")
     saved = load_config(tmp_path / "shrinking" / "train.json")
     alone(dataclasses.replace(saved, batch_size=4), resume=True)
@@ -181,8 +234,18 @@ def test_a_run_goes_on_with_another_number_of_ranks(how, data, tmp_path):
 
     checkpoint.remove(tmp_path / "whole" / "checkpoints" / "step-00000020")
     growing = load_config(tmp_path / "whole" / "train.json")
-    on_two_ranks(tmp_path, [dataclasses.replace(growing, batch_size=2, parallel=how)], resume=True)
+    pair(dataclasses.replace(growing, batch_size=2, parallel=how), resume=True)
     assert torch.tensor(curve(tmp_path / "whole", "step", "loss")) == pytest.approx(torch.tensor(expected), abs=1e-5)
+
+
+def test_a_rank_that_dies_ends_the_run_at_once(data, tmp_path):
+    """What the tests above rely on: a pair never hangs without a word."""
+    pair = Pair(tmp_path)
+    pair.start()
+    pair.processes[1].kill()
+    with pytest.raises(AssertionError, match=r"run 1: rank 1 died"):
+        pair(settings(data, tmp_path / "run", ROUTERS["fixed"]))
+    assert not pair.processes
 
 
 def test_muon_learns_and_refuses_shards(data, tmp_path):

@@ -164,3 +164,18 @@ def test_bad_input_to_the_model_is_refused():
         model(random_tokens(1, 3), selection="best")
     with pytest.raises(ValueError, match="1 capacities for 3 recursions"):
         model(random_tokens(1, 3), capacities=(1.0,))
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "token_choice"])
+def test_routers_and_losses_stay_fp32_under_autocast(router):
+    """bf16 holds 8 bits: tokens that rank apart in fp32 would tie."""
+    model, tokens = tiny(router), random_tokens(4, 60)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(tokens, targets_BT=tokens, selection="topk")
+        inside = model.prelude[0].feed_forward(torch.randn(2, 24))
+    logits = output.routing.steps[0].logit_C
+    assert inside.dtype == torch.bfloat16, "the layers do run in bf16"
+    assert logits.dtype == output.nll.dtype == output.routing.weighted_loss.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+    output.nll.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)

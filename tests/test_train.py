@@ -17,16 +17,8 @@ from mor.data import DataConfig
 from mor.evaluate import evaluate
 from mor.metrics import router_health
 from mor.optim import OptimConfig, learning_rate
-from mor.train import (
-    TrainConfig,
-    TrainingError,
-    branch,
-    capacities_at,
-    collapse_message,
-    load_config,
-    total_steps,
-    train,
-)
+from mor.train import TrainingError, collapse_message, train
+from mor.train_config import TrainConfig, branch, capacities_at, load_config, total_steps
 
 
 @pytest.fixture(scope="module")

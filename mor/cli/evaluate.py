@@ -124,7 +124,7 @@ class Eval:
         """Window length, whether documents are masked (as in the run), and the text."""
         from mor.checkpoint import resolve
         from mor.data import DataConfig, load_corpus, load_tokens
-        from mor.train import load_config
+        from mor.train_config import load_config
 
         saved = resolve(self.checkpoint).parent.parent / "train.json"
         run = load_config(saved) if saved.is_file() else None

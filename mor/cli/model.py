@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 from tyro.conf import arg
@@ -39,17 +39,40 @@ class ModelChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingStep:
+    """A step whose memory on one rank is estimated; sequences have the length --context."""
+
+    batch_size: int | None = None
+    """Sequences per forward and rank."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    recompute: bool = False
+    ranks: int = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+
+    def memory(self, config: ModelConfig, seq_len: int) -> dict[str, float]:
+        """Gigabytes by what they hold; nothing without a batch size."""
+        from mor.memory import Step, train_memory
+
+        if self.batch_size is None:
+            return {}
+        settings: dict[str, Any] = asdict(self) | {"seq_len": seq_len}
+        return {f"train_{name}_gb": n / 1e9 for name, n in asdict(train_memory(config, Step(**settings))).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Parameters, FLOPs and KV bytes of a model, before training it."""
+    """Parameters, FLOPs and KV bytes of a model, before training it; with --train.batch-size what a GPU must hold."""
 
     choice: Annotated[ModelChoice, arg(name="")] = field(default_factory=lambda: ModelChoice(preset="smollm-360m"))
     context: int | None = None
     """Sequence length; the preset's maximum if not given."""
     kv_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    train: TrainingStep = field(default_factory=TrainingStep)
     json: bool = False
 
     def run(self, console: Console) -> None:
         from mor.costs import costs
 
-        found = costs(self.choice.build(), context=self.context, kv_dtype_bytes=4 if self.kv_dtype == "float32" else 2)
-        print_rows([asdict(found)], self.json, console, title=self.choice.preset)
+        config = self.choice.build()
+        row = asdict(costs(config, context=self.context, kv_dtype_bytes=4 if self.kv_dtype == "float32" else 2))
+        print_rows([row | self.train.memory(config, row["context"])], self.json, console, title=self.choice.preset)

@@ -15,7 +15,7 @@ from tyro.conf import arg
 from mor.cli.model import ModelChoice
 from mor.cli.show import flag
 from mor.config import from_dict
-from mor.train import TrainConfig
+from mor.train_config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,8 @@ class Train:
     settings: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
 
     def run(self, console: Console) -> None:
-        from mor.train import branch, load_config, train
+        from mor.train import train
+        from mor.train_config import branch, load_config
 
         settings = self.settings
         if self.cooldown_steps is not None and settings.branch_from is not None:
