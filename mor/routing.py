@@ -177,6 +177,11 @@ class Router(nn.Module):
     def select(self, recursion: int, x_MD: Tensor, routing: Routing) -> RoutingStep:
         return RoutingStep(recursion, routing.tokens)
 
+    def admit(self, recursion: int, index_K: Tensor, x_MD: Tensor, routing: Routing) -> RoutingStep:
+        """The step in which exactly the tokens ``index_K`` take part, with the gates that this router gives them:
+        decisions come from elsewhere (analysis), everything else stays the router's."""
+        return RoutingStep(recursion, routing.tokens.select(index_K), index_K)
+
     def combine(self, step: RoutingStep, h_KD: Tensor, out_KD: Tensor, first_MD: Tensor, routing: Routing) -> Tensor:
         """New state of the selected tokens. h: before the pass; out: the stack's output; first: before all passes."""
         return out_KD
@@ -226,6 +231,11 @@ class ExpertChoiceRouter(Router):
             index_K = kept_K if candidate_C is None else candidate_C[kept_K]
             tokens = tokens.select(kept_K, per_row)
         return RoutingStep(recursion, tokens, index_K, gate_K, candidate_C, logit_C, causal_C)
+
+    def admit(self, recursion: int, index_K: Tensor, x_MD: Tensor, routing: Routing) -> RoutingStep:
+        logit_K = at_least_fp32(self.nets[recursion](x_MD[index_K]).squeeze(-1))
+        gate_K = self.config.gate_scale * self.score(logit_K)
+        return RoutingStep(recursion, routing.tokens.select(index_K), index_K, gate_K, index_K, logit_K)
 
     def combine(self, step: RoutingStep, h_KD: Tensor, out_KD: Tensor, first_MD: Tensor, routing: Routing) -> Tensor:
         assert step.gate_K is not None
@@ -289,10 +299,14 @@ class TokenChoiceRouter(Router):
 
     def select(self, recursion: int, x_MD: Tensor, routing: Routing) -> RoutingStep:
         assert routing.choice_M is not None and routing.score_MR is not None and routing.logit_MR is not None
+        if recursion > 0:
+            return self.admit(recursion, (routing.choice_M > recursion).nonzero().squeeze(1), x_MD, routing)
+        gate_M, logit_M = self.config.gate_scale * routing.score_MR[:, 0], routing.logit_MR[:, 0]
+        return RoutingStep(0, routing.tokens, None, gate_M, None, logit_M, logit_M)  # every token takes at least one
+
+    def admit(self, recursion: int, index_K: Tensor, x_MD: Tensor, routing: Routing) -> RoutingStep:
+        assert routing.score_MR is not None and routing.logit_MR is not None
         gate_M, logit_M = self.config.gate_scale * routing.score_MR[:, recursion], routing.logit_MR[:, recursion]
-        if recursion == 0:  # every token takes at least one
-            return RoutingStep(0, routing.tokens, None, gate_M, None, logit_M, logit_M)
-        index_K = (routing.choice_M > recursion).nonzero().squeeze(1)
         return RoutingStep(recursion, routing.tokens.select(index_K), index_K, gate_M[index_K], None, logit_M, logit_M)
 
     def combine(self, step: RoutingStep, h_KD: Tensor, out_KD: Tensor, first_MD: Tensor, routing: Routing) -> Tensor:
