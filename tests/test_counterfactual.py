@@ -20,7 +20,7 @@ def test_all_counterfactuals_at_once_equal_one_run_of_the_whole_sequence_each(ma
     model, ids = make(), random_tokens(13, seed=4).tolist()
     with torch.no_grad():
         output, cache = read(model, ids)
-    taken_RM = taken(output)
+    taken_RM = taken(output.routing)
     monkeypatch.setattr("mor.analysis.branches.CHUNK_LOGITS", 5 * 37)  # chunks of 5, 5 and 3 tokens
     changed = False
     for depth in range(1, model.config.num_recursions + 1):
@@ -37,7 +37,7 @@ def test_all_counterfactuals_at_once_equal_one_run_of_the_whole_sequence_each(ma
 def test_a_table_of_the_routers_own_decisions_changes_nothing(make):
     model, tokens = make(), random_tokens(2, 11)
     output = model(tokens)
-    view = with_router(model, TableRouter(model.recursions.router, taken(output)))
+    view = with_router(model, TableRouter(model.recursions.router, taken(output.routing)))
     again = view(tokens)
     torch.testing.assert_close(again.logits_BTV, output.logits_BTV, atol=1e-5, rtol=1e-5)
     assert torch.equal(again.routing.depth_BT, output.routing.depth_BT)

@@ -17,15 +17,16 @@ from torch import Tensor
 from mor.analysis.views import TableRouter, with_router
 from mor.attention import attention
 from mor.kv_cache import KVCache
-from mor.model import Output, Transformer
+from mor.model import Transformer
 from mor.packing import PackedTokens
+from mor.routing import Routing
 
 CHUNK_LOGITS = 1 << 24  # logits alive at a time
 
 
-def taken(output: Output) -> Tensor:
+def taken(routing: Routing) -> Tensor:
     """Whether each packed token took each recursion, (R, M)."""
-    return torch.stack([output.routing.selected_M(r) for r in range(len(output.routing.steps))])
+    return torch.stack([routing.selected_M(r) for r in range(len(routing.steps))])
 
 
 def at_depth(taken_RM: Tensor, depth: int) -> Tensor:

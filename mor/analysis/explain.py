@@ -31,6 +31,7 @@ from mor.tokenizer import Tokenizer
 class Guess:
     """A token that the model expected next, with its probability."""
 
+    token_id: int
     text: str
     probability: float
 
@@ -247,7 +248,7 @@ class _Reader:
         model, device = self.model, self.model.embedding.weight.device
         cache = KVCache(model.config, 1, device=device, dtype=model.embedding.weight.dtype)
         output = model(torch.tensor([ids], device=device), cache=cache)
-        taken_RT = taken(output)
+        taken_RT = taken(output.routing)
         own = self._predictions(output.logits_BTV[0], next_ids)
         by_depth = []
         for depth in range(1, model.config.num_recursions + 1):
@@ -278,7 +279,7 @@ class _Reader:
         ]
 
     def _guesses(self, ids: list[int], probabilities: list[float]) -> list[Guess]:
-        return [Guess(text=self._name(i), probability=p) for i, p in zip(ids, probabilities, strict=True)]
+        return [Guess(token_id=i, text=self._name(i), probability=p) for i, p in zip(ids, probabilities, strict=True)]
 
     def _name(self, token_id: int) -> str:
         """Its text, or its name in the vocabulary where it is no whole text by itself."""

@@ -1,4 +1,4 @@
-"""mor demo | data | train | eval | generate | convert | costs: one module for each command."""
+"""mor demo | data | train | eval | generate | explain | report | convert | costs: one module for each command."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from mor.cli.convert import Convert
 from mor.cli.data import Data
 from mor.cli.demo import Demo
 from mor.cli.evaluate import Eval
+from mor.cli.explain import Explain
 from mor.cli.generate import Generate
 from mor.cli.model import Costs
+from mor.cli.report import Report
 from mor.cli.train import Train, train_defaults
 
 Command = (
@@ -24,6 +26,8 @@ Command = (
     | Annotated[Train, subcommand("train")]
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Generate, subcommand("generate")]
+    | Annotated[Explain, subcommand("explain")]
+    | Annotated[Report, subcommand("report")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Costs, subcommand("costs")]
 )
