@@ -82,6 +82,9 @@ def test_the_command_writes_a_page_and_prints_json(checkpoints, tmp_path, capsys
     one, two = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["models"]
     assert len(one["tokens"]) == 40 and one["text"] == two["text"] == TEXT[: len(one["text"])]
     assert one["tokens"][0]["count"] == TEXT.encode().count(b"T") and len(two["tokens"]) < 40
+    main(["explain", str(checkpoints / "bpe"), *source[:4], "--compare", str(checkpoints / "bytes"), "--json"])
+    one, two = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["models"]
+    assert len(one["tokens"]) == 40 < len(two["tokens"]) and one["text"] == two["text"], "cut once, by the first"
     assert list(tmp_path.glob("*.html")) == [out], "--json alone writes no page"
 
 
@@ -94,6 +97,7 @@ def test_the_command_writes_a_page_and_prints_json(checkpoints, tmp_path, capsys
         (["--text", "a" * 3000], "--max-tokens 2048"),
         (["--text", "abc", "--window", "65"], "window must lie in 2..64"),
         (["--text", "abc", "--guesses", "0"], "--guesses"),
+        (["--text", "abc", "--max-tokens", "0"], "--max-tokens"),
         (["--text", "abc", "--out", "missing/page.html"], "is not a folder"),
         (["--file", "missing.txt"], "missing.txt"),
     ],

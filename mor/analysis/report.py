@@ -92,13 +92,20 @@ ENTRIES: dict[str, Entry] = {
 }
 
 
+LOSS = ("step", "tokens", "loss", "lr", "validation_nll", "validation_bits_per_byte", "validation_mean_depth")
+HEALTH = ("mean_depth", "share_per_recursion", "depth_entropy", "dead_positions", "agreement", "max_violation")
+
+
 def run_tables(run: Path) -> dict[str, Rows]:
     """What metrics.jsonl of a run tells: the loss and, where there is a router, its health."""
     metrics = read_metrics(run / "metrics.jsonl")
-    found = {"loss": metrics}
-    if any(len(m.get("share_per_recursion") or []) > 1 and "depth_entropy" in m for m in metrics):
-        found["router_health"] = metrics
-    return found
+    routed = [m for m in metrics if "depth_entropy" in m]
+    found = {"loss": [_only(m, LOSS) for m in metrics], "router_health": [_only(m, ("step", *HEALTH)) for m in routed]}
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def _only(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: row[name] for name in names if name in row}
 
 
 def analyses(loaded: Checkpoint, data: TokenData, *, seq_len: int, max_windows: int) -> dict[str, Rows]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +12,11 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from mor.cli.evaluate import run_of
+from mor.cli.show import flag
 
 if TYPE_CHECKING:
     from mor.analysis.explain import Explanation
+    from mor.tokenizer import Tokenizer
 
 MAX_TOKENS = 2048  # about 2 MB of page
 
@@ -46,14 +49,15 @@ class Explain:
         from mor.analysis.page import render
 
         text = self._text()
-        if self.guesses < 1:
-            raise ValueError(f"--guesses must be at least 1, got {self.guesses}")
+        for name in ("guesses", "max_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{flag(name)} must be at least 1, got {value}")
         out = self.out or (None if self.json else Path("explain.html"))
         if out and not out.parent.is_dir():
             raise ValueError(f"--out: {out.parent} is not a folder")
-        found = [self._explain(self.checkpoint, text)]
+        found = [self._explain(self.checkpoint, text, self._cut)]
         if self.compare:
-            found.append(self._explain(self.compare, found[0].text))
+            found.append(self._explain(self.compare, found[0].text, lambda text, tokenizer: text))
         if out:
             page = render(found)
             out.write_text(page, encoding="utf-8")
@@ -77,27 +81,37 @@ class Explain:
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.file} is not UTF-8 text: {error}") from error
 
-    def _explain(self, checkpoint: Path, text: str) -> Explanation:
-        from mor.analysis.explain import explain
-        from mor.checkpoint import load
-
-        _, model, tokenizer = load(checkpoint)
+    def _cut(self, text: str, tokenizer: Tokenizer) -> str:
+        """The text, or the beginning that --max-tokens asks for."""
         ids = tokenizer.encode(text)
-        if self.max_tokens is not None and len(ids) > self.max_tokens:
-            text = tokenizer.decode(ids[: self.max_tokens]).rstrip("\ufffd")
-        elif len(ids) > MAX_TOKENS:
+        if self.max_tokens is None and len(ids) > MAX_TOKENS:
             raise ValueError(
                 f"{len(ids):,} tokens are too many for a page; --max-tokens {MAX_TOKENS} reads the beginning, "
                 "mor report describes a whole corpus"
             )
+        if self.max_tokens is None or len(ids) <= self.max_tokens:
+            return text
+        return tokenizer.decode(ids[: self.max_tokens]).rstrip("\ufffd")
+
+    def _explain(self, checkpoint: Path, text: str, cut: Callable[[str, Tokenizer], str]) -> Explanation:
+        from mor.analysis.explain import explain
+        from mor.checkpoint import load
+
+        _, model, tokenizer = load(checkpoint)
         run = run_of(checkpoint)
-        window = self.window or (run.seq_len if run else None)
-        counts = _counts(self.corpus, tokenizer) if self.corpus else None
-        return explain(model, tokenizer, text, name=str(checkpoint), window=window, guesses=self.guesses, counts=counts)
+        return explain(
+            model,
+            tokenizer,
+            cut(text, tokenizer),
+            name=str(checkpoint),
+            window=self.window or (run.seq_len if run else None),
+            guesses=self.guesses,
+            counts=_counts(self.corpus, tokenizer) if self.corpus else None,
+        )
 
 
-def _counts(corpus: Path, tokenizer: object) -> dict[int, int]:
+def _counts(corpus: Path, tokenizer: Tokenizer) -> dict[int, int]:
     from mor.analysis.corpus import token_counts
     from mor.data import load_tokens
 
-    return token_counts(load_tokens(corpus, tokenizer))  # type: ignore[arg-type]
+    return token_counts(load_tokens(corpus, tokenizer))

@@ -1,6 +1,6 @@
 """The page that `mor explain` writes: one file with everything in it, readable without a network.
 
-The data in it is :meth:`Explanation.to_dict`, with fewer digits; explain.js draws it.
+The data in it is :meth:`Explanation.to_dict`, with fewer digits; the scripts draw it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from mor.analysis.explain import Explanation
 
 DIGITS = 4
+SCRIPTS = ("base.js", "text.js", "drawings.js", "detail.js", "start.js")
 
 
 def render(explanations: Sequence[Explanation]) -> str:
@@ -30,7 +31,7 @@ def render(explanations: Sequence[Explanation]) -> str:
     return Template((own / "explain.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(" and ".join(e.name for e in explanations)),
         style=(own / "explain.css").read_text(encoding="utf-8"),
-        script=(own / "explain.js").read_text(encoding="utf-8"),
+        script="\n".join((own / name).read_text(encoding="utf-8") for name in SCRIPTS),
         data=plain,
     )
 
