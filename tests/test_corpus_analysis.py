@@ -1,5 +1,7 @@
 """Analyses over a corpus: each equals its definition, worked out another way."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import tiny
@@ -55,6 +57,20 @@ def test_depth_histogram_and_dead_tokens_count_what_was_taken(data):
         common = {i for i in seen if seen.count(i) >= 5}
         dead = common - set(reading.tokens_BT[took_BT].tolist())
         assert r["types"] == len(common) and r["dead_types"] == pytest.approx(len(dead) / len(common))
+
+
+def test_a_lookup_table_knows_depths_that_the_token_or_the_position_decides():
+    mixed = [torch.randperm(WINDOW, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+    tokens_BT, place_BT = torch.stack(mixed), torch.arange(WINDOW).expand(6, -1)
+
+    def explained(depth_BT):
+        rows = corpus.depth_predictors(SimpleNamespace(tokens_BT=tokens_BT, depth_BT=depth_BT))
+        return {row["predictor"]: row["explained"] for row in rows}
+
+    for decides, depth_BT in (("token", 1 + tokens_BT % 3), ("position", 1 + place_BT % 3)):
+        found = explained(depth_BT)
+        assert found.pop(decides) == pytest.approx(1) and max(found.values()) < 0.5
+    assert explained(torch.ones(6, WINDOW)) == {}, "nothing to explain"
 
 
 @pytest.mark.parametrize("causal_selection", ["aux_loss", "aux_router"])

@@ -166,3 +166,14 @@ def test_a_vanilla_model_and_a_single_token_are_explained_too(tokenizer):
     assert (len(found.tokens), found.nll, found.bits_per_byte) == (1, None, None)
     assert found.tokens[0].depth == 1 and len(found.records()) == 1 and found.flow() == []
     assert found.counterfactuals() == {"fewer": [], "more": []}
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_records(tokenizer):
+    for router in ROUTERS:
+        model = model_for(tokenizer, router)
+        here, there = explain(model, tokenizer, TEXT), explain(model.cuda(), tokenizer, TEXT)
+        for a, b in zip(here.tokens, there.tokens, strict=True):
+            assert a.depth == b.depth and a.entropy == pytest.approx(b.entropy, abs=1e-3)
+            for x, y in zip(a.steps, b.steps, strict=True):
+                assert x.exit_entropy == pytest.approx(y.exit_entropy, abs=1e-3)

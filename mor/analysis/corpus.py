@@ -99,6 +99,29 @@ def dead_tokens(reading: Reading) -> Rows:
     return rows
 
 
+def depth_predictors(reading: Reading) -> Rows:
+    """How much of the depth a lookup table would know: the share of its variance in the second half of the windows
+    that the mean depth of equal tokens, previous tokens or positions in the first half explains (R², may be < 0).
+
+    Near 1 for the token alone: the router decides by what token it is. Empty for fewer than two windows.
+    """
+    tokens_BT, depth_BT = reading.tokens_BT[:, 1:], reading.depth_BT[:, 1:].double()
+    half = len(tokens_BT) // 2
+    if not half or float(depth_BT[half:].var(correction=0)) == 0:
+        return []
+    place_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+    looked_up = {"token": tokens_BT, "previous token": reading.tokens_BT[:, :-1], "position": place_BT}
+    rows = []
+    for name, key_BT in looked_up.items():
+        known, wanted = depth_BT[:half].flatten(), depth_BT[half:].flatten()
+        count_V = torch.bincount(key_BT[:half].flatten(), minlength=int(key_BT.max()) + 1)
+        sum_V = torch.bincount(key_BT[:half].flatten(), known, minlength=len(count_V))
+        mean_V = torch.where(count_V > 0, sum_V / count_V.clamp(min=1), known.mean())
+        left = (wanted - mean_V[key_BT[half:].flatten()]).square().sum() / (wanted - known.mean()).square().sum()
+        rows.append(dict(predictor=name, explained=1 - float(left), tokens=len(wanted)))
+    return rows
+
+
 @torch.no_grad()
 def agreement(reading: Reading) -> Rows:
     """Threshold against top-k, the non-causal selection of training, for each recursion that selects.

@@ -56,6 +56,11 @@ ENTRIES: dict[str, Entry] = {
         note="95% intervals from drawing windows anew. Frequency is counted in the text read.",
         figure=figures.depth_by_class,
     ),
+    "depth_predictors": Entry(
+        title="What decides the depth",
+        note="How well a lookup table of the first half of the windows predicts the depths of the second half.",
+        figure=figures.depth_predictors,
+    ),
     "counterfactual_gains": Entry(
         title="One recursion fewer or more",
         note="Each token is run again at another depth while the tokens before it stay as they were. Better: the "
@@ -118,6 +123,7 @@ def analyses(loaded: Checkpoint, data: TokenData, *, seq_len: int, max_windows: 
     if loaded.config.family == "mor":
         found["depth_histogram"] = corpus.depth_histogram(reading)
         found["depth_by_class"] = corpus.depth_by_token_class(reading, loaded.tokenizer)
+        found["depth_predictors"] = corpus.depth_predictors(reading)
         found["score_histogram"] = corpus.score_histogram(reading)
         found["separation"] = corpus.separation(found["score_histogram"])
         found["agreement"] = corpus.agreement(reading)

@@ -53,15 +53,6 @@ function table(heads, rows) {
   );
 }
 
-// 98% of all changes, of both models, lie within this many nats.
-function widest() {
-  const sizes = models
-    .flatMap((m) => m.tokens.flatMap((t) => [t.fewer, t.more]))
-    .filter((x) => x !== null)
-    .map(Math.abs)
-    .sort((a, b) => a - b);
-  return Math.max(0.05, sizes[Math.floor(0.98 * (sizes.length - 1))] || 0);
-}
 function counterfactuals(m) {
   const rows = ["fewer", "more"].flatMap((name) =>
     m.counterfactuals[name].map((g) => ({

@@ -29,6 +29,15 @@ function summary(m) {
   ];
 }
 
+// 98% of all changes with another depth, of both models, lie within this many nats.
+function widest() {
+  const sizes = models
+    .flatMap((m) => m.tokens.flatMap((t) => [t.fewer, t.more]))
+    .filter((x) => x !== null)
+    .map(Math.abs)
+    .sort((a, b) => a - b);
+  return Math.max(0.05, sizes[Math.floor(0.98 * (sizes.length - 1))] || 0);
+}
 const surprise = (m, i) => (i > 0 && m.tokens[i - 1].logprob !== null ? -m.tokens[i - 1].logprob : null);
 const MODES = {
   depth: {
@@ -53,15 +62,15 @@ const MODES = {
     name: "one recursion fewer",
     needs: () => models.some(looped),
     level: (m, t) => t.fewer,
-    diverging: 2,
-    unit: "change of the next token's log-probability, nats; ±2 and more is darkest",
+    diverging: widest(),
+    unit: `change of the next token's log-probability, nats; ±${num(widest())} and more is darkest`,
   },
   more: {
     name: "one recursion more",
     needs: () => models.some(looped),
     level: (m, t) => t.more,
-    diverging: 2,
-    unit: "change of the next token's log-probability, nats; ±2 and more is darkest",
+    diverging: widest(),
+    unit: `change of the next token's log-probability, nats; ±${num(widest())} and more is darkest`,
   },
   against: {
     name: "against the other model",
@@ -82,8 +91,8 @@ function paint(node, mode, m, t) {
   node.style.setProperty("--bars", mode.bars ? mode.bars(t) : 0);
   node.style.setProperty("--tint", mode.diverging && value < 0 ? "var(--high-worse)" : "var(--high)");
   node.classList.toggle("none", value === null);
-  node.classList.toggle("up", Boolean(mode.diverging) && value > 0.05);
-  node.classList.toggle("down", Boolean(mode.diverging) && value < -0.05);
+  node.classList.toggle("up", Boolean(mode.diverging) && value > mode.diverging / 20);
+  node.classList.toggle("down", Boolean(mode.diverging) && value < -mode.diverging / 20);
 }
 
 function prose(m, k) {
