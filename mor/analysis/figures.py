@@ -118,10 +118,11 @@ def dead_tokens(rows: Rows) -> Figure:
 def depth_predictors(rows: Rows) -> Figure:
     figure, (axes,) = _axes(4.8, 2.4)
     values = [r["explained"] for r in rows]
-    bars = axes.barh([r["predictor"] for r in rows], values, color=GREYS[2], edgecolor=GREYS[0])
-    axes.bar_label(bars, [f" {v:.1%}" for v in values])
+    axes.barh([r["predictor"] for r in rows], values, color=GREYS[2], edgecolor=GREYS[0])
+    for place, value in enumerate(values):
+        axes.text(max(value, 0) + 0.02, place, f"{value:.1%}", va="center")
     axes.invert_yaxis()
-    axes.set_xlim(min(0, *values), 1.15)
+    axes.set_xlim(min(0, *values) - 0.02, 1.15)
     axes.grid(axis="y", visible=False)
     _labels(axes, "share of the depth's variance explained (held out)", "")
     return figure
