@@ -80,7 +80,19 @@ def test_scores_decide_as_the_router_did(tokenizer):
     for token in explain(model_for(tokenizer, "token_choice"), tokenizer, TEXT).tokens:
         scores = [s.score for s in token.steps]
         assert sum(scores) == pytest.approx(1) and token.depth == 1 + int(np.argmax(scores))
-    assert all(s.score is None for t in explain(model_for(tokenizer, "fixed"), tokenizer, TEXT).tokens for s in t.steps)
+    for name in ("fixed", "random"):
+        steps = [s for t in explain(model_for(tokenizer, name), tokenizer, TEXT).tokens for s in t.steps]
+        assert all(s.score is s.threshold is s.gate is None for s in steps)
+
+
+def test_gates_are_those_that_weighed_the_stacks_output(tokenizer):
+    model = model_for(tokenizer)
+    with torch.no_grad():
+        routing = model(torch.tensor([tokenizer.encode(TEXT)])).routing
+    found = explain(model, tokenizer, TEXT)
+    for r in range(3):
+        taken = [t.steps[r].gate for t in found.tokens if t.steps[r].taken]
+        assert taken == pytest.approx(routing.steps[r].gate_K.tolist())
 
 
 def test_pieces_put_together_are_the_text_and_spans_point_into_it(tokenizer):

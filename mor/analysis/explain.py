@@ -43,7 +43,8 @@ class Step:
     taken: whether it took it. score: what the decision looks at, 0..1: sigmoid of the causal logit against
     ``threshold`` (expert-choice) or the share of this depth in the softmax or sigmoid scores (token-choice);
     None where the token was no candidate or the router scores nothing. threshold: None where every candidate
-    is taken or the largest score wins. gate: weight of the stack's output; None where not taken.
+    is taken or the largest score wins. gate: weight of the stack's output, which token-choice by default applies
+    at a token's last recursion only; None where not taken, and for routers without gates of their own.
 
     exit_*: the prediction had this token, and no other, left after this many recursions: state, coda and head
     as in the model. At the depth that the token took it is the model's own. logprob of the real next token and
@@ -188,12 +189,13 @@ def explain(
     if not 2 <= window <= config.max_seq_len:
         raise ValueError(f"window must lie in 2..{config.max_seq_len} (the model's max_seq_len), got {window}")
     pieces = tokenizer.pieces(ids)
+    counts = Counter(ids) if counts is None else counts
     of_token: dict[str, list[Any]] = dict(
         token_id=ids,
         token=[tokenizer.backend.id_to_token(i) for i in ids],
         piece=pieces,
         kind=kinds(tokenizer, ids, pieces),
-        count=[(Counter(ids) if counts is None else counts).get(i, 0) for i in ids],
+        count=[counts.get(i, 0) for i in ids],
     )
     reader = _Reader(model, tokenizer, guesses)
     tokens: list[TokenRecord] = []
@@ -291,7 +293,7 @@ class _Reader:
 
 
 def routing_columns(model: Transformer, routing: Routing) -> list[dict[str, list]]:
-    """For each recursion what the router saw and did with every packed token: taken, score, threshold, gate."""
+    """What the router saw and did at each recursion with every token of one sequence: taken, score, threshold, gate."""
     router, found = model.recursions.router, []
     for r, step in enumerate(routing.steps):
         score_M, threshold = [None] * len(routing.tokens), None
@@ -303,7 +305,9 @@ def routing_columns(model: Transformer, routing: Routing) -> list[dict[str, list
                 score_M[i] = score
         if isinstance(router, ExpertChoiceRouter) and routing.capacities[r] < 1:
             threshold = float(router.threshold_R[r])
-        gate_M = [None if math.isnan(g) else g for g in routing.tokens.unpad(routing.gate_BT(r)).tolist()]
+        gate_M: list[float | None] = [None] * len(score_M)
+        if step.gate_K is not None:
+            gate_M = [None if math.isnan(g) else g for g in routing.gate_BT(r).flatten().tolist()]
         taken_M = routing.selected_M(r).tolist()
         found.append(dict(taken=taken_M, score=score_M, threshold=[threshold] * len(score_M), gate=gate_M))
     return found
