@@ -12,13 +12,14 @@ from mor.config import RouterConfig
 from mor.engine import Engine, EngineConfig, SamplingParams, Status
 from mor.engine.attention import gathered_attention
 from mor.engine.block_manager import PagePool, PrefixCache, Segment
+from mor.engine.weights import for_decoding
 from mor.generate import generate
 
 SCHEDULES = {
     "default": {},
     "lock-step": dict(batching="lock_step", max_num_seqs=5, page_size=3),
     "static": dict(batching="static", max_num_seqs=5, attention="gathered"),
-    "few-lanes": dict(max_num_seqs=7, lanes=2, coda_batch=3, prefill_chunk=5, page_size=3, attention="gathered"),
+    "few-lanes": dict(max_num_seqs=7, lanes=2, prefill_chunk=5, page_size=3, attention="gathered"),
     "one-at-a-time": dict(max_num_seqs=1, prefill_chunk=1, page_size=1),
 }
 
@@ -158,6 +159,19 @@ def test_tokens_of_different_depths_share_a_pass():
     assert engine.passes["block"] < 16 * 3 and passes > 12  # far fewer passes than tokens times depth
 
 
+def test_full_lanes_come_before_coda():
+    """With more slots than lanes every pass is full, and coda sees the exits of several passes together."""
+    model, lanes = tiny(RouterConfig(kind="random")), 8
+    engine = Engine(model, config=EngineConfig(max_num_seqs=24, lanes=lanes))
+    prompts, _ = draw_requests(24)
+    for prompt in prompts:
+        engine.add_request(prompt, SamplingParams(max_new_tokens=40, temperature=0))
+    for _ in range(60):
+        engine.step()
+    assert engine.tokens["block"] == lanes * engine.passes["block"]
+    assert engine.tokens["coda"] > 16 * engine.passes["coda"]
+
+
 def test_logprobs():
     model = tiny()
     params = SamplingParams(max_new_tokens=6, temperature=1.0, logprobs=True)
@@ -268,7 +282,6 @@ def test_random_schedules(data):
         config=EngineConfig(
             max_num_seqs=choose(st.integers(1, 6)),
             lanes=choose(st.one_of(st.none(), st.integers(1, 4))),
-            coda_batch=choose(st.integers(1, 3)),
             prefill_chunk=choose(st.integers(1, 16)),
             page_size=page_size,
             kv_cache_memory=small_pool(model, 24, page_size) + choose(st.integers(0, 40_000)),
@@ -307,8 +320,10 @@ def check_pages(engine):
             for stream, pages in enumerate(engine.kv.pages[request.slot][streams], start=streams.start):
                 for page in pages:
                     held[page] += 1
-                if engine.kv.left[request.slot, stream] and engine.kv.page_bytes[kind]:
-                    writing.append(int(engine.kv.next_place[request.slot, stream]) // engine.kv.page_size)
+                if engine.kv.reserved[request.slot, stream] > engine.kv.count[request.slot, stream] and pages:
+                    row = request.slot * engine.kv.num_streams + stream
+                    next_place = engine.kv.table_RL[row, engine.kv.count[request.slot, stream]]
+                    writing.append(int(next_place) // engine.kv.page_size)
         for _, segment in engine.prefix_cache._segments.values():
             for segment_kind, page in segment.pages:
                 if segment_kind == kind:
@@ -382,6 +397,15 @@ def test_int8_weights_stay_close_and_keep_depths():
     assert all(r.finish_reason == "length" for r in engine.generate(prompts, params))
     with pytest.raises(ValueError, match="float32"):
         Engine(tiny().double(), config=EngineConfig(quantize="int8"))
+
+
+def test_few_rows_is_the_same_model_on_the_same_memory():
+    model, tokens = tiny(), random_tokens(3, 10)
+    fast = for_decoding(model, None)
+    torch.testing.assert_close(fast(tokens).logits_BTV, model(tokens).logits_BTV)
+    block, own = fast.recursions.shared_blocks[0], model.recursions.shared_blocks[0]
+    assert block.feed_forward.up_proj.weight is own.feed_forward.up_proj.weight
+    assert fast.head.weight is model.embedding.weight and type(own.feed_forward.up_proj) is torch.nn.Linear
 
 
 def test_page_pool_refuses_double_release():

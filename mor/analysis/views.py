@@ -49,7 +49,10 @@ class TableRouter(_Wrapped):
             routing.choice_M = self.taken_RM.sum(0)
 
     def select(self, recursion: int, x_MD: Tensor, routing: Routing) -> RoutingStep:
-        return self.router.admit(recursion, self.taken_RM[recursion].nonzero().squeeze(1), x_MD, routing)
+        index_K = self.taken_RM[recursion].nonzero().squeeze(1)
+        _, gate_M = self.router.takes(recursion, x_MD, routing)
+        gate_K = None if gate_M is None else gate_M[index_K]
+        return RoutingStep(recursion, routing.tokens.select(index_K), index_K, gate_K)
 
 
 class RepeatLastRouter(_Wrapped):

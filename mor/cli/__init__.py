@@ -1,4 +1,4 @@
-"""mor demo | data | train | eval | generate | explain | report | convert | costs: one module for each command."""
+"""mor demo | data | train | eval | generate | explain | report | convert | bench | costs: one module for each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import subcommand
 
+from mor.cli.bench import Bench
 from mor.cli.convert import Convert
 from mor.cli.data import Data
 from mor.cli.demo import Demo
@@ -29,6 +30,7 @@ Command = (
     | Annotated[Explain, subcommand("explain")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Convert, subcommand("convert")]
+    | Annotated[Bench, subcommand("bench")]
     | Annotated[Costs, subcommand("costs")]
 )
 
