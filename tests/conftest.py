@@ -1,4 +1,6 @@
+import importlib.util
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -15,12 +17,19 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take more than a minute")
 
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 def pytest_collection_modifyitems(config, items):
+    browser = CHROMIUM and importlib.util.find_spec("playwright")
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes more than a minute; run with --slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "browser" in item.keywords and not browser:
+            missing = "Playwright (pip install playwright)" if CHROMIUM else "an installed Chromium"
+            item.add_marker(pytest.mark.skip(reason=f"needs {missing}"))
 
 
 @pytest.fixture(autouse=True, scope="session")

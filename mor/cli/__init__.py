@@ -1,4 +1,4 @@
-"""mor demo | data | train | eval | generate | convert | bench | costs: one module for each command."""
+"""mor demo | data | train | eval | generate | explain | report | convert | bench | costs: one module for each."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from mor.cli.convert import Convert
 from mor.cli.data import Data
 from mor.cli.demo import Demo
 from mor.cli.evaluate import Eval
+from mor.cli.explain import Explain
 from mor.cli.generate import Generate
 from mor.cli.model import Costs
+from mor.cli.report import Report
 from mor.cli.train import Train, train_defaults
 
 Command = (
@@ -25,6 +27,8 @@ Command = (
     | Annotated[Train, subcommand("train")]
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Generate, subcommand("generate")]
+    | Annotated[Explain, subcommand("explain")]
+    | Annotated[Report, subcommand("report")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Costs, subcommand("costs")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,7 +13,12 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from mor.cli.show import cell, flag, print_json
-from mor.config import ModelConfig, Selection
+from mor.config import Selection
+
+if TYPE_CHECKING:
+    from mor.checkpoint import Checkpoint
+    from mor.data import TokenData
+    from mor.train import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +102,12 @@ class Eval:
         from mor.distributed import pick_device
         from mor.evaluate import Evaluation, evaluate, leak
 
-        config, model, tokenizer = load(self.checkpoint, device=pick_device())
-        length, mask, data = self._data(tokenizer, config)
-        caps = range(1, config.num_recursions + 1) if self.by_depth else [config.num_recursions]
+        loaded = load(self.checkpoint, device=pick_device())
+        length, mask, data = text_of(
+            self.checkpoint, loaded, self.data, text_field=self.text_field, seq_len=self.seq_len
+        )
+        model, deepest = loaded.model, loaded.config.num_recursions
+        caps = range(1, deepest + 1) if self.by_depth else [deepest]
         rows: list[Evaluation] = []
         for cap in caps:
             settings: dict[str, Any] = dict(
@@ -120,19 +128,28 @@ class Eval:
             made.add_row(label, str(row.max_depth), *("" if x is None else cell(x) for x in figures))
         console.print(made)
 
-    def _data(self, tokenizer: Any, config: ModelConfig) -> tuple[int, bool, Any]:
-        """Window length, whether documents are masked (as in the run), and the text."""
-        from mor.checkpoint import resolve
-        from mor.data import DataConfig, load_corpus, load_tokens
-        from mor.train_config import load_config
 
-        saved = resolve(self.checkpoint).parent.parent / "train.json"
-        run = load_config(saved) if saved.is_file() else None
-        length = self.seq_len or (run.seq_len if run else config.max_seq_len)
-        mask = run.data.document_mask if run else False
-        if self.data:
-            return length, mask, load_tokens(self.data, tokenizer, self.text_field)
-        return length, mask, load_corpus(run.data if run else DataConfig(), tokenizer).validation
+def run_of(checkpoint: Path) -> TrainConfig | None:
+    """Settings of the run that a checkpoint is from; None for one that lies alone."""
+    from mor.checkpoint import resolve
+    from mor.train_config import load_config
+
+    saved = resolve(checkpoint).parent.parent / "train.json"
+    return load_config(saved) if saved.is_file() else None
+
+
+def text_of(
+    checkpoint: Path, loaded: Checkpoint, data: Path | None, *, text_field: str = "text", seq_len: int | None = None
+) -> tuple[int, bool, TokenData]:
+    """Window length, whether documents are masked (both as in the run), and ``data``, or the run's validation text."""
+    from mor.data import DataConfig, load_corpus, load_tokens
+
+    run = run_of(checkpoint)
+    length = seq_len or (run.seq_len if run else loaded.config.max_seq_len)
+    mask = run.data.document_mask if run else False
+    if data:
+        return length, mask, load_tokens(data, loaded.tokenizer, text_field)
+    return length, mask, load_corpus(run.data if run else DataConfig(), loaded.tokenizer).validation
 
 
 def _refuse_others(given: Eval, nll: bool) -> None:

@@ -1,0 +1,109 @@
+"""Counterfactual depth: what a token would have predicted had it left after another number of recursions.
+
+Only that token's depth changes; the tokens before it are as they were. :func:`exits_plain` is the definition,
+one run of the whole sequence per token and depth. :func:`exits` runs all tokens of one depth at once: each is
+a row of one token that reads the sequence's cached entries before it, and its own new ones.
+
+T tokens · M tokens of a pass · S cached entries · R recursions · N heads · G key/value heads · H head dim · V vocab
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mor.analysis.views import TableRouter, with_router
+from mor.attention import attention
+from mor.kv_cache import KVCache
+from mor.model import Transformer
+from mor.packing import PackedTokens
+from mor.routing import Routing
+
+CHUNK_LOGITS = 1 << 24  # logits alive at a time
+
+
+def taken(routing: Routing) -> Tensor:
+    """Whether each packed token took each recursion, (R, M)."""
+    return torch.stack([routing.selected_M(r) for r in range(len(routing.steps))])
+
+
+def at_depth(taken_RM: Tensor, depth: int) -> Tensor:
+    """The table in which every token takes ``depth`` recursions: first those it took, in order, then the earliest
+    of the others. Where tokens drop out for good these are simply the first ``depth``."""
+    order_RM = (~taken_RM).to(torch.int8).argsort(dim=0, stable=True)
+    rank_RM = order_RM.argsort(dim=0)
+    return rank_RM < depth
+
+
+@torch.no_grad()
+def exits_plain(model: Transformer, ids: list[int], taken_RM: Tensor, depth: int) -> Tensor:
+    """Logits after each token had it alone taken ``depth`` recursions, (T, V), one run per token."""
+    tokens_1T = torch.tensor([ids], device=model.embedding.weight.device)
+    forced_RM, rows = at_depth(taken_RM, depth), []
+    for t in range(len(ids)):
+        table_RM = taken_RM.clone()
+        table_RM[:, t] = forced_RM[:, t]
+        view = with_router(model, TableRouter(model.recursions.router, table_RM))
+        rows.append(view(tokens_1T).logits_BTV[0, t])
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def exits(model: Transformer, ids: list[int], taken_RM: Tensor, depth: int, cache: KVCache) -> Iterator[Tensor]:
+    """The same in chunks of consecutive tokens, (chunk, V). cache: that of the run which ``taken_RM`` is from."""
+    device = model.embedding.weight.device
+    forced_RT = at_depth(taken_RM, depth)
+    size = max(1, CHUNK_LOGITS // model.config.vocab_size)
+    for position_M in torch.arange(len(ids), device=device).split(size):
+        view = with_router(model, TableRouter(model.recursions.router, forced_RT[:, position_M]))
+        tokens_M1 = torch.tensor([ids[t] for t in position_M], device=device)[:, None]
+        yield view(tokens_M1, cache=Branches(cache, position_M), last_only=True).logits_BTV[:, 0]
+
+
+class Branches:
+    """A cache whose rows are tokens of one sequence: each sees the entries before its position, and its own.
+
+    Nothing is added to ``past``, which holds that sequence. position_B: the place of each row's token in it.
+    """
+
+    def __init__(self, past: KVCache, position_B: Tensor) -> None:
+        self.past, self.length_B, self.batch = past, position_B, len(position_B)
+        self.own: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def open(self, stream: int, reads: tuple[int, ...], tokens: PackedTokens) -> BranchPass:
+        return BranchPass(self, stream, reads, tokens)
+
+
+class BranchPass:
+    """One pass: all rows are queries of a single attention, over the entries of the past and one own entry each."""
+
+    def __init__(self, store: Branches, stream: int, reads: tuple[int, ...], tokens: PackedTokens) -> None:
+        self.store, self.reads, self.row_M = store, reads, tokens.row_M
+        self.writes = stream in reads
+        self.stream = stream if self.writes else reads[-1]  # where the own entries are
+        past_MS = store.past.positions(reads[0], None) < tokens.position_M[:, None]
+        own_MM = torch.eye(len(tokens), dtype=torch.bool, device=past_MS.device)
+        self.visible_1MS = torch.cat([past_MS, own_MM], dim=1)[None]
+
+    def write(self, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:
+        shape = (self.store.batch, *k_MGH.shape[1:])
+        self.store.own[self.stream, layer] = (
+            k_MGH.new_zeros(shape).index_copy(0, self.row_M, k_MGH),
+            v_MGH.new_zeros(shape).index_copy(0, self.row_M, v_MGH),
+        )
+
+    def attend(self, layer: int, q_MNH: Tensor) -> Tensor:
+        own = self.store.own[self.stream, layer]
+        k, v = (torch.cat([past, mine[self.row_M]])[None] for past, mine in zip(self._past(layer), own, strict=True))
+        return attention(q_MNH[None], k, v, self.visible_1MS)[0]
+
+    def _past(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Entries of the streams read, (S, G, H); those of later streams replace earlier ones at their positions."""
+        k, v = (x[0] for x in self.store.past.read(self.reads[0], layer, None))
+        for stream in self.reads[1:]:  # every token is in the first stream read, so there its place is its position
+            position_S = self.store.past.positions(stream, None)[0]
+            k_new, v_new = (x[0] for x in self.store.past.read(stream, layer, None))
+            k, v = k.index_copy(0, position_S, k_new), v.index_copy(0, position_S, v_new)
+        return k, v

@@ -1,0 +1,352 @@
+"""What routing does over a corpus: one function for each question, each answered in tidy rows.
+
+Windows are read with threshold selection, which is causal; only :func:`agreement` also reads them with the
+top-k selection of training, to compare. :func:`read` gathers what several functions need.
+
+B rows · T tokens of a window · M packed tokens · D model · R recursions · G key/value heads · H head dim
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mor.analysis.branches import exits, taken
+from mor.analysis.classes import depth_by_class, kinds
+from mor.analysis.intervals import group_means
+from mor.analysis.views import StateRecorder, extended, with_router
+from mor.data import TokenData
+from mor.evaluate import evaluate
+from mor.kv_cache import EMPTY, KVCache
+from mor.model import Transformer
+from mor.routing import ExpertChoiceRouter, Routing
+from mor.tokenizer import Tokenizer
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Windows that a model has read. tokens_BT and targets_BT: the text; routings: one per window, with
+    threshold selection; states: for each window the states before the first pass and after each, (M, D)."""
+
+    model: Transformer
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    routings: Sequence[Routing]
+    caches: Sequence[KVCache]
+    states: Sequence[Sequence[Tensor]]
+
+    @property
+    def depth_BT(self) -> Tensor:
+        return torch.cat([r.depth_BT for r in self.routings])
+
+
+@torch.no_grad()
+def read(model: Transformer, data: TokenData, *, seq_len: int, max_windows: int = 32) -> Reading:
+    """Read up to ``max_windows`` windows of ``seq_len`` tokens, spread evenly over the data.
+
+    Documents in a window are not masked from each other. Raises ValueError if the data is shorter than a window.
+    """
+    available = data.windows(seq_len)
+    if available < 1:
+        raise ValueError(f"the data holds {len(data)} tokens, less than one window of {seq_len + 1}; lower seq_len")
+    count, weight = min(max_windows, available), model.embedding.weight
+    batch = data.batch([i * available // count for i in range(count)], seq_len)
+    tokens_BT, targets_BT = batch.tokens_BT.to(weight.device), batch.targets_BT.to(weight.device)
+    recorder = StateRecorder(model.recursions.router)
+    view, routings, caches, states = with_router(model, recorder), [], [], []
+    for tokens_1T in tokens_BT.split(1):
+        caches.append(KVCache(model.config, 1, device=weight.device, dtype=weight.dtype))
+        routings.append(view(tokens_1T, cache=caches[-1], last_only=True).routing)
+        states.append(recorder.states_MD)
+    return Reading(model, tokens_BT, targets_BT, routings, caches, states)
+
+
+def depth_histogram(reading: Reading) -> Rows:
+    """Tokens and their share by the number of recursions they took."""
+    counts = torch.bincount(reading.depth_BT.flatten(), minlength=reading.model.config.num_recursions + 1).tolist()
+    total = sum(counts)
+    return [dict(depth=d, tokens=n, share=n / total) for d, n in enumerate(counts) if d or n]
+
+
+def dead_tokens(reading: Reading) -> Rows:
+    """For each recursion: the share of positions at which no window took it, and of the distinct tokens that
+    never took it although they were read at least ``often`` = 5 times."""
+    often, rows = 5, []
+    seen = torch.bincount(reading.tokens_BT.flatten())
+    common = seen >= often
+    for r in range(reading.model.config.num_recursions):
+        selected_BT = torch.cat([routing.selected_BT(r) for routing in reading.routings])
+        took = torch.bincount(reading.tokens_BT[selected_BT], minlength=len(seen))
+        dead_types = (took == 0)[common].float().mean()
+        rows.append(
+            dict(
+                recursion=r + 1,
+                dead_positions=1 - float(selected_BT.any(0).float().mean()),
+                dead_types=float(dead_types) if common.any() else None,
+                windows=len(selected_BT),
+                types=int(common.sum()),
+            )
+        )
+    return rows
+
+
+def depth_predictors(reading: Reading) -> Rows:
+    """How much of the depth a lookup table would know: the share of its variance in the second half of the windows
+    that the mean depth of equal tokens, previous tokens or positions in the first half explains (R², may be < 0).
+
+    Near 1 for the token alone: the router decides by what token it is. Empty for fewer than two windows.
+    """
+    tokens_BT, depth_BT = reading.tokens_BT[:, 1:], reading.depth_BT[:, 1:].double()
+    half = len(tokens_BT) // 2
+    if not half or float(depth_BT[half:].var(correction=0)) == 0:
+        return []
+    place_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+    looked_up = {"token": tokens_BT, "previous token": reading.tokens_BT[:, :-1], "position": place_BT}
+    rows = []
+    for name, key_BT in looked_up.items():
+        known, wanted = depth_BT[:half].flatten(), depth_BT[half:].flatten()
+        count_V = torch.bincount(key_BT[:half].flatten(), minlength=int(key_BT.max()) + 1)
+        sum_V = torch.bincount(key_BT[:half].flatten(), known, minlength=len(count_V))
+        mean_V = torch.where(count_V > 0, sum_V / count_V.clamp(min=1), known.mean())
+        left = (wanted - mean_V[key_BT[half:].flatten()]).square().sum() / (wanted - known.mean()).square().sum()
+        rows.append(dict(predictor=name, explained=1 - float(left), tokens=len(wanted)))
+    return rows
+
+
+@torch.no_grad()
+def agreement(reading: Reading) -> Rows:
+    """Threshold against top-k, the non-causal selection of training, for each recursion that selects.
+
+    same_decision: share of top-k's candidates on which the threshold, seeing the same state, decides alike.
+    same_depth: share of tokens that end at the same depth when each selection reads the text by itself.
+    Empty for routers without top-k.
+    """
+    router, rows = reading.model.recursions.router, []
+    if not isinstance(router, ExpertChoiceRouter):
+        return []
+    top = [reading.model(t, selection="topk", last_only=True).routing for t in reading.tokens_BT.split(1)]
+    same_depth = float((torch.cat([r.depth_BT for r in top]) == reading.depth_BT).float().mean())
+    for r, capacity in enumerate(reading.model.config.capacities):
+        if capacity == 1:
+            continue
+        kept, causal = [], []
+        for routing in top:
+            step = routing.steps[r]
+            assert step.causal_logit_C is not None
+            selected_M = routing.selected_M(r)
+            kept.append(selected_M if step.candidate_C is None else selected_M[step.candidate_C])
+            causal.append(step.causal_logit_C.sigmoid() > router.threshold_R[r])
+        kept_C, causal_C = torch.cat(kept), torch.cat(causal)
+        rows.append(
+            dict(
+                recursion=r + 1,
+                capacity=capacity,
+                candidates=len(kept_C),
+                share_topk_non_causal=float(kept_C.float().mean()),
+                share_threshold=float(causal_C.float().mean()),
+                same_decision=float((kept_C == causal_C).float().mean()),
+                same_depth=same_depth,
+            )
+        )
+    return rows
+
+
+def score_histogram(reading: Reading, bins: int = 20) -> Rows:
+    """How far router scores are from being two-valued: counts by recursion, bin and decision.
+
+    Expert-choice: sigmoid of the logit that the threshold looks at, over the candidates of each recursion that
+    selects. Token-choice: each depth's share of the scores. Empty for routers that score nothing.
+    """
+    rows: Rows = []
+    for r, capacity in enumerate(reading.model.config.capacities):
+        scores, chosen = [], []
+        for routing in reading.routings:
+            step = routing.steps[r]
+            selected_M = routing.selected_M(r)
+            if routing.score_MR is not None:
+                assert routing.choice_M is not None
+                scores.append(routing.score_MR[:, r] / routing.score_MR.sum(-1))
+                chosen.append(routing.choice_M == r + 1)
+            elif step.causal_logit_C is not None and capacity < 1:
+                scores.append(step.causal_logit_C.sigmoid())
+                chosen.append(selected_M if step.candidate_C is None else selected_M[step.candidate_C])
+        if not scores:
+            continue
+        score_C, chosen_C = torch.cat(scores), torch.cat(chosen)
+        place_C = (score_C * bins).long().clamp(max=bins - 1)
+        for taken_, mask in ((True, chosen_C), (False, ~chosen_C)):
+            for b, n in enumerate(torch.bincount(place_C[mask], minlength=bins).tolist()):
+                rows.append(dict(recursion=r + 1, taken=taken_, low=b / bins, high=(b + 1) / bins, tokens=n))
+    return rows
+
+
+def separation(histogram: Rows, margin: float = 0.1) -> Rows:
+    """For each recursion the share of scores within ``margin`` of 0 or 1: near 1 means almost binary decisions."""
+    rows = []
+    for recursion in sorted({row["recursion"] for row in histogram}):
+        own = [row for row in histogram if row["recursion"] == recursion]
+        total = sum(row["tokens"] for row in own)
+        low = sum(row["tokens"] for row in own if row["high"] <= margin + 1e-9)
+        high = sum(row["tokens"] for row in own if row["low"] >= 1 - margin - 1e-9)
+        rows.append(
+            dict(
+                recursion=recursion, scored=total, near_0=low / total, near_1=high / total, binary=(low + high) / total
+            )
+        )
+    return rows
+
+
+def drift(reading: Reading) -> Rows:
+    """How states move: for every two stages (0 is before the first pass) the mean cosine and the length of the
+    difference over the length of the earlier state, over the tokens that the later pass changed."""
+    rows, stages = [], range(len(reading.states[0]))
+    for a, b in combinations(stages, 2):
+        earlier, later = (torch.cat([s[i] for s in reading.states]).float() for i in (a, b))
+        before = torch.cat([s[b - 1] for s in reading.states])
+        moved_M = (torch.cat([s[b] for s in reading.states]) != before).any(1)
+        if not moved_M.any():
+            continue
+        x, y = earlier[moved_M], later[moved_M]
+        cosine_M = torch.cosine_similarity(x, y, dim=1)
+        change_M = (y - x).norm(dim=1) / x.norm(dim=1)
+        rows.append(
+            dict(
+                earlier=a,
+                later=b,
+                tokens=len(x),
+                cosine=float(cosine_M.mean()),
+                cosine_sd=float(cosine_M.std(correction=0)),
+                relative_change=float(change_M.mean()),
+            )
+        )
+    return rows
+
+
+def kv_similarity(reading: Reading) -> Rows:
+    """Mean cosine between the keys, and the values, that the same token has at two recursions, by layer.
+
+    Keys are compared as cached, rotated for the same position. Empty where recursions share their entries.
+    """
+    sums: dict[tuple[int, int, int], list[float]] = {}
+    for cache in reading.caches:
+        for a, b in combinations(range(1, len(cache.streams)), 2):
+            if not cache.streams[b].k:
+                continue
+            in_a, in_b = _common(cache, a, b)
+            for layer in range(len(cache.streams[a].k)):
+                total = sums.setdefault((layer, a, b), [0.0, 0.0, 0])
+                for i, kind in enumerate(("k", "v")):
+                    x, y = (getattr(cache.streams[s], kind)[layer][0, at].float() for s, at in ((a, in_a), (b, in_b)))
+                    total[i] += float(torch.cosine_similarity(x, y, dim=-1).mean(-1).sum())
+                total[2] += len(in_a)
+    return [
+        dict(layer=layer, earlier=a, later=b, tokens=int(n), cosine_keys=k / n, cosine_values=v / n)
+        for (layer, a, b), (k, v, n) in sorted(sums.items())
+        if n
+    ]
+
+
+def _common(cache: KVCache, a: int, b: int) -> tuple[Tensor, Tensor]:
+    """Slots in streams a and b of the tokens that are in both."""
+    position_a, position_b = (cache.positions(s, None)[0] for s in (a, b))
+    equal_AB = (position_a[:, None] == position_b) & (position_b != EMPTY)
+    in_a, in_b = equal_AB.nonzero(as_tuple=True)
+    return in_a, in_b
+
+
+def depth_scaling(
+    model: Transformer, data: TokenData, *, further: int = 2, extrapolate: bool = True, **settings: Any
+) -> Rows:
+    """Causal NLL with the depth capped at 1..R, then with ``further`` recursions more than were trained.
+
+    Further recursions decide and gate as the last trained one (:class:`~mor.analysis.views.RepeatLastRouter`) and
+    keep keys and values of their own; they are an extrapolation and labelled so. Settings as in ``evaluate``.
+    """
+    trained, rows = model.config.num_recursions, []
+    deepest = trained + (further if extrapolate and trained > 1 else 0)
+    for cap in range(1, deepest + 1):
+        used = model if cap <= trained else extended(model, cap)
+        found = evaluate(used, data, max_depth=cap, **settings)
+        rows.append(
+            dict(
+                max_depth=cap,
+                extrapolated=cap > trained,
+                nll=found.nll,
+                bits_per_byte=found.bits_per_byte,
+                mean_depth=found.mean_depth,
+                tokens=found.tokens,
+            )
+        )
+    return rows
+
+
+def depth_by_token_class(reading: Reading, tokenizer: Tokenizer, counts: dict[int, int] | None = None) -> Rows:
+    """Mean depth by kind, position and frequency; 95% intervals from drawing windows anew."""
+    tokens, kind = reading.tokens_BT.tolist(), []
+    for ids in tokens:
+        kind += kinds(tokenizer, ids, tokenizer.pieces(ids))
+    flat = [i for ids in tokens for i in ids]
+    counts = counts or Counter(flat)
+    found = depth_by_class(
+        reading.depth_BT.flatten().tolist(),
+        kind=kind,
+        position=[t for ids in tokens for t in range(len(ids))],
+        count=[counts.get(i, 0) for i in flat],
+        blocks=[w for w, ids in enumerate(tokens) for _ in ids],
+    )
+    return [dict(by=by) | asdict(group) for by, groups in found.items() for group in groups]
+
+
+def counterfactual_gains(reading: Reading) -> Rows:
+    """Mean change of the next token's log-probability, in nats, with one recursion fewer and one more for that
+    token alone, by the depth it took; 95% intervals from drawing windows anew."""
+    known: dict[str, list[tuple[float, str, int]]] = {"fewer": [], "more": []}
+    for w, routing in enumerate(reading.routings):
+        logp_RT = _exit_logprobs(reading, w, routing)
+        depth_T = routing.depth_BT[0]
+        for name, step in (("fewer", -1), ("more", 1)):
+            other_T = depth_T + step
+            for t in ((depth_T >= 1) & (other_T >= 1) & (other_T <= len(logp_RT))).nonzero()[:, 0].tolist():
+                change = float(logp_RT[other_T[t] - 1, t] - logp_RT[depth_T[t] - 1, t])
+                known[name].append((change, str(int(depth_T[t])), w))
+    rows: Rows = []
+    for name, found in known.items():
+        for group in sorted(group_means(*zip(*found, strict=True)) if found else [], key=lambda g: int(g.group)):
+            better = np.mean([change > 0 for change, depth, _ in found if depth == group.group])
+            means = {k: v for k, v in asdict(group).items() if k != "group"}
+            rows.append(dict(change=name, depth=int(group.group)) | means | dict(better=float(better)))
+    return rows
+
+
+@torch.no_grad()
+def _exit_logprobs(reading: Reading, w: int, routing: Routing) -> Tensor:
+    """Log-probability of every token's target had it left after 1..R recursions, (R, T)."""
+    ids, target_T1 = reading.tokens_BT[w].tolist(), reading.targets_BT[w][:, None]
+    taken_RT, rows = taken(routing), []
+    for depth in range(1, reading.model.config.num_recursions + 1):
+        logits_TV = torch.cat(list(exits(reading.model, ids, taken_RT, depth, reading.caches[w])))
+        rows.append(logits_TV.float().log_softmax(-1).gather(1, target_T1)[:, 0])
+    return torch.stack(rows)
+
+
+def token_counts(data: TokenData, chunk: int = 1 << 20) -> dict[int, int]:
+    """How often every token id occurs."""
+    counts: Counter[int] = Counter()
+    for piece in _chunks(data, chunk):
+        values, times = piece.unique(return_counts=True)
+        counts.update(dict(zip(values.tolist(), times.tolist(), strict=True)))
+    return dict(counts)
+
+
+def _chunks(data: TokenData, size: int) -> Iterator[Tensor]:
+    for start in range(0, len(data), size):
+        yield data.tokens(start, min(start + size, len(data)))

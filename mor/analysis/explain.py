@@ -1,0 +1,347 @@
+"""Everything a model did with a text, token by token, as plain records.
+
+Decisions are those of threshold selection, which is causal. What a token *would* have predicted at another
+depth is computed, not estimated (see branches.py).
+
+T tokens · V vocab · R recursions
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mor.analysis.branches import exits, taken
+from mor.analysis.classes import BLOCK, depth_by_class, kinds
+from mor.analysis.intervals import GroupMean, group_means
+from mor.kv_cache import KVCache
+from mor.model import Transformer
+from mor.routing import ExpertChoiceRouter, Routing
+from mor.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guess:
+    """A token that the model expected next, with its probability."""
+
+    token_id: int
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A token at recursion ``recursion`` (from 1).
+
+    taken: whether it took it. score: what the decision looks at, 0..1: sigmoid of the causal logit against
+    ``threshold`` (expert-choice) or the share of this depth in the softmax or sigmoid scores (token-choice);
+    None where the token was no candidate or the router scores nothing. threshold: None where every candidate
+    is taken or the largest score wins. gate: weight of the stack's output, which token-choice by default applies
+    at a token's last recursion only; None where not taken, and for routers without gates of their own.
+
+    exit_*: the prediction had this token, and no other, left after this many recursions: state, coda and head
+    as in the model. At the depth that the token took it is the model's own. logprob of the real next token and
+    entropy in nats; both need no next token to exist except logprob, which is then None.
+    """
+
+    recursion: int
+    taken: bool
+    score: float | None
+    threshold: float | None
+    gate: float | None
+    exit_logprob: float | None
+    exit_entropy: float
+    exit_guesses: list[Guess]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRecord:
+    """A token that was read. start, end: its characters in the text. piece: that text; "" where a character is
+    spread over several tokens and this is not the last. position: in its window. depth: recursions it took.
+    logprob: of the real next token, in nats; None for the last. rank: of the next token, 1 is the best guess.
+    more, fewer: by how much ``logprob`` changes with one recursion more or fewer for this token alone; None
+    where there is no such depth. count: occurrences in the text, or in the corpus given. kind: see classes.KINDS.
+    """
+
+    index: int
+    start: int
+    end: int
+    token_id: int
+    token: str
+    piece: str
+    kind: str
+    count: int
+    position: int
+    depth: int
+    logprob: float | None
+    entropy: float
+    rank: int | None
+    more: float | None
+    fewer: float | None
+    steps: list[Step]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What :func:`explain` found. model: what the model is, for a heading."""
+
+    name: str
+    text: str
+    model: dict[str, Any]
+    window: int
+    tokens: list[TokenRecord]
+
+    @property
+    def mean_depth(self) -> float:
+        return sum(t.depth for t in self.tokens) / len(self.tokens)
+
+    @property
+    def nll(self) -> float | None:
+        """Mean over the tokens that have a next one, in nats."""
+        known = [t.logprob for t in self.tokens if t.logprob is not None]
+        return -sum(known) / len(known) if known else None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Of all tokens but the first, which nothing predicts."""
+        size = len("".join(t.piece for t in self.tokens[1:]).encode())
+        return None if self.nll is None or not size else self.nll * (len(self.tokens) - 1) / size / math.log(2)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Tidy rows, one per token and recursion, ready for pandas; the best guess stands for all."""
+        own = [f.name for f in fields(TokenRecord) if f.name != "steps"]
+        rows = []
+        for token in self.tokens:
+            of_token = {name: getattr(token, name) for name in own}
+            for step in token.steps:
+                best = step.exit_guesses[0]
+                of_step = {f.name: getattr(step, f.name) for f in fields(Step) if f.name != "exit_guesses"}
+                rows.append(of_token | of_step | {"exit_guess": best.text, "exit_probability": best.probability})
+        return rows
+
+    def by_class(self) -> dict[str, list[GroupMean]]:
+        """Mean depth by kind, position and frequency; intervals over stretches of ``BLOCK`` tokens."""
+        return depth_by_class(
+            [t.depth for t in self.tokens],
+            kind=[t.kind for t in self.tokens],
+            position=[t.position for t in self.tokens],
+            count=[t.count for t in self.tokens],
+            blocks=[t.index // BLOCK for t in self.tokens],
+        )
+
+    def counterfactuals(self) -> dict[str, list[GroupMean]]:
+        """Mean change of log-probability with one recursion fewer and one more, by the depth taken."""
+        found = {}
+        for name in ("fewer", "more"):
+            known = sorted((t for t in self.tokens if getattr(t, name) is not None), key=lambda t: t.depth)
+            found[name] = group_means(
+                [getattr(t, name) for t in known], [str(t.depth) for t in known], [t.index // BLOCK for t in known]
+            )
+        return found
+
+    def flow(self) -> list[dict[str, int]]:
+        """Tokens that go from being in (1) or out (0) at a recursion to being in or out at the next."""
+        moves: Counter[tuple[int, bool, bool]] = Counter()
+        for token in self.tokens:
+            for before, after in pairwise(token.steps):
+                moves[before.recursion, before.taken, after.taken] += 1
+        return [dict(recursion=r, taken=int(a), next_taken=int(b), tokens=n) for (r, a, b), n in sorted(moves.items())]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        whole = dict(nll=self.nll, bits_per_byte=self.bits_per_byte, mean_depth=self.mean_depth, causal=True)
+        return asdict(self) | {
+            "summary": whole | {"tokens": len(self.tokens)},
+            "by_class": {name: [asdict(g) for g in groups] for name, groups in self.by_class().items()},
+            "counterfactuals": {name: [asdict(g) for g in groups] for name, groups in self.counterfactuals().items()},
+            "flow": self.flow(),
+        }
+
+
+def explain(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    name: str = "model",
+    window: int | None = None,
+    guesses: int = 5,
+    counts: Mapping[int, int] | None = None,
+) -> Explanation:
+    """Read ``text`` and record what happened to every token.
+
+    window: tokens that are read together (default: the model's max_seq_len). A longer text is read in windows
+    that overlap by half, and each token is shown as in the window that gives it most context. counts:
+    occurrences of token ids in a corpus (default: in the text). Raises ValueError for an empty text and for a
+    window that does not fit the model.
+    """
+    config, ids = model.config, tokenizer.encode(text)
+    window = window or config.max_seq_len
+    if not ids:
+        raise ValueError("the text is empty; give at least one character")
+    if not 2 <= window <= config.max_seq_len:
+        raise ValueError(f"window must lie in 2..{config.max_seq_len} (the model's max_seq_len), got {window}")
+    pieces = tokenizer.pieces(ids)
+    counts = Counter(ids) if counts is None else counts
+    of_token: dict[str, list[Any]] = dict(
+        token_id=ids,
+        token=[tokenizer.backend.id_to_token(i) for i in ids],
+        piece=pieces,
+        kind=kinds(tokenizer, ids, pieces),
+        count=[counts.get(i, 0) for i in ids],
+    )
+    reader = _Reader(model, tokenizer, guesses)
+    tokens: list[TokenRecord] = []
+    end = 0
+    for found in reader.read(ids, window):
+        i, start, end = len(tokens), end, end + len(pieces[len(tokens)])
+        own = {key: values[i] for key, values in of_token.items()}
+        tokens.append(TokenRecord(index=i, start=start, end=end, **own, **found))
+    return Explanation(name=name, text=text, model=describe(model), window=window, tokens=tokens)
+
+
+def describe(model: Transformer) -> dict[str, Any]:
+    """What a reader wants to know of the model."""
+    config = model.config
+    return dict(
+        family=config.family,
+        num_recursions=config.num_recursions,
+        router=config.router.kind,
+        kv_strategy=config.kv_strategy,
+        layers=f"{config.prelude_layers} + {config.shared_layers} × {config.num_recursions} + {config.coda_layers}",
+        order=config.shared_order,
+        dim=config.dim,
+        vocab_size=config.vocab_size,
+    )
+
+
+def windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
+    """(start, first token reported, stop) of windows that overlap by half and report every token once."""
+    start = first = 0
+    while True:
+        stop = min(start + window, length)
+        yield start, first, stop
+        if stop == length:
+            return
+        first, start = stop, stop - window // 2
+
+
+class _Reader:
+    """Reads windows of ids and says, token by token, what is not plain from the text."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, guesses: int) -> None:
+        self.model, self.tokenizer, self.guesses = model, tokenizer, min(guesses, model.config.vocab_size)
+        self.names: dict[int, str] = {}
+
+    def read(self, ids: Sequence[int], window: int) -> Iterator[dict[str, Any]]:
+        for start, first, stop in windows(len(ids), window):
+            found = self._window(list(ids[start:stop]), list(ids[start + 1 : stop + 1]))
+            yield from found[first - start :]
+
+    @torch.no_grad()
+    def _window(self, ids: list[int], next_ids: list[int]) -> list[dict[str, Any]]:
+        model, device = self.model, self.model.embedding.weight.device
+        cache = KVCache(model.config, 1, device=device, dtype=model.embedding.weight.dtype)
+        output = model(torch.tensor([ids], device=device), cache=cache)
+        taken_RT = taken(output.routing)
+        own = self._predictions(output.logits_BTV[0], next_ids)
+        by_depth = []
+        for depth in range(1, model.config.num_recursions + 1):
+            chunks, done = [], 0
+            for logits_MV in exits(model, ids, taken_RT, depth, cache):
+                chunks += self._predictions(logits_MV, next_ids[done : done + len(logits_MV)])
+                done += len(logits_MV)
+            by_depth.append(chunks)
+        routed = routing_columns(model, output.routing)
+        depths = taken_RT.sum(0).tolist()
+        return [
+            _token_fields(t, depths[t], own[t], [exit_T[t] for exit_T in by_depth], routed) for t in range(len(ids))
+        ]
+
+    def _predictions(self, logits_MV: Tensor, next_ids: list[int]) -> list[dict[str, Any]]:
+        """Log-probability and rank of the next token, entropy, best guesses of each row."""
+        logp_MV = logits_MV.float().log_softmax(-1)
+        entropy_M = torch.special.entr(logp_MV.exp()).sum(-1).tolist()
+        top = logp_MV.exp().topk(self.guesses)
+        known = torch.tensor(next_ids, dtype=torch.int64, device=logits_MV.device)
+        logp_K1 = logp_MV[: len(known)].gather(1, known[:, None])
+        rank_K = ((logp_MV[: len(known)] > logp_K1).sum(1) + 1).tolist()
+        logp_K, missing = logp_K1[:, 0].tolist(), [None] * (len(logits_MV) - len(known))
+        columns = (logp_K + missing, rank_K + missing, entropy_M, top.indices.tolist(), top.values.tolist())
+        return [
+            dict(logprob=logp, rank=rank, entropy=entropy, guesses=self._guesses(best, p))
+            for logp, rank, entropy, best, p in zip(*columns, strict=True)
+        ]
+
+    def _guesses(self, ids: list[int], probabilities: list[float]) -> list[Guess]:
+        return [Guess(token_id=i, text=self._name(i), probability=p) for i, p in zip(ids, probabilities, strict=True)]
+
+    def _name(self, token_id: int) -> str:
+        """Its text, or its name in the vocabulary where it is no whole text by itself."""
+        if token_id not in self.names:
+            text = self.tokenizer.decode([token_id])
+            whole = text and "\ufffd" not in text
+            self.names[token_id] = text if whole else self.tokenizer.backend.id_to_token(token_id) or f"#{token_id}"
+        return self.names[token_id]
+
+
+def routing_columns(model: Transformer, routing: Routing) -> list[dict[str, list]]:
+    """What the router saw and did at each recursion with every token of one sequence: taken, score, threshold, gate."""
+    router, found = model.recursions.router, []
+    for r, step in enumerate(routing.steps):
+        score_M, threshold = [None] * len(routing.tokens), None
+        if routing.score_MR is not None:
+            score_M = (routing.score_MR[:, r] / routing.score_MR.sum(-1)).tolist()
+        elif step.causal_logit_C is not None:
+            index = range(len(score_M)) if step.candidate_C is None else step.candidate_C.tolist()
+            for i, score in zip(index, step.causal_logit_C.sigmoid().tolist(), strict=True):
+                score_M[i] = score
+        if isinstance(router, ExpertChoiceRouter) and routing.capacities[r] < 1:
+            threshold = float(router.threshold_R[r])
+        gate_M: list[float | None] = [None] * len(score_M)
+        if step.gate_K is not None:
+            gate_M = [None if math.isnan(g) else g for g in routing.gate_BT(r).flatten().tolist()]
+        taken_M = routing.selected_M(r).tolist()
+        found.append(dict(taken=taken_M, score=score_M, threshold=[threshold] * len(score_M), gate=gate_M))
+    return found
+
+
+def _token_fields(
+    t: int, depth: int, own: dict[str, Any], by_depth: list[dict[str, Any]], routed: list[dict[str, list]]
+) -> dict[str, Any]:
+    """Fields of a TokenRecord that the model decides."""
+    steps = [
+        Step(
+            recursion=r + 1,
+            **{name: column[t] for name, column in routed[r].items()},
+            exit_logprob=exit_["logprob"],
+            exit_entropy=exit_["entropy"],
+            exit_guesses=exit_["guesses"],
+        )
+        for r, exit_ in enumerate(by_depth)
+    ]
+    logprob = own["logprob"]
+
+    def change(other: int) -> float | None:
+        if logprob is None or not 1 <= other <= len(steps):
+            return None
+        exit_logprob = steps[other - 1].exit_logprob
+        return None if exit_logprob is None else exit_logprob - logprob
+
+    return dict(
+        position=t,
+        depth=depth,
+        logprob=logprob,
+        entropy=own["entropy"],
+        rank=own["rank"],
+        more=change(depth + 1),
+        fewer=change(depth - 1),
+        steps=steps,
+    )

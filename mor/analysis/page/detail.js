@@ -1,0 +1,158 @@
+// One token: everything about it, choosing it, and holding it.
+
+function gauge(s) {
+  if (s.score === null) return s.taken ? "taken" : "not asked";
+  const bar = el(
+    "span",
+    { class: "gauge" },
+    el("i", { style: `width:${100 * s.score}%` }),
+    s.threshold === null ? null : el("b", { style: `left:${100 * s.threshold}%` }),
+  );
+  return el("span", {}, bar, ` ${num(s.score)} ${s.taken ? "✓" : "✗"}`);
+}
+function change(name, x) {
+  return x === null
+    ? null
+    : el(
+        "li",
+        {},
+        `${name}: log-probability ${signed(x)} nats, ${Math.abs(x) < 0.005 ? "no difference" : x < 0 ? "worse" : "better"}`,
+      );
+}
+function one(m, i) {
+  const t = m.tokens[i],
+    next = m.tokens[i + 1],
+    R = m.model.num_recursions;
+  const facts = [
+    ["depth", `${"●".repeat(t.depth)}${"○".repeat(R - t.depth)} ${t.depth} of ${R}`],
+    ["kind", t.kind],
+    ["place", `token ${t.index + 1} of ${m.tokens.length}, position ${t.position} in its window`],
+    ["vocabulary", `${t.token} (${t.token_id}), seen ${count(t.count)}×`],
+    ["predicted with", surprise(m, i) === null ? "–" : `log-probability ${num(-surprise(m, i))} nats`],
+    ["next token", next ? `${label(next)} · log-probability ${num(t.logprob)} · rank ${t.rank}` : "the text ends here"],
+    ["doubt", `${num(t.entropy)} nats of entropy`],
+  ];
+  const rows = t.steps.flatMap((s) => [
+    el(
+      "tr",
+      { class: `main${s.recursion === t.depth ? " own" : ""}` },
+      [
+        `${s.recursion}${s.recursion === t.depth ? " ◂" : ""}`,
+        gauge(s),
+        num(s.gate, 3),
+        num(s.exit_logprob),
+        num(s.exit_entropy),
+      ].map((c, j) => el("td", { class: j > 1 ? "n" : null }, c)),
+    ),
+    el(
+      "tr",
+      { class: "guesses" },
+      el("td", {}),
+      el(
+        "td",
+        { colspan: 4 },
+        s.exit_guesses.map((g) => `${visible(g.text)} ${hundredths(g.probability)}%`).join("  "),
+      ),
+    ),
+  ]);
+  const heads = ["", routed(m) ? "score" : "", routed(m) ? "gate" : "", "log p", "entropy"];
+  return el(
+    "div",
+    { class: "one" },
+    models.length > 1 ? el("p", { class: "name" }, m.name) : null,
+    el("p", { class: "big" }, label(t)),
+    el("dl", {}, facts.map(([a, b]) => [el("dt", {}, a), el("dd", {}, b)]).flat()),
+    el(
+      "table",
+      {},
+      el(
+        "tr",
+        {},
+        heads.map((h, j) => el("th", { class: j > 1 ? "n" : null }, h)),
+      ),
+      rows,
+    ),
+    looped(m) ? el("ul", {}, change("One recursion fewer", t.fewer), change("One recursion more", t.more)) : null,
+  );
+}
+
+function twin(k, i, other) {
+  const t = models[k].tokens[i],
+    tokens = models[other].tokens;
+  const found = tokens.findIndex((o) => o.end > t.start);
+  return found < 0 ? tokens.length - 1 : found;
+}
+function choose(k, i, scroll) {
+  i = Math.max(0, Math.min(models[k].tokens.length - 1, i));
+  document.querySelectorAll(".now").forEach((node) => {
+    node.classList.remove("now");
+    node.removeAttribute("aria-selected");
+  });
+  models.forEach((m, other) => {
+    const j = (state.at[other] = other === k ? i : twin(k, i, other));
+    for (const prefix of ["t", "scores", "exits"]) {
+      const node = document.getElementById(`${prefix}${other}-${j}`);
+      if (!node) continue;
+      node.classList.add("now");
+      node.setAttribute("aria-selected", "true");
+      const box = node.parentElement;
+      box.setAttribute("aria-activedescendant", node.id);
+      if (scroll !== box) reveal(box, node);
+    }
+    document
+      .querySelectorAll(`[data-model="${other}"] .stroke[data-i="${j}"]`)
+      .forEach((node) => node.classList.add("now"));
+  });
+  document.getElementById("detail").replaceChildren(...models.map((m, other) => one(m, state.at[other])));
+}
+// Scrolls the panel, not the page.
+function reveal(box, node) {
+  const a = box.getBoundingClientRect(),
+    b = node.getBoundingClientRect();
+  if (b.top < a.top + 4) box.scrollTop -= a.top + 4 - b.top;
+  if (b.bottom > a.bottom - 4) box.scrollTop += b.bottom - a.bottom + 4;
+}
+function lineStep(box, i, down) {
+  const nodes = [...box.querySelectorAll("[data-i]")],
+    here = nodes[i].getClientRects()[0],
+    centre = (here.left + here.right) / 2;
+  let best = i,
+    nearest = Infinity,
+    line = null;
+  for (let j = i + (down ? 1 : -1); j >= 0 && j < nodes.length; j += down ? 1 : -1) {
+    const r = nodes[j].getClientRects()[0];
+    if (!r || (down ? r.top < here.bottom - 1 : r.bottom > here.top + 1)) continue;
+    if (line === null) line = r.top;
+    if (Math.abs(r.top - line) > here.height / 2) break;
+    const away = Math.abs((r.left + r.right) / 2 - centre);
+    if (away < nearest) [nearest, best] = [away, j];
+  }
+  return best;
+}
+function key(event) {
+  const box = event.target.closest("[role=listbox]");
+  if (event.key === "Escape") return hold(false);
+  if (!box) return undefined;
+  const k = +box.closest("[data-model]").dataset.model,
+    i = state.at[k];
+  const to = {
+    ArrowRight: () => i + 1,
+    ArrowLeft: () => i - 1,
+    ArrowDown: () => lineStep(box, i, true),
+    ArrowUp: () => lineStep(box, i, false),
+    Home: () => 0,
+    End: () => Infinity,
+  }[event.key];
+  if (event.key === "Enter" || event.key === " ") hold(!state.held);
+  else if (to) choose(k, to());
+  else return undefined;
+  return event.preventDefault();
+}
+function hold(on) {
+  state.held = on;
+  document.body.classList.toggle("held", on);
+}
+function pointed(event) {
+  const node = event.target.closest("[data-i]");
+  return node && [+node.closest("[data-model]").dataset.model, +node.dataset.i, node.parentElement];
+}

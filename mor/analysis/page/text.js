@@ -1,0 +1,216 @@
+// The heading, the coloured text, and the columns under tokens.
+
+function summary(m) {
+  const s = m.summary;
+  const what = { vanilla: "Vanilla Transformer", recursive: "Recursive Transformer", mor: "Mixture of Recursions" }[
+    m.model.family
+  ];
+  const about = [`layers ${m.model.layers}`, `width ${m.model.dim}`, `vocabulary ${count(m.model.vocab_size)}`];
+  if (routed(m))
+    about.unshift(
+      `${m.model.router.replace("_", "-")} router`,
+      `${m.model.kv_strategy.replace("_", "-")} keys and values`,
+    );
+  const tiles = [
+    ["tokens", count(s.tokens)],
+    ["mean depth", `${num(s.mean_depth)} of ${m.model.num_recursions}`],
+    ["nats per token", num(s.nll, 3)],
+    ["bits per byte", num(s.bits_per_byte, 3)],
+  ];
+  return [
+    models.length === 1
+      ? el("p", { class: "kind" }, el("b", {}, m.name), ` · ${what} · ${about.join(" · ")}`)
+      : el("p", { class: "kind" }, `${what} · ${about.join(" · ")}`),
+    el(
+      "dl",
+      { class: "tiles" },
+      tiles.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))),
+    ),
+  ];
+}
+
+// 98% of all changes with another depth, of both models, lie within this many nats.
+function widest() {
+  const sizes = models
+    .flatMap((m) => m.tokens.flatMap((t) => [t.fewer, t.more]))
+    .filter((x) => x !== null)
+    .map(Math.abs)
+    .sort((a, b) => a - b);
+  return Math.max(0.05, sizes[Math.floor(0.98 * (sizes.length - 1))] || 0);
+}
+const surprise = (m, i) => (i > 0 && m.tokens[i - 1].logprob !== null ? -m.tokens[i - 1].logprob : null);
+const MODES = {
+  depth: {
+    name: "depth",
+    needs: () => models.some(looped),
+    level: (m, t) => depthLevel(m, t.depth),
+    bars: (t) => t.depth,
+  },
+  surprise: {
+    name: "surprise",
+    needs: () => true,
+    level: (m, t) => shade(surprise(m, t.index), 10),
+    unit: "nats it cost to predict this token; 10 and more is darkest",
+  },
+  entropy: {
+    name: "doubt",
+    needs: () => true,
+    level: (m, t) => shade(t.entropy, Math.log(m.model.vocab_size)),
+    unit: "entropy of the next token, nats; a uniform guess is darkest",
+  },
+  fewer: {
+    name: "one recursion fewer",
+    needs: () => models.some(looped),
+    level: (m, t) => t.fewer,
+    diverging: widest(),
+    unit: `change of the next token's log-probability, nats; ±${num(widest())} and more is darkest`,
+  },
+  more: {
+    name: "one recursion more",
+    needs: () => models.some(looped),
+    level: (m, t) => t.more,
+    diverging: widest(),
+    unit: `change of the next token's log-probability, nats; ±${num(widest())} and more is darkest`,
+  },
+  against: {
+    name: "against the other model",
+    needs: () => models.length > 1,
+    level: (m, t) => m.against[t.index],
+    diverging: 4,
+    unit: "nats by which this model predicts this stretch better (blue) or worse (orange); ±4 and more is darkest",
+  },
+};
+const shade = (x, most) => (x === null ? null : Math.min(1, Math.max(0, x / most)));
+const depthLevel = (m, depth) =>
+  m.model.num_recursions < 2 ? 0 : Math.max(0, depth - 1) / (m.model.num_recursions - 1);
+
+function paint(node, mode, m, t) {
+  const value = mode.level(m, t);
+  const level = value === null ? 0 : mode.diverging ? shade(Math.abs(value), mode.diverging) : value;
+  node.style.setProperty("--level", level);
+  node.style.setProperty("--bars", mode.bars ? mode.bars(t) : 0);
+  node.style.setProperty("--tint", mode.diverging && value < 0 ? "var(--high-worse)" : "var(--high)");
+  node.classList.toggle("none", value === null);
+  node.classList.toggle("up", Boolean(mode.diverging) && value > mode.diverging / 20);
+  node.classList.toggle("down", Boolean(mode.diverging) && value < -mode.diverging / 20);
+}
+
+function prose(m, k) {
+  const tokens = m.tokens.map((t, i) =>
+    el(
+      "span",
+      {
+        class: `tok${t.piece.startsWith("\n") ? " newline" : ""}${t.piece === "" ? " partial" : ""}`,
+        id: `t${k}-${i}`,
+        role: "option",
+        "data-i": i,
+        "aria-label": `${label(t)}, depth ${t.depth}`,
+      },
+      t.piece,
+    ),
+  );
+  return el("div", { class: "prose", role: "listbox", tabindex: 0, "aria-label": "Text, token by token" }, tokens);
+}
+
+function legend() {
+  const place = document.getElementById("legend"),
+    mode = MODES[state.mode];
+  const swatch = (level, text, bars, tint, cls) =>
+    el(
+      "span",
+      { class: `tok ${cls || ""}`, style: `--level:${level};--bars:${bars || 0};--tint:var(--${tint || "high"})` },
+      text,
+    );
+  if (mode.bars) {
+    const deepest = Math.max(...models.map((x) => x.model.num_recursions));
+    const steps = Array.from({ length: deepest }, (_, d) =>
+      swatch(deepest < 2 ? 0 : d / (deepest - 1), `depth ${d + 1}`, d + 1),
+    );
+    place.replaceChildren(...steps, "as many lines below as recursions");
+  } else if (mode.diverging) {
+    place.replaceChildren(
+      swatch(1, "worse", 0, "high-worse", "down"),
+      swatch(0, "no change"),
+      swatch(1, "better", 0, "high", "up"),
+      mode.unit,
+    );
+  } else place.replaceChildren(swatch(0, "none"), swatch(0.5, "some"), swatch(1, "much"), mode.unit);
+}
+
+function setMode(name) {
+  state.mode = name;
+  models.forEach((m, k) => m.tokens.forEach((t, i) => paint(document.getElementById(`t${k}-${i}`), MODES[name], m, t)));
+  legend();
+}
+
+function modes() {
+  const offered = Object.entries(MODES).filter(([, mode]) => mode.needs());
+  state.mode = offered[0][0];
+  offered.forEach(([name, mode]) => {
+    const input = el("input", { type: "radio", name: "mode", value: name });
+    input.checked = name === state.mode;
+    input.addEventListener("change", () => setMode(name));
+    document.getElementById("modes").append(el("label", {}, input, " ", mode.name));
+  });
+}
+
+function columns(m, k, cls, words, cell) {
+  const head = (t) => el("div", { class: "head" }, label(t));
+  const key = el(
+    "div",
+    { class: "col key" },
+    el("div", { class: "head" }, " "),
+    m.tokens[0].steps.map((s) => el("div", { class: "cell" }, `recursion ${s.recursion}`)),
+  );
+  const made = m.tokens.map((t, i) =>
+    el(
+      "div",
+      { class: "col", id: `${cls}${k}-${i}`, role: "option", "data-i": i, "aria-label": `${label(t)}: ${words(t)}` },
+      head(t),
+      t.steps.map((s) => cell(t, s)),
+    ),
+  );
+  return el("div", { class: `columns ${cls}`, role: "listbox", tabindex: 0, "aria-label": cls }, key, made);
+}
+
+const filled = (level, text, cls) =>
+  el("div", { class: `cell on ${cls || ""}`, style: `--level:${level.toFixed(3)}` }, text);
+
+function scores(m, k) {
+  if (!routed(m))
+    return el(
+      "p",
+      { class: "note" },
+      looped(m) ? "No router: every token takes every recursion." : "A single pass and no router.",
+    );
+  const words = (t) =>
+    t.steps
+      .map((s) =>
+        s.score === null ? (s.taken ? "taken" : "not asked") : `${num(s.score)} ${s.taken ? "taken" : "refused"}`,
+      )
+      .join(", ");
+  return columns(m, k, "scores", words, (t, s) => {
+    if (s.taken) return filled(s.score === null ? 0.5 : s.score, s.score === null ? "✓" : hundredths(s.score));
+    return el(
+      "div",
+      { class: `cell ${s.score === null ? "unasked" : "refused"}` },
+      s.score === null ? "·" : hundredths(s.score),
+    );
+  });
+}
+
+function exits(m, k) {
+  const words = (t) =>
+    t.steps
+      .map((s) => `${visible(s.exit_guesses[0].text)} ${hundredths(s.exit_guesses[0].probability)} percent`)
+      .join(", ");
+  return columns(m, k, "exits", words, (t, s) => {
+    const guess = s.exit_guesses[0],
+      right = guess.token_id === m.tokens[t.index + 1]?.token_id;
+    return filled(
+      1 - s.exit_entropy / Math.log(m.model.vocab_size),
+      visible(guess.text),
+      `${right ? "true " : ""}${s.recursion === t.depth ? "chosen" : ""}`,
+    );
+  });
+}

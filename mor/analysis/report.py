@@ -1,0 +1,220 @@
+"""`mor report`: the analyses of a run as tables and figures, and one page of whatever a folder holds of them.
+
+A run or study folder may have ``figures/NAME.svg`` or ``.png`` and ``tables/NAME.csv``, written by anyone; those of one
+name stand together. Pages contain everything and need no network.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from mor.analysis import corpus, figures
+from mor.checkpoint import Checkpoint
+from mor.data import TokenData
+from mor.metrics import read_metrics
+
+Rows = list[dict[str, Any]]
+TABLE_ROWS = 40  # of a table on the page; the file has all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A table and its figure, with what a reader needs to know. figure: None for a table alone."""
+
+    title: str
+    note: str
+    figure: Callable[[Rows], Figure] | None = None
+
+
+ENTRIES: dict[str, Entry] = {
+    "loss": Entry(title="Loss", note="Validation is causal (threshold selection).", figure=figures.loss_curve),
+    "router_health": Entry(
+        title="Router over training",
+        note="Measured on training batches with top-k, the non-causal selection of training.",
+        figure=figures.router_health,
+    ),
+    "depth_scaling": Entry(
+        title="Test-time depth",
+        note="Causal NLL with the depth capped. Beyond the trained depth the last router decides and gates again, on "
+        "the new states: an extrapolation of the network, not something it was trained for.",
+        figure=figures.depth_scaling,
+    ),
+    "depth_histogram": Entry(title="Depths taken", note="Threshold selection.", figure=figures.depth_histogram),
+    "depth_by_class": Entry(
+        title="Depth by class of token",
+        note="95% intervals from drawing windows anew. Frequency is counted in the text read.",
+        figure=figures.depth_by_class,
+    ),
+    "depth_predictors": Entry(
+        title="What decides the depth",
+        note="How well a lookup table of the first half of the windows predicts the depths of the second half.",
+        figure=figures.depth_predictors,
+    ),
+    "counterfactual_gains": Entry(
+        title="One recursion fewer or more",
+        note="Each token is run again at another depth while the tokens before it stay as they were. Better: the "
+        "share of tokens that gain.",
+        figure=figures.counterfactual_gains,
+    ),
+    "score_histogram": Entry(
+        title="Router scores",
+        note="Expert-choice: sigmoid of the logit that is compared with the threshold. Token-choice: share of each "
+        "depth.",
+        figure=figures.score_histogram,
+    ),
+    "separation": Entry(title="How binary the scores are", note="Share of scores within 0.1 of 0 or 1."),
+    "agreement": Entry(
+        title="Threshold against top-k",
+        note="Top-k is the selection of training; it compares a token with later ones and is not causal.",
+        figure=figures.agreement,
+    ),
+    "dead_tokens": Entry(
+        title="Dead tokens",
+        note="Positions that no window took, and distinct tokens that never took it although read 5 times or more.",
+        figure=figures.dead_tokens,
+    ),
+    "drift": Entry(
+        title="How states move",
+        note="Stage 0 is before the first recursion. Only tokens that the later recursion changed.",
+        figure=figures.drift,
+    ),
+    "kv_similarity": Entry(
+        title="Keys and values across recursions",
+        note="The same token at two recursions; keys as cached, rotated for its position.",
+        figure=figures.kv_similarity,
+    ),
+}
+
+
+LOSS = ("step", "tokens", "loss", "lr", "validation_nll", "validation_bits_per_byte", "validation_mean_depth")
+HEALTH = ("mean_depth", "share_per_recursion", "depth_entropy", "dead_positions", "agreement", "max_violation")
+
+
+def run_tables(run: Path) -> dict[str, Rows]:
+    """What metrics.jsonl of a run tells: the loss and, where there is a router, its health."""
+    metrics = read_metrics(run / "metrics.jsonl")
+    routed = [m for m in metrics if "depth_entropy" in m]
+    found = {"loss": [_only(m, LOSS) for m in metrics], "router_health": [_only(m, ("step", *HEALTH)) for m in routed]}
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def _only(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: row[name] for name in names if name in row}
+
+
+def analyses(loaded: Checkpoint, data: TokenData, *, seq_len: int, max_windows: int) -> dict[str, Rows]:
+    """Every analysis that fits the model, on up to ``max_windows`` windows; those with nothing to say are left out."""
+    reading = corpus.read(loaded.model, data, seq_len=seq_len, max_windows=max_windows)
+    found: dict[str, Rows] = {}
+    if loaded.config.num_recursions > 1:
+        found["depth_scaling"] = corpus.depth_scaling(loaded.model, data, seq_len=seq_len, max_windows=max_windows)
+        found["counterfactual_gains"] = corpus.counterfactual_gains(reading)
+    if loaded.config.family == "mor":
+        found["depth_histogram"] = corpus.depth_histogram(reading)
+        found["depth_by_class"] = corpus.depth_by_token_class(reading, loaded.tokenizer)
+        found["depth_predictors"] = corpus.depth_predictors(reading)
+        found["score_histogram"] = corpus.score_histogram(reading)
+        found["separation"] = corpus.separation(found["score_histogram"])
+        found["agreement"] = corpus.agreement(reading)
+        found["dead_tokens"] = corpus.dead_tokens(reading)
+    found["drift"] = corpus.drift(reading)
+    found["kv_similarity"] = corpus.kv_similarity(reading)
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def write(folder: Path, tables: dict[str, Rows]) -> None:
+    """tables/NAME.csv and figures/NAME.png and .svg for each table of ``ENTRIES``."""
+    for name, rows in tables.items():
+        write_table(rows, folder / "tables" / f"{name}.csv")
+        figure = ENTRIES[name].figure
+        if figure is not None:
+            figures.save(figure(rows), folder / "figures", name)
+
+
+def write_table(rows: Rows, path: Path) -> None:
+    """Rows as CSV, a column for every key in order of appearance; lists as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({n: json.dumps(v) if isinstance(v, list | dict) else v for n, v in row.items()})
+
+
+def report_page(folder: Path, *, settings: dict[str, Any] | None = None) -> str:
+    """HTML with every figure and table of ``folder``, known ones first and in the order of ``ENTRIES``.
+
+    settings: shown at the top. Raises ValueError if the folder has neither figures nor tables.
+    """
+    drawn = {p.stem: p for kind in ("png", "svg") for p in sorted((folder / "figures").glob(f"*.{kind}"))}
+    listed = {p.stem: p for p in sorted((folder / "tables").glob("*.csv"))}
+    names = [n for n in ENTRIES if n in drawn or n in listed]
+    names += sorted((drawn.keys() | listed.keys()) - ENTRIES.keys())
+    if not names:
+        raise ValueError(
+            f"{folder} has no figures/*.svg, figures/*.png or tables/*.csv, and is no run with checkpoints"
+        )
+    parts = [_section(n, drawn.get(n), listed.get(n)) for n in names]
+    own = files("mor.analysis.page")
+    return Template((own / "report.html").read_text(encoding="utf-8")).substitute(
+        title=html.escape(folder.resolve().name),
+        style=(own / "report.css").read_text(encoding="utf-8"),
+        settings=_definitions(settings or {}),
+        contents="".join(f'<li><a href="#{html.escape(n)}">{html.escape(_title(n))}</a></li>' for n in names),
+        sections="\n".join(parts),
+    )
+
+
+def _title(name: str) -> str:
+    return ENTRIES[name].title if name in ENTRIES else name.replace("_", " ").replace("-", " ").capitalize()
+
+
+def _section(name: str, figure: Path | None, table: Path | None) -> str:
+    parts = [f'<section id="{html.escape(name)}"><h2>{html.escape(_title(name))}</h2>']
+    if name in ENTRIES:
+        parts.append(f'<p class="note">{html.escape(ENTRIES[name].note)}</p>')
+    if figure:
+        kind = "svg+xml" if figure.suffix == ".svg" else "png"
+        data = base64.b64encode(figure.read_bytes()).decode()
+        parts.append(f'<img alt="Figure: {html.escape(_title(name))}" src="data:image/{kind};base64,{data}">')
+    if table:
+        parts.append(_table(table, closed=figure is not None))
+    return "\n".join([*parts, "</section>"])
+
+
+def _table(path: Path, *, closed: bool) -> str:
+    with path.open(newline="", encoding="utf-8") as file:
+        columns, *rows = list(csv.reader(file)) or [[]]
+    shown = rows if len(rows) <= TABLE_ROWS else [*rows[: TABLE_ROWS // 2], ["…"], *rows[-TABLE_ROWS // 2 :]]
+    head = "".join(f"<th>{html.escape(c.replace('_', ' '))}</th>" for c in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(_cell(c))}</td>' for c in row)}</tr>" for row in shown)
+    label = f"{len(rows)} row{'' if len(rows) == 1 else 's'} · tables/{path.name}"
+    opened = "" if closed else " open"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<details{opened}><summary>{html.escape(label)}</summary><div class="wide">{table}</div></details>'
+
+
+def _cell(text: str) -> str:
+    """Numbers with four significant digits, everything else as it is."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return text if text.lstrip("-").isdigit() or not number else f"{number:.4g}"
+
+
+def _definitions(settings: dict[str, Any]) -> str:
+    rows: Sequence[tuple[str, Any]] = list(settings.items())
+    return "".join(f"<div><dt>{html.escape(str(n))}</dt><dd>{html.escape(str(v))}</dd></div>" for n, v in rows)

@@ -1,0 +1,117 @@
+"""mor explain"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from mor.cli.evaluate import run_of
+from mor.cli.show import flag
+
+if TYPE_CHECKING:
+    from mor.analysis.explain import Explanation
+    from mor.tokenizer import Tokenizer
+
+MAX_TOKENS = 2048  # about 2 MB of page
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explain:
+    """Write a page that shows, token by token, what a model did with a text: depths, scores, guesses after each
+    recursion, and what another depth would have changed. One HTML file, readable offline."""
+
+    checkpoint: Positional[Path]
+    text: str | None = None
+    file: Path | None = None
+    """A text file instead of --text."""
+    compare: Path | None = None
+    """A second checkpoint, shown beside the first."""
+    out: Path | None = None
+    """Default: explain.html; with --json no page is written unless this is given."""
+    window: int | None = None
+    """Tokens that are read together. Default: the length the model was trained with."""
+    max_tokens: int | None = None
+    """Read only the beginning of the text. Without it a text of more than 2,048 tokens is refused."""
+    corpus: Path | None = None
+    """Text or prepared data in which tokens are counted to tell rare from frequent ones. Default: the text itself."""
+    guesses: int = 5
+    """Guesses that are kept for each token and recursion."""
+    json: bool = False
+    """Print everything that the page shows as JSON in the last line."""
+
+    def run(self, console: Console) -> None:
+        from mor.analysis.page import render
+
+        text = self._text()
+        for name in ("guesses", "max_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{flag(name)} must be at least 1, got {value}")
+        out = self.out or (None if self.json else Path("explain.html"))
+        if out and not out.parent.is_dir():
+            raise ValueError(f"--out: {out.parent} is not a folder")
+        found = [self._explain(self.checkpoint, text, self._cut)]
+        if self.compare:
+            found.append(self._explain(self.compare, found[0].text, lambda text, tokenizer: text))
+        if out:
+            page = render(found)
+            out.write_text(page, encoding="utf-8")
+            console.print(f"{out}: {len(page.encode()) / 1e6:.2f} MB", highlight=False, soft_wrap=True)
+        for e in found:
+            score = "" if e.nll is None else f" · {e.nll:.3f} nats per token"
+            line = f"{e.name}: {len(e.tokens):,} tokens · mean depth {e.mean_depth:.2f}{score}"
+            if not self.json:
+                console.print(line, highlight=False, soft_wrap=True)
+        if self.json:
+            print(json.dumps({"models": [e.to_dict() for e in found]}))
+
+    def _text(self) -> str:
+        if (self.text is None) == (self.file is None):
+            raise ValueError("give the text to explain as --text TEXT or as --file FILE")
+        if self.text is not None:
+            return self.text
+        assert self.file is not None
+        try:
+            return self.file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.file} is not UTF-8 text: {error}") from error
+
+    def _cut(self, text: str, tokenizer: Tokenizer) -> str:
+        """The text, or the beginning that --max-tokens asks for."""
+        ids = tokenizer.encode(text)
+        if self.max_tokens is None and len(ids) > MAX_TOKENS:
+            raise ValueError(
+                f"{len(ids):,} tokens are too many for a page; --max-tokens {MAX_TOKENS} reads the beginning, "
+                "mor report describes a whole corpus"
+            )
+        if self.max_tokens is None or len(ids) <= self.max_tokens:
+            return text
+        return tokenizer.decode(ids[: self.max_tokens]).rstrip("\ufffd")
+
+    def _explain(self, checkpoint: Path, text: str, cut: Callable[[str, Tokenizer], str]) -> Explanation:
+        from mor.analysis.explain import explain
+        from mor.checkpoint import load
+
+        _, model, tokenizer = load(checkpoint)
+        run = run_of(checkpoint)
+        return explain(
+            model,
+            tokenizer,
+            cut(text, tokenizer),
+            name=str(checkpoint),
+            window=self.window or (run.seq_len if run else None),
+            guesses=self.guesses,
+            counts=_counts(self.corpus, tokenizer) if self.corpus else None,
+        )
+
+
+def _counts(corpus: Path, tokenizer: Tokenizer) -> dict[int, int]:
+    from mor.analysis.corpus import token_counts
+    from mor.data import load_tokens
+
+    return token_counts(load_tokens(corpus, tokenizer))

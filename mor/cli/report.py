@@ -1,0 +1,71 @@
+"""mor report"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from mor.cli.evaluate import run_of, text_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One HTML page of the figures and tables of a run or study.
+
+    For a run the analyses are made first, on its validation text: loss, router, depths, scores, states, keys and
+    values, test-time depth. Any other folder is shown as it is: its figures/ and tables/.
+    """
+
+    folder: Positional[Path]
+    data: Path | None = None
+    """Text or prepared data to analyse. Default: the validation text of the run."""
+    max_windows: int = 32
+    """Windows of text that the analyses read."""
+    seq_len: int | None = None
+    """Tokens in a window. Default: as in training."""
+    analyse: bool = True
+    """--no-analyse only collects what is there."""
+    out: Path | None = None
+    """Default: report.html in the folder."""
+
+    def run(self, console: Console) -> None:
+        from mor.analysis.report import report_page
+
+        if not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is not a folder; give a run or a study")
+        if self.max_windows < 1:
+            raise ValueError(f"--max-windows must be at least 1, got {self.max_windows}")
+        is_run = any(self.folder.glob("checkpoints/step-*/config.json"))
+        settings = self._analyse() if is_run and self.analyse else {}
+        out = self.out or self.folder / "report.html"
+        out.write_text(report_page(self.folder, settings=settings), encoding="utf-8")
+        console.print(f"{out}: {out.stat().st_size / 1e6:.2f} MB", highlight=False, soft_wrap=True)
+
+    def _analyse(self) -> dict[str, Any]:
+        from mor.analysis.report import analyses, run_tables, write
+        from mor.checkpoint import load, resolve
+
+        loaded = load(self.folder)
+        length, _, data = text_of(self.folder, loaded, self.data, seq_len=self.seq_len)
+        tables = run_tables(self.folder) if (self.folder / "metrics.jsonl").is_file() else {}
+        tables |= analyses(loaded, data, seq_len=length, max_windows=self.max_windows)
+        write(self.folder, tables)
+        run = run_of(self.folder)
+        last = next((m for m in reversed(tables.get("loss", [])) if m.get("validation_nll") is not None), {})
+        settings = {
+            "model": loaded.config.family,
+            "router": loaded.config.router.kind,
+            "recursions": loaded.config.num_recursions,
+            "width": loaded.config.dim,
+            "effective layers": loaded.config.num_layers,
+            "checkpoint": resolve(self.folder).name,
+            "text": str(self.data or "validation text of the run"),
+            "windows": f"{min(self.max_windows, data.windows(length))} × {length} tokens",
+        }
+        if last:
+            settings |= {"validation, nats per token (causal)": f"{last['validation_nll']:.4f}"}
+        return settings | ({"seed": run.seed} if run else {})

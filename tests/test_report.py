@@ -1,0 +1,138 @@
+"""Figures of every analysis, and the page that collects what a folder holds."""
+
+import csv
+import json
+import math
+import re
+
+import pytest
+from conftest import tiny
+from matplotlib import image
+from test_corpus_analysis import TEXT, WINDOW
+
+from mor import checkpoint
+from mor.analysis.report import ENTRIES, analyses, report_page, run_tables, write, write_table
+from mor.checkpoint import Checkpoint
+from mor.cli import main
+from mor.data import tokenize
+from mor.sources import Document
+from mor.tokenizer import byte_tokenizer
+
+ALL = ENTRIES.keys() - {"loss", "router_health"}
+FITS = {
+    "expert_choice": ALL,
+    "token_choice": ALL - {"agreement"},
+    "random": ALL - {"agreement", "score_histogram", "separation"},
+    "fixed": {"depth_scaling", "counterfactual_gains", "drift", "kv_similarity"},
+    "vanilla": {"drift"},
+}
+
+
+def loaded(kind):
+    depth = {"num_recursions": 1} if kind == "vanilla" else {}
+    model = tiny("fixed" if kind == "vanilla" else kind, vocab_size=257, **depth)
+    return Checkpoint(model.config, model, byte_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def data():
+    return tokenize([Document(str(i), TEXT[i:] * 3) for i in range(4)], byte_tokenizer())
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_every_analysis_that_fits_a_model_gives_a_table_and_a_figure(kind, data, tmp_path):
+    tables = analyses(loaded(kind), data, seq_len=WINDOW, max_windows=4)
+    assert tables.keys() == FITS[kind]
+    write(tmp_path, tables)
+    assert {p.stem for p in (tmp_path / "tables").iterdir()} == tables.keys()
+    drawn = {name for name in tables if ENTRIES[name].figure}
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {
+        f"{n}.{kind}" for n in drawn for kind in ("svg", "png")
+    }
+    for name in drawn:
+        picture = image.imread(tmp_path / "figures" / f"{name}.png")[..., :3]
+        assert picture.std() > 0.02, f"{name} is blank"
+        words = re.findall(r">([^<]+)</text>", (tmp_path / "figures" / f"{name}.svg").read_text())
+        units = ("recursion", "share", "nats", "token", "cosine", "depth", "layer", "score")
+        assert any(unit in word for unit in units for word in words), f"{name} has no labelled axis"
+
+
+def test_the_same_tables_give_the_same_files(data, tmp_path):
+    tables = analyses(loaded("fixed"), data, seq_len=WINDOW, max_windows=3)
+    for folder in ("a", "b"):
+        write(tmp_path / folder, tables)
+    for file in (tmp_path / "a").rglob("*.*"):
+        assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes(), file.name
+
+
+def test_tables_keep_every_column_and_value(tmp_path):
+    write_table([{"a": 1, "b": [0.5, 1]}, {"a": None, "c": "x,y"}], tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == [{"a": "1", "b": "[0.5, 1]", "c": ""}, {"a": "", "b": "", "c": "x,y"}]
+
+
+def test_a_folder_is_collected_whatever_its_files_are_called(tmp_path):
+    with pytest.raises(ValueError, match=r"no figures/\*.svg"):
+        report_page(tmp_path)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "my_curve.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (tmp_path / "figures" / "my_curve.png").write_bytes(b"png")
+    (tmp_path / "figures" / "only.png").write_bytes(b"png")
+    write_table([{"x": i, "y": math.pi * i, "label": "<b>"} for i in range(100)], tmp_path / "tables" / "my_curve.csv")
+    write_table([{"depth": 1, "tokens": 3, "share": 1.0}], tmp_path / "tables" / "depth_histogram.csv")
+    page = report_page(tmp_path, settings={"lr": "<1"})
+    assert page.index('id="depth_histogram"') < page.index('id="my_curve"') < page.index('id="only"')
+    assert page.count("<img") == 2 and page.count("data:image/svg+xml") == 1, "the drawing, not the picture of it"
+    assert "100 rows" in page and "314.2" not in page and "311" in page, "beginning and end of a long table"
+    assert "<b>" not in page and "&lt;b&gt;" in page and "&lt;1" in page
+    assert not re.search(r"(src|href)=[\"'](?!#|data:)|url\(|@import|<script", page)
+
+
+def test_an_empty_table_is_shown_as_one(tmp_path):
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "nothing.csv").write_text("")
+    assert "0 rows" in report_page(tmp_path)
+
+
+def metrics(router):
+    health = {"depth_entropy": 0.9, "agreement": 0.8, "dead_positions": 0.0} if router else {}
+    shares = [1.0, 0.7, 0.3] if router else [1.0]
+    for step in (1, 2):
+        yield {"step": step, "tokens": step * 10, "loss": 3.0 / step, "share_per_recursion": shares} | health
+        yield {"step": step, "tokens": step * 10, "validation_nll": 3.1 / step}
+
+
+def test_metrics_of_a_run_give_a_loss_curve_and_router_health_where_there_is_a_router(tmp_path):
+    for router in (True, False):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics(router)))
+        tables = run_tables(tmp_path)
+        assert tables.keys() == ({"loss", "router_health"} if router else {"loss"})
+        write(tmp_path / str(router), tables)
+        svg = (tmp_path / str(router) / "figures" / "loss.svg").read_text()
+        assert "nats per token" in svg and "training tokens" in svg
+
+
+def test_the_command_reports_a_run_and_collects_again_without_analysing(tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    model = tiny("expert_choice", vocab_size=257)
+    checkpoint.save(run / "checkpoints" / "step-00000002", model, byte_tokenizer())
+    (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics(True)))
+    (tmp_path / "text.txt").write_text(TEXT * 6)
+    main(["report", str(run), "--data", str(tmp_path / "text.txt"), "--seq-len", "24", "--max-windows", "4"])
+    page = (run / "report.html").read_text()
+    assert all(f'id="{name}"' in page for name in ENTRIES) and "1.5500" in page
+    assert "report.html" in capsys.readouterr().out
+    (run / "tables" / "extra.csv").write_text("a,b\n1,2\n")
+    main(["report", str(run), "--no-analyse", "--out", str(tmp_path / "again.html")])
+    assert 'id="extra"' in (tmp_path / "again.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["missing"], "not a folder"), ([".", "--max-windows", "0"], "at least 1")]
+)
+def test_mistakes_end_in_one_line_that_helps(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["report", *arguments])
+    assert words in capsys.readouterr().err
