@@ -29,7 +29,7 @@ from mor.evaluate import evaluate
 from mor.metrics import MetricsLog, ProgressLine, router_health
 from mor.model import Output, Transformer
 from mor.optim import OptimConfig, build_optimizers, learning_rate
-from mor.routing import Routing, TokenChoiceRouter
+from mor.routing import FrequencyRouter, Routing, TokenChoiceRouter
 
 
 class TrainingError(ValueError):
@@ -86,7 +86,7 @@ class TrainConfig:
             raise ValueError("optim.name='muon' needs whole matrices; use parallel='ddp', or optim.name='adamw'")
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(f"seq_len={self.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}")
-        if self.capacity_warmup_steps and self.model.router.kind not in ("expert_choice", "random"):
+        if self.capacity_warmup_steps and self.model.router.kind in ("fixed", "token_choice"):
             raise ValueError(f"capacity_warmup_steps needs a router with capacities, not {self.model.router.kind!r}")
 
 
@@ -275,6 +275,8 @@ def _train(
     corpus = corpus or load_corpus(config.data, saved.tokenizer if saved else None)
     config = dataclasses.replace(config, model=config.model.replace(vocab_size=corpus.tokenizer.vocab_size))
     model = saved.model.train() if saved else Transformer(config.model).init_weights(config.seed)
+    if saved is None and isinstance(model.recursions.router, FrequencyRouter):
+        model.recursions.router.set_counts(corpus.train.token_counts(config.model.vocab_size, config.seq_len))
     forward = spread(model.to(ranks.device), ranks, config.parallel)
     state = TrainState(model, build_optimizers(model, config.optim), ranks, forward)
     if start:

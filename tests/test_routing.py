@@ -81,7 +81,7 @@ def test_capacity_warm_up_replaces_the_capacities():
 
 
 def test_max_depth_leaves_the_later_recursions_out():
-    for kind in ("fixed", "expert_choice", "token_choice", "random"):
+    for kind in ("fixed", "expert_choice", "token_choice", "random", "position", "frequency"):
         for cap in (1, 2, 3):
             routing = tiny(kind)(random_tokens(2, 20), max_depth=cap).routing
             assert routing.depth_BT.max() == cap and len(routing.steps) == cap
@@ -121,7 +121,7 @@ def test_the_random_router_meets_its_capacities_and_depends_on_its_seed():
 
 
 def test_forward_changes_no_state():
-    for kind in ("expert_choice", "token_choice", "random"):
+    for kind in ("expert_choice", "token_choice", "random", "position", "frequency"):
         model = tiny(RouterConfig(kind=kind, **({"balancing": "loss_free"} if kind == "token_choice" else {})))
         before = {n: t.clone() for n, t in model.state_dict().items()}
         attributes = {id(m): set(vars(m)) for m in model.modules()}

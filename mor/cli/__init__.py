@@ -1,4 +1,4 @@
-"""mor demo | data | train | eval | generate | convert | costs: one module for each command."""
+"""mor demo | data | train | eval | generate | convert | costs | sweep: one module for each command."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mor.cli.demo import Demo
 from mor.cli.evaluate import Eval
 from mor.cli.generate import Generate
 from mor.cli.model import Costs
+from mor.cli.sweep import Sweep
 from mor.cli.train import Train, train_defaults
 
 Command = (
@@ -26,6 +27,7 @@ Command = (
     | Annotated[Generate, subcommand("generate")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Costs, subcommand("costs")]
+    | Annotated[Sweep, subcommand("sweep")]
 )
 
 
