@@ -265,6 +265,16 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpu
     return Corpus(tokenizer, tokenize(train, tokenizer), held_out)
 
 
+def vocab_size(config: DataConfig) -> int:
+    """Size of the vocabulary that :func:`load_corpus` brings along, without reading the data. A BPE still to be trained
+    on text with fewer pieces than asked for may come out smaller."""
+    if config.path and config.path.startswith(PREFIX):
+        return len(parse_task(config.path).words())
+    if config.path and is_prepared(config.path):
+        return Tokenizer.load(config.path).vocab_size
+    return config.vocab_size if config.tokenizer == "bpe" else Tokenizer.find(config.tokenizer).vocab_size
+
+
 def _task_corpus(path: str) -> Corpus:
     task = parse_task(path)
     return Corpus(task_tokenizer(task.words()), TaskData(task, 1 << 16, 1 << 20), TaskData(task, 0, 512))

@@ -35,6 +35,8 @@ class Sweep:
     """Only write the tables and figures of what is finished."""
     fit: str | None = None
     """Fit published losses instead of running anything: 'paper', or a TOML file like mor/studies/paper.toml."""
+    resamples: int = 1000
+    """Of the bootstrap behind the intervals of fits."""
 
     def run(self, console: Console) -> None:
         if self.fit is not None:
@@ -56,7 +58,7 @@ class Sweep:
             return
         if not self.report:
             run_study(chosen, out, self.workers, console)
-        report(study, out, console)
+        report(study, out, console, resamples=self.resamples)
         console.print(f"written: {out}/results.sqlite, tables/, figures/", highlight=False, soft_wrap=True)
 
     def _fit(self, source: str, console: Console) -> None:
@@ -68,7 +70,7 @@ class Sweep:
         out = self.out or Path("runs/studies") / f"fit-{path.stem}"
         console.print(f"[bold]{found.title}[/bold]: {len(found.points)} losses, noise {found.noise:g} nats")
         size = "unique parameters without embeddings"
-        report_scaling(found.points, out, console, size_name=size, noise=found.noise)
+        report_scaling(found.points, out, console, size_name=size, noise=found.noise, resamples=self.resamples)
         console.print(f"written: {out}/tables/, figures/", highlight=False, soft_wrap=True)
 
 

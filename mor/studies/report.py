@@ -29,7 +29,7 @@ class Exit:
     difference_high: float | None
 
 
-def report(study: Study, folder: Path, console: Console) -> None:
+def report(study: Study, folder: Path, console: Console, *, resamples: int = 1000) -> None:
     """Write FOLDER/results.sqlite, tables/*.csv, figures/*.png and *.svg, and print what they say."""
     rows = collect(folder)
     write_table(rows, folder / TABLE)
@@ -48,7 +48,8 @@ def report(study: Study, folder: Path, console: Console) -> None:
         console.print(_table(found, "Exits decided after the fact (a token's context is as deep as the token)"))
     if study.budgets:
         size = "unique parameters without embeddings"
-        report_scaling(scaling.points_of(runs, lambda run: run["params"]), folder, console, size_name=size)
+        points = scaling.points_of(runs, lambda run: run["params"])
+        report_scaling(points, folder, console, size_name=size, resamples=resamples)
     for row in rows:
         if row["status"] == "failed":
             console.print(f"failed: {row['path']}: {row['reason']}", highlight=False, soft_wrap=True)
@@ -117,14 +118,21 @@ def exits(runs: Sequence[dict[str, Any]]) -> list[Exit]:
 
 
 def report_scaling(
-    points: Sequence[scaling.Point], folder: Path, console: Console, *, size_name: str, noise: float = 0.0
+    points: Sequence[scaling.Point],
+    folder: Path,
+    console: Console,
+    *,
+    size_name: str,
+    noise: float = 0.0,
+    resamples: int = 1000,
 ) -> None:
     """IsoFLOP fits: best sizes, their paths, the recurrence law; tables and figures. noise: see scaling.optima."""
-    best, slopes = scaling.optima(points, noise=noise), scaling.paths(points, noise=noise)
+    best = scaling.optima(points, noise=noise, resamples=resamples)
+    slopes = scaling.paths(points, noise=noise, resamples=resamples)
     laws = []
     for family in dict.fromkeys(p.family for p in points if p.loops > 1):
         try:
-            laws.append(scaling.recurrence_law(points, family=family, noise=noise))
+            laws.append(scaling.recurrence_law(points, family=family, noise=noise, resamples=resamples // 5))
         except ValueError as error:
             console.print(f"no recurrence law: {error}", highlight=False)
     titles = {"optima": f"Best size for a budget ({size_name})", "paths": "Slopes of the optimal paths"}

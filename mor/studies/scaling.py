@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -106,14 +106,14 @@ def optima(points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000
             Optimum(
                 family=family,
                 budget=budget,
-                size=sizes[0],
-                size_low=sizes[1],
-                size_high=sizes[2],
+                size=float(sizes[0]),
+                size_low=float(sizes[1]),
+                size_high=float(sizes[2]),
                 tokens=tokens[0],
                 tokens_low=tokens[2],
                 tokens_high=tokens[1],
                 nll=nll,
-                inside=min(p.size for p in chosen) <= sizes[0] <= max(p.size for p in chosen),
+                inside=bool(min(p.size for p in chosen) <= sizes[0] <= max(p.size for p in chosen)),
             )
         )
     return found
@@ -148,8 +148,6 @@ def _resamples(points: Sequence[Point], noise: float, count: int, seed: int) -> 
 
 
 def _with_nll(point: Point, nll: float) -> Point:
-    from dataclasses import replace
-
     return replace(point, nll=nll)
 
 
@@ -212,10 +210,11 @@ def recurrence_law(
         raise ValueError(
             f"the law has 6 parameters; {family!r} offers {len(chosen)} points, it takes 7 and some that loop"
         )
-    solution = _fit_law(chosen, None)
-    drawn = np.array([_fit_law(s, solution)[5] for s in _resamples(chosen, noise, resamples, seed)])
+    measured = _columns(chosen)
+    solution = _fit_law(measured, None)
+    drawn = np.array([_fit_law(_columns(s), solution)[5] for s in _resamples(chosen, noise, resamples, seed)])
     low, high = _bounds(drawn)
-    residual = _law(solution, chosen) - [p.nll for p in chosen]
+    residual = _law(solution, measured) - measured["nll"]
     return RecurrenceLaw(
         family=family,
         points=len(chosen),
@@ -229,42 +228,41 @@ def recurrence_law(
     )
 
 
-def _law(parameters: Any, points: Sequence[Point]) -> Array:
+def _columns(points: Sequence[Point]) -> dict[str, Array]:
+    return {n: np.array([float(getattr(p, n)) for p in points]) for n in ("once", "looped", "loops", "tokens", "nll")}
+
+
+def _law(parameters: Any, at: dict[str, Array]) -> Array:
     floor, log_a, alpha, log_b, beta, phi = parameters
-    once, looped, loops, tokens = (
-        np.array([float(getattr(p, name)) for p in points]) for name in ("once", "looped", "loops", "tokens")
-    )
-    size = once + loops**phi * looped
-    return floor + np.exp(log_a - alpha * np.log(size)) + np.exp(log_b - beta * np.log(tokens))
+    size = at["once"] + at["loops"] ** phi * at["looped"]
+    return floor + np.exp(log_a - alpha * np.log(size)) + np.exp(log_b - beta * np.log(at["tokens"]))
 
 
-def _fit_law(points: Sequence[Point], start: Array | None) -> Array:
+def _fit_law(at: dict[str, Array], start: Array | None) -> Array:
     """Least squares with a robust loss; from several starts, or from a known solution."""
     from scipy.optimize import least_squares
 
-    nll = np.array([p.nll for p in points])
-    bounds = ([0, -20, 0.02, -20, 0.02, -3], [nll.min(), 40, 2.5, 60, 2.5, 3])
-    mid_size = float(np.median([math.log(p.once + p.looped) for p in points]))
-    mid_tokens = float(np.median([math.log(p.tokens) for p in points]))
-
-    def residual(parameters: Array) -> Array:
-        return _law(parameters, points) - nll
-
-    starts: Iterable[Any] = (
-        [start]
-        if start is not None
-        else [
-            (nll.min() * share, math.log(0.3) + a * mid_size, a, math.log(0.3) + b * mid_tokens, b, 0.5)
+    lowest = at["nll"].min()
+    bounds = ([0, -20, 0.02, -20, 0.02, -3], [lowest, 40, 2.5, 60, 2.5, 3])
+    mid_size, mid_tokens = np.median(np.log(at["once"] + at["looped"])), np.median(np.log(at["tokens"]))
+    starts: Iterable[Any] = [start]
+    if start is None:
+        starts = [
+            (lowest * share, math.log(0.3) + a * mid_size, a, math.log(0.3) + b * mid_tokens, b, 0.5)
             for share in (0.2, 0.6, 0.9)
             for a in (0.2, 0.5)
             for b in (0.3, 0.8, 1.5)
         ]
-    )
     fits = [
         least_squares(
-            residual, np.clip(s, *_inside(bounds)), bounds=bounds, loss="soft_l1", f_scale=0.03, x_scale="jac"
+            lambda x: _law(x, at) - at["nll"],
+            np.clip(begin, *_inside(bounds)),
+            bounds=bounds,
+            loss="soft_l1",
+            f_scale=0.03,
+            x_scale="jac",
         )
-        for s in starts
+        for begin in starts
     ]
     return min(fits, key=lambda fit: fit.cost).x
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from mor.config import ModelConfig, RouterConfig, from_dict, preset
+from mor.data import vocab_size
 from mor.train import TrainConfig, total_steps
 
 
@@ -171,7 +172,9 @@ def train_config(settings: Mapping[str, Any]) -> TrainConfig:
     values = dict(settings)
     if "model" in values:
         values["model"] = _model(values["model"])
-    return from_dict(TrainConfig, values)
+    config = from_dict(TrainConfig, values)
+    # What a budget buys depends on the vocabulary, which the data brings along.
+    return replace(config, model=config.model.replace(vocab_size=vocab_size(config.data)))
 
 
 def _model(table: Mapping[str, Any]) -> ModelConfig:
@@ -259,9 +262,10 @@ def folder_name(name: str) -> str:
 
 
 def variants_named(study: Study, names: Sequence[str]) -> Study:
-    """The study with some of its variants only. Raises ValueError for an unknown name."""
+    """Some of a study's variants, to run but not to compare. Raises ValueError for an unknown name."""
     for name in names:
         if name not in study.variants:
             raise ValueError(f"no variant {name!r}; there are {', '.join(study.variants)}")
     kept = {name: study.variants[name] for name in study.variants if name in names}
-    return replace(study, variants=kept, exits=tuple(e for e in study.exits if e in kept))
+    exits = tuple(name for name in study.exits if name in kept)
+    return replace(study, variants=kept, exits=exits, reference="", depth_pays=DepthPays())
