@@ -22,8 +22,10 @@ class Sweep:
 
     study: Positional[Path | None] = None
     """Study file (TOML); studies/ has ready ones."""
+    size: Path | None = None
+    """Size file in place of the one that the study names, such as studies/sizes/paper.toml."""
     out: Path | None = None
-    """Folder of the study. Default: runs/studies/NAME."""
+    """Folder of the study. Default: runs/studies/NAME, with another size NAME-SIZE."""
     workers: Annotated[Workers, arg(name="")] = field(default_factory=Workers)
     variants: tuple[str, ...] = ()
     """Only these variants of the study."""
@@ -48,10 +50,11 @@ class Sweep:
         from mor.studies.report import report
         from mor.studies.study import load_study, variants_named
 
-        study = load_study(self.study)
+        study = load_study(self.study, size=self.size)
         chosen = variants_named(study, self.variants) if self.variants else study
         chosen = replace(chosen, seeds=self.seeds) if self.seeds else chosen
-        out = self.out or Path("runs/studies") / self.study.stem
+        name = self.study.stem + (f"-{self.size.stem}" if self.size else "")
+        out = self.out or Path("runs/studies") / name
         console.print(f"[bold]{study.title}[/bold] → {out}", highlight=False, soft_wrap=True)
         if self.dry_run:
             _show_plan(chosen, out, console)

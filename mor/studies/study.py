@@ -1,6 +1,7 @@
 """A study file (TOML) and the runs it asks for.
 
     title = "Gate form"
+    size = "sizes/small.toml"                        # merged below this file; --size puts another one in its place
     seeds = [0, 1, 2]
     reference = "paper"                              # the others are compared with this one, seed by seed
     depth_pays = { deep = "recursive", shallow = "one pass" }   # shown before anything else
@@ -9,14 +10,18 @@
     steps = 2000
     model = { preset = "tiny", num_layers = 6 }      # of ModelConfig, or arguments of mor.config.preset
 
-    [variants.paper]                                 # what each variant changes
-    model.router = { kind = "expert_choice", gate = "paper" }
+    [shapes.mor]                                     # what several variants have in common; usually in the size file
+    model = { num_recursions = 4, router.kind = "expert_choice" }
+
+    [variants.paper]                                 # a shape, if any, and what the variant changes
+    like = "mor"
+    model.router.gate = "paper"
 
     [axes]                                           # every variant with every value
     "model.router.alpha" = [0.1, 1.0]
-    size = { small = { model.dim = 48 }, large = { model.dim = 96 } }
+    width = { small = { model.dim = 48 }, large = { model.dim = 96 } }
 
-    [tuning]                                         # optional: the learning rate of every row, chosen on a short run
+    [tuning]                                         # the learning rate of every row, chosen on short runs
     rates = [2e-3, 4e-3, 8e-3]
 
 A *row* is a variant with one value of every axis (and one budget); its runs differ in their seeds.
@@ -63,6 +68,7 @@ class Study:
     title: str
     question: str = ""
     base: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, Any] = field(default_factory=dict)
     variants: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -126,9 +132,16 @@ class Run:
     windows: int = 512
 
 
-def load_study(path: Path) -> Study:
-    """Raises ValueError for an unknown setting or a name that no variant has."""
-    return from_dict(Study, tomllib.loads(path.read_text()))
+def load_study(path: Path, *, size: Path | None = None) -> Study:
+    """size: used in place of the size file that the study names.
+
+    Raises ValueError for an unknown setting or a name that no variant has.
+    """
+    values = tomllib.loads(path.read_text())
+    named = values.pop("size", None)
+    if size is None and named is not None:
+        size = path.parent / named
+    return from_dict(Study, merge(tomllib.loads(size.read_text()) if size else {}, values))
 
 
 def study_rows(study: Study) -> list[Row]:
@@ -137,12 +150,23 @@ def study_rows(study: Study) -> list[Row]:
     for variant, changes in study.variants.items():
         for choice in itertools.product(*(_values(name, values) for name, values in study.axes.items())):
             labels = {axis.rpartition(".")[2]: label for axis, label, _ in choice}
-            settings = merge(study.base, changes, *(s for _, _, s in choice))
             try:
+                settings = merge(study.base, _shape(study, changes), *(s for _, _, s in choice))
                 found.append(Row(variant=variant, labels=labels, config=train_config(settings)))
             except ValueError as error:
                 raise ValueError(f"variant {variant!r} {dict(labels) or ''}: {error}") from None
     return found
+
+
+def _shape(study: Study, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A variant's settings with those of the shape that it is like."""
+    own = {key: value for key, value in changes.items() if key != "like"}
+    like = changes.get("like")
+    if like is None:
+        return own
+    if like not in study.shapes:
+        raise ValueError(f"like={like!r} is no shape; there are {', '.join(study.shapes) or 'none'}")
+    return merge(study.shapes[like], own)
 
 
 def _values(axis: str, values: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -216,7 +240,10 @@ def main_runs(study: Study, out: Path, rates: Mapping[str, float]) -> list[list[
             trunk, *rest = _budget_runs(study, row, seeded, place)
             first.append(trunk)
             branches += rest
-    return [first, branches] if branches else [first]
+    stages = [first, branches] if branches else [first]
+    return [
+        sorted(stage, key=lambda run: study.seeds.index(run.seed)) for stage in stages
+    ]  # a whole seed, then the next
 
 
 BRANCH_POINTS = 4  # checkpoints of the stable run up to the first budget's cool-down
