@@ -100,7 +100,9 @@ def test_a_wrong_study_is_explained(tmp_path, more, message):
 
 def test_a_study_runs_keeps_what_is_finished_and_lists_what_failed(tmp_path, capsys):
     path, out = study_file(tmp_path, "[variants.broken]\ndata.path = 'none.txt'\n"), tmp_path / "out"
-    for run in main_runs(load_study(path), out, {})[0][:3]:
+    runs = [run for run in main_runs(load_study(path), out, {})[0] if run.variant != "broken"]
+    assert [(run.variant, run.seed) for run in runs] == [(v, s) for s in (0, 1) for v in ("recursive", "one pass")]
+    for run in runs[:3]:
         assert run_one(run, 1).status == "finished"
     before = (out / "runs/recursive/seed-0/result.json").stat().st_mtime_ns
     main(["sweep", str(path), "--out", str(out), "--variants", "one pass", "broken"])
@@ -244,9 +246,17 @@ def test_published_losses_give_tables_and_figures(tmp_path, capsys):
     assert (tmp_path / "figures/isoflop.svg").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("path", sorted(Path("studies").rglob("*.toml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_ready_study_can_be_planned(path, tmp_path):
-    found = load_study(path)
-    assert len(found.seeds) >= 3 and found.depth_pays.deep and found.depth_pays.shallow and found.reference
-    runs = [run for stage in main_runs(found, tmp_path, {}) for run in stage]
-    assert len({run.config.out for run in runs}) == len(runs) > 0
+FOLDER = Path(__file__).parents[1] / "studies"
+STUDIES = sorted(FOLDER.glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_ready_study_can_be_planned_at_every_size(path, tmp_path):
+    assert STUDIES
+    for size in (None, *FOLDER.glob("sizes/*.toml")):
+        found = load_study(path, size=size)
+        assert len(found.seeds) >= 3 and found.depth_pays.deep and found.depth_pays.shallow and found.reference
+        if found.budgets and size is not None:
+            continue  # budgets and sizes belong together
+        runs = [run for stage in main_runs(found, tmp_path, {}) for run in stage]
+        assert len({run.config.out for run in runs}) == len(runs) > 0

@@ -13,6 +13,7 @@ from typing import Any
 from mor.studies.study import Study
 
 CONFIDENCE = 0.95
+OPTIONAL = ("topk_nll_noncausal", "answers_right", "dead_positions", "agreement", "max_violation", "depth_entropy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,10 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A row of a study's table. NLL in nats, causal; difference: against the reference row, seed by seed."""
+    """A row of a study's table. NLL in nats, causal; difference: against the reference row, seed by seed.
+
+    dead_positions to depth_entropy: the router's health in training, see metrics.router_health.
+    """
 
     row: str
     seeds: int
@@ -44,6 +48,10 @@ class Line:
     mean_depth: float
     topk_nll_noncausal: float | None
     answers_right: float | None
+    dead_positions: float | None
+    agreement: float | None
+    max_violation: float | None
+    depth_entropy: float | None
     params: int
     tokens: float
     train_flops: float
@@ -108,8 +116,7 @@ def lines(study: Study, rows: Iterable[dict[str, Any]]) -> list[Line]:
                 difference_low=difference.low if difference else None,
                 difference_high=difference.high if difference else None,
                 mean_depth=fmean(run["mean_depth"] for run in some),
-                topk_nll_noncausal=_mean(run.get("topk_nll_noncausal") for run in some),
-                answers_right=_mean(run.get("answers_right") for run in some),
+                **{name: _mean(run.get(name) for run in some) for name in OPTIONAL},
                 params=some[0]["params"],
                 tokens=fmean(run["tokens"] for run in some),
                 train_flops=fmean(run["train_flops"] for run in some),

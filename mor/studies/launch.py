@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -161,10 +163,11 @@ def _in_processes(runs: Sequence[Run], workers: Workers, idle: Callable[[], None
     devices = context.SimpleQueue()
     for gpu in range(workers.gpus):
         devices.put(gpu)
-    take: dict[str, Any] = {"initializer": _take_gpu, "initargs": (devices,)} if workers.gpus else {}
-    pool = ProcessPoolExecutor(workers.gpus or workers.jobs, context, **take)
+    pool = ProcessPoolExecutor(
+        workers.gpus or workers.jobs, context, _begin_worker, (devices if workers.gpus else None,)
+    )
     try:
-        waiting: dict[Future[Outcome], Run] = {pool.submit(run_one, run, workers.threads): run for run in runs}
+        waiting: dict[Future[Outcome], Run] = {pool.submit(_run_in_worker, run, workers.threads): run for run in runs}
         while waiting:
             finished, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
             idle()
@@ -178,8 +181,26 @@ def _in_processes(runs: Sequence[Run], workers: Workers, idle: Callable[[], None
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _take_gpu(devices: Any) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get())
+def _begin_worker(devices: Any) -> None:
+    if devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get())
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+
+
+def _stop_with_parent() -> None:
+    """A worker whose study is gone saves its run and ends; nobody would stop it otherwise."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run_in_worker(run: Run, threads: int) -> Outcome:
+    outcome = run_one(run, threads)
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():
+        os._exit(1)
+    return outcome
 
 
 def _on_cluster(runs: Sequence[Run], workers: Workers, folder: Path) -> list[Outcome]:

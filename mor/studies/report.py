@@ -39,6 +39,8 @@ def report(study: Study, folder: Path, console: Console, *, resamples: int = 100
     if lines:
         compare.write_csv(lines, folder / "tables" / "rows.csv")
         console.print(lines_table(study, lines))
+        if any(line.agreement is not None or line.max_violation is not None for line in lines):
+            console.print(_health_table(lines))
         console.print("Parameters, tokens, FLOPs, times and learning rates: tables/rows.csv", highlight=False)
         names = [compare.row_name(run) for run in runs]
         figures.draw_rows(lines, runs, names, folder / "figures")
@@ -78,6 +80,17 @@ def lines_table(study: Study, lines: Sequence[compare.Line]) -> Table:
     for x in lines:
         cells = [f"{x.nll:.4f}", str(x.seeds), _interval(x), f"{x.mean_depth:.2f}"]
         made.add_row(x.row, *cells, *[_number(x.topk_nll_noncausal)] * topk, *[_number(x.answers_right, 3)] * right)
+    return made
+
+
+def _health_table(lines: Sequence[compare.Line]) -> Table:
+    made = Table(title="Routers at the end of training (top-k selection)", title_justify="left")
+    names = ("dead_positions", "agreement", "max_violation", "depth_entropy")
+    for name in ("", *(n.replace("_", " ") for n in names)):
+        made.add_column(name, justify="right" if name else "left")
+    for line in lines:
+        if line.depth_entropy is not None:
+            made.add_row(line.row, *(_number(getattr(line, name), 3) for name in names))
     return made
 
 

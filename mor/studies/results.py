@@ -8,12 +8,14 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from mor import costs
 from mor.config import ModelConfig
 from mor.data import TaskData, Windows
 from mor.evaluate import by_hops, evaluate
+from mor.metrics import read_metrics
 from mor.model import Transformer
 from mor.studies.exits import early_exits
 from mor.studies.launch import ABOUT, ERROR, RESULT, flat
@@ -21,6 +23,7 @@ from mor.studies.study import Run
 from mor.train import TrainResult, load_config
 
 TABLE = "results.sqlite"
+HEALTH = ("dead_positions", "agreement", "max_violation", "depth_entropy")
 
 
 def measure(run: Run, result: TrainResult) -> dict[str, Any]:
@@ -43,6 +46,7 @@ def measure(run: Run, result: TrainResult) -> dict[str, Any]:
         "share_per_recursion": causal.share_per_recursion,
         "topk_nll_noncausal": evaluate(model, data, selection="topk", **settings).nll if router.has_topk else None,
         "nll_by_max_depth": _by_depth(model, data, settings),
+        **_health(Path(run.config.out) / "metrics.jsonl"),
         **model_facts(config.model),
         "steps": state.step,
         "tokens": state.tokens,
@@ -52,6 +56,14 @@ def measure(run: Run, result: TrainResult) -> dict[str, Any]:
         **(by_hops(model, data, config.seq_len, run.windows) if isinstance(data, TaskData) else {}),
         **({"exits": early_exits(model, data, config.seq_len, run.windows)} if run.exits else {}),
     }
+
+
+def _health(log: Path) -> dict[str, Any]:
+    """How the router did at the end of training (see metrics.router_health): over the last tenth of what was logged."""
+    rows = [row for row in read_metrics(log) if "loss" in row]
+    rows = rows[-max(1, len(rows) // 10) :]
+    known = {name: [row[name] for row in rows if row.get(name) is not None] for name in HEALTH}
+    return {name: fmean(values) for name, values in known.items() if values}
 
 
 def _by_depth(model: Transformer, data: Windows, settings: dict[str, Any]) -> list[float]:
