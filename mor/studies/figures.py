@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mor.studies.compare import Line
 from mor.studies.scaling import Optimum, Point
@@ -36,6 +37,13 @@ def save(figure: Any, folder: Path, name: str) -> None:
     pyplot.close(figure)
 
 
+def _readable(axis: Any) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5, as 200M and not as 2 x 10^8."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(EngFormatter(sep=""))
+
+
 def draw_rows(lines: Sequence[Line], runs: Sequence[dict[str, Any]], names: Sequence[str], folder: Path) -> None:
     """Every seed of every row, and beside it the difference from the reference with its interval."""
     figure, axes = _new(9, 1.2 + 0.38 * len(lines), 2)
@@ -56,6 +64,7 @@ def draw_rows(lines: Sequence[Line], runs: Sequence[dict[str, Any]], names: Sequ
     right.set_xlabel("difference from the reference, nats; line: 95% interval")
     for axis in (left, right):
         axis.grid(axis="x", alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(6))
     save(figure, folder, "rows")
 
 
@@ -104,6 +113,7 @@ def draw_isoflop(points: Sequence[Point], optima: Sequence[Optimum], folder: Pat
                 face = "gold" if best.inside else "none"
                 axis.plot([best.size], [best.nll], "*", markersize=14, markeredgecolor="black", markerfacecolor=face)
         axis.set(xscale="log", xlabel=size_name, title=family)
+        _readable(axis.xaxis)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation NLL, nats per token")
     axes[-1].legend(frameon=False, fontsize=9, title="star: lowest point (hollow: outside the sizes)", title_fontsize=8)
@@ -130,6 +140,9 @@ def draw_paths(optima: Sequence[Optimum], folder: Path, *, size_name: str) -> No
             error = np.nan_to_num(np.stack([best - low, high - best])).clip(min=0)
             axis.errorbar(budget, best, yerr=error, color=color, marker=marker, linestyle=dash, capsize=3, label=family)
         axis.set(xscale="log", yscale="log", xlabel="training budget, FLOPs", ylabel=f"best {label}")
+        _readable(axis.yaxis)
+        axis.set_xticks(sorted({o.budget for o in optima}), [f"{b:.3g}" for b in sorted({o.budget for o in optima})])
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3, which="both")
         axis.legend(frameon=False)
     save(figure, folder, "optimal_paths")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ class Exit:
     seeds: int
     mean_depth: float
     nll: float
-    difference_from_random: float | None
+    difference: float | None
     difference_low: float | None
     difference_high: float | None
 
@@ -47,7 +48,7 @@ def report(study: Study, folder: Path, console: Console, *, resamples: int = 100
         figures.draw_hops(lines, runs, names, folder / "figures")
     if found := exits(runs):
         compare.write_csv(found, folder / "tables" / "exits.csv")
-        console.print(_table(found, "Exits decided after the fact (a token's context is as deep as the token)"))
+        console.print(_table(found, "Exits after the fact, against random ones"))
     if study.budgets:
         size = "unique parameters without embeddings"
         points = scaling.points_of(runs, lambda run: run["params"])
@@ -122,7 +123,7 @@ def exits(runs: Sequence[dict[str, Any]]) -> list[Exit]:
                     seeds=len(seeds),
                     mean_depth=sum(v["mean_depth"] for v in given.values()) / len(given),
                     nll=sum(nll.values()) / len(nll),
-                    difference_from_random=difference.mean if difference else None,
+                    difference=difference.mean if difference else None,
                     difference_low=difference.low if difference else None,
                     difference_high=difference.high if difference else None,
                 )
@@ -148,7 +149,7 @@ def report_scaling(
             laws.append(scaling.recurrence_law(points, family=family, noise=noise, resamples=resamples // 5))
         except ValueError as error:
             console.print(f"no recurrence law: {error}", highlight=False)
-    titles = {"optima": f"Best size for a budget ({size_name})", "paths": "Slopes of the optimal paths"}
+    titles = {"optima": f"Best size for a budget: {size_name}", "paths": "Slopes of the optimal paths"}
     titles |= {"recurrence_law": "Recurrence law"}
     for name, found in (("optima", best), ("paths", slopes), ("recurrence_law", laws)):
         if found:
@@ -161,17 +162,38 @@ def report_scaling(
 
 
 def _table(found: Sequence[Any], title: str) -> Table:
-    made = Table(title=title, title_justify="left")
-    for name in asdict(found[0]):
-        made.add_column(name.replace("_", " "), justify="left" if name in ("family", "row", "policy") else "right")
-    for line in found:
-        made.add_row(*(_cell(value) for value in asdict(line).values()))
+    """Dataclasses of one kind; bounds stand beside what they bound."""
+    made = Table(title=f"{title}; 95% intervals", title_justify="left")
+    rows = [asdict(line) for line in found]
+    names = [name for name in rows[0] if not name.endswith(("_low", "_high"))]
+    for name in names:
+        words = isinstance(rows[0][name], str)
+        made.add_column(name.replace("_", " "), justify="left" if words else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(_bounded(row, name) for name in names))
     return made
+
+
+def _bounded(row: dict[str, Any], name: str) -> str:
+    stem = name.removesuffix("_slope")
+    low, high = (row.get(f"{stem}_{end}") for end in ("low", "high"))
+    if low is None or high is None:
+        return _cell(row[name])
+    return f"{_cell(row[name])} [{_cell(low)}, {_cell(high)}]"
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return "–"
-    if isinstance(value, bool) or not isinstance(value, float | int):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, float | int):
         return str(value)
-    return f"{value:.3g}" if abs(value) >= 1e4 else f"{value:.3f}" if isinstance(value, float) else str(value)
+    if isinstance(value, int) or math.isnan(value):
+        return str(value)
+    if abs(value) >= 1e14:
+        return f"{value:.3g}"
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3f}"
