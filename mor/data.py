@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mor.loss import IGNORED
 from mor.shards import MANIFEST, read_manifest
 from mor.sources import Document, draw, python_documents, read_documents
-from mor.tasks import PREFIX, PointerChasing, parse_task, task_tokenizer
+from mor.tasks import PREFIX, Problems, Task, parse_task, task_tokenizer
 from mor.tokenizer import Tokenizer, train_bpe
 
 
@@ -28,7 +27,7 @@ from mor.tokenizer import Tokenizer, train_bpe
 class DataConfig:
     path: str | None = None
     """A .txt, .jsonl (these also .gz or .zst) or .parquet file, a folder of them, or a directory made by
-    `mor data prepare`; or a task such as task:pointer-chasing?nodes=8&hops=6 (mor/tasks.py), which has its own
+    `mor data prepare`; or a task such as task:assignments?hops=6 (mor/tasks.py), which has its own
     tokenizer and validation split. None: the prose of Python's own standard library."""
     validation_path: str | None = None
     """Validation text of the same kinds. None: a share of the documents, or the prepared validation split."""
@@ -214,7 +213,7 @@ class TokenData(Windows):
 class TaskData(Windows):
     """Problems of a task, one per window. Only answers have targets."""
 
-    task: PointerChasing
+    task: Task
     first: int
     """Number of the first problem."""
     count: int
@@ -230,15 +229,13 @@ class TaskData(Windows):
         return self.count
 
     def batch(self, indices: Sequence[int], seq_len: int, *, documents: bool = False) -> Batch:
-        tokens_BT, hops_BT = self.problems(indices, seq_len)
-        targets_BT = tokens_BT[:, 1:].masked_fill(hops_BT == 0, IGNORED)
-        found = torch.arange(len(indices))[:, None].expand_as(targets_BT) if documents else None
-        return Batch(tokens_BT[:, :-1].contiguous(), targets_BT, found)
+        found = self.problems(indices, seq_len)
+        rows = torch.arange(len(indices))[:, None].expand_as(found.tokens_BT) if documents else None
+        return Batch(found.tokens_BT, found.targets_BT, rows)
 
-    def problems(self, indices: Sequence[int], seq_len: int) -> tuple[Tensor, Tensor]:
-        """Token ids (B, seq_len + 1), and the hops that each of the first seq_len tokens asks for (0: no query)."""
-        tokens_BT, hops_BT = self.task.problems(torch.tensor(indices) + self.first, seq_len + 1)
-        return tokens_BT, hops_BT[:, :-1]
+    def problems(self, indices: Sequence[int], seq_len: int) -> Problems:
+        """The batch with what is known about it."""
+        return self.task.problems(torch.tensor(indices) + self.first, seq_len)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def by_hops(model: Transformer, data: TaskData, seq_len: int, max_windows: int) 
     asked, right, depth = torch.zeros(K + 1), torch.zeros(K + 1), torch.zeros(K + 1)
     for start in range(0, count, 16):
         indices = range(start, min(start + 16, count))
-        batch, hops_BT = data.batch(indices, seq_len), data.problems(indices, seq_len)[1]
+        batch = data.problems(indices, seq_len)
         output = model(batch.tokens_BT)
         right_BT = (output.logits_BTV.argmax(-1) == batch.targets_BT).float()
         for total, value_BT in (
@@ -115,7 +115,7 @@ def by_hops(model: Transformer, data: TaskData, seq_len: int, max_windows: int) 
             (right, right_BT),
             (depth, output.routing.depth_BT),
         ):
-            total.index_add_(0, hops_BT.flatten(), value_BT.flatten().float())
+            total.index_add_(0, batch.hops_BT.flatten(), value_BT.flatten().float())
     return {
         "answers_right": float(right[1:].sum() / asked[1:].sum()),
         "answers_right_by_hops": (right / asked)[1:].tolist(),

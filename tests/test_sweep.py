@@ -30,13 +30,13 @@ windows = 8
 
 [base]
 steps = 4
-seq_len = 24
+seq_len = 8
 batch_size = 2
 eval_every = 2
 eval_windows = 4
 log_every = 1
 device = "cpu"
-data.path = "task:pointer-chasing?nodes=4&hops=2"
+data.path = "task:assignments?names=8&roots=3&values=4&hops=3"
 model = { preset = "tiny", dim = 16, num_heads = 2, num_kv_heads = 2, head_dim = 8, ffn_dim = 24, max_seq_len = 32 }
 
 [variants.recursive]

@@ -3,72 +3,90 @@
 import pytest
 import torch
 
+from mor.config import preset
 from mor.data import DataConfig, DataState, load_corpus
 from mor.evaluate import by_hops, evaluate
 from mor.loss import IGNORED
+from mor.model import Transformer
 
-PATH = "task:pointer-chasing?nodes=6&hops=4"
+PATHS = ["task:pointer-chasing?nodes=6&hops=4", "task:assignments?names=12&roots=4&values=5&hops=4"]
 
 
-def corpus(path=PATH):
+def corpus(path=PATHS[1]):
     return load_corpus(DataConfig(path=path))
 
 
-def solve(text):
-    """Answers of a problem, by reading it as a person would: an independent definition."""
-    words = text.split()
+def chase(words):
+    """{index of the asking word: (answer, hops)}, by reading the text as a person would."""
     after = dict(word.split(">") for word in words if ">" in word)
-    answers = []
+    node, seen = "a", set()
+    while node not in seen:
+        seen.add(node)
+        node = after[node]
+    assert len(seen) == 6, "one cycle through all nodes, so that no query of few hops comes round"
+    found = {}
     for i, word in enumerate(words):
-        if word.startswith("+"):
+        if word.startswith("+") and i + 1 < len(words):
             node = words[i + 1]
             for _ in range(int(word[1:])):
                 node = after[node]
-            answers.append(node)
-            assert len(words) == i + 2 or words[i + 2] == node
-    return answers, after
+            found[i + 1] = node, int(word[1:])
+            assert i + 2 == len(words) or words[i + 2] == node, "the answer follows"
+    return found
 
 
-def test_every_answer_is_right_and_only_answers_have_targets():
-    found = corpus()
-    batch = found.validation.batch(range(20), 41)
-    _, hops_BT = found.validation.problems(range(20), 41)
-    for row in range(20):
-        answers, after = solve(found.tokenizer.decode(batch.tokens_BT[row].tolist()))
-        asked = batch.targets_BT[row] != IGNORED
-        assert [found.tokenizer.decode([t]) for t in batch.targets_BT[row][asked].tolist()] == answers
-        assert sorted(after) == sorted(after.values()) == list("abcdef")
-        node, seen = "a", set()
-        while node not in seen:
-            seen.add(node)
-            node = after[node]
-        assert len(seen) == 6, "one cycle through all nodes, so that no query of few hops comes round"
-        assert torch.equal(asked, hops_BT[row] > 0)
-    assert set(hops_BT[hops_BT > 0].tolist()) == {1, 2, 3, 4}
+def assign(words):
+    """The same for assignments."""
+    known, found = {}, {}
+    for i, word in enumerate(words):
+        name, sign, source = word
+        assert name not in known, "a variable is set once"
+        known[name] = (source, 1) if sign == "=" else (known[source][0], known[source][1] + 1)
+        found[i] = known[name]
+    roots = [value for value, hops in known.values() if hops == 1]
+    assert len(roots) == len(set(roots)) == 4
+    return found
 
 
-def test_a_problem_depends_on_its_number_and_the_seed_alone():
-    data, other = corpus().train, corpus(f"{PATH}&seed=1").train
+@pytest.mark.parametrize(("path", "solve"), list(zip(PATHS, [chase, assign], strict=True)))
+def test_every_answer_is_right_and_only_answers_have_targets(path, solve):
+    found = corpus(path)
+    problems = found.validation.problems(range(40), 28)
+    batch = found.validation.batch(range(40), 28)
+    assert torch.equal(batch.tokens_BT, problems.tokens_BT) and torch.equal(batch.targets_BT, problems.targets_BT)
+    hops = set()
+    assert (problems.tokens_BT[:, 0] == 0).all(), "what is left over is padding at the front"
+    for tokens, targets, hops_T in zip(*(x.tolist() for x in problems), strict=True):
+        padding = next(i for i, token in enumerate(tokens) if token)
+        expected = solve(found.tokenizer.decode(tokens).split())
+        for i in range(28):
+            answer, count = expected.get(i - padding, (None, 0))
+            assert hops_T[i] == count
+            assert targets[i] == (IGNORED if answer is None else found.tokenizer.encode(answer)[0])
+        hops |= {count for _, count in expected.values()}
+    assert hops == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_problem_depends_on_its_number_and_the_seed_alone(path):
+    data, other = corpus(path).train, corpus(f"{path}&seed=1").train
     together, alone = data.batch([3, 900_000], 30), data.batch([900_000], 30)
     assert torch.equal(together.tokens_BT[1:], alone.tokens_BT)
     assert not torch.equal(together.tokens_BT[0], together.tokens_BT[1])
     assert not torch.equal(other.batch([3], 30).tokens_BT, together.tokens_BT[:1])
-    first = next(data.batches(4, 30, seed=0, state=DataState()))[0]
-    again = next(data.batches(4, 30, seed=0, state=DataState()))[0]
+    first, again = (next(data.batches(4, 30, seed=0, state=DataState()))[0] for _ in range(2))
     assert torch.equal(first.tokens_BT, again.tokens_BT)
 
 
-def test_training_holds_no_validation_problem():
-    found = corpus()
+@pytest.mark.parametrize("path", PATHS)
+def test_training_holds_no_validation_problem(path):
+    found = corpus(path)
     held_out = {tuple(row) for row in found.validation.batch(range(512), 41).tokens_BT.tolist()}
     seen = {tuple(row) for row in found.train.batch(range(4096), 41).tokens_BT.tolist()}
     assert len(held_out) == 512 and len(seen) == 4096 and not held_out & seen
 
 
 def test_evaluation_counts_answers_only_and_hops_add_up_to_it():
-    from mor.config import preset
-    from mor.model import Transformer
-
     found = corpus()
     model = Transformer(preset("tiny", vocab_size=found.tokenizer.vocab_size)).init_weights().eval()
     result = evaluate(model, found.validation, seq_len=30, max_windows=20)
@@ -91,6 +109,7 @@ def test_evaluation_counts_answers_only_and_hops_add_up_to_it():
         ("task:pointer-chasing?node=6", "did you mean 'nodes'"),
         ("task:pointer-chasing?nodes=4&hops=4", "no query comes round"),
         ("task:pointer-chasing?nodes=40", "2..26"),
+        ("task:assignments?values=5", "roots=6.*values=5"),
     ],
 )
 def test_a_wrong_task_is_explained(path, message):
@@ -98,6 +117,7 @@ def test_a_wrong_task_is_explained(path, message):
         corpus(path)
 
 
-def test_a_sequence_without_room_for_a_query_is_refused():
-    with pytest.raises(ValueError, match="seq_len=8 is too short"):
-        corpus().train.batch([0], 8)
+def test_a_sequence_without_room_for_a_question_is_refused():
+    for path, length in zip(PATHS, (8, 11), strict=True):
+        with pytest.raises(ValueError, match=f"seq_len={length} is too short"):
+            corpus(path).train.batch([0], length)
