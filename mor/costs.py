@@ -141,6 +141,52 @@ def kv_bytes(config: ModelConfig, tokens: int, kept: Sequence[float], dtype_byte
 
 
 @dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What bounds a computation: matrix products per second (FLOP) and memory read or written per second (bytes)."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+    def seconds(self, flops: float, num_bytes: float) -> float:
+        """Roofline: the slower of the two, as if they overlapped perfectly."""
+        return max(flops / self.flops_per_s, num_bytes / self.bytes_per_s)
+
+
+def decode_seconds(
+    config: ModelConfig,
+    machine: Machine,
+    *,
+    batch: int,
+    context: float,
+    shares: Sequence[float] | None = None,
+    dtype_bytes: int = 2,
+) -> float:
+    """Least time to decode one token when ``batch`` tokens share each pass: of the shared layers at any mixture of
+    depths, of the rest (prelude, coda, head) once per token. Weights, keys and values are read, new ones written.
+
+    context: tokens before it. shares: of tokens at each recursion, the capacities if None.
+    """
+    shares = config.capacities if shares is None else shares
+    reads, recursive = READS[config.kv_strategy], config.kv_strategy == "recursion_wise"
+    entry, per_pair = kv_entry_bytes(config, dtype_bytes), 4 * config.num_heads * config.head_dim
+    block, key_value = _block_matrix_params(config), _attention_params(config)[1]
+    own_layers = config.prelude_layers + config.coda_layers
+    head = config.dim * config.vocab_size
+
+    weights = own_layers * block + head
+    flops = 2 * weights + own_layers * per_pair * context
+    num_bytes = dtype_bytes * weights / batch + own_layers * entry * (context + 1)
+    seconds = machine.seconds(flops, num_bytes)
+    for r, share in enumerate(shares, start=1):
+        seen = context * share if recursive else context
+        weights = block if r in reads(r) else block - key_value
+        flops = config.shared_layers * (2 * weights + per_pair * seen)
+        num_bytes = config.shared_layers * (dtype_bytes * block / batch + entry * (seen + (r in reads(r))))
+        seconds += share * machine.seconds(flops, num_bytes)
+    return seconds
+
+
+@dataclass(frozen=True, kw_only=True)
 class Costs:
     """Costs at a context length, with the configured capacities as the share of tokens per recursion."""
 

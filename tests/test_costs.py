@@ -7,11 +7,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mor.config import RouterConfig, preset
 from mor.costs import (
+    Machine,
     Workload,
     costs,
+    decode_seconds,
     forward_flops,
     kept_per_recursion,
     kv_bytes,
+    kv_entry_bytes,
     non_embedding_params,
     sequence_workload,
     unique_params,
@@ -214,3 +217,24 @@ def test_router_options_enter_the_count():
     )
     difference = forward_flops(aux, sequence_workload(aux, 12)) - forward_flops(plain, sequence_workload(plain, 12))
     assert difference == 2 * plain.dim * (12 + 12 + 8)
+
+
+@pytest.mark.parametrize("kv", ["recursion_wise", "shared", "hybrid"])
+def test_decoding_is_bound_by_flops_or_by_bytes(kv):
+    """With endless memory speed the count of a forward over one token, with endless FLOPs the bytes that move."""
+    config = preset("tiny", num_recursions=3, router="random", kv_strategy=kv)
+    context, shares = 30, (1.0, 0.5, 0.25)
+    seen = [context * s if kv == "recursion_wise" else context for s in shares]
+    work = Workload(
+        tokens=1, kept=shares, own_pairs=context, pairs=[s * n for s, n in zip(shares, seen, strict=True)], logits=1
+    )
+    common = dict(batch=4, context=context, shares=shares, dtype_bytes=4)
+    fast_memory = Machine(flops_per_s=1.0, bytes_per_s=float("inf"))
+    assert decode_seconds(config, fast_memory, **common) == pytest.approx(forward_flops(config, work))
+    fast_products = Machine(flops_per_s=float("inf"), bytes_per_s=1.0)
+    block = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176
+    read = 2 * (context + 1) + 2 * sum(s * n for s, n in zip(shares, seen, strict=True))
+    written = 2 * (sum(shares) if kv != "shared" else 1)
+    weights = 2 * block + 64 * config.vocab_size + 2 * block * sum(shares)
+    expected = 4 * weights / 4 + (read + written) * kv_entry_bytes(config, 4)
+    assert decode_seconds(config, fast_products, **common) == pytest.approx(expected)

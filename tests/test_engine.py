@@ -12,13 +12,14 @@ from mor.config import RouterConfig
 from mor.engine import Engine, EngineConfig, SamplingParams, Status
 from mor.engine.attention import gathered_attention
 from mor.engine.block_manager import PagePool, PrefixCache, Segment
+from mor.engine.weights import for_decoding
 from mor.generate import generate
 
 SCHEDULES = {
     "default": {},
     "lock-step": dict(batching="lock_step", max_num_seqs=5, page_size=3),
     "static": dict(batching="static", max_num_seqs=5, attention="gathered"),
-    "few-lanes": dict(max_num_seqs=7, lanes=2, coda_batch=3, prefill_chunk=5, page_size=3, attention="gathered"),
+    "few-lanes": dict(max_num_seqs=7, lanes=2, prefill_chunk=5, page_size=3, attention="gathered"),
     "one-at-a-time": dict(max_num_seqs=1, prefill_chunk=1, page_size=1),
 }
 
@@ -54,16 +55,16 @@ def all_memory_is_back(engine):
 
 def small_pool(model, tokens, page_size):
     """Bytes that hold one request of ``tokens`` tokens at full depth, and little more."""
-    big = Engine(model, config=EngineConfig(page_size=page_size, max_num_seqs=1))
-    pages = big.kv.pages_for(tokens)
-    for num_bytes in range(2000, 10_000_000, 2000):
-        try:
-            kv = Engine(model, config=EngineConfig(page_size=page_size, max_num_seqs=8, kv_cache_memory=num_bytes)).kv
-        except ValueError:
-            continue
-        if all(pool.num_pages >= n for pool, n in zip(kv.pools, pages, strict=True)):
-            return num_bytes
-    raise AssertionError("no budget is enough")
+
+    def pools(num_bytes):
+        return Engine(model, config=EngineConfig(page_size=page_size, max_num_seqs=8, kv_cache_memory=num_bytes)).kv
+
+    largest = pools(1 << 30)
+    pages = largest.pages_for(tokens)
+    num_bytes = sum(n * b for n, b in zip(pages, largest.page_bytes, strict=True))
+    while any(pool.num_pages < n for pool, n in zip(pools(num_bytes).pools, pages, strict=True)):
+        num_bytes = num_bytes * 21 // 20
+    return num_bytes
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -158,6 +159,19 @@ def test_tokens_of_different_depths_share_a_pass():
     assert engine.passes["block"] < 16 * 3 and passes > 12  # far fewer passes than tokens times depth
 
 
+def test_full_lanes_come_before_coda():
+    """With more slots than lanes every pass is full, and coda sees the exits of several passes together."""
+    model, lanes = tiny(RouterConfig(kind="random")), 8
+    engine = Engine(model, config=EngineConfig(max_num_seqs=24, lanes=lanes))
+    prompts, _ = draw_requests(24)
+    for prompt in prompts:
+        engine.add_request(prompt, SamplingParams(max_new_tokens=40, temperature=0))
+    for _ in range(60):
+        engine.step()
+    assert engine.tokens["block"] == lanes * engine.passes["block"]
+    assert engine.tokens["coda"] > 16 * engine.passes["coda"]
+
+
 def test_logprobs():
     model = tiny()
     params = SamplingParams(max_new_tokens=6, temperature=1.0, logprobs=True)
@@ -247,10 +261,11 @@ def test_memory_per_token_is_what_costs_says():
     request = engine.add_request([1, 2, 3, 4, 5], SamplingParams(max_new_tokens=30, temperature=0))
     while request.num_read < 10:
         engine.step()
-    config = model.config
-    layers = config.prelude_layers + config.coda_layers + config.shared_layers * config.num_recursions
-    tokens = request.num_read + (engine.runner.took_SR[request.slot].sum() > 0 and request.phase.value == "coda")
-    assert engine.kv.used_bytes == tokens * layers * costs.kv_entry_bytes(config, 4)
+    config, took = model.config, int(engine.runner.took_SR[request.slot].sum())
+    own = config.prelude_layers + config.coda_layers
+    entries = request.num_read * (own + 3 * config.shared_layers)
+    entries += own + took * config.shared_layers  # of the token under way
+    assert took and engine.kv.used_bytes == entries * costs.kv_entry_bytes(config, 4)
     assert engine.kv.nbytes <= engine.config.kv_cache_memory
 
 
@@ -270,7 +285,6 @@ def test_random_schedules(data):
         config=EngineConfig(
             max_num_seqs=choose(st.integers(1, 6)),
             lanes=choose(st.one_of(st.none(), st.integers(1, 4))),
-            coda_batch=choose(st.integers(1, 3)),
             prefill_chunk=choose(st.integers(1, 16)),
             page_size=page_size,
             kv_cache_memory=small_pool(model, 24, page_size) + choose(st.integers(0, 40_000)),
@@ -313,7 +327,8 @@ def check_pages(engine):
                     writing.append(int(engine.kv.next_place[request.slot, stream]) // engine.kv.page_size)
         for _, segment in engine.prefix_cache._segments.values():
             for segment_kind, page in segment.pages:
-                held[page] += segment_kind == kind
+                if segment_kind == kind:
+                    held[page] += 1
         assert held == pool.owners.tolist()
         assert len(writing) == len(set(writing))
 
@@ -383,6 +398,15 @@ def test_int8_weights_stay_close_and_keep_depths():
     assert all(r.finish_reason == "length" for r in engine.generate(prompts, params))
     with pytest.raises(ValueError, match="float32"):
         Engine(tiny().double(), config=EngineConfig(quantize="int8"))
+
+
+def test_few_rows_is_the_same_model_on_the_same_memory():
+    model, tokens = tiny(), random_tokens(3, 10)
+    fast = for_decoding(model, None)
+    torch.testing.assert_close(fast(tokens).logits_BTV, model(tokens).logits_BTV)
+    block, own = fast.recursions.shared_blocks[0], model.recursions.shared_blocks[0]
+    assert block.feed_forward.up_proj.weight is own.feed_forward.up_proj.weight
+    assert fast.head.weight is model.embedding.weight and type(own.feed_forward.up_proj) is torch.nn.Linear
 
 
 def test_page_pool_refuses_double_release():

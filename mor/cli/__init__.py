@@ -1,4 +1,4 @@
-"""mor demo | data | train | eval | generate | convert | costs | sweep: one module for each command."""
+"""mor demo | data | train | eval | generate | convert | bench | costs | sweep: one module for each command."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import subcommand
 
+from mor.cli.bench import Bench
 from mor.cli.convert import Convert
 from mor.cli.data import Data
 from mor.cli.demo import Demo
@@ -26,6 +27,7 @@ Command = (
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Generate, subcommand("generate")]
     | Annotated[Convert, subcommand("convert")]
+    | Annotated[Bench, subcommand("bench")]
     | Annotated[Costs, subcommand("costs")]
     | Annotated[Sweep, subcommand("sweep")]
 )

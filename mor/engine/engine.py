@@ -20,10 +20,10 @@ from torch import Tensor
 from mor.engine.attention import AttentionBackend, decode_attention
 from mor.engine.block_manager import PrefixCache
 from mor.engine.paged_kv import PagedKV
-from mor.engine.quantize import int8_weights
 from mor.engine.request import FinishReason, Phase, Request, RequestOutput
 from mor.engine.runner import Runner
 from mor.engine.scheduler import Scheduler
+from mor.engine.weights import for_decoding
 from mor.generate import SamplingParams, logprob, sample
 from mor.model import Output, Transformer
 from mor.tokenizer import Tokenizer
@@ -38,9 +38,8 @@ class EngineConfig:
     max_num_seqs: int = 64
     """Requests that run at a time (slots)."""
     lanes: int | None = None
-    """Tokens in one pass of the shared block at most. None: as many as there are slots."""
-    coda_batch: int = 1
-    """Tokens that coda and head wait for, while the shared block has work."""
+    """Tokens in one pass of the shared block at most. None: as many as there are slots. With fewer lanes than
+    slots, tokens that are done wait for coda and head until the rest no longer fills the lanes."""
     prefill_chunk: int = 256
     """Prompt tokens read in one step at most, so that running requests never wait long."""
     page_size: int = 16
@@ -61,7 +60,7 @@ class EngineConfig:
     """int8: weights of all layers and the head in 8 bits, activations rounded as they come (CPU)."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "lanes", "coda_batch", "prefill_chunk", "page_size", "kv_cache_memory", "max_len"):
+        for name in ("max_num_seqs", "lanes", "prefill_chunk", "page_size", "kv_cache_memory", "max_len"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -82,6 +81,7 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.tokenizer = tokenizer
         weight = model.embedding.weight
+        self.lanes = config.lanes or config.max_num_seqs
         self.max_len = min(config.max_len or model.config.max_seq_len, model.config.max_seq_len)
         if config.max_depth is not None and not 1 <= config.max_depth <= model.config.num_recursions:
             raise ValueError(f"max_depth must lie in 1..{model.config.num_recursions}, got {config.max_depth}")
@@ -95,8 +95,7 @@ class Engine:
             device=weight.device,
             dtype=weight.dtype,
         )
-        model = int8_weights(model) if config.quantize == "int8" else model
-        self.runner = Runner(model.eval(), self.kv, max_depth=config.max_depth)
+        self.runner = Runner(for_decoding(model.eval(), config.quantize), self.kv, max_depth=config.max_depth)
         self.prefix_cache = PrefixCache(config.page_size) if config.prefix_caching else None
         self.scheduler = Scheduler(self.kv, prefix_cache=self.prefix_cache, static=config.batching == "static")
         self.requests: dict[str, Request] = {}
@@ -288,14 +287,16 @@ class Engine:
         return torch.stack(took, dim=-1).cpu().numpy()
 
     def _end_tokens(self, outputs: list[RequestOutput]) -> None:
-        """Coda and head for the tokens that are done, and their successors in."""
-        exited, ready = self._in_phase(Phase.CODA), self._in_phase(Phase.BLOCK)
-        if len(exited) + len(self._in_phase(Phase.ENTER)) < self.config.coda_batch and ready:
+        """Coda and head for the tokens that are done, and their successors in, unless the lanes are full without."""
+        if len(self._in_phase(Phase.BLOCK)) >= self.lanes:
             return
+        exited = self._in_phase(Phase.CODA)
         if exited:
             slot_M = np.array([request.slot for request in exited])
             with self._measured("coda", len(exited)):
-                logits_MV = self.runner.coda(slot_M)
+                x_MD = self.runner.coda(slot_M)
+            with self._measured("head", len(exited)):
+                logits_MV = self.runner.head(x_MD)
             for request, depth in zip(exited, self.runner.took_SR[slot_M].sum(1).tolist(), strict=True):
                 request.depths.append(depth)
                 request.num_read += 1
@@ -313,8 +314,7 @@ class Engine:
         if not ready:
             return
         layers = self.runner.layers(ready[0].slot)
-        lanes = self.config.lanes or len(ready)
-        ready = [request for request in ready if self.runner.layers(request.slot) == layers][:lanes]
+        ready = [request for request in ready if self.runner.layers(request.slot) == layers][: self.lanes]
         ready = self.scheduler.make_room(ready, self._pages_for_pass)
         if ready:
             with self._measured("block", len(ready)):

@@ -8,7 +8,9 @@ S slots · M lanes · D model · R recursions · V vocab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from mor.routing import Routing, RoutingStep, at_least_fp32
 class Runner:
     """State of the newest token of every slot. ``stage_S`` counts the passes it has behind it.
 
-    max_depth: caps the recursions of every token.
+    max_depth: caps the recursions of every token. ``model_s`` adds up the seconds inside the model's layers and head.
     """
 
     def __init__(self, model: Transformer, kv: PagedKV, *, max_depth: int | None = None) -> None:
@@ -41,6 +43,13 @@ class Runner:
         self.choice_S = torch.zeros(num_slots, dtype=torch.int64, device=weight.device)
         self.id_S, self.position_S, self.stage_S = (np.zeros(num_slots, dtype=np.int64) for _ in range(3))
         self.took_SR = np.zeros((num_slots, config.num_recursions), dtype=bool)
+        self.model_s = 0.0
+
+    @contextmanager
+    def _in_model(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.model_s += time.perf_counter() - start
 
     def read(self, slots: Sequence[int], ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Output:
         """Several tokens of each slot in an ordinary forward; logits of each one's last token, (A, 1, V)."""
@@ -48,7 +57,8 @@ class Runner:
         tokens_AT = torch.tensor([[*i, *[0] * (width - len(i))] for i in ids], device=device)
         mask_AT = torch.arange(width, device=device) < torch.tensor([[len(i)] for i in ids], device=device)
         cache = PagedBatch(self.kv, slots, starts)
-        return self.model(tokens_AT, mask_BT=mask_AT, cache=cache, last_only=True, max_depth=self.max_depth)
+        with self._in_model():
+            return self.model(tokens_AT, mask_BT=mask_AT, cache=cache, last_only=True, max_depth=self.max_depth)
 
     def enter(self, slot_M: np.ndarray, id_M: Sequence[int], position_M: Sequence[int]) -> None:
         """Begin a new token in each slot."""
@@ -60,8 +70,9 @@ class Runner:
         x_MD = self.model.embedding(tokens.id_M)
         if self.model.prelude:
             lanes, angles = LanePass(self.kv, slot_M, stream_M), self._angles(tokens)
-            for layer, block in enumerate(self.model.prelude):
-                x_MD = block(x_MD, angles, lanes, layer)
+            with self._in_model():
+                for layer, block in enumerate(self.model.prelude):
+                    x_MD = block(x_MD, angles, lanes, layer)
         self.h_SD[index_M] = self.first_SD[index_M] = x_MD
         routing = self._routing(tokens)
         self.router.start(x_MD, routing)
@@ -80,7 +91,9 @@ class Runner:
         h_MD = self.h_SD[index_M]
         layers = self.layers(slot_M[0])
         lanes = LanePass(self.kv, slot_M, recursion_M + 1)
-        out_MD = self.model.recursions.stack(h_MD, self._angles(tokens), lanes, layers)
+        angles = self._angles(tokens)
+        with self._in_model():
+            out_MD = self.model.recursions.stack(h_MD, angles, lanes, layers).contiguous()
         for recursion in np.unique(recursion_M):
             here = self._on_device(np.flatnonzero(recursion_M == recursion))
             at, group = index_M[here], tokens.select(here)
@@ -92,14 +105,20 @@ class Runner:
         self._route(slot_M)
 
     def coda(self, slot_M: np.ndarray) -> Tensor:
-        """Logits after tokens that took their last pass, (M, V)."""
+        """States after the coda of tokens that took their last pass, (M, D); the head makes logits of them."""
         tokens = self._tokens(slot_M)
         x_MD = self.h_SD[self._on_device(slot_M)]
         if self.model.coda:
             lanes, angles = LanePass(self.kv, slot_M, np.zeros_like(slot_M)), self._angles(tokens)
-            for layer, block in enumerate(self.model.coda, start=len(self.model.prelude)):
-                x_MD = block(x_MD, angles, lanes, layer)
-        return self.model.predict(x_MD)
+            with self._in_model():
+                for layer, block in enumerate(self.model.coda, start=len(self.model.prelude)):
+                    x_MD = block(x_MD, angles, lanes, layer)
+        return x_MD
+
+    def head(self, x_MD: Tensor) -> Tensor:
+        """Logits, (M, V)."""
+        with self._in_model():
+            return self.model.predict(x_MD)
 
     def layers(self, slot: int) -> list[int]:
         """The shared layers that a slot's next pass applies."""

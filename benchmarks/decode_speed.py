@@ -1,0 +1,241 @@
+"""How fast the engine decodes: against its own vanilla, its other modes, transformers, and under a load.
+
+    python benchmarks/decode_speed.py                       # everything, under ten minutes on two cores
+    python benchmarks/decode_speed.py --parts batching --lengths.mean 256
+    python benchmarks/decode_speed.py --checkpoint runs/mor3 --baseline runs/vanilla --parts models
+
+Within a part everything takes turns in one process; speeds are medians. JSON in the last line.
+Parts: models (MoR-2/3/4 against vanilla of the same depth, depths drawn uniformly by a random router, or a trained
+checkpoint), batching (depth-wise, lock-step, static), transformers, overhead, latency.
+"""
+
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import tyro
+
+from mor import checkpoint
+from mor.config import RouterConfig, preset
+from mor.convert import to_llama
+from mor.engine import Engine, EngineConfig, SamplingParams
+from mor.engine.bench import Lengths, decode_rows, load_for, measure_machine, take_turns
+from mor.model import Transformer
+
+PARTS = ("models", "batching", "transformers", "overhead", "latency")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    preset: str = "smollm-135m"
+    num_layers: int = 26
+    """Effective depth of every model; 2, 3 and 4 recursions must divide it less the two own layers."""
+    checkpoint: Path | None = None
+    """A trained MoR for the part `models`, instead of random routers; with the baseline to compare it with."""
+    baseline: Path | None = None
+    batches: tuple[int, ...] = (1, 8, 32)
+    lengths: Lengths = field(default_factory=Lengths)
+    rounds: int = 5
+    seconds: float = 1.2
+    """Of one turn."""
+    threads: int = 2
+    parts: tuple[str, ...] = PARTS
+    out: Path | None = None
+    """Also write the JSON there."""
+
+
+def make(settings, recursions):
+    kind = RouterConfig(kind="fixed" if recursions == 1 else "random")
+    config = preset(settings.preset, num_recursions=recursions, num_layers=settings.num_layers, router=kind)
+    return Transformer(config).init_weights().eval()
+
+
+def models(settings):
+    if settings.checkpoint:
+        _, trained, _ = checkpoint.load(settings.checkpoint)
+        _, baseline, _ = checkpoint.load(settings.baseline)
+        tested = {settings.checkpoint.name: trained}
+    else:
+        baseline, tested = make(settings, 1), {f"mor-{r}": make(settings, r) for r in (2, 3, 4)}
+    machine = measure_machine(torch.device("cpu"), torch.float32)
+    common = dict(lengths=settings.lengths, machine=machine, rounds=settings.rounds, seconds=settings.seconds)
+    rows = []
+    for batch in settings.batches:
+        rows += decode_rows(baseline, tested, batch=batch, slots=2 * batch, **common)
+    rows += decode_rows(baseline, tested, batch=max(settings.batches), slots=None, **common)
+    return dict(rows=[asdict(row) for row in rows], roofline=asdict(machine))
+
+
+def batching(settings):
+    """The same MoR-3, 32 lanes, by the way tokens are put together."""
+    model = make(settings, 3)
+    loads = [
+        load_for("depth-wise, 64 slots", model, batch=32, slots=64, lengths=settings.lengths),
+        load_for("depth-wise, 32 slots", model, batch=32, slots=32, lengths=settings.lengths),
+        load_for("lock-step", model, batch=32, slots=32, lengths=settings.lengths, batching="lock_step"),
+        load_for("static", model, batch=32, slots=32, lengths=settings.lengths, batching="static"),
+    ]
+    take_turns(loads, rounds=settings.rounds, seconds=2 * settings.seconds)
+    slowest = median(loads[2].tokens_per_s)
+    return [
+        dict(batching=x.name, tokens_per_s=median(x.tokens_per_s), over_lock_step=median(x.tokens_per_s) / slowest)
+        for x in loads
+    ]
+
+
+def transformers(settings):
+    """Vanilla at the preset's own depth in this engine, in transformers' generate (static batches of 32) and in its
+    continuous batching, which is slow here and runs once."""
+    model = Transformer(preset(settings.preset)).init_weights().eval()
+    llama = to_llama(model).eval()
+    generator = torch.Generator().manual_seed(1)
+    wide = Lengths(mean=settings.lengths.mean * 3 / 8, deviation=settings.lengths.mean * 3 / 16)
+    ragged, equal = wide.draw(96, generator), [int(wide.mean)] * 32
+    rows = []
+    for name, lengths in (("equal", equal), ("ragged", ragged)):
+        found = {"engine": [], "generate": [], "continuous": []}
+        for _ in range(settings.rounds):
+            found["engine"].append(engine_speed(model, lengths))
+            found["generate"].append(generate_speed(llama, lengths))
+        found["continuous"].append(continuous_speed(llama, lengths))
+        speed = {k: median(v) for k, v in found.items()}
+        rows += [
+            dict(lengths=name, who=k, tokens_per_s=v, engine_over=speed["engine"] / v, runs=len(found[k]))
+            for k, v in speed.items()
+        ]
+    return rows
+
+
+def engine_speed(model, lengths):
+    engine = Engine(model, config=EngineConfig(max_num_seqs=32, prefix_caching=False, max_len=1 + max(lengths)))
+    params = [SamplingParams(max_new_tokens=n, temperature=0) for n in lengths]
+    start = time.perf_counter()
+    engine.generate([[i + 1] for i in range(len(lengths))], params)
+    return sum(lengths) / (time.perf_counter() - start)
+
+
+@torch.inference_mode()
+def generate_speed(llama, lengths):
+    elapsed = 0.0
+    for at in range(0, len(lengths), 32):
+        longest = max(lengths[at : at + 32])
+        prompts = torch.arange(at + 1, at + 1 + len(lengths[at : at + 32]))[:, None]
+        start = time.perf_counter()
+        llama.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=False,
+            max_new_tokens=longest,
+            min_new_tokens=longest,
+            pad_token_id=0,
+        )
+        elapsed += time.perf_counter() - start
+    return sum(lengths) / elapsed
+
+
+@torch.inference_mode()
+def continuous_speed(llama, lengths):
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(lengths))
+    limits = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64, max_requests_per_batch=32)
+    manager = llama.init_continuous_batching(generation_config=greedy, continuous_batching_config=limits)
+    manager.start()
+    start = time.perf_counter()
+    for i, length in enumerate(lengths):
+        manager.add_request([i + 1], max_new_tokens=length)
+    done = 0
+    while done < len(lengths):
+        result = manager.get_result(timeout=60)
+        done += result is not None and result.is_finished()
+    elapsed = time.perf_counter() - start
+    manager.stop(block=True)
+    return sum(lengths) / elapsed
+
+
+def overhead(settings):
+    """Time of a step outside layers and head."""
+    model, rows = make(settings, 3), []
+    for slots in (1, 8, 32, 128, 512):
+        load = load_for("", model, batch=slots, slots=slots, lengths=Lengths(mean=8, deviation=2))
+        take_turns([load], rounds=settings.rounds, seconds=0.5)
+        host, step = median(load.host_s), median(load.step_s)
+        rows.append(dict(slots=slots, host_us=1e6 * host, step_us=1e6 * step, share=host / step))
+    return rows
+
+
+def latency(settings):
+    """Poisson arrivals at 70% of the throughput of depth-wise batching, for it and for lock-step (sequence-wise)."""
+    model = make(settings, 3)
+    lengths = Lengths(mean=settings.lengths.mean / 2, deviation=settings.lengths.deviation / 2)
+    full = load_for("", model, batch=32, slots=32, lengths=lengths)
+    take_turns([full], rounds=3, seconds=settings.seconds)
+    rate = 0.7 * median(full.tokens_per_s) / lengths.mean
+    return [arrivals(model, mode, rate, lengths) for mode in ("depth_wise", "lock_step")]
+
+
+def arrivals(model, mode, rate, lengths, seconds=25.0, prompt=16):
+    generator = torch.Generator().manual_seed(2)
+    gaps = torch.empty(int(2 * rate * seconds) + 1).exponential_(rate, generator=generator)
+    due = [t for t in gaps.cumsum(0).tolist() if t < seconds]
+    new = lengths.draw(len(due), generator)
+    engine = Engine(model, config=EngineConfig(max_num_seqs=32, prefill_chunk=32, batching=mode, prefix_caching=False))
+    first, between, last, sent = [], [], {}, 0
+    start = time.perf_counter()
+    while sent < len(due) or engine.has_unfinished:
+        now = time.perf_counter() - start
+        while sent < len(due) and due[sent] <= now:
+            prompt_ids = torch.randint(0, 40_000, (prompt,), generator=generator).tolist()
+            engine.add_request(
+                prompt_ids, SamplingParams(max_new_tokens=new[sent], temperature=0), request_id=str(sent)
+            )
+            sent += 1
+        if not engine.has_unfinished:
+            time.sleep(max(0.0, due[sent] - now))
+            continue
+        outputs = engine.step()
+        now = time.perf_counter() - start
+        for output in outputs:
+            name = output.request.request_id
+            (between if name in last else first).append(now - last.get(name, due[int(name)]))
+            last[name] = now
+    found = dict(batching=mode, requests=len(due), requests_per_s=rate)
+    for name, values in (("first_token", first), ("between_tokens", between)):
+        found |= {f"{name}_p{p}_ms": 1e3 * float(np.percentile(values, p)) for p in (50, 99)}
+    return found
+
+
+def main():
+    settings = tyro.cli(Settings, description=__doc__)
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(0)
+    found = {}
+    for part in settings.parts:
+        start = time.perf_counter()
+        made = globals()[part](settings)
+        for row in made["rows"] if isinstance(made, dict) else made:
+            print(part, {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        found |= made if isinstance(made, dict) else {part: made}
+        print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
+    machine = dict(
+        cpu=platform.processor() or platform.machine(),
+        threads=settings.threads,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        lengths=asdict(settings.lengths),
+        preset=settings.preset,
+        num_layers=settings.num_layers,
+    )
+    line = json.dumps({**found, "machine": machine})
+    if settings.out:
+        settings.out.write_text(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""mor bench"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+from mor.engine.bench import DecodeRow, Lengths
+from mor.model import Transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """How fast it is here. decode: tokens per second of MoR against a vanilla model of equal depth, in the same
+    engine, always full.
+
+    Without checkpoints: random weights in the shape of a preset, with depths drawn uniformly.
+    """
+
+    what: Positional[Literal["decode"]]
+    checkpoint: Path | None = None
+    """A trained model to measure, with --baseline."""
+    baseline: Path | None = None
+    preset: str = "mini"
+    recursions: tuple[int, ...] = (2, 3, 4)
+    num_layers: int = 26
+    """Effective depth of every model."""
+    batches: tuple[int, ...] = (1, 8, 32)
+    """Tokens in a pass at most; each model has twice as many slots. The last batch is also measured with as many
+    slots as fit into the bytes of the baseline's keys and values."""
+    lengths: Lengths = field(default_factory=Lengths)
+    rounds: int = 5
+    seconds: float = 1.0
+    """Of one turn of one model."""
+    threads: int | None = None
+    json: bool = False
+
+    def run(self, console: Console) -> None:
+        import torch
+
+        from mor.engine.bench import decode_rows, measure_machine
+
+        if (self.checkpoint is None) != (self.baseline is None):
+            raise ValueError("--checkpoint and --baseline go together: a speedup needs something to compare with")
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        baseline, models = self._models()
+        weight = baseline.embedding.weight
+        common: dict[str, Any] = dict(
+            lengths=self.lengths,
+            machine=measure_machine(weight.device, weight.dtype),
+            rounds=self.rounds,
+            seconds=self.seconds,
+        )
+        rows: list[DecodeRow] = []
+        for batch in self.batches:
+            rows += decode_rows(baseline, models, batch=batch, slots=2 * batch, **common)
+        rows += decode_rows(baseline, models, batch=self.batches[-1], slots=None, **common)
+        if self.json:
+            machine = dict(device=str(weight.device), threads=torch.get_num_threads(), torch=torch.__version__)
+            print(json.dumps({"rows": [asdict(row) for row in rows], "machine": machine}))
+            return
+        console.print(self._table(rows))
+
+    def _models(self) -> tuple[Transformer, dict[str, Transformer]]:
+        from mor import checkpoint
+        from mor.config import RouterKind, preset
+
+        if self.checkpoint and self.baseline:
+            return checkpoint.load(self.baseline).model, {self.checkpoint.name: checkpoint.load(self.checkpoint).model}
+
+        def make(recursions: int) -> Transformer:
+            router: RouterKind = "random" if recursions > 1 else "fixed"
+            shape = preset(self.preset, num_recursions=recursions, num_layers=self.num_layers, router=router)
+            return Transformer(shape).init_weights().eval()
+
+        return make(1), {f"mor-{r}": make(r) for r in self.recursions}
+
+    @staticmethod
+    def _table(rows: list[DecodeRow]) -> Table:
+        made = Table(title="Decoding, keys, values and head included", title_justify="left")
+        columns: dict[str, Callable[[DecodeRow], str]] = {
+            "model": lambda r: r.model,
+            "batch": lambda r: str(r.batch),
+            "slots": lambda r: str(r.slots),
+            "tok/s": lambda r: f"{r.tokens_per_s:,.0f}",
+            "speedup": lambda r: f"{r.speedup:.2f}",
+            "limit": lambda r: f"{r.limit:.2f}",
+            "layers": lambda r: f"{r.block_only_speedup:.2f}",
+            "depth": lambda r: f"{r.mean_depth:.2f}",
+            "host us/step": lambda r: f"{r.host_us_per_step:,.0f}",
+            "KV B/tok": lambda r: f"{r.kv_bytes_per_token:,.0f}",
+        }
+        for name in columns:
+            made.add_column(name, justify="left" if name == "model" else "right")
+        for row in rows:
+            made.add_row(*(value(row) for value in columns.values()))
+        return made
