@@ -12,9 +12,13 @@ from rich.console import Console
 
 import mor.train as train_module
 from mor.cli import main
+from mor.config import preset
+from mor.data import DataConfig, load_corpus
+from mor.evaluate import evaluate
+from mor.model import Transformer
 from mor.optim import learning_rate
 from mor.studies import compare
-from mor.studies.exits import POLICIES, confident_exits, oracle_exits, random_exits
+from mor.studies.exits import POLICIES, confident_exits, early_exits, oracle_exits, random_exits
 from mor.studies.launch import launch, run_one, with_trunk
 from mor.studies.results import collect, tuned_rates
 from mor.studies.settings import Workers
@@ -236,6 +240,17 @@ def test_exits_keep_the_mean_depth_and_an_oracle_knows_best():
     assert (oracle_exits(nll.flip(1), sure, 2.0) == 1).all()
     assert torch.equal(confident_exits(nll, sure, 3.0), torch.full((4000,), 3))
     assert torch.equal(random_exits(nll, sure, 2.0), random_exits(-nll, sure + 1, 2.0)), "knows nothing of the tokens"
+
+
+def test_exits_are_measured_at_every_depth_of_the_model():
+    data = load_corpus(DataConfig(path="task:assignments")).validation
+    config = preset("tiny", vocab_size=569, num_recursions=3)
+    model = Transformer(config).init_weights().eval()
+    found = early_exits(model, data, 20, 32)
+    caps = [evaluate(model, data, seq_len=20, max_windows=32, max_depth=r).nll for r in (1, 2, 3)]
+    assert found["fixed"] == pytest.approx(caps, abs=1e-5) and found["mean_depth"] == 2
+    assert found["oracle"]["nll"] < min(caps) and found["oracle"]["mean_depth"] <= 2.01
+    assert abs(found["confidence"]["mean_depth"] - 2) < 0.05
 
 
 def test_published_losses_give_tables_and_figures(tmp_path, capsys):

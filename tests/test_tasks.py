@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from rich.console import Console
 
-from mor.config import preset
+from mor import checkpoint
+from mor.config import RouterConfig, preset
 from mor.data import DataConfig, DataState, load_corpus
 from mor.evaluate import by_hops, evaluate
 from mor.loss import IGNORED
 from mor.model import Transformer
+from mor.train import TrainConfig, train
 
 PATHS = ["task:pointer-chasing?nodes=6&hops=4", "task:assignments?names=12&roots=4&values=5&hops=4"]
 
@@ -121,3 +124,16 @@ def test_a_sequence_without_room_for_a_question_is_refused():
     for path, length in zip(PATHS, (8, 11), strict=True):
         with pytest.raises(ValueError, match=f"seq_len={length} is too short"):
             corpus(path).train.batch([0], length)
+
+
+def test_training_tells_the_frequency_router_how_often_words_occur(tmp_path):
+    router = RouterConfig(kind="frequency")
+    model = preset("tiny", num_recursions=2, router=router, num_layers=4)
+    config = TrainConfig(
+        model=model, data=DataConfig(path=PATHS[1]), out=str(tmp_path), steps=1, batch_size=2, seq_len=16
+    )
+    trained = train(config, console=Console(quiet=True))
+    loaded = checkpoint.load(trained.path).model.recursions.router
+    count_V = trained.corpus.train.token_counts(loaded.need_V.numel(), 16)
+    order = count_V.argsort(descending=True, stable=True)
+    assert (loaded.need_V[order].diff() >= 0).all() and loaded.need_V[0] < loaded.need_V[count_V > 0].median()
