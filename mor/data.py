@@ -27,7 +27,7 @@ from mor.tokenizer import Tokenizer, train_bpe
 class DataConfig:
     path: str | None = None
     """A .txt, .jsonl (these also .gz or .zst) or .parquet file, a folder of them, or a directory made by
-    `mor data prepare`; or a task such as task:assignments?hops=6 (mor/tasks.py), which has its own
+    `mor data prepare`; or a task such as task:state-tracking?hops=16 (mor/tasks.py), which has its own
     tokenizer and validation split. None: the prose of Python's own standard library."""
     validation_path: str | None = None
     """Validation text of the same kinds. None: a share of the documents, or the prepared validation split."""

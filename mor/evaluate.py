@@ -100,7 +100,7 @@ def leak(model: Transformer, data: Windows, **settings: Any) -> tuple[Evaluation
 def by_hops(model: Transformer, data: TaskData, seq_len: int, max_windows: int) -> dict[str, Any]:
     """Right answers by the hops asked for (from 1) and the mean depth their queries took, causal.
 
-    mean_depth_by_hops begins with the tokens that ask for nothing (0 hops).
+    mean_depth_by_hops begins with the tokens that ask for nothing (0 hops). None where there are none.
     """
     count = min(max_windows, data.windows(seq_len))
     K = data.task.hops
@@ -118,6 +118,10 @@ def by_hops(model: Transformer, data: TaskData, seq_len: int, max_windows: int) 
             total.index_add_(0, batch.hops_BT.flatten(), value_BT.flatten().float())
     return {
         "answers_right": float(right[1:].sum() / asked[1:].sum()),
-        "answers_right_by_hops": (right / asked)[1:].tolist(),
-        "mean_depth_by_hops": (depth / asked).tolist(),
+        "answers_right_by_hops": _shares(right[1:], asked[1:]),
+        "mean_depth_by_hops": _shares(depth, asked),
     }
+
+
+def _shares(part: torch.Tensor, of: torch.Tensor) -> list[float | None]:
+    return [float(a / b) if b else None for a, b in zip(part, of, strict=True)]

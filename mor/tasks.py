@@ -1,9 +1,9 @@
 """Tasks of known depth: endless problems from a rule, so that what depth is worth can be measured in minutes.
 
-``data.path="task:assignments?hops=6"`` trains on them. Problem i is a pure function of (seed, i); nothing is
+``data.path="task:state-tracking?hops=16"`` trains on them. Problem i is a pure function of (seed, i); nothing is
 stored, no problem comes twice in an epoch, and the loss counts only on answers.
 
-B problems · T tokens · N nodes or names · Q queries
+B problems · T tokens · N nodes · Q queries · P moves · S states
 """
 
 from __future__ import annotations
@@ -98,66 +98,55 @@ class PointerChasing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assignments:
-    """Variables that hold a value or copy an earlier variable; each of them is asked for its value.
+class StateTracking:
+    """A state that is set and then moved again and again; at every word the target is the state after it.
 
-    ``a=3 f=7 c<a e<f b<c``: every word is one token, and its target is the value of the variable that it sets, here
-    3 7 3 7 3. Values of copies are never shown, so a chain of copies takes one look-up after the other; but all chains
-    of a problem can be followed at once, and what one token has found the next can use. Targets are answers, not next
-    tokens.
+    ``=3 p0 p2 =1 p2`` with fixed permutations p0, p1, ...: the states in between are never shown, so how far a word is
+    from the last ``=`` says how many compositions its answer takes. Halves can be composed first, so depth L reaches
+    about 2 ** L words. Targets are answers, not next tokens.
     """
 
-    names: int = 20
-    roots: int = 6
-    """Variables that hold a value; they come first, and no two hold the same."""
-    values: int = 8
-    hops: int = 6
-    """Longest chain: a value counts 1, a copy of it 2, and so on."""
+    states: int = 5
+    moves: int = 4
+    hops: int = 16
+    """Longest run: a word that sets the state counts 1, the move after it 2, and so on; all lengths equally often."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (1 <= self.roots <= min(self.names, self.values) and self.names <= len(NAMES) and self.hops >= 2):
+        if self.states < 2 or self.moves < 1 or self.hops < 1:
             raise ValueError(
-                f"assignments need roots <= names <= {len(NAMES)}, roots <= values and hops >= 2, got "
-                f"roots={self.roots}, names={self.names}, values={self.values}, hops={self.hops}"
+                f"state tracking needs states >= 2, moves >= 1 and hops >= 1, got states={self.states}, "
+                f"moves={self.moves}, hops={self.hops}"
             )
 
     def words(self) -> list[str]:
-        names, values = NAMES[: self.names], [str(v) for v in range(self.values)]
-        return [
-            END_OF_TEXT,
-            *values,
-            *(f"{a}={v}" for a in names for v in values),
-            *(f"{a}<{b}" for a in names for b in names),
-        ]
+        states = range(self.states)
+        moves = (f"p{i}" for i in range(self.moves))
+        return [END_OF_TEXT, *map(str, states), *(f"={s}" for s in states), *moves]
+
+    def permutations(self) -> Tensor:
+        """State after each move from each state, (moves, states); the same in all problems and for all seeds."""
+        return hash_uniform(0, torch.arange(self.moves)[:, None], torch.arange(self.states)).argsort(1)
 
     def problems(self, index_B: Tensor, length: int) -> Problems:
-        N, R, V = self.names, self.roots, self.values
-        if length < N:
-            raise ValueError(f"{N} assignments take as many tokens; seq_len={length} is too short")
+        def draw(kind: int, below: int) -> Tensor:
+            return (hash_uniform(self.seed, index_B[:, None], kind, torch.arange(length)) * below).long()
 
-        def draw(kind: int, count: int) -> Tensor:
-            return hash_uniform(self.seed, index_B[:, None], kind, torch.arange(count))
-
-        name_BN = draw(0, N).argsort(1)
-        hops_BN, value_BN = torch.ones_like(name_BN), torch.zeros_like(name_BN)
-        value_BN[:, :R] = draw(1, V).argsort(1)[:, :R]
-        word_BN = 1 + V + name_BN * V + value_BN
-        draw_BN = draw(2, N).sqrt()  # leans to long chains, which only late variables can have
-        for i in range(R, N):  # each copies one that stands before it
-            longest_B = hops_BN[:, :i].amax(1).clamp(max=self.hops - 1)
-            hops_BN[:, i] = 2 + (draw_BN[:, i] * longest_B).long()
-            fits_Bi = hops_BN[:, :i] == hops_BN[:, i : i + 1] - 1
-            source_B1 = torch.where(fits_Bi, draw(3 + i, i), -1.0).argmax(1, keepdim=True)
-            value_BN[:, i] = value_BN.gather(1, source_B1)[:, 0]
-            word_BN[:, i] = 1 + V + N * V + name_BN[:, i] * N + name_BN.gather(1, source_B1)[:, 0]
-        tokens_BT = torch.zeros(len(index_B), length, dtype=torch.int64)
-        targets_BT, hops_BT = torch.full_like(tokens_BT, IGNORED), torch.zeros_like(tokens_BT)
-        tokens_BT[:, -N:], targets_BT[:, -N:], hops_BT[:, -N:] = word_BN, 1 + value_BN, hops_BN
+        set_to_BT, move_BT, run_BT = draw(0, self.states), draw(1, self.moves), 1 + draw(2, self.hops)
+        after_PS = self.permutations()
+        tokens_BT, targets_BT, hops_BT = (torch.empty_like(move_BT) for _ in range(3))
+        left_B, state_B, hops_B = (torch.zeros(len(index_B), dtype=torch.int64) for _ in range(3))
+        for t in range(length):
+            begins_B = left_B == 0
+            state_B = torch.where(begins_B, set_to_BT[:, t], after_PS[move_BT[:, t], state_B])
+            hops_B = torch.where(begins_B, 1, hops_B + 1)
+            left_B = torch.where(begins_B, run_BT[:, t], left_B) - 1
+            word_B = torch.where(begins_B, set_to_BT[:, t], self.states + move_BT[:, t])
+            tokens_BT[:, t], targets_BT[:, t], hops_BT[:, t] = 1 + self.states + word_B, 1 + state_B, hops_B
         return Problems(tokens_BT, targets_BT, hops_BT)
 
 
-TASKS: dict[str, Callable[..., Task]] = {"pointer-chasing": PointerChasing, "assignments": Assignments}
+TASKS: dict[str, Callable[..., Task]] = {"pointer-chasing": PointerChasing, "state-tracking": StateTracking}
 
 
 def parse_task(path: str) -> Task:

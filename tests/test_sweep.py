@@ -40,7 +40,7 @@ eval_every = 2
 eval_windows = 4
 log_every = 1
 device = "cpu"
-data.path = "task:assignments?names=8&roots=3&values=4&hops=3"
+data.path = "task:state-tracking?hops=3"
 model = { preset = "tiny", dim = 16, num_heads = 2, num_kv_heads = 2, head_dim = 8, ffn_dim = 24, max_seq_len = 32 }
 
 [variants.recursive]
@@ -109,7 +109,8 @@ def test_a_study_runs_keeps_what_is_finished_and_lists_what_failed(tmp_path, cap
     for run in runs[:3]:
         assert run_one(run, 1).status == "finished"
     before = (out / "runs/recursive/seed-0/result.json").stat().st_mtime_ns
-    main(["sweep", str(path), "--out", str(out), "--variants", "one pass", "broken"])
+    with pytest.raises(SystemExit, match="1"):
+        main(["sweep", str(path), "--out", str(out), "--variants", "one pass", "broken"])
     printed = capsys.readouterr().out
     assert (out / "runs/recursive/seed-0/result.json").stat().st_mtime_ns == before
     assert printed.count("finished ") == 1 and printed.count("none.txt") == 4  # while running, and in the report
@@ -243,8 +244,8 @@ def test_exits_keep_the_mean_depth_and_an_oracle_knows_best():
 
 
 def test_exits_are_measured_at_every_depth_of_the_model():
-    data = load_corpus(DataConfig(path="task:assignments")).validation
-    config = preset("tiny", vocab_size=569, num_recursions=3)
+    data = load_corpus(DataConfig(path="task:state-tracking")).validation
+    config = preset("tiny", vocab_size=15, num_recursions=3)
     model = Transformer(config).init_weights().eval()
     found = early_exits(model, data, 20, 32)
     caps = [evaluate(model, data, seq_len=20, max_windows=32, max_depth=r).nll for r in (1, 2, 3)]

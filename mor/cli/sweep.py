@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Run a study: its grid of runs, then tables and figures. Finished runs are kept, interrupted ones go on."""
+    """Run a study: its grid of runs, then tables and figures. Finished runs are kept, interrupted ones go on; a run
+    that fails is listed with its reason, stops no other, and makes the exit code 1."""
 
     study: Positional[Path | None] = None
     """Study file (TOML); studies/ has ready ones."""
@@ -59,10 +60,11 @@ class Sweep:
         if self.dry_run:
             _show_plan(chosen, out, console)
             return
-        if not self.report:
-            run_study(chosen, out, self.workers, console)
+        outcomes = [] if self.report else run_study(chosen, out, self.workers, console)
         report(study, out, console, resamples=self.resamples)
         console.print(f"written: {out}/results.sqlite, tables/, figures/", highlight=False, soft_wrap=True)
+        if any(outcome.status == "failed" for outcome in outcomes):
+            raise SystemExit(1)
 
     def _fit(self, source: str, console: Console) -> None:
         from mor.studies.published import PAPER, load_published

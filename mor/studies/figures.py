@@ -80,9 +80,9 @@ def draw_hops(lines: Sequence[Line], runs: Sequence[dict[str, Any]], names: Sequ
             continue
         color, marker, dash = STYLES[i % len(STYLES)]
         style = dict(color=color, marker=marker, linestyle=dash, alpha=1.0 if i < len(STYLES) else 0.5, label=line.row)
-        right_answers = np.mean([run["answers_right_by_hops"] for run in mine], 0)
+        right_answers = np.mean(np.array([run["answers_right_by_hops"] for run in mine], float), 0)
         left.plot(range(1, len(right_answers) + 1), right_answers, **style)
-        depth = np.mean([run["mean_depth_by_hops"] for run in mine], 0)
+        depth = np.mean(np.array([run["mean_depth_by_hops"] for run in mine], float), 0)
         right.plot(range(len(depth)), depth, **style)
     left.set(xlabel="hops asked for", ylabel="share of right answers (causal)", ylim=(0, 1.02))
     right.set(xlabel="hops asked for (0: tokens that ask for nothing)", ylabel="mean depth, recursions")
