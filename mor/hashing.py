@@ -21,7 +21,9 @@ def hash_uniform(seed: int | Tensor, *counters: int | Tensor) -> Tensor:
     device = next((c.device for c in (seed, *counters) if isinstance(c, Tensor)), torch.device("cpu"))
     state = torch.zeros((), dtype=torch.int64, device=device)
     for value in (seed, *counters):
-        state = (state ^ torch.as_tensor(value, dtype=torch.int64, device=device)) + _GOLDEN
+        if not isinstance(value, Tensor):  # filled on the device: a copy from the host cannot be in a CUDA graph
+            value = torch.full((), value, dtype=torch.int64, device=device)
+        state = (state ^ value) + _GOLDEN
         state = (state ^ _shift_right(state, 30)) * _MIX_1
         state = (state ^ _shift_right(state, 27)) * _MIX_2
         state = state ^ _shift_right(state, 31)

@@ -24,6 +24,7 @@ from mor.packing import PackedTokens
 class RoutingStep:
     """What the router decided at one recursion. Indices point into the packed batch; None means all.
 
+    recursion: counted from 0; in an engine, which mixes depths, a tensor with one for each token.
     tokens: the selected tokens. index_K: their indices. gate_K: weight of the stack's output (None: 1).
     candidate_C: tokens that were scored. logit_C: their router logits. causal_logit_C: the logits that
     threshold selection looks at (the router's own, or the auxiliary router's).
@@ -124,7 +125,7 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 # How the gated output of the stack joins the state it started from.
-GATES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+GATES: dict[str, Callable[[Tensor, Tensor, Tensor | float], Tensor]] = {
     "paper": lambda h, out, gate: h + gate * out,
     "residual": lambda h, out, gate: h + gate * (out - h),
 }
@@ -182,6 +183,13 @@ class Router(nn.Module):
     def select(self, recursion: int, x_MD: Tensor, routing: Routing) -> RoutingStep:
         return RoutingStep(recursion, routing.tokens)
 
+    def takes(self, recursion: int, h_MD: Tensor, routing: Routing) -> tuple[Tensor | None, Tensor | None]:
+        """Threshold selection of candidates as a mask (None: all), and the gate of each (None: 1).
+
+        What :meth:`select` decides, for tokens that are all candidates, in static shapes.
+        """
+        return None, None
+
     def combine(self, step: RoutingStep, h_KD: Tensor, out_KD: Tensor, first_MD: Tensor, routing: Routing) -> Tensor:
         """New state of the selected tokens. h: before the pass; out: the stack's output; first: before all passes."""
         return out_KD
@@ -215,12 +223,7 @@ class ExpertChoiceRouter(Router):
         candidate_C, tokens = None, routing.tokens
         if self.config.hierarchical and routing.steps:
             candidate_C, tokens = routing.steps[-1].index_K, routing.steps[-1].tokens
-        h_CD = x_MD if candidate_C is None else x_MD[candidate_C]
-        logit_C = at_least_fp32(self.nets[recursion](h_CD).squeeze(-1))
-        causal_C = logit_C
-        if self.aux_nets:
-            causal_C = at_least_fp32(self.aux_nets[recursion](h_CD.detach()).squeeze(-1))
-
+        logit_C, causal_C = self._logits(recursion, x_MD if candidate_C is None else x_MD[candidate_C])
         kept_K, per_row = self._keep(recursion, logit_C, causal_C, tokens, routing)
         if routing.selection == "topk":
             self._add_losses(logit_C, causal_C, kept_K, routing)
@@ -231,6 +234,21 @@ class ExpertChoiceRouter(Router):
             index_K = kept_K if candidate_C is None else candidate_C[kept_K]
             tokens = tokens.select(kept_K, per_row)
         return RoutingStep(recursion, tokens, index_K, gate_K, candidate_C, logit_C, causal_C)
+
+    def takes(self, recursion: int, h_MD: Tensor, routing: Routing) -> tuple[Tensor | None, Tensor | None]:
+        logit_M, causal_M = self._logits(recursion, h_MD)
+        takes_M = None if routing.capacities[recursion] == 1 else self._passes_threshold(recursion, causal_M)
+        return takes_M, self.config.gate_scale * self.score(logit_M)
+
+    def _logits(self, recursion: int, h_CD: Tensor) -> tuple[Tensor, Tensor]:
+        """The router's logits, and those that threshold selection looks at."""
+        logit_C = at_least_fp32(self.nets[recursion](h_CD).squeeze(-1))
+        if not self.aux_nets:
+            return logit_C, logit_C
+        return logit_C, at_least_fp32(self.aux_nets[recursion](h_CD.detach()).squeeze(-1))
+
+    def _passes_threshold(self, recursion: int, causal_C: Tensor) -> Tensor:
+        return causal_C.sigmoid() > self.threshold_R[recursion]
 
     def combine(self, step: RoutingStep, h_KD: Tensor, out_KD: Tensor, first_MD: Tensor, routing: Routing) -> Tensor:
         assert step.gate_K is not None
@@ -246,7 +264,7 @@ class ExpertChoiceRouter(Router):
         if routing.selection == "topk":
             # The logit ranks as the score does and does not saturate.
             return top_k(logit_C.detach(), tokens, routing.tokens.count_B, routing.tokens.per_row, capacity)
-        return (causal_C.sigmoid() > self.threshold_R[recursion]).nonzero().squeeze(1), None
+        return self._passes_threshold(recursion, causal_C).nonzero().squeeze(1), None
 
     def _add_losses(self, logit_C: Tensor, causal_C: Tensor, kept_K: Tensor | None, routing: Routing) -> None:
         target_C = torch.ones_like(logit_C) if kept_K is None else torch.zeros_like(logit_C).index_fill(0, kept_K, 1.0)
@@ -300,6 +318,11 @@ class TokenChoiceRouter(Router):
         index_K = (routing.choice_M > recursion).nonzero().squeeze(1)
         return RoutingStep(recursion, routing.tokens.select(index_K), index_K, gate_M[index_K], None, logit_M, logit_M)
 
+    def takes(self, recursion: int, h_MD: Tensor, routing: Routing) -> tuple[Tensor | None, Tensor | None]:
+        assert routing.choice_M is not None and routing.score_MR is not None
+        takes_M = None if recursion == 0 else routing.choice_M > recursion
+        return takes_M, self.config.gate_scale * routing.score_MR[:, recursion]
+
     def combine(self, step: RoutingStep, h_KD: Tensor, out_KD: Tensor, first_MD: Tensor, routing: Routing) -> Tensor:
         assert routing.choice_M is not None and step.gate_K is not None
         index = slice(None) if step.index_K is None else step.index_K
@@ -343,8 +366,12 @@ class RandomRouter(Router):
             index_K, per_row = (need_M >= 1 - capacity).nonzero().squeeze(1), None
         return RoutingStep(recursion, all_tokens.select(index_K, per_row), index_K)
 
+    def takes(self, recursion: int, h_MD: Tensor, routing: Routing) -> tuple[Tensor | None, Tensor | None]:
+        capacity = routing.capacities[recursion]
+        return None if capacity == 1 else self.need(routing.tokens) >= 1 - capacity, None
+
     def combine(self, step: RoutingStep, h_KD: Tensor, out_KD: Tensor, first_MD: Tensor, routing: Routing) -> Tensor:
-        return self.gate(h_KD, out_KD, torch.tensor(self.config.gate_scale, dtype=out_KD.dtype, device=out_KD.device))
+        return self.gate(h_KD, out_KD, self.config.gate_scale)
 
 
 class PositionRouter(RandomRouter):

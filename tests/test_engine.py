@@ -323,8 +323,10 @@ def check_pages(engine):
             for stream, pages in enumerate(engine.kv.pages[request.slot][streams], start=streams.start):
                 for page in pages:
                     held[page] += 1
-                if engine.kv.left[request.slot, stream] and engine.kv.page_bytes[kind]:
-                    writing.append(int(engine.kv.next_place[request.slot, stream]) // engine.kv.page_size)
+                if engine.kv.reserved[request.slot, stream] > engine.kv.count[request.slot, stream] and pages:
+                    row = request.slot * engine.kv.num_streams + stream
+                    next_place = engine.kv.table_RL[row, engine.kv.count[request.slot, stream]]
+                    writing.append(int(next_place) // engine.kv.page_size)
         for _, segment in engine.prefix_cache._segments.values():
             for segment_kind, page in segment.pages:
                 if segment_kind == kind:

@@ -259,7 +259,7 @@ class Engine:
                 budget -= len(part)
 
         def needed(requests: list[Request]) -> list[int]:
-            pages = (self.kv.pages_for(len(chunk[r.request_id]), slot=r.slot) for r in requests)
+            pages = (self.kv.pages_for(len(chunk[r.request_id]), [r.slot]) for r in requests)
             return [sum(kind) for kind in zip(*pages, strict=True)]
 
         requests = self.scheduler.make_room([self.requests[i] for i in chunk], needed)
@@ -292,7 +292,7 @@ class Engine:
             return
         exited = self._in_phase(Phase.CODA)
         if exited:
-            slot_M = np.array([request.slot for request in exited])
+            slot_M = self._slots(exited)
             with self._measured("coda", len(exited)):
                 x_MD = self.runner.coda(slot_M)
             with self._measured("head", len(exited)):
@@ -303,9 +303,10 @@ class Engine:
             self._sample(exited, logits_MV, outputs)
         entering = self.scheduler.make_room(self._in_phase(Phase.ENTER), self._pages_to_enter)
         if entering:
-            slot_M = np.array([request.slot for request in entering])
+            known = torch.tensor([(r.slot, r.token_ids[-1], r.num_read) for r in entering]).to(self.kv.device)
+            self.kv.reserve(*self._entries_to_enter(entering))
             with self._measured("enter", len(entering)):
-                self.runner.enter(slot_M, [r.token_ids[-1] for r in entering], [r.num_read for r in entering])
+                self.runner.enter(*known.unbind(1))
             self._advance(entering)
 
     def _pass(self) -> None:
@@ -313,17 +314,24 @@ class Engine:
         ready = self._in_phase(Phase.BLOCK)
         if not ready:
             return
-        layers = self.runner.layers(ready[0].slot)
-        ready = [request for request in ready if self.runner.layers(request.slot) == layers][: self.lanes]
+        passes = self.runner.passes
+        layers = passes[ready[0].stage][1]
+        ready = [request for request in ready if passes[request.stage][1] == layers][: self.lanes]
         ready = self.scheduler.make_room(ready, self._pages_for_pass)
         if ready:
+            self.kv.reserve(*self._entries_for_pass(ready))
             with self._measured("block", len(ready)):
-                self.runner.block(np.array([request.slot for request in ready]))
+                self.runner.block(self._slots(ready), layers)
             self._advance(ready)
 
+    def _slots(self, requests: list[Request]) -> Tensor:
+        return torch.tensor([request.slot for request in requests]).to(self.kv.device)
+
     def _advance(self, requests: list[Request]) -> None:
-        for request in requests:
-            request.phase = Phase.CODA if self.runner.exited(request.slot) else Phase.BLOCK
+        self.kv.refresh()
+        for request, stage in zip(requests, self.runner.stage_S[self._slots(requests)].tolist(), strict=True):
+            request.stage = stage
+            request.phase = Phase.CODA if stage == len(self.runner.passes) else Phase.BLOCK
 
     def _whole_tokens(self, outputs: list[RequestOutput]) -> None:
         """One token of every sequence, from embedding to head."""
@@ -339,17 +347,23 @@ class Engine:
             request.num_read += 1
         self._sample(requests, output.logits_BTV[:, 0], outputs)
 
-    def _pages_to_enter(self, requests: list[Request]) -> list[int]:
+    def _entries_to_enter(self, requests: list[Request]) -> tuple[np.ndarray, np.ndarray]:
+        """The (slot, stream) pairs that get a new entry."""
         slot_M = np.array([request.slot for request in requests])
-        return self.kv.pages_for_step(slot_M, np.zeros_like(slot_M))
+        return slot_M, np.zeros_like(slot_M)
+
+    def _entries_for_pass(self, requests: list[Request]) -> tuple[np.ndarray, np.ndarray]:
+        slot_M, _ = self._entries_to_enter(requests)
+        return slot_M, np.array([self.runner.passes[request.stage][0] + 1 for request in requests])
+
+    def _pages_to_enter(self, requests: list[Request]) -> list[int]:
+        return self.kv.pages_for_entry(*self._entries_to_enter(requests))
 
     def _pages_for_pass(self, requests: list[Request]) -> list[int]:
-        return self.kv.pages_for_step(*self.runner.next_streams(np.array([request.slot for request in requests])))
+        return self.kv.pages_for_entry(*self._entries_for_pass(requests))
 
     def _pages_for_token(self, requests: list[Request]) -> list[int]:
-        streams = np.arange(self.kv.num_streams)
-        slot_M = np.array([request.slot for request in requests])
-        return self.kv.pages_for_step(slot_M.repeat(len(streams)), np.tile(streams, len(slot_M)))
+        return self.kv.pages_for(1, [request.slot for request in requests])
 
     def _sample(self, requests: list[Request], logits_MV: Tensor, outputs: list[RequestOutput]) -> None:
         if not requests:

@@ -3,10 +3,14 @@
 A *virtual sequence* is what one running sequence has cached in one stream (stream 0: prelude and coda,
 stream r: recursion r, see kv_cache.py). Its table lists where its entries lie, in order, so attention needs
 the table and a number of visible entries and nothing else: no positions and no mask, at any mixture of
-depths. The strategies differ in what the tables say: with ``shared`` every recursion reads table 1; with
-``hybrid`` the table of recursion r names, for each position, the entry of r or else that of recursion 1.
+depths. The strategies differ in which table a recursion reads: its own; with ``shared`` that of recursion 1;
+with ``hybrid`` a *view* that names, for each position, its own entry or else that of recursion 1.
 
-M tokens · A rows with tokens · E entries of a pool · L longest sequence · N heads · G key/value heads · H head dim
+Whoever schedules takes pages ahead of time (:meth:`PagedKV.reserve`) and with them lists the places of entries
+to come. What a pass then does, place, write and count its entries, are tensor operations of static shapes.
+
+M tokens · A rows with tokens · S slots · V streams · L longest sequence · E entries of a pool · N heads ·
+G key/value heads · H head dim
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ from mor.packing import PackedTokens
 class PagedKV:
     """Pools, tables and page accounting for ``num_slots`` running sequences of up to ``max_len`` tokens.
 
-    Raises ValueError if ``num_bytes`` does not hold a page of each kind.
+    A further slot, ``idle``, belongs to nobody: passes of fixed size fill up with it, and what they write goes to
+    a place that nobody reads. Raises ValueError if ``num_bytes`` does not hold a page of each kind.
     """
 
     def __init__(
@@ -45,12 +50,13 @@ class PagedKV:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config, self.page_size, self.max_len = config, page_size, max_len
-        self.num_streams = config.num_recursions + 1
+        self.num_slots, self.idle, self.num_streams = num_slots, num_slots, config.num_recursions + 1
+        self.device, self.decode_attention = torch.device(device), decode_attention
         reads = [(0,), *(READS[config.kv_strategy](r) for r in range(1, self.num_streams))]
-        self.read_stream = np.array([r[-1] for r in reads])
         self.writes = np.array([stream in r for stream, r in enumerate(reads)])
-        self.overlaid = config.kv_strategy == "hybrid"
-        self.by_count = config.kv_strategy == "recursion_wise"
+        self.writes_V = torch.tensor(self.writes, device=device)
+        self.counted_V = torch.tensor([r[0] for r in reads], device=device)  # whose count says what a token may see
+        self.read_V = torch.tensor([r[-1] for r in reads], device=device)  # whose view it reads
 
         layers = (config.prelude_layers + config.coda_layers, config.shared_layers)
         self.page_bytes = [n * page_size * costs.kv_entry_bytes(config, dtype.itemsize) for n in layers]
@@ -59,21 +65,23 @@ class PagedKV:
         # Zeros and not empty: what no query sees is still multiplied, by zero.
         self.k, self.v = (
             [
-                [torch.zeros(pool.num_pages * page_size, *shape, device=device, dtype=dtype) for _ in range(n)]
+                [torch.zeros((pool.num_pages + 1) * page_size, *shape, device=device, dtype=dtype) for _ in range(n)]
                 for pool, n in zip(self.pools, layers, strict=True)
             ]
             for _ in range(2)
         )
-        self.decode_attention = decode_attention
-        self.device = torch.device(device)
-        self.table = np.zeros((num_slots, self.num_streams, max_len), dtype=np.int32)
-        self.table_EL = torch.from_numpy(self.table.reshape(-1, max_len)).to(device)
-        counters = (num_slots, self.num_streams)
-        self.count = np.zeros(counters, dtype=np.int64)  # entries of each virtual sequence
-        self.next_place = np.zeros(counters, dtype=np.int64)  # where its next entry goes
-        self.left = np.zeros(counters, dtype=np.int64)  # free places in its last page
-        self.place = np.zeros(counters, dtype=np.int64)  # its newest entry
-        self.seen = np.zeros(counters, dtype=np.int64)  # entries that its newest token may see
+        places = [pool.num_pages * page_size for pool in self.pools]  # that nobody reads
+        self.unread_V = torch.tensor([places[min(stream, 1)] for stream in range(self.num_streams)], device=device)
+        rows, width = (num_slots + 1) * self.num_streams, max_len + page_size
+        self.table_RL = torch.zeros(rows, width, dtype=torch.int32, device=device)
+        self.view_RL = self.table_RL.clone() if config.kv_strategy == "hybrid" else self.table_RL
+        self.table_RL.view(-1, self.num_streams, width)[self.idle] = self.unread_V[:, None].int()
+        self.count_R = torch.zeros(rows, dtype=torch.int64, device=device)
+        # What the scheduler knows: entries of each virtual sequence, and those that have places.
+        self.count = np.zeros((num_slots + 1, self.num_streams), dtype=np.int64)
+        if self.device.type == "cpu":
+            self.count = self.count_R.numpy().reshape(self.count.shape)
+        self.reserved = np.zeros_like(self.count)
         self.pages: list[list[list[int]]] = [[[] for _ in range(self.num_streams)] for _ in range(num_slots)]
 
     def _num_pages(self, num_slots: int, num_bytes: int) -> list[int]:
@@ -96,22 +104,26 @@ class PagedKV:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for kind in (*self.k, *self.v) for t in kind)
+        """Bytes of all pages."""
+        return sum(pool.num_pages * b for pool, b in zip(self.pools, self.page_bytes, strict=True))
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the pages that have an owner."""
         return sum((p.num_pages - p.num_free) * b for p, b in zip(self.pools, self.page_bytes, strict=True))
 
-    def pages_for(self, tokens: int, *, slot: int | None = None) -> list[int]:
-        """Pages of each kind that ``tokens`` more tokens take at most, if each takes every recursion."""
-        free = self.left[slot] if slot is not None else np.zeros(self.num_streams, dtype=np.int64)
+    def pages_for(self, tokens: int, slots: Sequence[int] | None = None) -> list[int]:
+        """Pages of each kind that ``tokens`` more tokens take at most, if each takes every recursion: of one new
+        sequence, or of each of these slots."""
+        free = np.zeros((1, self.num_streams), dtype=np.int64)
+        if slots is not None:
+            free = (self.reserved - self.count)[list(slots)]
         pages = -(-np.maximum(tokens - free, 0) // self.page_size) * self.writes
-        return [int(pages[0]) if self.page_bytes[0] else 0, int(pages[1:].sum())]
+        return [int(pages[:, 0].sum()) if self.page_bytes[0] else 0, int(pages[:, 1:].sum())]
 
-    def pages_for_step(self, slot_M: np.ndarray, stream_M: np.ndarray) -> list[int]:
+    def pages_for_entry(self, slot_M: np.ndarray, stream_M: np.ndarray) -> list[int]:
         """Pages of each kind that one more entry in each of these virtual sequences takes."""
-        full = (self.left[slot_M, stream_M] == 0) & self.writes[stream_M]
+        full = (self.reserved == self.count)[slot_M, stream_M] & self.writes[stream_M]
         return [int((full & (stream_M == 0)).sum()) if self.page_bytes[0] else 0, int((full & (stream_M > 0)).sum())]
 
     def has_free(self, pages: Sequence[int]) -> bool:
@@ -123,73 +135,72 @@ class PagedKV:
             for page in pages:
                 self.pools[min(stream, 1)].release(page)
             pages.clear()
-        self.count[slot] = self.left[slot] = 0
+        self.reserved[slot] = self.count[slot] = 0
+        self.count_R[slot * self.num_streams : (slot + 1) * self.num_streams] = 0
 
-    def append(self, slot_M: np.ndarray, stream_M: np.ndarray, position_M: np.ndarray) -> None:
-        """Give each token a place in a virtual sequence of its own (decoding: one token per sequence)."""
-        writing = self.writes[stream_M]
-        slot_W, stream_W, position_W = slot_M[writing], stream_M[writing], position_M[writing]
-        for i in np.flatnonzero(self.left[slot_W, stream_W] == 0):
-            self._new_page(slot_W[i], stream_W[i])
-        place_W = self.next_place[slot_W, stream_W]
-        self.next_place[slot_W, stream_W] += 1
-        self.left[slot_W, stream_W] -= 1
-        self._list(slot_W, stream_W, position_W, place_W, self.count[slot_W, stream_W])
-        self.count[slot_W, stream_W] += 1
-        self.place[slot_W, stream_W] = place_W
-        self.seen[slot_M, stream_M] = self._seen(slot_M, stream_M, position_M)
+    def refresh(self) -> None:
+        """Learn what the device counted."""
+        if self.device.type != "cpu":
+            self.count[:] = self.count_R.view(self.count.shape).cpu().numpy()
 
-    def append_chunk(self, slot: int, stream: int, position_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places for consecutive entries of one virtual sequence: (place, entries that each token may see)."""
-        before = int(self.count[slot, stream])
-        parts, needed = [], len(position_K) if self.writes[stream] else 0
-        while needed:
-            if not self.left[slot, stream]:
-                self._new_page(slot, stream)
-            taken = min(needed, int(self.left[slot, stream]))
-            start = int(self.next_place[slot, stream])
-            parts.append(np.arange(start, start + taken))
-            self.next_place[slot, stream] += taken
-            self.left[slot, stream] -= taken
-            needed -= taken
-        place_K = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-        index_K = before + np.arange(len(place_K))
-        slots, streams = np.full(len(place_K), slot), np.full(len(place_K), stream)
-        self._list(slots, streams, position_K[: len(place_K)], place_K, index_K)
-        self.count[slot, stream] += len(place_K)
-        compact = self.by_count and stream > 0
-        return place_K, (index_K if compact else position_K) + 1
-
-    def _seen(self, slot_M: np.ndarray, stream_M: np.ndarray, position_M: np.ndarray) -> np.ndarray:
-        if not self.by_count:
-            return position_M + 1
-        return np.where(stream_M == 0, position_M + 1, self.count[slot_M, stream_M])
+    def reserve(self, slot_M: np.ndarray, stream_M: np.ndarray, entries: int | np.ndarray = 1) -> None:
+        """Places for so many more entries of each virtual sequence. Needs free pages: callers make room first."""
+        missing_M = (self.count[slot_M, stream_M] + entries - self.reserved[slot_M, stream_M]) * self.writes[stream_M]
+        for i in np.flatnonzero(missing_M > 0):
+            for _ in range(-(-int(missing_M[i]) // self.page_size)):
+                self._new_page(int(slot_M[i]), int(stream_M[i]))
 
     def _new_page(self, slot: int, stream: int) -> None:
-        kind = min(stream, 1)
-        page = self.pools[kind].allocate() if self.page_bytes[kind] else 0
+        kind, start = min(stream, 1), int(self.reserved[slot, stream])
+        page = 0
         if self.page_bytes[kind]:
+            page = self.pools[kind].allocate()
             self.pages[slot][stream].append(page)
-        self.next_place[slot, stream] = page * self.page_size
-        self.left[slot, stream] = self.page_size
+        places = torch.arange(page * self.page_size, (page + 1) * self.page_size, dtype=torch.int32)
+        self.table_RL[slot * self.num_streams + stream, start : start + self.page_size] = places.to(self.device)
+        self.reserved[slot, stream] += self.page_size
 
-    def _list(
-        self, slot_M: np.ndarray, stream_M: np.ndarray, position_M: np.ndarray, place_M: np.ndarray, index_M: np.ndarray
-    ) -> None:
-        """Enter new entries into the tables."""
-        if self.overlaid:
-            index_M = position_M
-            first = stream_M == 1
-            for stream in range(2, self.num_streams):
-                self._set(slot_M[first], np.full(int(first.sum()), stream), index_M[first], place_M[first])
-        self._set(slot_M, stream_M, index_M, place_M)
+    def append(
+        self, slot_M: Tensor, stream_M: Tensor, new_M: Tensor, *, kind: int, longest: int | None = None
+    ) -> LanePass:
+        """A pass over one token of each of several sequences, at any mixture of depths; places are reserved.
 
-    def _set(self, slot_M: np.ndarray, stream_M: np.ndarray, index_M: np.ndarray, place_M: np.ndarray) -> None:
-        self.table[slot_M, stream_M, index_M] = place_M
-        if self.device.type != "cpu":
-            row_M = torch.from_numpy(slot_M * self.num_streams + stream_M).to(self.device)
-            at = (row_M, torch.from_numpy(index_M).to(self.device))
-            self.table_EL[at] = torch.from_numpy(place_M.astype(np.int32)).to(self.device)
+        new_M: whether the token gets an entry now; it has one if it was in its stream before. kind: 0 for layers of
+        their own, 1 for shared ones. longest: entries that any token sees at most; if it is given, nothing is looked
+        up on the device.
+        """
+        row_M, writes_M = slot_M * self.num_streams + stream_M, self.writes_V[stream_M]
+        counted_M = writes_M & new_M & (slot_M != self.idle)
+        self.count_R.index_add_(0, row_M, counted_M.long())
+        index_M = (self.count_R[row_M] - 1).clamp(min=0)
+        place_M = torch.where(writes_M, self.table_RL[row_M, index_M].long(), self.unread_V[stream_M])
+        first_M = slot_M * self.num_streams
+        seen_M = self.count_R[first_M + self.counted_V[stream_M]].clamp(min=1)
+        if self.view_RL is not self.table_RL:
+            self._look_at(slot_M, stream_M, seen_M - 1, place_M)
+        view_M = first_M + self.read_V[stream_M]
+        writes = longest is not None or bool(writes_M.any())
+        return LanePass(self, kind, writes, place_M, view_M, seen_M, longest or int(seen_M.max()))
+
+    def _look_at(self, slot_M: Tensor, stream_M: Tensor, position_M: Tensor, place_M: Tensor) -> None:
+        """Enter new entries into the views (hybrid): those of recursion 1 into all, later ones into their own."""
+        for stream in range(self.num_streams):
+            seeing_M = (stream_M == stream) | ((stream_M == 1) & (stream > 1))
+            row_M = torch.where(seeing_M, slot_M, self.idle) * self.num_streams + stream
+            self.view_RL[row_M, position_M] = place_M.int()
+
+    def append_chunk(self, slot_M: Tensor, stream: int, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+        """Consecutive entries of several virtual sequences: (place of each, entries that each token may see)."""
+        row_M = slot_M * self.num_streams + stream
+        if not self.writes[stream]:
+            return self.unread_V[stream].expand(len(row_M)), tokens.position_M + 1
+        index_M = self.count_R[row_M] + tokens.slot_M
+        place_M = self.table_RL[row_M, index_M].long()
+        self.count_R.index_add_(0, row_M, torch.ones_like(row_M))
+        if self.view_RL is not self.table_RL:
+            self._look_at(slot_M, torch.full_like(slot_M, stream), tokens.position_M, place_M)
+        own = int(self.counted_V[stream]) == stream
+        return place_M, (index_M if own else tokens.position_M) + 1
 
     def segment(self, slot: int, start: int, taken: np.ndarray, skipped: np.ndarray) -> Segment:
         """What a sequence has cached of the tokens from position ``start`` on, for the prefix cache.
@@ -197,15 +208,12 @@ class PagedKV:
         taken: (tokens, R) whether they took each recursion; skipped: (R,) how many earlier ones did.
         """
         entries: list[np.ndarray] = []
+        table = self.table_RL.view(-1, self.num_streams, self.table_RL.shape[1])[slot]
         for stream in range(self.num_streams):
-            if not self.writes[stream]:
-                begin = end = 0
-            elif stream and self.by_count:
-                begin = int(skipped[stream - 1])
-                end = begin + int(taken[:, stream - 1].sum())
-            else:
-                begin, end = start, start + len(taken)
-            entries.append(self.table[slot, stream, begin:end].copy())
+            begin, length = start, len(taken)
+            if stream:
+                begin, length = int(skipped[stream - 1]), int(taken[:, stream - 1].sum()) * int(self.writes[stream])
+            entries.append(table[stream, begin : begin + length].cpu().numpy().copy())
         pages = set()
         for stream, places in enumerate(entries):
             kind = min(stream, 1)
@@ -218,79 +226,64 @@ class PagedKV:
     def attach(self, slot: int, segments: Sequence[Segment]) -> None:
         """Begin a sequence with cached segments; what follows goes to pages of its own."""
         held: set[tuple[int, int]] = set()
+        position = 0
         for segment in segments:
-            start = self.count[slot].copy()
             for stream, places in enumerate(segment.entries):
-                at = int(start[0]) if self.overlaid else int(start[stream])
-                self._set(
-                    np.full(len(places), slot),
-                    np.full(len(places), stream),
-                    at + np.arange(len(places)),
-                    places.astype(np.int64),
-                )
-                self.count[slot, stream] += len(places)
+                self._adopt(slot, stream, torch.from_numpy(places).to(self.device), segment.taken, position)
             held |= set(segment.pages)
+            position += len(segment.taken)
+        self.count_R.view(self.count.shape)[slot] = torch.from_numpy(self.reserved[slot]).to(self.device)
+        self.count[slot] = self.reserved[slot]
         for kind, page in sorted(held):
             self.pools[kind].share(page)
             self.pages[slot][kind].append(page)  # any stream of that kind: it is released with the slot
+
+    def _adopt(self, slot: int, stream: int, place_K: Tensor, taken: np.ndarray, position: int) -> None:
+        start, row = int(self.reserved[slot, stream]), slot * self.num_streams + stream
+        self.table_RL[row, start : start + len(place_K)] = place_K
+        self.reserved[slot, stream] += len(place_K)
+        if self.view_RL is not self.table_RL:
+            took = np.ones(len(taken), dtype=bool) if stream == 0 else taken[:, stream - 1]
+            position_K = torch.from_numpy(np.flatnonzero(took) + position).to(self.device)
+            slot_K = torch.full_like(position_K, slot)
+            self._look_at(slot_K, torch.full_like(slot_K, stream), position_K, place_K)
 
     def release(self, segment: Segment) -> None:
         """The prefix cache forgets a segment."""
         for kind, page in segment.pages:
             self.pools[kind].release(page)
 
-    def copy_rows(self, row_M: np.ndarray) -> Tensor:
-        return torch.from_numpy(row_M).to(self.device)
-
 
 class LanePass:
-    """A pass over one token of each of several sequences, at any mixture of depths.
+    """A pass over one token of each of several sequences: where its entries go and what it sees."""
 
-    The tokens have their places already (:meth:`PagedKV.append`).
-    """
-
-    def __init__(self, kv: PagedKV, slot_M: np.ndarray, stream_M: np.ndarray) -> None:
-        self.kv, self.kind = kv, min(int(stream_M[0]), 1)
-        writing = kv.writes[stream_M]
-        self.writes = bool(writing.any())
-        self.writing = None if writing.all() else kv.copy_rows(np.flatnonzero(writing))
-        self.place_W = kv.copy_rows(kv.place[slot_M, stream_M][writing])
-        self.row_M = kv.copy_rows((slot_M * kv.num_streams + kv.read_stream[stream_M]).astype(np.int32))
-        seen_M = kv.seen[slot_M, stream_M]
-        self.longest = int(seen_M.max())
-        self.seen_M = kv.copy_rows(seen_M.astype(np.int32))
+    def __init__(
+        self, kv: PagedKV, kind: int, writes: bool, place_M: Tensor, view_M: Tensor, seen_M: Tensor, longest: int
+    ) -> None:
+        self.kv, self.kind, self.writes, self.place_M, self.longest = kv, kind, writes, place_M, longest
+        self.view_M, self.seen_M = view_M.int(), seen_M.int()
 
     def write(self, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:
-        if self.writing is not None:
-            k_MGH, v_MGH = k_MGH[self.writing], v_MGH[self.writing]
-        self.kv.k[self.kind][layer].index_copy_(0, self.place_W, k_MGH)
-        self.kv.v[self.kind][layer].index_copy_(0, self.place_W, v_MGH)
+        self.kv.k[self.kind][layer].index_copy_(0, self.place_M, k_MGH)
+        self.kv.v[self.kind][layer].index_copy_(0, self.place_M, v_MGH)
 
     def attend(self, layer: int, q_MNH: Tensor) -> Tensor:
         k_EGH, v_EGH = self.kv.k[self.kind][layer], self.kv.v[self.kind][layer]
         return self.kv.decode_attention(
-            q_MNH, k_EGH, v_EGH, self.kv.table_EL, self.row_M, self.seen_M, longest=self.longest
+            q_MNH, k_EGH, v_EGH, self.kv.view_RL, self.view_M, self.seen_M, longest=self.longest
         )
 
 
 class ChunkPass:
     """A pass over several consecutive tokens of each of several sequences, all at one depth (prefill)."""
 
-    def __init__(self, kv: PagedKV, slots: np.ndarray, stream: int, tokens: PackedTokens) -> None:
+    def __init__(self, kv: PagedKV, slots: Tensor, stream: int, tokens: PackedTokens) -> None:
         self.kv, self.kind, self.tokens = kv, min(stream, 1), tokens
         self.writes = bool(kv.writes[stream])
-        row_M, position_M = tokens.row_M.cpu().numpy(), tokens.position_M.cpu().numpy()
-        rows, starts = np.unique(row_M, return_index=True)
-        places, seen = [], []
-        for row, start, end in zip(rows, starts, [*starts[1:], len(row_M)], strict=True):
-            place_K, seen_K = kv.append_chunk(int(slots[row]), stream, position_M[start:end])
-            places.append(place_K)
-            seen.append(seen_K)
-        self.place_M = kv.copy_rows(np.concatenate(places))
-        seen_M = np.concatenate(seen)
-        table_A = kv.copy_rows(slots[rows] * kv.num_streams + kv.read_stream[stream])
-        self.entry_AS = kv.table_EL[table_A][:, : int(seen_M.max())]
-        seen_AK = tokens.pad(kv.copy_rows(seen_M), fill=_PADDED_QUERY)
+        self.place_M, seen_M = kv.append_chunk(slots[tokens.row_M], stream, tokens)
+        rows_A = slots if tokens.rows is None else slots[tokens.rows]
+        self.entry_AS = kv.view_RL[rows_A * kv.num_streams + int(kv.read_V[stream])][:, : int(seen_M.max())]
+        seen_AK = tokens.pad(seen_M, fill=_PADDED_QUERY)
         self.visible_AKS = torch.arange(self.entry_AS.shape[1], device=kv.device) < seen_AK[:, :, None]
 
     def write(self, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:
@@ -310,13 +303,18 @@ class PagedBatch:
 
     def __init__(self, kv: PagedKV, slots: Sequence[int], lengths: Sequence[int]) -> None:
         self.kv, self.slots = kv, np.asarray(slots)
+        self.slots_B = torch.from_numpy(self.slots).to(kv.device)
         self.batch = len(slots)
         self.length_B = torch.tensor(lengths, device=kv.device)
 
     def open(self, stream: int, reads: tuple[int, ...], tokens: PackedTokens) -> LanePass | ChunkPass:
-        if len(tokens) > tokens.num_rows or bool((tokens.count_B > 1).any()):
-            return ChunkPass(self.kv, self.slots, stream, tokens)
-        slot_M = self.slots[tokens.row_M.cpu().numpy()]
-        stream_M = np.full(len(slot_M), stream)
-        self.kv.append(slot_M, stream_M, tokens.position_M.cpu().numpy())
-        return LanePass(self.kv, slot_M, stream_M)
+        count_B = tokens.count_B.cpu().numpy()
+        self.kv.reserve(self.slots, np.full(len(self.slots), stream), count_B)
+        if count_B.max() > 1:
+            made: LanePass | ChunkPass = ChunkPass(self.kv, self.slots_B, stream, tokens)
+        else:
+            stream_M = torch.full_like(tokens.row_M, stream)
+            new_M = torch.ones_like(stream_M, dtype=torch.bool)
+            made = self.kv.append(self.slots_B[tokens.row_M], stream_M, new_M, kind=min(stream, 1))
+        self.kv.refresh()
+        return made

@@ -50,6 +50,8 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     slot: int = -1
+    stage: int = 0
+    """Passes that the newest token has behind it."""
     num_read: int = 0
     num_cached: int = 0
     """Prompt tokens taken from the prefix cache."""

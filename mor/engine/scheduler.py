@@ -20,7 +20,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.preemptions = 0
-        self._free_slots = list(range(len(kv.count)))[::-1]
+        self._free_slots = list(range(kv.num_slots))[::-1]
 
     def add(self, request: Request) -> None:
         insort(self.waiting, request, key=lambda r: r.number)
@@ -44,7 +44,7 @@ class Scheduler:
             self.kv.attach(slot, segments)
             taken = [segment.taken for segment in segments]
             cached = sum(map(len, taken))
-            needed = self.kv.pages_for(len(ids) - cached, slot=slot)
+            needed = self.kv.pages_for(len(ids) - cached, [slot])
             if self.running and not self._evict_until(needed):
                 self.kv.free_slot(slot)
                 return
