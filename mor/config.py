@@ -13,18 +13,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
-RouterKind = Literal["fixed", "expert_choice", "token_choice", "random"]
+RouterKind = Literal["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
 KVStrategyName = Literal["recursion_wise", "shared", "hybrid"]
 Sharing = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
 Selection = Literal["topk", "threshold"]
 
 # Options that only some routers read. Setting one for another router is a warning, not silence.
+_UNLEARNT: tuple[RouterKind, ...] = ("random", "position", "frequency")
 _READ_BY: dict[str, tuple[RouterKind, ...]] = {
     "architecture": ("expert_choice", "token_choice"),
     "score": ("expert_choice", "token_choice"),
-    "alpha": ("expert_choice", "token_choice", "random"),
-    "gate": ("expert_choice", "token_choice", "random"),
-    "capacities": ("expert_choice", "random"),
+    "alpha": ("expert_choice", "token_choice", *_UNLEARNT),
+    "gate": ("expert_choice", "token_choice", *_UNLEARNT),
+    "capacities": ("expert_choice", *_UNLEARNT),
     "hierarchical": ("expert_choice",),
     "causal_selection": ("expert_choice",),
     "selection_weight": ("expert_choice",),
@@ -43,12 +44,13 @@ class RouterConfig:
 
     kind: RouterKind = "fixed"
     """fixed: every token takes every recursion; expert_choice: each recursion picks its tokens;
-    token_choice: each token picks its depth once; random: the control."""
+    token_choice: each token picks its depth once; random: the control; position and frequency: baselines whose
+    depth follows from the position, or from how rare the token is."""
     architecture: Literal["linear", "mlp", "wide_mlp"] = "linear"
     score: Literal["sigmoid", "tanh", "none", "softmax"] | None = None
     """Function applied to router logits. Paper: sigmoid (expert-choice), softmax (token-choice)."""
     alpha: float | None = None
-    """Scale of the gate. Paper: 0.1 for expert-choice and random, 1 for token-choice."""
+    """Scale of the gate. Paper: 0.1 for expert-choice and random (and here for the baselines), 1 for token-choice."""
     gate: Literal["paper", "residual"] = "paper"
     """paper: h + g * Stack(h); residual: h + g * (Stack(h) - h)."""
     capacities: tuple[float, ...] | None = None
@@ -183,7 +185,7 @@ class ModelConfig:
         if given is not None and kind in _READ_BY["capacities"]:
             if len(given) != self.num_recursions:
                 raise ValueError(f"router.capacities has {len(given)} entries for num_recursions={self.num_recursions}")
-            nested = kind == "random" or self.router.hierarchical
+            nested = kind in _UNLEARNT or self.router.hierarchical
             if nested and list(given) != sorted(given, reverse=True):
                 raise ValueError(
                     f"router.capacities={given} must not grow with depth when tokens drop out for good; "

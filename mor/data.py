@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mor.shards import MANIFEST, read_manifest
 from mor.sources import Document, draw, python_documents, read_documents
+from mor.tasks import PREFIX, Problems, Task, parse_task, task_tokenizer
 from mor.tokenizer import Tokenizer, train_bpe
 
 
@@ -26,7 +27,8 @@ from mor.tokenizer import Tokenizer, train_bpe
 class DataConfig:
     path: str | None = None
     """A .txt, .jsonl (these also .gz or .zst) or .parquet file, a folder of them, or a directory made by
-    `mor data prepare`. None: the prose of Python's own standard library."""
+    `mor data prepare`; or a task such as task:state-tracking?hops=16 (mor/tasks.py), which has its own
+    tokenizer and validation split. None: the prose of Python's own standard library."""
     validation_path: str | None = None
     """Validation text of the same kinds. None: a share of the documents, or the prepared validation split."""
     text_field: str = "text"
@@ -89,13 +91,79 @@ def _map(shard: Shard) -> Part:
     return Part(np.memmap(shard.file, dtype=shard.dtype, mode="r"), ends)
 
 
+class Windows:
+    """Training or validation sequences that can be asked for by number.
+
+    bytes_per_token: UTF-8 bytes of text for each token, which turns nats into bits per byte.
+    """
+
+    bytes_per_token: float
+
+    def describe(self) -> str:
+        """How much there is, in words."""
+        raise NotImplementedError
+
+    def windows(self, seq_len: int) -> int:
+        """Sequences of seq_len tokens with their targets that there are."""
+        raise NotImplementedError
+
+    def batch(self, indices: Sequence[int], seq_len: int, *, documents: bool = False) -> Batch:
+        """The windows with these indices; documents: with the numbers of their documents."""
+        raise NotImplementedError
+
+    def token_counts(self, vocab_size: int, seq_len: int, max_windows: int = 4096) -> Tensor:
+        """How often each token occurs in some windows, spread evenly."""
+        available = self.windows(seq_len)
+        count = min(max_windows, available)
+        chosen = [i * available // count for i in range(count)]
+        return torch.bincount(self.batch(chosen, seq_len).tokens_BT.flatten(), minlength=vocab_size)
+
+    def batches(
+        self,
+        batch_size: int,
+        seq_len: int,
+        *,
+        seed: int,
+        state: DataState,
+        rank: int = 0,
+        world_size: int = 1,
+        documents: bool = False,
+    ) -> Iterator[tuple[Batch, DataState]]:
+        """Endless batches from ``state`` on; every epoch visits all windows in an order of its own.
+
+        All ranks together see what one process with a batch of world_size * batch_size sees.
+        """
+        per_epoch = self.windows(seq_len)
+        if per_epoch < 1:
+            raise ValueError(f"the data holds less than one sequence of {seq_len + 1} tokens")
+        orders: dict[int, Tensor] = {}
+        position = state.position
+        while True:
+            indices = []
+            for place in range(position + rank * batch_size, position + (rank + 1) * batch_size):
+                epoch, index = divmod(place, per_epoch)
+                if epoch not in orders:
+                    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                    orders = {epoch: torch.randperm(per_epoch, generator=generator)}
+                indices.append(int(orders[epoch][index]))
+            position += batch_size * world_size
+            yield self.batch(indices, seq_len, documents=documents), DataState(position)
+
+
 @dataclass(frozen=True)
-class TokenData:
+class TokenData(Windows):
     """A token stream, every document closed by end-of-text. num_bytes: UTF-8 bytes of its text."""
 
     parts: Sequence[Part | Shard]
     num_documents: int
     num_bytes: int
+
+    @property
+    def bytes_per_token(self) -> float:  # type: ignore[override]
+        return self.num_bytes / len(self)
+
+    def describe(self) -> str:
+        return f"{self.num_documents:,} documents, {self.num_bytes / 1e6:.1f} MB, {len(self):,} tokens"
 
     @cached_property
     def starts(self) -> list[int]:
@@ -140,48 +208,48 @@ class TokenData:
         found = torch.stack([self.documents(i * seq_len, (i + 1) * seq_len) for i in indices]) if documents else None
         return Batch(block[:, :-1].contiguous(), block[:, 1:].contiguous(), found)
 
-    def batches(
-        self,
-        batch_size: int,
-        seq_len: int,
-        *,
-        seed: int,
-        state: DataState,
-        rank: int = 0,
-        world_size: int = 1,
-        documents: bool = False,
-    ) -> Iterator[tuple[Batch, DataState]]:
-        """Endless batches from ``state`` on; every epoch visits all windows in an order of its own.
 
-        All ranks together see what one process with a batch of world_size * batch_size sees.
-        """
-        per_epoch = self.windows(seq_len)
-        if per_epoch < 1:
-            raise ValueError(f"the data holds {len(self)} tokens, less than one sequence of {seq_len + 1}")
-        orders: dict[int, Tensor] = {}
-        position = state.position
-        while True:
-            indices = []
-            for place in range(position + rank * batch_size, position + (rank + 1) * batch_size):
-                epoch, index = divmod(place, per_epoch)
-                if epoch not in orders:
-                    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                    orders = {epoch: torch.randperm(per_epoch, generator=generator)}
-                indices.append(int(orders[epoch][index]))
-            position += batch_size * world_size
-            yield self.batch(indices, seq_len, documents=documents), DataState(position)
+@dataclass(frozen=True)
+class TaskData(Windows):
+    """Problems of a task, one per window. Only answers have targets."""
+
+    task: Task
+    first: int
+    """Number of the first problem."""
+    count: int
+    """Problems in an epoch."""
+
+    bytes_per_token = 1.0
+    """Bits per byte of a task are bits per answer."""
+
+    def describe(self) -> str:
+        return f"{self.count:,} problems"
+
+    def windows(self, seq_len: int) -> int:
+        return self.count
+
+    def batch(self, indices: Sequence[int], seq_len: int, *, documents: bool = False) -> Batch:
+        found = self.problems(indices, seq_len)
+        rows = torch.arange(len(indices))[:, None].expand_as(found.tokens_BT) if documents else None
+        return Batch(found.tokens_BT, found.targets_BT, rows)
+
+    def problems(self, indices: Sequence[int], seq_len: int) -> Problems:
+        """The batch with what is known about it."""
+        return self.task.problems(torch.tensor(indices) + self.first, seq_len)
 
 
 @dataclass(frozen=True)
 class Corpus:
     tokenizer: Tokenizer
-    train: TokenData
-    validation: TokenData
+    train: Windows
+    validation: Windows
 
 
 def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     """Read, split and tokenize, or open what is prepared. A given tokenizer (from a checkpoint) must be the one
     that the data was prepared with, and otherwise replaces the configured one."""
+    if config.path and config.path.startswith(PREFIX):
+        return _task_corpus(config.path)
     if config.path and is_prepared(config.path):
         return _prepared_corpus(config, tokenizer)
     documents = read_documents(config.path, config.text_field) if config.path else python_documents()
@@ -192,6 +260,21 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpu
     tokenizer = tokenizer or _make_tokenizer(config, train)
     held_out = tokenize(validation, tokenizer) if validation else _validation(config, tokenizer)
     return Corpus(tokenizer, tokenize(train, tokenizer), held_out)
+
+
+def vocab_size(config: DataConfig) -> int:
+    """Size of the vocabulary that :func:`load_corpus` brings along, without reading the data. A BPE still to be trained
+    on text with fewer pieces than asked for may come out smaller."""
+    if config.path and config.path.startswith(PREFIX):
+        return len(parse_task(config.path).words())
+    if config.path and is_prepared(config.path):
+        return Tokenizer.load(config.path).vocab_size
+    return config.vocab_size if config.tokenizer == "bpe" else Tokenizer.find(config.tokenizer).vocab_size
+
+
+def _task_corpus(path: str) -> Corpus:
+    task = parse_task(path)
+    return Corpus(task_tokenizer(task.words()), TaskData(task, 1 << 16, 1 << 20), TaskData(task, 0, 512))
 
 
 def _prepared_corpus(config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:

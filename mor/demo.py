@@ -17,7 +17,7 @@ from rich.table import Table
 
 from mor import costs
 from mor.config import ModelConfig, RouterConfig, preset
-from mor.data import Corpus, DataConfig, TokenData, load_corpus
+from mor.data import Corpus, DataConfig, Windows, load_corpus
 from mor.evaluate import evaluate
 from mor.generate import SamplingParams, generate
 from mor.kv_cache import KVCache
@@ -72,9 +72,8 @@ def run_demo(out: Path, *, flops: float, seed: int, console: Console) -> list[De
     data = DataConfig(vocab_size=1024, validation_share=0.08)
     corpus = load_corpus(data)
     console.print(
-        f"[bold]Corpus[/bold]: this Python's own help topics and docstrings, {corpus.train.num_documents} documents, "
-        f"{corpus.train.num_bytes / 1e6:.1f} MB, {len(corpus.train):,} tokens to train on; "
-        f"{corpus.validation.num_documents} documents, {len(corpus.validation):,} tokens held out.",
+        f"[bold]Corpus[/bold]: this Python's own help topics and docstrings: {corpus.train.describe()} to train on; "
+        f"{corpus.validation.describe()} held out.",
         f"[bold]Budget[/bold]: {flops:.1e} training FLOPs for each of four models.\n",
         sep="\n",
         highlight=False,
@@ -135,7 +134,7 @@ def step_flops(config: TrainConfig) -> float:
     return config.batch_size * costs.train_flops(config.model, config.seq_len)
 
 
-def _row(name: str, config: TrainConfig, model: Transformer, data: TokenData, state: Any, path: Path) -> DemoRow:
+def _row(name: str, config: TrainConfig, model: Transformer, data: Windows, state: Any, path: Path) -> DemoRow:
     causal = evaluate(model, data, seq_len=SEQ_LEN)
     topk = evaluate(model, data, seq_len=SEQ_LEN, selection="topk") if model.recursions.router.has_topk else None
     return DemoRow(
@@ -155,7 +154,7 @@ def _row(name: str, config: TrainConfig, model: Transformer, data: TokenData, st
 
 
 @torch.inference_mode()
-def measured_kv_bytes(model: Transformer, data: TokenData, windows: int = 16) -> float:
+def measured_kv_bytes(model: Transformer, data: Windows, windows: int = 16) -> float:
     """Bytes per token in a real cache after reading validation text."""
     count = min(windows, data.windows(SEQ_LEN))
     cache = KVCache(model.config, count)

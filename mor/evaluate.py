@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from mor.config import Selection
-from mor.data import TokenData
+from mor.data import TaskData, Windows
+from mor.loss import IGNORED
 from mor.model import Transformer
 
 
@@ -33,7 +34,7 @@ class Evaluation:
 @torch.inference_mode()
 def evaluate(
     model: Transformer,
-    data: TokenData,
+    data: Windows,
     *,
     seq_len: int | None = None,
     batch_size: int = 16,
@@ -51,11 +52,11 @@ def evaluate(
     length = seq_len or model.config.max_seq_len
     available = data.windows(length)
     if available < 1:
-        raise ValueError(f"the data holds {len(data)} tokens, less than one window of {length + 1}; lower seq_len")
+        raise ValueError(f"the data holds less than one window of {length + 1} tokens; lower seq_len")
     count = min(max_windows or available, available)
     chosen = [i * available // count for i in range(count)]
     device = model.embedding.weight.device
-    nll = 0.0
+    nll, targets = 0.0, 0
     taken = torch.zeros(max_depth or model.config.num_recursions)
     for start in range(0, count, batch_size):
         batch = data.batch(chosen[start : start + batch_size], length, documents=document_mask)
@@ -66,24 +67,25 @@ def evaluate(
             selection=selection,
             max_depth=max_depth,
         )
-        nll += output.nll.item() * batch.targets_BT.numel()
+        counted = int((batch.targets_BT != IGNORED).sum())
+        nll, targets = nll + output.nll.item() * counted, targets + counted
         taken += torch.tensor(output.routing.tokens_per_recursion())
     tokens = count * length
-    bytes_per_token = data.num_bytes / len(data)
+    nll /= targets
     return Evaluation(
         selection=selection,
         causal=selection == "threshold" or not model.recursions.router.has_topk,
         max_depth=max_depth or model.config.num_recursions,
         tokens=tokens,
-        nll=nll / tokens,
-        perplexity=math.exp(nll / tokens),
-        bits_per_byte=nll / tokens / math.log(2) / bytes_per_token,
+        nll=nll,
+        perplexity=math.exp(nll),
+        bits_per_byte=nll / math.log(2) / data.bytes_per_token,
         mean_depth=float(taken.sum()) / tokens,
         share_per_recursion=(taken / tokens).tolist(),
     )
 
 
-def leak(model: Transformer, data: TokenData, **settings: Any) -> tuple[Evaluation, Evaluation]:
+def leak(model: Transformer, data: Windows, **settings: Any) -> tuple[Evaluation, Evaluation]:
     """The same text with top-k and with causal selection; the former carries ``leak_nats``.
 
     The leak is causal NLL minus top-k NLL: what the paper's evaluation gains from comparing a token with
@@ -92,3 +94,34 @@ def leak(model: Transformer, data: TokenData, **settings: Any) -> tuple[Evaluati
     causal = evaluate(model, data, selection="threshold", **settings)
     topk = evaluate(model, data, selection="topk", **settings)
     return replace(topk, leak_nats=causal.nll - topk.nll), causal
+
+
+@torch.inference_mode()
+def by_hops(model: Transformer, data: TaskData, seq_len: int, max_windows: int) -> dict[str, Any]:
+    """Right answers by the hops asked for (from 1) and the mean depth their queries took, causal.
+
+    mean_depth_by_hops begins with the tokens that ask for nothing (0 hops). None where there are none.
+    """
+    count = min(max_windows, data.windows(seq_len))
+    K = data.task.hops
+    asked, right, depth = torch.zeros(K + 1), torch.zeros(K + 1), torch.zeros(K + 1)
+    for start in range(0, count, 16):
+        indices = range(start, min(start + 16, count))
+        batch = data.problems(indices, seq_len)
+        output = model(batch.tokens_BT)
+        right_BT = (output.logits_BTV.argmax(-1) == batch.targets_BT).float()
+        for total, value_BT in (
+            (asked, torch.ones_like(right_BT)),
+            (right, right_BT),
+            (depth, output.routing.depth_BT),
+        ):
+            total.index_add_(0, batch.hops_BT.flatten(), value_BT.flatten().float())
+    return {
+        "answers_right": float(right[1:].sum() / asked[1:].sum()),
+        "answers_right_by_hops": _shares(right[1:], asked[1:]),
+        "mean_depth_by_hops": _shares(depth, asked),
+    }
+
+
+def _shares(part: torch.Tensor, of: torch.Tensor) -> list[float | None]:
+    return [float(a / b) if b else None for a, b in zip(part, of, strict=True)]

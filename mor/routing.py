@@ -178,6 +178,11 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.num_recursions = config, num_recursions
 
+    @classmethod
+    def of(cls, config: ModelConfig) -> Router:
+        """The router of a model."""
+        return cls(config.router, config.dim, config.num_recursions)
+
     def start(self, x_MD: Tensor, routing: Routing) -> None:
         """Called once before the first recursion."""
 
@@ -352,26 +357,60 @@ class RandomRouter(Router):
         super().__init__(config, dim, num_recursions)
         self.gate = GATES[config.gate]
 
+    def need(self, tokens: PackedTokens) -> Tensor:
+        """Who goes first, (M,), evenly spread over [0, 1): a recursion of capacity c takes those from 1 - c on."""
+        return hash_uniform(self.config.seed, tokens.id_M, tokens.position_M)
+
     def select(self, recursion: int, x_MD: Tensor, routing: Routing) -> RoutingStep:
         all_tokens, capacity = routing.tokens, routing.capacities[recursion]
         if capacity == 1:
             return RoutingStep(recursion, all_tokens)
-        draw_M = self._draw(all_tokens)
+        need_M = self.need(all_tokens)
         if routing.selection == "topk":
-            index_K, per_row = top_k(draw_M, all_tokens, all_tokens.count_B, all_tokens.per_row, capacity)
+            index_K, per_row = top_k(need_M, all_tokens, all_tokens.count_B, all_tokens.per_row, capacity)
         else:
-            index_K, per_row = (draw_M >= 1 - capacity).nonzero().squeeze(1), None
+            index_K, per_row = (need_M >= 1 - capacity).nonzero().squeeze(1), None
         return RoutingStep(recursion, all_tokens.select(index_K, per_row), index_K)
 
     def takes(self, recursion: int, h_MD: Tensor, routing: Routing) -> tuple[Tensor | None, Tensor | None]:
         capacity = routing.capacities[recursion]
-        return None if capacity == 1 else self._draw(routing.tokens) >= 1 - capacity, None
-
-    def _draw(self, tokens: PackedTokens) -> Tensor:
-        return hash_uniform(self.config.seed, tokens.id_M, tokens.position_M)
+        return None if capacity == 1 else self.need(routing.tokens) >= 1 - capacity, None
 
     def combine(self, step: RoutingStep, h_KD: Tensor, out_KD: Tensor, first_MD: Tensor, routing: Routing) -> Tensor:
         return self.gate(h_KD, out_KD, self.config.gate_scale)
+
+
+class PositionRouter(RandomRouter):
+    """A baseline: depth follows from the position alone, spread as evenly over positions as can be."""
+
+    def need(self, tokens: PackedTokens) -> Tensor:
+        return (tokens.position_M.double() * ((5**0.5 - 1) / 2)) % 1  # multiples of the golden ratio fill [0, 1) evenly
+
+
+class FrequencyRouter(RandomRouter):
+    """A baseline: the rarer a token, the deeper it goes. Knows no more than how often each token occurs."""
+
+    need_V: Tensor
+
+    def __init__(self, config: RouterConfig, dim: int, num_recursions: int, vocab_size: int) -> None:
+        super().__init__(config, dim, num_recursions)
+        self.register_buffer("need_V", torch.zeros(vocab_size))
+        self.set_counts(torch.ones(vocab_size))
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Router:
+        return cls(config.router, config.dim, config.num_recursions, config.vocab_size)
+
+    @torch.no_grad()
+    def set_counts(self, count_V: Tensor) -> None:
+        """count_V: occurrences of each token in training text. need is the share of text in more frequent tokens."""
+        order_V = count_V.argsort(descending=True, stable=True)
+        ordered_V = count_V[order_V].double()
+        middle_V = (ordered_V.cumsum(0) - ordered_V / 2) / ordered_V.sum().clamp(min=1)
+        self.need_V[order_V] = middle_V.to(self.need_V)
+
+    def need(self, tokens: PackedTokens) -> Tensor:
+        return self.need_V[tokens.id_M]
 
 
 ROUTERS: dict[str, type[Router]] = {
@@ -379,8 +418,10 @@ ROUTERS: dict[str, type[Router]] = {
     "expert_choice": ExpertChoiceRouter,
     "token_choice": TokenChoiceRouter,
     "random": RandomRouter,
+    "position": PositionRouter,
+    "frequency": FrequencyRouter,
 }
 
 
 def build_router(config: ModelConfig) -> Router:
-    return ROUTERS[config.router.kind](config.router, config.dim, config.num_recursions)
+    return ROUTERS[config.router.kind].of(config)

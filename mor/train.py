@@ -30,7 +30,7 @@ from mor.metrics import MetricsLog, ProgressLine, health_text, router_health
 from mor.model import Output, Transformer
 from mor.optim import build_optimizers, learning_rate
 from mor.packing import tally
-from mor.routing import Routing, TokenChoiceRouter
+from mor.routing import FrequencyRouter, Routing, TokenChoiceRouter
 from mor.trackers import TRACKERS, Tracker, routing_histograms
 from mor.train_config import TrainConfig, capacities_at, step_flops, total_steps
 
@@ -202,6 +202,8 @@ def _train(
     corpus = corpus or load_corpus(config.data, saved.tokenizer if saved else None)
     config = dataclasses.replace(config, model=config.model.replace(vocab_size=corpus.tokenizer.vocab_size))
     model = saved.model.train() if saved else Transformer(config.model).init_weights(config.seed)
+    if saved is None and isinstance(model.recursions.router, FrequencyRouter):
+        model.recursions.router.set_counts(corpus.train.token_counts(config.model.vocab_size, config.seq_len))
     model.to(ranks.device)
     if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
         model.compile_blocks()

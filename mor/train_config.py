@@ -68,7 +68,7 @@ class TrainConfig:
             raise ValueError("optim.name='muon' needs whole matrices; use parallel='ddp', or optim.name='adamw'")
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(f"seq_len={self.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}")
-        if self.capacity_warmup_steps and self.model.router.kind not in ("expert_choice", "random"):
+        if self.capacity_warmup_steps and self.model.router.kind in ("fixed", "token_choice"):
             raise ValueError(f"capacity_warmup_steps needs a router with capacities, not {self.model.router.kind!r}")
 
 

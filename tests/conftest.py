@@ -61,6 +61,8 @@ def cases():
         "token": RouterConfig(kind="token_choice"),
         "token-every": RouterConfig(kind="token_choice", combination="every", score="sigmoid"),
         "random": RouterConfig(kind="random"),
+        "position": RouterConfig(kind="position"),
+        "frequency": RouterConfig(kind="frequency"),
     }
     found = []
     for name, router in routers.items():

@@ -38,7 +38,7 @@ def test_a_document_does_not_see_its_neighbours(make, selection):
     assert not torch.allclose(together.logits_BTV, apart.logits_BTV, atol=1e-3), "the documents do matter"
 
 
-@pytest.mark.parametrize("router", ["fixed", "expert_choice", "token_choice", "random"])
+@pytest.mark.parametrize("router", ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"])
 def test_gradients_of_documents_are_the_sum_over_documents(router):
     model = tiny(router).double()
     tokens_BT, documents_BT = lines()

@@ -138,7 +138,7 @@ def test_odd_prefill_chunks(chunk):
 
 
 @pytest.mark.parametrize("max_depth", [1, 2])
-@pytest.mark.parametrize("router", ["fixed", "expert_choice", "token_choice", "random"])
+@pytest.mark.parametrize("router", ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"])
 def test_capped_depth(router, max_depth):
     model = tiny(router)
     prompts, params = draw_requests(5)
@@ -282,7 +282,10 @@ def test_random_schedules(data):
     """Arrivals, aborts, lengths and sizes at random: exact, nothing shared wrongly, everything comes back."""
     choose = data.draw
     kv = choose(st.sampled_from(["recursion_wise", "shared", "hybrid"]))
-    model = tiny(choose(st.sampled_from(["fixed", "expert_choice", "token_choice", "random"])), kv_strategy=kv)
+    model = tiny(
+        choose(st.sampled_from(["fixed", "expert_choice", "token_choice", "random", "position", "frequency"])),
+        kv_strategy=kv,
+    )
     page_size = choose(st.integers(1, 5))
     engine = Engine(
         model,

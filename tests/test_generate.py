@@ -71,7 +71,7 @@ def test_streaming_yields_what_generate_returns():
 
 
 def test_max_depth_caps_every_token():
-    for kind in ("fixed", "expert_choice", "token_choice", "random"):
+    for kind in ("fixed", "expert_choice", "token_choice", "random", "position", "frequency"):
         result = generate(tiny(kind), [random_tokens(30).tolist()], GREEDY, max_depth=2)[0]
         assert max(result.depths) == 2
 

@@ -16,7 +16,7 @@ from mor.generate import SamplingParams, generate
 from mor.hf import LoadBalancing, MoRCache, MoRConfig, MoRForCausalLM
 from mor.tokenizer import byte_tokenizer
 
-ROUTERS = ["fixed", "expert_choice", "token_choice", "random"]
+ROUTERS = ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
 
 
 def wrapped(model=None, **choices):

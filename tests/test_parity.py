@@ -145,7 +145,7 @@ def test_one_recursion_is_the_plain_model():
     assert plain.config.family == "vanilla"
 
 
-@pytest.mark.parametrize("kind", ["expert_choice", "token_choice", "random"])
+@pytest.mark.parametrize("kind", ["expert_choice", "token_choice", "random", "position", "frequency"])
 @pytest.mark.parametrize("selection", ["topk", "threshold"])
 def test_mor_that_keeps_all_tokens_with_gate_one_is_recursive(kind, selection, monkeypatch):
     everything = {} if kind == "token_choice" else dict(capacities=(1.0, 1.0, 1.0))

@@ -81,7 +81,7 @@ def test_capacity_warm_up_replaces_the_capacities():
 
 
 def test_max_depth_leaves_the_later_recursions_out():
-    for kind in ("fixed", "expert_choice", "token_choice", "random"):
+    for kind in ("fixed", "expert_choice", "token_choice", "random", "position", "frequency"):
         for cap in (1, 2, 3):
             routing = tiny(kind)(random_tokens(2, 20), max_depth=cap).routing
             assert routing.depth_BT.max() == cap and len(routing.steps) == cap
@@ -120,8 +120,32 @@ def test_the_random_router_meets_its_capacities_and_depends_on_its_seed():
     assert exact == [480, 320, 160]
 
 
+def test_the_position_router_spreads_depth_over_positions_and_looks_at_nothing_else():
+    model = tiny("position")
+    routing = model(random_tokens(3, 60)).routing
+    assert (routing.depth_BT == routing.depth_BT[:1]).all() and torch.equal(
+        routing.depth_BT, model(random_tokens(3, 60, seed=9)).routing.depth_BT
+    )
+    shares = [count / 180 for count in routing.tokens_per_recursion()]
+    assert shares[0] == 1 and abs(shares[1] - 2 / 3) < 0.03 and abs(shares[2] - 1 / 3) < 0.03
+
+
+def test_the_frequency_router_sends_rare_tokens_deeper_and_meets_its_capacities():
+    model = tiny("frequency")
+    count_V = torch.arange(1, 38).flip(0)  # token 36 is the rarest
+    model.recursions.router.set_counts(count_V)
+    tokens = torch.repeat_interleave(torch.arange(37), count_V)[None, hash_uniform(0, torch.arange(703)).argsort()]
+    routing = model.double()(tokens[:, :64].expand(2, -1)).routing
+    order = tokens[0, :64].argsort()
+    assert (routing.depth_BT[0][order].diff() >= 0).all() and len(set(routing.depth_BT[0].tolist())) == 3
+    need_V = model.recursions.router.need_V
+    for capacity in (2 / 3, 1 / 3):
+        taken = count_V[need_V >= 1 - capacity].sum() / count_V.sum()
+        assert abs(taken - capacity) < 0.05
+
+
 def test_forward_changes_no_state():
-    for kind in ("expert_choice", "token_choice", "random"):
+    for kind in ("expert_choice", "token_choice", "random", "position", "frequency"):
         model = tiny(RouterConfig(kind=kind, **({"balancing": "loss_free"} if kind == "token_choice" else {})))
         before = {n: t.clone() for n, t in model.state_dict().items()}
         attributes = {id(m): set(vars(m)) for m in model.modules()}

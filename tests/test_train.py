@@ -52,7 +52,7 @@ def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("router", ["fixed", "expert_choice", "token_choice", "random"])
+@pytest.mark.parametrize("router", ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"])
 def test_every_family_learns(data, tmp_path, router):
     result = train(settings(data, tmp_path / "run", router, steps=60), console=quiet())
     log = metrics(tmp_path / "run")

@@ -22,7 +22,7 @@ from mor.analysis.branches import exits, taken
 from mor.analysis.classes import depth_by_class, kinds
 from mor.analysis.intervals import group_means
 from mor.analysis.views import StateRecorder, extended, with_router
-from mor.data import TokenData
+from mor.data import TokenData, Windows
 from mor.evaluate import evaluate
 from mor.kv_cache import EMPTY, KVCache
 from mor.model import Transformer
@@ -50,14 +50,14 @@ class Reading:
 
 
 @torch.no_grad()
-def read(model: Transformer, data: TokenData, *, seq_len: int, max_windows: int = 32) -> Reading:
+def read(model: Transformer, data: Windows, *, seq_len: int, max_windows: int = 32) -> Reading:
     """Read up to ``max_windows`` windows of ``seq_len`` tokens, spread evenly over the data.
 
     Documents in a window are not masked from each other. Raises ValueError if the data is shorter than a window.
     """
     available = data.windows(seq_len)
     if available < 1:
-        raise ValueError(f"the data holds {len(data)} tokens, less than one window of {seq_len + 1}; lower seq_len")
+        raise ValueError(f"the data ({data.describe()}) is less than one window of {seq_len + 1} tokens; lower seq_len")
     count, weight = min(max_windows, available), model.embedding.weight
     batch = data.batch([i * available // count for i in range(count)], seq_len)
     tokens_BT, targets_BT = batch.tokens_BT.to(weight.device), batch.targets_BT.to(weight.device)
@@ -264,7 +264,7 @@ def _common(cache: KVCache, a: int, b: int) -> tuple[Tensor, Tensor]:
 
 
 def depth_scaling(
-    model: Transformer, data: TokenData, *, further: int = 2, extrapolate: bool = True, **settings: Any
+    model: Transformer, data: Windows, *, further: int = 2, extrapolate: bool = True, **settings: Any
 ) -> Rows:
     """Causal NLL with the depth capped at 1..R, then with ``further`` recursions more than were trained.
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from mor.analysis import corpus, figures
 from mor.checkpoint import Checkpoint
-from mor.data import TokenData
+from mor.data import Windows
 from mor.metrics import read_metrics
 
 Rows = list[dict[str, Any]]
@@ -113,7 +113,7 @@ def _only(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: row[name] for name in names if name in row}
 
 
-def analyses(loaded: Checkpoint, data: TokenData, *, seq_len: int, max_windows: int) -> dict[str, Rows]:
+def analyses(loaded: Checkpoint, data: Windows, *, seq_len: int, max_windows: int) -> dict[str, Rows]:
     """Every analysis that fits the model, on up to ``max_windows`` windows; those with nothing to say are left out."""
     reading = corpus.read(loaded.model, data, seq_len=seq_len, max_windows=max_windows)
     found: dict[str, Rows] = {}

@@ -1,4 +1,4 @@
-"""mor demo | data | train | eval | generate | explain | report | convert | bench | costs: one module for each."""
+"""mor demo | data | train | sweep | eval | explain | report | generate | convert | bench | costs: a module for each."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mor.cli.explain import Explain
 from mor.cli.generate import Generate
 from mor.cli.model import Costs
 from mor.cli.report import Report
+from mor.cli.sweep import Sweep
 from mor.cli.train import Train, train_defaults
 
 Command = (
@@ -32,6 +33,7 @@ Command = (
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Costs, subcommand("costs")]
+    | Annotated[Sweep, subcommand("sweep")]
 )
 
 

@@ -17,8 +17,8 @@ from mor.config import Selection
 
 if TYPE_CHECKING:
     from mor.checkpoint import Checkpoint
-    from mor.data import TokenData
-    from mor.train import TrainConfig
+    from mor.data import Windows
+    from mor.train_config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def run_of(checkpoint: Path) -> TrainConfig | None:
 
 def text_of(
     checkpoint: Path, loaded: Checkpoint, data: Path | None, *, text_field: str = "text", seq_len: int | None = None
-) -> tuple[int, bool, TokenData]:
+) -> tuple[int, bool, Windows]:
     """Window length, whether documents are masked (both as in the run), and ``data``, or the run's validation text."""
     from mor.data import DataConfig, load_corpus, load_tokens
 

@@ -1,0 +1,187 @@
+"""What a study's numbers say: differences seed by seed, with intervals, and whether depth pays at all."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from mor.studies.study import Study
+
+CONFIDENCE = 0.95
+OPTIONAL = ("topk_nll_noncausal", "answers_right", "dead_positions", "agreement", "max_violation", "depth_entropy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Mean of paired differences with its 95% interval (Student's t); one pair gives none."""
+
+    pairs: int
+    mean: float
+    low: float | None
+    high: float | None
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A row of a study's table. NLL in nats, causal; difference: against the reference row, seed by seed.
+
+    dead_positions to depth_entropy: the router's health in training, see metrics.router_health.
+    """
+
+    row: str
+    seeds: int
+    nll: float
+    nll_sd: float | None
+    difference: float | None
+    difference_low: float | None
+    difference_high: float | None
+    mean_depth: float
+    topk_nll_noncausal: float | None
+    answers_right: float | None
+    dead_positions: float | None
+    agreement: float | None
+    max_violation: float | None
+    depth_entropy: float | None
+    params: int
+    tokens: float
+    train_flops: float
+    train_s: float
+    lr: float
+
+
+def paired(values: dict[int, float], reference: dict[int, float]) -> Difference | None:
+    """values - reference over the seeds that both have; None if there is none."""
+    return interval([values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())])
+
+
+def interval(samples: Sequence[float]) -> Difference | None:
+    """Mean and 95% interval of independent samples."""
+    if not samples:
+        return None
+    mean = fmean(samples)
+    if len(samples) == 1:
+        return Difference(pairs=1, mean=mean, low=None, high=None)
+    half = t_quantile(len(samples) - 1) * stdev(samples) / math.sqrt(len(samples))
+    return Difference(pairs=len(samples), mean=mean, low=mean - half, high=mean + half)
+
+
+def t_quantile(freedom: int) -> float:
+    try:
+        from scipy.stats import t
+    except ImportError:
+        raise ImportError('intervals need SciPy: pip install "mixture-of-recursions[study]"') from None
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
+
+
+def by_row(rows: Iterable[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Runs by row (with its budget, if there are several) and seed."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in rows:
+        found.setdefault(row_name(run), {})[run["seed"]] = run
+    return found
+
+
+def row_name(run: dict[str, Any]) -> str:
+    return run["row"] + (f", {run['budget']:g} FLOPs" if run["budget"] else "")
+
+
+def lines(study: Study, rows: Iterable[dict[str, Any]]) -> list[Line]:
+    """The study's table, in the order of its file. rows: finished runs that count."""
+    grouped = by_row(rows)
+    made = []
+    for name, runs in sorted(grouped.items(), key=lambda item: _place(study, item[1])):
+        nll = {seed: run["validation_nll"] for seed, run in runs.items()}
+        peer = grouped.get(_reference_of(study, next(iter(runs.values()))) or "")
+        difference = None
+        if peer is not None and peer is not runs:
+            difference = paired(nll, {seed: run["validation_nll"] for seed, run in peer.items()})
+        some = list(runs.values())
+        made.append(
+            Line(
+                row=name,
+                seeds=len(runs),
+                nll=fmean(nll.values()),
+                nll_sd=stdev(nll.values()) if len(nll) > 1 else None,
+                difference=difference.mean if difference else None,
+                difference_low=difference.low if difference else None,
+                difference_high=difference.high if difference else None,
+                mean_depth=fmean(run["mean_depth"] for run in some),
+                **{name: _mean(run.get(name) for run in some) for name in OPTIONAL},
+                params=some[0]["params"],
+                tokens=fmean(run["tokens"] for run in some),
+                train_flops=fmean(run["train_flops"] for run in some),
+                train_s=fmean(run["train_s"] for run in some),
+                lr=some[0]["config_optim_lr"],
+            )
+        )
+    return made
+
+
+def _place(study: Study, runs: dict[int, dict[str, Any]]) -> tuple[int, float]:
+    run = next(iter(runs.values()))
+    order = list(study.variants)
+    return (order.index(run["variant"]) if run["variant"] in order else len(order)), run["budget"] or 0.0
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return fmean(known) if known else None
+
+
+def _reference_of(study: Study, run: dict[str, Any]) -> str | None:
+    """The reference variant's row at the same place on every axis."""
+    if not study.reference:
+        return None
+    return row_name({**run, "row": run["row"].replace(run["variant"], study.reference, 1)})
+
+
+def depth_verdict(study: Study, rows: Sequence[dict[str, Any]]) -> str:
+    """Whether depth pays at this size, in words worked out from the numbers; said before anything else."""
+    control = study.depth_pays
+    if not (control.deep and control.shallow):
+        return "This study has no control that shows whether depth pays at its size; read it with that in mind."
+    grouped = by_row(rows)
+    verdicts = []
+    for name, deep in grouped.items():
+        if next(iter(deep.values()))["variant"] != control.deep:
+            continue
+        shallow = grouped.get(name.replace(control.deep, control.shallow, 1), {})
+        verdicts.append(_verdict(name, shallow, deep, control.margin))
+    return "\n".join(verdicts) or "The control of depth has not finished: nothing can be said about routing yet."
+
+
+def _verdict(name: str, shallow: dict[int, dict], deep: dict[int, dict], margin: float) -> str:
+    found = paired(*({s: run["validation_nll"] for s, run in runs.items()} for runs in (shallow, deep)))
+    if found is None:
+        return f"{name}: its shallow control has not finished on the same seeds; nothing can be said about depth yet."
+    figures = f"the same unique layers applied once are worse by {found.mean:+.3f} nats"
+    if found.low is None:
+        return f"{name}: {figures} on one seed; with one seed that is no evidence."
+    figures += f" [{found.low:+.3f}, {found.high:+.3f}] over {found.pairs} seeds"
+    if found.low > margin:
+        return f"{name}: depth pays: {figures}."
+    return (
+        f"{name}: depth does not clearly pay ({figures}; asked: more than {margin:g}), so this study says nothing "
+        "about routing at this size. Make it larger, longer or harder."
+    )
+
+
+def write_csv(found: Sequence[Any], path: Path) -> None:
+    """Dataclasses of one kind as a table."""
+    if not found:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(found[0])])
+        writer.writeheader()
+        writer.writerows(asdict(line) for line in found)

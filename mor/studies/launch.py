@@ -1,0 +1,295 @@
+"""Runs of a study on the cores, GPUs or cluster at hand.
+
+Every run is an ordinary run directory. A finished one has ``result.json`` and is kept; one that was interrupted goes
+on where it stopped; one that fails leaves ``error.txt`` and stops no other.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mor.metrics import read_metrics
+from mor.studies.settings import Workers
+from mor.studies.study import Run, Study, main_runs, study_rows, tuning_runs
+from mor.train_config import load_config, step_flops, total_steps
+
+RESULT, ERROR, ABOUT = "result.json", "error.txt", "study.json"
+Status = Literal["finished", "kept", "interrupted", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    run: Run
+    status: Status
+    reason: str = ""
+
+
+def run_study(study: Study, out: Path, workers: Workers, console: Console) -> list[Outcome]:
+    """Every run of a study that is not finished. A stage waits for the one before it: tuning, then the runs that count,
+    then those that branch off them."""
+    from mor.studies.results import collect, tuned_rates
+
+    stages = main_runs(study, out, {})  # what does not fit together is said before anything runs
+    outcomes = launch(tuning_runs(study, out), workers, console, folder=out)
+    if study.tuning.rates:
+        rates = tuned_rates(collect(out))
+        missing = [row.name for row in study_rows(study) if row.name not in rates]
+        if missing or interrupted(outcomes):
+            missed = f" ({', '.join(missing)} have none that finished)" if missing else ""
+            raise ValueError(f"the learning rates are not all tuned yet{missed}; start the study again to go on")
+        stages = main_runs(study, out, rates)
+    for runs in stages:
+        outcomes += launch(runs, workers, console, folder=out)
+        if interrupted(outcomes):
+            raise ValueError("the study was interrupted; start it again to go on")
+    return outcomes
+
+
+def interrupted(outcomes: Sequence[Outcome]) -> bool:
+    return any(outcome.status == "interrupted" for outcome in outcomes)
+
+
+def run_one(run: Run, threads: int) -> Outcome:
+    """Train, measure, write ``result.json``. Never raises for what goes wrong in the run itself."""
+    import torch
+
+    torch.set_num_threads(threads)
+    path = Path(run.config.out)
+    try:
+        config = with_trunk(run)
+        if is_done(path, config):
+            return Outcome(run=run, status="kept")
+        finished = _train_and_measure(run, config, path)
+    except Exception as error:  # whatever it is, the other runs go on, and the reason is kept
+        path.mkdir(parents=True, exist_ok=True)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        (path / ERROR).write_text(f"{reason}\n\n{traceback.format_exc()}")
+        return Outcome(run=run, status="failed", reason=reason)
+    (path / ERROR).unlink(missing_ok=True)
+    return Outcome(run=run, status="finished" if finished else "interrupted")
+
+
+def _train_and_measure(run: Run, config: Any, path: Path) -> bool:
+    from mor.studies.results import measure
+    from mor.train import train
+
+    path.mkdir(parents=True, exist_ok=True)
+    about = {k: v for k, v in asdict(run).items() if k != "config"}
+    (path / ABOUT).write_text(json.dumps(about, indent=2))
+    result = train(config, resume=True, console=Console(quiet=True))
+    if not result.finished:
+        return False
+    found = measure(run, result)
+    unfinished = path / f".{RESULT}.tmp"
+    unfinished.write_text(json.dumps(found, indent=2))
+    unfinished.replace(path / RESULT)
+    return True
+
+
+def with_trunk(run: Run) -> Any:
+    """The run's settings; of a branch, with the checkpoint that it starts from."""
+    from mor.train_config import branch
+
+    if run.trunk is None:
+        return run.config
+    start = Path(run.trunk) / "checkpoints" / f"step-{run.branch_step:08d}"
+    if not start.is_dir():
+        raise ValueError(f"{run.trunk} has no checkpoint of step {run.branch_step} to branch off; did it finish?")
+    cooldown = run.config.steps - run.branch_step
+    return replace(branch(start, cooldown_steps=cooldown, out=run.config.out), save_every=0)
+
+
+def is_done(path: Path, config: Any) -> bool:
+    """Whether this run is finished. Raises ValueError if another one lies in its place."""
+    if not (path / "train.json").is_file():
+        return False
+    saved = load_config(path / "train.json")
+    wanted = replace(config, model=config.model.replace(vocab_size=saved.model.vocab_size), out=saved.out)
+    if wanted.branch_from and saved.branch_from:  # the study's folder may have moved
+        wanted = replace(wanted, branch_from=saved.branch_from)
+    if wanted != saved:
+        raise ValueError(
+            f"{path} holds a run with other settings ({_difference(saved, wanted)}); delete it or use --out"
+        )
+    return (path / RESULT).is_file()
+
+
+def _difference(saved: Any, wanted: Any) -> str:
+    a, b = flat(asdict(saved)), flat(asdict(wanted))
+    return ", ".join(f"{k} {a[k]}, now {b[k]}" for k in a if a[k] != b.get(k))
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def launch(runs: Sequence[Run], workers: Workers, console: Console, *, folder: Path) -> list[Outcome]:
+    """All runs, none of which needs another. folder: for the cluster's logs."""
+    if not runs:
+        return []
+    if workers.cluster:
+        return _on_cluster(runs, workers, folder)
+    done: list[Outcome] = []
+    with _Bar(runs, console) as bar:
+        for outcome in _in_processes(runs, workers, bar.update):
+            done.append(outcome)
+            bar.note(outcome)
+    return done
+
+
+def _in_processes(runs: Sequence[Run], workers: Workers, idle: Callable[[], None]) -> Iterator[Outcome]:
+    """idle: called about every second while runs go on."""
+    context = multiprocessing.get_context("spawn")
+    os.environ["OMP_NUM_THREADS"] = str(workers.threads)
+    devices = context.SimpleQueue()
+    for gpu in range(workers.gpus):
+        devices.put(gpu)
+    pool = ProcessPoolExecutor(
+        workers.gpus or workers.jobs, context, _begin_worker, (devices if workers.gpus else None,)
+    )
+    try:
+        waiting: dict[Future[Outcome], Run] = {pool.submit(_run_in_worker, run, workers.threads): run for run in runs}
+        while waiting:
+            finished, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+            idle()
+            for future in finished:
+                run = waiting.pop(future)
+                try:
+                    yield future.result()
+                except BrokenProcessPool:  # killed from outside, out of memory: this pool takes no more work
+                    yield Outcome(run=run, status="failed", reason="its process died; start the study again to go on")
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker(devices: Any) -> None:
+    if devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get())
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+
+
+def _stop_with_parent() -> None:
+    """A worker whose study is gone saves its run and ends; nobody would stop it otherwise."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run_in_worker(run: Run, threads: int) -> Outcome:
+    outcome = run_one(run, threads)
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():
+        os._exit(1)
+    return outcome
+
+
+def _on_cluster(runs: Sequence[Run], workers: Workers, folder: Path) -> list[Outcome]:
+    try:
+        import submitit
+    except ImportError:
+        raise ImportError('a cluster needs submitit: pip install "mixture-of-recursions[cluster]"') from None
+    executor = submitit.AutoExecutor(folder=folder / "cluster", cluster=workers.cluster)
+    executor.update_parameters(
+        timeout_min=round(workers.hours * 60),
+        cpus_per_task=workers.threads,
+        gpus_per_node=1 if workers.gpus else 0,
+        slurm_array_parallelism=workers.gpus or workers.jobs,
+        **({"slurm_partition": workers.partition} if workers.partition else {}),
+    )
+    jobs = executor.map_array(run_one, runs, [workers.threads] * len(runs))
+    return [_outcome(job, run, submitit) for job, run in zip(jobs, runs, strict=True)]
+
+
+def _outcome(job: Any, run: Run, submitit: Any) -> Outcome:
+    try:
+        return job.result()
+    except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
+        return Outcome(run=run, status="failed", reason=f"job {job.job_id}: {str(error).strip().splitlines()[0]}")
+
+
+class _Bar:
+    """Progress in FLOPs over all runs, read from their metrics, with the time left."""
+
+    def __init__(self, runs: Sequence[Run], console: Console) -> None:
+        self.flops = {run.config.out: flops_of(run) for run in runs}
+        self.console, self.left, self.looked = console, len(runs), 0.0
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task(f"{len(runs)} runs", total=sum(self.flops.values()))
+
+    def __enter__(self) -> _Bar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def update(self) -> None:
+        if time.monotonic() - self.looked > 3:
+            self.looked = time.monotonic()
+            self.bar.update(self.task, completed=self._done(), description=f"{self.left} runs")
+
+    def note(self, outcome: Outcome) -> None:
+        self.left -= 1
+        if outcome.status == "kept":
+            return
+        run = outcome.run
+        text = f"{outcome.status:<11} {run.stage:<6} {run.row}, {_which(run)}"
+        self.console.print(f"{text}: {outcome.reason}" if outcome.reason else text, highlight=False, soft_wrap=True)
+
+    def _done(self) -> float:
+        return sum(flops * _share(Path(out)) for out, flops in self.flops.items())
+
+
+def _which(run: Run) -> str:
+    if run.stage == "tuning":
+        return f"lr {run.config.optim.lr:g}"
+    return f"seed {run.seed}" + (f", {run.budget:g} FLOPs" if run.budget else "")
+
+
+def flops_of(run: Run) -> float:
+    """Training FLOPs of this run alone, without its trunk's."""
+    steps = total_steps(run.config) - run.branch_step
+    return steps * step_flops(run.config, run.config.capacity_warmup_steps)
+
+
+def _share(path: Path) -> float:
+    """How much of a run is done, from 0 to 1."""
+    if (path / RESULT).is_file():
+        return 1.0
+    if not (path / "metrics.jsonl").is_file() or not (path / "train.json").is_file():
+        return 0.0
+    rows = read_metrics(path / "metrics.jsonl")
+    if not rows:
+        return 0.0
+    config = load_config(path / "train.json")
+    first = rows[0]["step"] if config.branch_from else 0
+    return min(1.0, (rows[-1]["step"] - first) / max(1, total_steps(config) - first))

@@ -1,0 +1,199 @@
+"""Tables and figures of a study from its finished runs; ``mor report`` puts the same files on one page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mor.studies import compare, figures, scaling
+from mor.studies.results import TABLE, collect, finished, write_table
+from mor.studies.study import Study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exit:
+    """One policy of letting tokens out early, after the fact, on one variant; means over seeds, NLL in nats."""
+
+    row: str
+    policy: str
+    seeds: int
+    mean_depth: float
+    nll: float
+    difference: float | None
+    difference_low: float | None
+    difference_high: float | None
+
+
+def report(study: Study, folder: Path, console: Console, *, resamples: int = 1000) -> None:
+    """Write FOLDER/results.sqlite, tables/*.csv, figures/*.png and *.svg, and print what they say."""
+    rows = collect(folder)
+    write_table(rows, folder / TABLE)
+    runs = finished(rows, "main", "branch")
+    lines = compare.lines(study, runs)
+    console.print(compare.depth_verdict(study, runs), highlight=False, soft_wrap=True)
+    if lines:
+        compare.write_csv(lines, folder / "tables" / "rows.csv")
+        console.print(lines_table(study, lines))
+        if any(line.agreement is not None or line.max_violation is not None for line in lines):
+            console.print(_health_table(lines))
+        console.print("Parameters, tokens, FLOPs, times and learning rates: tables/rows.csv", highlight=False)
+        names = [compare.row_name(run) for run in runs]
+        figures.draw_rows(lines, runs, names, folder / "figures")
+        figures.draw_hops(lines, runs, names, folder / "figures")
+    if found := exits(runs):
+        compare.write_csv(found, folder / "tables" / "exits.csv")
+        console.print(_table(found, "Exits after the fact, against random ones"))
+    if study.budgets:
+        size = "unique parameters without embeddings"
+        points = scaling.points_of(runs, lambda run: run["params"])
+        report_scaling(points, folder, console, size_name=size, resamples=resamples)
+    for row in rows:
+        if row["status"] == "failed":
+            console.print(f"failed: {row['path']}: {row['reason']}", highlight=False, soft_wrap=True)
+    _print_edges(study, rows, console)
+
+
+def _print_edges(study: Study, rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """Say where the best learning rate is the smallest or largest tried: the true one may lie beyond."""
+    from mor.studies.results import tuned_rates
+
+    ends = {f"{r:g}" for r in (min(study.tuning.rates), max(study.tuning.rates))} if study.tuning.rates else set()
+    edge = [f"{name} ({rate:g})" for name, rate in tuned_rates(rows).items() if f"{rate:g}" in ends]
+    if edge:
+        console.print(f"The best learning rate is at the end of its grid for {', '.join(edge)}.", highlight=False)
+
+
+def lines_table(study: Study, lines: Sequence[compare.Line]) -> Table:
+    """No row is marked as best: where an interval holds 0, the study does not tell the two apart."""
+    made = Table(title=f"{study.title}: causal validation NLL, nats; paired differences with 95% intervals")
+    made.title_justify = "left"
+    made.add_column("", overflow="fold")
+    topk, right = (any(getattr(x, n) is not None for x in lines) for n in ("topk_nll_noncausal", "answers_right"))
+    heads = ["NLL", "seeds", f"against {study.reference or 'no reference'}", "depth"]
+    for head in heads + ["top-k NLL (non-causal)"] * topk + ["right"] * right:
+        made.add_column(head, justify="right")
+    for x in lines:
+        cells = [f"{x.nll:.4f}", str(x.seeds), _interval(x), f"{x.mean_depth:.2f}"]
+        made.add_row(x.row, *cells, *[_number(x.topk_nll_noncausal)] * topk, *[_number(x.answers_right, 3)] * right)
+    return made
+
+
+def _health_table(lines: Sequence[compare.Line]) -> Table:
+    made = Table(title="Routers at the end of training (top-k selection)", title_justify="left")
+    names = ("dead_positions", "agreement", "max_violation", "depth_entropy")
+    for name in ("", *(n.replace("_", " ") for n in names)):
+        made.add_column(name, justify="right" if name else "left")
+    for line in lines:
+        if line.depth_entropy is not None:
+            made.add_row(line.row, *(_number(getattr(line, name), 3) for name in names))
+    return made
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(line: compare.Line) -> str:
+    if line.difference is None:
+        return "–"
+    if line.difference_low is None:
+        return f"{line.difference:+.3f} (one seed)"
+    return f"{line.difference:+.3f} [{line.difference_low:+.3f}, {line.difference_high:+.3f}]"
+
+
+def exits(runs: Sequence[dict[str, Any]]) -> list[Exit]:
+    """Policies at equal mean depth, compared with random exits seed by seed."""
+    found = []
+    for name, seeds in compare.by_row(run for run in runs if run.get("exits")).items():
+        for policy in ("random", "confidence", "oracle"):
+            given = {seed: run["exits"][policy] for seed, run in seeds.items()}
+            nll = {seed: value["nll"] for seed, value in given.items()}
+            base = {seed: run["exits"]["random"]["nll"] for seed, run in seeds.items()}
+            difference = compare.paired(nll, base) if policy != "random" else None
+            found.append(
+                Exit(
+                    row=name,
+                    policy=policy,
+                    seeds=len(seeds),
+                    mean_depth=sum(v["mean_depth"] for v in given.values()) / len(given),
+                    nll=sum(nll.values()) / len(nll),
+                    difference=difference.mean if difference else None,
+                    difference_low=difference.low if difference else None,
+                    difference_high=difference.high if difference else None,
+                )
+            )
+    return found
+
+
+def report_scaling(
+    points: Sequence[scaling.Point],
+    folder: Path,
+    console: Console,
+    *,
+    size_name: str,
+    noise: float = 0.0,
+    resamples: int = 1000,
+) -> None:
+    """IsoFLOP fits: best sizes, their paths, the recurrence law; tables and figures. noise: see scaling.optima."""
+    best = scaling.optima(points, noise=noise, resamples=resamples)
+    slopes = scaling.paths(points, noise=noise, resamples=resamples)
+    laws = []
+    for family in dict.fromkeys(p.family for p in points if p.loops > 1):
+        try:
+            laws.append(scaling.recurrence_law(points, family=family, noise=noise, resamples=resamples // 5))
+        except ValueError as error:
+            console.print(f"no recurrence law: {error}", highlight=False)
+    titles = {"optima": f"Best size for a budget: {size_name}", "paths": "Slopes of the optimal paths"}
+    titles |= {"recurrence_law": "Recurrence law"}
+    for name, found in (("optima", best), ("paths", slopes), ("recurrence_law", laws)):
+        if found:
+            compare.write_csv(found, folder / "tables" / f"{name}.csv")
+            console.print(_table(found, titles[name]))
+    if points:
+        figures.draw_isoflop(points, best, folder / "figures", size_name=size_name)
+    if best:
+        figures.draw_paths(best, folder / "figures", size_name=size_name)
+
+
+def _table(found: Sequence[Any], title: str) -> Table:
+    """Dataclasses of one kind; bounds stand beside what they bound."""
+    made = Table(title=f"{title}; 95% intervals", title_justify="left")
+    rows = [asdict(line) for line in found]
+    names = [name for name in rows[0] if not name.endswith(("_low", "_high"))]
+    for name in names:
+        words = isinstance(rows[0][name], str)
+        made.add_column(name.replace("_", " "), justify="left" if words else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(_bounded(row, name) for name in names))
+    return made
+
+
+def _bounded(row: dict[str, Any], name: str) -> str:
+    stem = name.removesuffix("_slope")
+    low, high = (row.get(f"{stem}_{end}") for end in ("low", "high"))
+    if low is None or high is None:
+        return _cell(row[name])
+    return f"{_cell(row[name])} [{_cell(low)}, {_cell(high)}]"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, float | int):
+        return str(value)
+    if isinstance(value, int) or math.isnan(value):
+        return str(value)
+    if abs(value) >= 1e14:
+        return f"{value:.3g}"
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3f}"

@@ -1,0 +1,145 @@
+"""What finished runs found, and one sqlite table of them. Run directories hold everything; the table can be deleted."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mor import costs
+from mor.config import ModelConfig
+from mor.data import TaskData, Windows
+from mor.evaluate import by_hops, evaluate
+from mor.metrics import read_metrics
+from mor.model import Transformer
+from mor.studies.exits import early_exits
+from mor.studies.launch import ABOUT, ERROR, RESULT, flat
+from mor.studies.study import Run
+from mor.train import TrainResult
+from mor.train_config import load_config
+
+TABLE = "results.sqlite"
+HEALTH = ("dead_positions", "agreement", "max_violation", "depth_entropy")
+
+
+def measure(run: Run, result: TrainResult) -> dict[str, Any]:
+    """Numbers of a finished run: causal ones, and top-k's under a name that says non-causal. NLL in nats."""
+    model, config, data = (
+        result.state.model.eval(),
+        load_config(Path(run.config.out) / "train.json"),
+        result.corpus.validation,
+    )
+    settings: dict[str, Any] = dict(
+        seq_len=config.seq_len, max_windows=run.windows, document_mask=config.data.document_mask
+    )
+    causal = evaluate(model, data, **settings)
+    router = model.recursions.router
+    state = result.state
+    return {
+        "validation_nll": causal.nll,
+        "bits_per_byte": causal.bits_per_byte,
+        "mean_depth": causal.mean_depth,
+        "share_per_recursion": causal.share_per_recursion,
+        "topk_nll_noncausal": evaluate(model, data, selection="topk", **settings).nll if router.has_topk else None,
+        "nll_by_max_depth": _by_depth(model, data, settings),
+        **_health(Path(run.config.out) / "metrics.jsonl"),
+        **model_facts(config.model),
+        "steps": state.step,
+        "tokens": state.tokens,
+        "train_flops": state.flops,
+        "train_s": state.train_s,
+        "skipped_steps": state.skipped,
+        **(by_hops(model, data, config.seq_len, run.windows) if isinstance(data, TaskData) else {}),
+        **({"exits": early_exits(model, data, config.seq_len, run.windows)} if run.exits else {}),
+    }
+
+
+def _health(log: Path) -> dict[str, Any]:
+    """How the router did at the end of training (see metrics.router_health): over the last tenth of what was logged."""
+    rows = [row for row in read_metrics(log) if "loss" in row]
+    rows = rows[-max(1, len(rows) // 10) :]
+    known = {name: [row[name] for row in rows if row.get(name) is not None] for name in HEALTH}
+    return {name: fmean(values) for name, values in known.items() if values}
+
+
+def _by_depth(model: Transformer, data: Windows, settings: dict[str, Any]) -> list[float]:
+    caps = range(1, model.config.num_recursions + 1)
+    return [evaluate(model, data, max_depth=cap, **settings).nll for cap in caps]
+
+
+def model_facts(config: ModelConfig) -> dict[str, Any]:
+    """Sizes, without embeddings. looped_params are those of the shared stack of a model that loops."""
+    shared = costs.non_embedding_params(config.replace(prelude_layers=0, coda_layers=0)) - config.dim
+    shared -= costs.router_params(config)
+    return {
+        "family": config.family,
+        "layout": f"{config.prelude_layers}+{config.shared_layers}x{config.num_recursions}+{config.coda_layers}",
+        "params": costs.non_embedding_params(config),
+        "looped_params": shared if config.num_recursions > 1 else 0,
+        "params_with_embeddings": costs.unique_params(config),
+    }
+
+
+def collect(study: Path) -> list[dict[str, Any]]:
+    """A row for every run directory of a study: settings, place in the study, status, numbers."""
+    return [_row(path.parent) for path in sorted(study.glob(f"*/**/{ABOUT}"))]
+
+
+def _row(path: Path) -> dict[str, Any]:
+    about = json.loads((path / ABOUT).read_text())
+    row: dict[str, Any] = {"path": str(path), "status": "unfinished", "reason": None}
+    if (path / ERROR).is_file():
+        row |= {"status": "failed", "reason": (path / ERROR).read_text().splitlines()[0]}
+    row |= {name: about[name] for name in ("row", "variant", "stage", "seed", "budget")}
+    row |= {f"label_{name}": label for name, label in about["labels"].items()}
+    if (path / "train.json").is_file():
+        row |= {f"config_{k.replace('.', '_')}": v for k, v in flat(asdict(load_config(path / "train.json"))).items()}
+    if (path / RESULT).is_file():
+        row |= {"status": "finished", "reason": None} | json.loads((path / RESULT).read_text())
+    return row
+
+
+def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Table ``runs``; lists and tables as JSON. pandas: ``read_sql("select * from runs", sqlite3.connect(path))``."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.unlink(missing_ok=True)
+    database = sqlite3.connect(unfinished)
+    try:
+        with database:
+            database.execute(f"create table runs ({', '.join(map(_quoted, columns)) or 'path'})")
+            places = ", ".join("?" * len(columns))
+            values = [[_plain(row.get(name)) for name in columns] for row in rows]
+            if columns:
+                database.executemany(f"insert into runs values ({places})", values)
+    finally:
+        database.close()
+    unfinished.replace(path)
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | tuple | dict) else value
+
+
+def finished(rows: Iterable[dict[str, Any]], *stages: str) -> list[dict[str, Any]]:
+    """Finished runs of these stages whose NLL is a number."""
+    done = [row for row in rows if row["status"] == "finished" and row["stage"] in stages]
+    return [row for row in done if math.isfinite(row["validation_nll"])]
+
+
+def tuned_rates(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """By row of the study: the rate whose short run has the lowest causal validation NLL."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in finished(rows, "tuning"):
+        if row["row"] not in best or row["validation_nll"] < best[row["row"]]["validation_nll"]:
+            best[row["row"]] = row
+    return {name: row["config_optim_lr"] for name, row in best.items()}

@@ -1,0 +1,291 @@
+"""Scaling fits: compute-optimal sizes from isoFLOP curves, and what one recursion is worth in parameters.
+
+Losses are NLL in nats, sizes are parameters, budgets are FLOPs. Intervals are 95% bootstrap intervals: over seeds where
+there are several, else over noise of the size that the caller states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measured model. size: parameters that the fit is over. once and looped: those used once and those of the
+    shared stack; loops: how often that one is applied."""
+
+    family: str
+    size: float
+    budget: float
+    tokens: float
+    nll: float
+    seed: int = 0
+    once: float = 0.0
+    looped: float = 0.0
+    loops: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimum:
+    """The best size for a budget, from a parabola in log size. inside: between the smallest and the largest size
+    measured, otherwise it is extrapolated and worth little. Bounds are NaN where too few resamples had a minimum."""
+
+    family: str
+    budget: float
+    size: float
+    size_low: float
+    size_high: float
+    tokens: float
+    tokens_low: float
+    tokens_high: float
+    nll: float
+    inside: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Path:
+    """Best size ~ budget ** size_slope, best tokens ~ budget ** tokens_slope."""
+
+    family: str
+    size_slope: float
+    size_low: float
+    size_high: float
+    tokens_slope: float
+    tokens_low: float
+    tokens_high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrenceLaw:
+    """NLL = floor + a * (once + loops ** phi * looped) ** -alpha + b * tokens ** -beta.
+
+    phi = 1: a recursion is worth as much as fresh layers; phi = 0: nothing. rms: of the residuals, nats.
+    """
+
+    family: str
+    points: int
+    phi: float
+    phi_low: float
+    phi_high: float
+    floor: float
+    alpha: float
+    beta: float
+    rms: float
+
+
+def parabola_minimum(log_size: Array, nll: Array) -> tuple[float, float]:
+    """(log size, NLL) of the lowest point; NaN for a curve that has none."""
+    curvature, slope, _ = np.polyfit(log_size, nll, 2)
+    if curvature <= 0:
+        return math.nan, math.nan
+    best = -slope / (2 * curvature)
+    return float(best), float(np.polyval(np.polyfit(log_size, nll, 2), best))
+
+
+def optima(points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000, seed: int = 0) -> list[Optimum]:
+    """One for each family and budget with at least three sizes. noise: standard deviation of an NLL, for points
+    without a second seed."""
+    found = []
+    for family, budget in _groups(points):
+        chosen = [p for p in points if (p.family, p.budget) == (family, budget)]
+        if len({p.size for p in chosen}) < 3:
+            continue
+        best, nll = _optimum(chosen)
+        drawn = np.array([_optimum(sample)[0] for sample in _resamples(chosen, noise, resamples, seed)])
+        sizes = np.exp([best, *_bounds(drawn)])
+        tokens = [_tokens_at(chosen, size) for size in sizes]
+        found.append(
+            Optimum(
+                family=family,
+                budget=budget,
+                size=float(sizes[0]),
+                size_low=float(sizes[1]),
+                size_high=float(sizes[2]),
+                tokens=tokens[0],
+                tokens_low=tokens[2],
+                tokens_high=tokens[1],
+                nll=nll,
+                inside=bool(min(p.size for p in chosen) <= sizes[0] <= max(p.size for p in chosen)),
+            )
+        )
+    return found
+
+
+def _groups(points: Iterable[Point]) -> list[tuple[str, float]]:
+    return list(dict.fromkeys((p.family, p.budget) for p in sorted(points, key=lambda p: p.budget)))
+
+
+def _optimum(points: Sequence[Point]) -> tuple[float, float]:
+    return parabola_minimum(np.log([p.size for p in points]), np.array([p.nll for p in points]))
+
+
+def _tokens_at(points: Sequence[Point], size: float) -> float:
+    """Tokens that the budget buys at a size, along the straight line between log tokens and log size."""
+    if not math.isfinite(size):
+        return math.nan
+    line = np.polyfit(np.log([p.size for p in points]), np.log([p.tokens for p in points]), 1)
+    return float(np.exp(np.polyval(line, math.log(size))))
+
+
+def _resamples(points: Sequence[Point], noise: float, count: int, seed: int) -> Iterable[list[Point]]:
+    """Bootstrap: seeds drawn with replacement if every point has several, else the points with fresh noise."""
+    random = np.random.default_rng(seed)
+    by_seed = {s: [p for p in points if p.seed == s] for s in {p.seed for p in points}}
+    whole = {s: group for s, group in by_seed.items() if len(group) == max(map(len, by_seed.values()))}
+    for _ in range(count):
+        if len(whole) > 1:
+            yield [p for s in random.choice(list(whole), len(whole)) for p in whole[s]]
+        else:
+            yield [_with_nll(p, p.nll + random.normal(0, noise)) for p in points]
+
+
+def _with_nll(point: Point, nll: float) -> Point:
+    return replace(point, nll=nll)
+
+
+def _bounds(drawn: Array) -> tuple[float, float]:
+    known = drawn[np.isfinite(drawn)]
+    if len(known) < 0.95 * len(drawn) or not len(known):
+        return math.nan, math.nan
+    low, high = np.quantile(known, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def paths(points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000, seed: int = 0) -> list[Path]:
+    """How the best size and token count grow with the budget, for each family with two or more budgets."""
+    found = []
+    for family in dict.fromkeys(p.family for p in points):
+        chosen = [p for p in points if p.family == family]
+        slopes = _slopes(chosen)
+        if slopes is None:
+            continue
+        drawn = np.array([_slopes(s) or (math.nan, math.nan) for s in _resamples(chosen, noise, resamples, seed)])
+        (size_low, size_high), (tokens_low, tokens_high) = _bounds(drawn[:, 0]), _bounds(drawn[:, 1])
+        found.append(
+            Path(
+                family=family,
+                size_slope=slopes[0],
+                size_low=size_low,
+                size_high=size_high,
+                tokens_slope=slopes[1],
+                tokens_low=tokens_low,
+                tokens_high=tokens_high,
+            )
+        )
+    return found
+
+
+def _slopes(points: Sequence[Point]) -> tuple[float, float] | None:
+    budgets, sizes, tokens = [], [], []
+    for budget in sorted({p.budget for p in points}):
+        chosen = [p for p in points if p.budget == budget]
+        if len({p.size for p in chosen}) < 3:
+            continue
+        best = math.exp(_optimum(chosen)[0])
+        budgets.append(math.log(budget))
+        sizes.append(math.log(best))
+        tokens.append(math.log(_tokens_at(chosen, best)) if math.isfinite(best) else math.nan)
+    if len(budgets) < 2 or not np.isfinite([*sizes, *tokens]).all():
+        return None
+    return float(np.polyfit(budgets, sizes, 1)[0]), float(np.polyfit(budgets, tokens, 1)[0])
+
+
+def recurrence_law(
+    points: Sequence[Point], *, family: str, noise: float = 0.0, resamples: int = 200, seed: int = 0
+) -> RecurrenceLaw:
+    """Fit of the law to one looped family together with the points that loop nothing.
+
+    Raises ValueError for fewer points than the law has parameters, or none that loops.
+    """
+    chosen = [p for p in points if p.family == family or p.loops == 1]
+    if len(chosen) < 7 or not any(p.loops > 1 for p in chosen):
+        raise ValueError(
+            f"the law has 6 parameters; {family!r} offers {len(chosen)} points, it takes 7 and some that loop"
+        )
+    measured = _columns(chosen)
+    solution = _fit_law(measured, None)
+    drawn = np.array([_fit_law(_columns(s), solution)[5] for s in _resamples(chosen, noise, resamples, seed)])
+    low, high = _bounds(drawn)
+    residual = _law(solution, measured) - measured["nll"]
+    return RecurrenceLaw(
+        family=family,
+        points=len(chosen),
+        phi=float(solution[5]),
+        phi_low=low,
+        phi_high=high,
+        floor=float(solution[0]),
+        alpha=float(solution[2]),
+        beta=float(solution[4]),
+        rms=float(np.sqrt(np.mean(np.square(residual)))),
+    )
+
+
+def _columns(points: Sequence[Point]) -> dict[str, Array]:
+    return {n: np.array([float(getattr(p, n)) for p in points]) for n in ("once", "looped", "loops", "tokens", "nll")}
+
+
+def _law(parameters: Any, at: dict[str, Array]) -> Array:
+    floor, log_a, alpha, log_b, beta, phi = parameters
+    size = at["once"] + at["loops"] ** phi * at["looped"]
+    return floor + np.exp(log_a - alpha * np.log(size)) + np.exp(log_b - beta * np.log(at["tokens"]))
+
+
+def _fit_law(at: dict[str, Array], start: Array | None) -> Array:
+    """Least squares with a robust loss; from several starts, or from a known solution."""
+    from scipy.optimize import least_squares
+
+    lowest = at["nll"].min()
+    bounds = ([0, -20, 0.02, -20, 0.02, -3], [lowest, 40, 2.5, 60, 2.5, 3])
+    mid_size, mid_tokens = np.median(np.log(at["once"] + at["looped"])), np.median(np.log(at["tokens"]))
+    starts: Iterable[Any] = [start]
+    if start is None:
+        starts = [
+            (lowest * share, math.log(0.3) + a * mid_size, a, math.log(0.3) + b * mid_tokens, b, 0.5)
+            for share in (0.2, 0.6, 0.9)
+            for a in (0.2, 0.5)
+            for b in (0.3, 0.8, 1.5)
+        ]
+    fits = [
+        least_squares(
+            lambda x: _law(x, at) - at["nll"],
+            np.clip(begin, *_inside(bounds)),
+            bounds=bounds,
+            loss="soft_l1",
+            f_scale=0.03,
+            x_scale="jac",
+        )
+        for begin in starts
+    ]
+    return min(fits, key=lambda fit: fit.cost).x
+
+
+def _inside(bounds: Any) -> tuple[Array, Array]:
+    low, high = np.array(bounds[0], float), np.array(bounds[1], float)
+    return low + 1e-6 * (high - low), high - 1e-6 * (high - low)
+
+
+def points_of(runs: Iterable[dict[str, Any]], size: Callable[[dict[str, Any]], float]) -> list[Point]:
+    """Finished runs of a study with budgets as points. size: what counts as a model's size."""
+    return [
+        Point(
+            family=run["variant"],
+            size=size(run),
+            budget=run["budget"],
+            tokens=run["tokens"],
+            nll=run["validation_nll"],
+            seed=run["seed"],
+            once=run["params"] - run["looped_params"],
+            looped=run["looped_params"],
+            loops=run["config_model_num_recursions"],
+        )
+        for run in runs
+        if run["budget"]
+    ]

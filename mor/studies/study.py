@@ -1,0 +1,298 @@
+"""A study file (TOML) and the runs it asks for.
+
+    title = "Gate form"
+    size = "sizes/small.toml"                        # merged below this file; --size puts another one in its place
+    seeds = [0, 1, 2]
+    reference = "paper"                              # the others are compared with this one, seed by seed
+    depth_pays = { deep = "recursive", shallow = "one pass" }   # shown before anything else
+
+    [base]                                           # settings of TrainConfig, as in a run's TOML
+    steps = 2000
+    model = { preset = "tiny", num_layers = 6 }      # of ModelConfig, or arguments of mor.config.preset
+
+    [shapes.mor]                                     # what several variants have in common; usually in the size file
+    model = { num_recursions = 4, router.kind = "expert_choice" }
+
+    [variants.paper]                                 # a shape, if any, and what the variant changes
+    like = "mor"
+    model.router.gate = "paper"
+
+    [axes]                                           # every variant with every value
+    "model.router.alpha" = [0.1, 1.0]
+    width = { small = { model.dim = 48 }, large = { model.dim = 96 } }
+
+    [tuning]                                         # the learning rate of every row, chosen on short runs
+    rates = [2e-3, 4e-3, 8e-3]
+
+A *row* is a variant with one value of every axis (and one budget); its runs differ in their seeds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mor.config import ModelConfig, RouterConfig, from_dict, preset
+from mor.data import vocab_size
+from mor.train_config import TrainConfig, total_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """The learning rate of each row: the one whose short run has the lowest causal validation NLL."""
+
+    rates: tuple[float, ...] = ()
+    share: float = 0.3
+    """Length of the short runs, as a share of the row's budget."""
+    seed: int = 1000
+    """None of the study's seeds, so that the choice favours none of the runs that count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthPays:
+    """The control: the same unique layers applied once (shallow) against full depth (deep)."""
+
+    deep: str = ""
+    shallow: str = ""
+    margin: float = 0.05
+    """By how many nats the shallow one must be worse, interval included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    title: str
+    question: str = ""
+    base: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, Any] = field(default_factory=dict)
+    axes: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    reference: str = ""
+    depth_pays: DepthPays = field(default_factory=DepthPays)
+    tuning: Tuning = field(default_factory=Tuning)
+    budgets: tuple[float, ...] = ()
+    """Training FLOPs. One stable run serves all: each budget's cool-down branches off it."""
+    exits: tuple[str, ...] = ()
+    """Variants whose tokens are also sent out early after the fact: at random, when sure, by an oracle."""
+    windows: int = 512
+    """Validation sequences that a finished run is measured on."""
+
+    def __post_init__(self) -> None:
+        if not self.variants:
+            raise ValueError("a study needs at least one [variants.NAME]; an empty table takes the base as it is")
+        if not self.seeds:
+            raise ValueError("a study needs at least one seed; three or more for a claim")
+        control = self.depth_pays
+        for name in (self.reference, control.deep, control.shallow, *self.exits):
+            if name and name not in self.variants:
+                raise ValueError(
+                    f"reference, depth_pays and exits name variants; {name!r} is none of {', '.join(self.variants)}"
+                )
+        if self.tuning.seed in self.seeds:
+            raise ValueError(f"tuning.seed={self.tuning.seed} is one of the seeds that count; choose another")
+        if self.budgets and sorted(self.budgets) != list(self.budgets):
+            raise ValueError(f"budgets must grow, got {self.budgets}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the study's table: a variant at one value of every axis."""
+
+    variant: str
+    labels: Mapping[str, str]
+    config: TrainConfig
+
+    @property
+    def name(self) -> str:
+        return ", ".join([self.variant, *(f"{axis} {label}" for axis, label in self.labels.items())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run and where it belongs. budget: FLOPs, if the study has several.
+
+    trunk: run directory that this one branches off at ``branch_step``.
+    """
+
+    row: str
+    variant: str
+    labels: Mapping[str, str]
+    stage: str
+    seed: int
+    config: TrainConfig
+    budget: float | None = None
+    trunk: str | None = None
+    branch_step: int = 0
+    exits: bool = False
+    windows: int = 512
+
+
+def load_study(path: Path, *, size: Path | None = None) -> Study:
+    """size: used in place of the size file that the study names.
+
+    Raises ValueError for an unknown setting or a name that no variant has.
+    """
+    values = tomllib.loads(path.read_text())
+    named = values.pop("size", None)
+    if size is None and named is not None:
+        size = path.parent / named
+    return from_dict(Study, merge(tomllib.loads(size.read_text()) if size else {}, values))
+
+
+def study_rows(study: Study) -> list[Row]:
+    """Raises ValueError naming the variant whose settings do not fit together."""
+    found = []
+    for variant, changes in study.variants.items():
+        for choice in itertools.product(*(_values(name, values) for name, values in study.axes.items())):
+            labels = {axis.rpartition(".")[2]: label for axis, label, _ in choice}
+            try:
+                settings = merge(study.base, _shape(study, changes), *(s for _, _, s in choice))
+                found.append(Row(variant=variant, labels=labels, config=train_config(settings)))
+            except ValueError as error:
+                raise ValueError(f"variant {variant!r} {dict(labels) or ''}: {error}") from None
+    return found
+
+
+def _shape(study: Study, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A variant's settings with those of the shape that it is like."""
+    own = {key: value for key, value in changes.items() if key != "like"}
+    like = changes.get("like")
+    if like is None:
+        return own
+    if like not in study.shapes:
+        raise ValueError(f"like={like!r} is no shape; there are {', '.join(study.shapes) or 'none'}")
+    return merge(study.shapes[like], own)
+
+
+def _values(axis: str, values: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    if isinstance(values, Mapping):
+        yield from ((axis, label, settings) for label, settings in values.items())
+        return
+    for value in values:
+        settings: Any = value
+        for key in reversed(axis.split(".")):
+            settings = {key: settings}
+        yield axis, f"{value:g}" if isinstance(value, float) else str(value), settings
+
+
+def merge(*tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables, later ones first in doubt."""
+    merged: dict[str, Any] = {}
+    for table in tables:
+        for key, value in table.items():
+            before = merged.get(key)
+            both = isinstance(before, Mapping) and isinstance(value, Mapping)
+            merged[key] = merge(before, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def train_config(settings: Mapping[str, Any]) -> TrainConfig:
+    """A run's settings; the model's may be those of :func:`mor.config.preset`."""
+    values = dict(settings)
+    if "model" in values:
+        values["model"] = _model(values["model"])
+    config = from_dict(TrainConfig, values)
+    # What a budget buys depends on the vocabulary, which the data brings along.
+    return replace(config, model=config.model.replace(vocab_size=vocab_size(config.data)))
+
+
+def _model(table: Mapping[str, Any]) -> ModelConfig:
+    if "preset" not in table:
+        return from_dict(ModelConfig, table)
+    rest = {key: value for key, value in table.items() if key not in ("preset", "router")}
+    return preset(table["preset"], router=from_dict(RouterConfig, table.get("router", {})), **rest)
+
+
+def tuning_runs(study: Study, out: Path) -> list[Run]:
+    """Short runs of every row at every rate; none if the study fixes the rates."""
+    runs = []
+    for row in study_rows(study):
+        for rate in study.tuning.rates:
+            config = with_budget(row.config, study.budgets[0] if study.budgets else None)
+            config = replace(config, optim=replace(config.optim, lr=rate), seed=study.tuning.seed)
+            config = replace(config, steps=max(1, round(total_steps(config) * study.tuning.share)), flops=None)
+            runs.append(_run(study, row, "tuning", config, out / "tuning" / folder_name(row.name) / f"lr-{rate:g}"))
+    return runs
+
+
+def with_budget(config: TrainConfig, flops: float | None) -> TrainConfig:
+    return config if flops is None else replace(config, flops=flops)
+
+
+def main_runs(study: Study, out: Path, rates: Mapping[str, float]) -> list[list[Run]]:
+    """The runs that count, in stages: those of a stage need the ones before. rates: learning rates by row."""
+    first, branches = [], []
+    for row in study_rows(study):
+        config = row.config
+        if row.name in rates:
+            config = replace(config, optim=replace(config.optim, lr=rates[row.name]))
+        for seed in study.seeds:
+            seeded = replace(config, seed=seed)
+            place = out / "runs" / folder_name(row.name)
+            if not study.budgets:
+                first.append(_run(study, row, "main", seeded, place / f"seed-{seed}"))
+                continue
+            trunk, *rest = _budget_runs(study, row, seeded, place)
+            first.append(trunk)
+            branches += rest
+    stages = [first, branches] if branches else [first]
+    return [
+        sorted(stage, key=lambda run: study.seeds.index(run.seed)) for stage in stages
+    ]  # a whole seed, then the next
+
+
+BRANCH_POINTS = 4  # checkpoints of the stable run up to the first budget's cool-down
+
+
+def _budget_runs(study: Study, row: Row, config: TrainConfig, place: Path) -> Iterator[Run]:
+    """The run of the largest budget, then those that branch off it; FLOPs are exact, to a step."""
+    steps = [total_steps(with_budget(config, budget)) for budget in study.budgets]
+    stable = 1 - config.optim.cooldown
+    every = max(1, round(steps[0] * stable / BRANCH_POINTS))
+    # The warm-up is that of the smallest budget; it must not be longer for the run they share.
+    optim = replace(config.optim, warmup=config.optim.warmup * steps[0] / steps[-1])
+    trunk = replace(config, optim=optim, steps=steps[-1], flops=None, save_every=every, keep=0)
+    names = [place / f"flops-{budget:g}" / f"seed-{config.seed}" for budget in study.budgets]
+    yield replace(_run(study, row, "main", trunk, names[-1]), budget=study.budgets[-1])
+    for budget, total, name in zip(study.budgets[:-1], steps, names, strict=False):
+        at = round(total * stable / every) * every
+        last = steps[-1] - round(steps[-1] * config.optim.cooldown)
+        if not 0 < at <= min(last, total - 1):
+            raise ValueError(
+                f"{row.name}: a budget of {budget:g} FLOPs is {total} steps, too near the largest one "
+                f"({steps[-1]} steps) to branch off its stable phase; leave it out or lower optim.cooldown"
+            )
+        made = _run(study, row, "branch", replace(config, steps=total, flops=None), name)
+        yield replace(made, budget=budget, trunk=str(names[-1]), branch_step=at)
+
+
+def _run(study: Study, row: Row, stage: str, config: TrainConfig, out: Path) -> Run:
+    return Run(
+        row=row.name,
+        variant=row.variant,
+        labels=row.labels,
+        stage=stage,
+        seed=config.seed,
+        config=replace(config, out=str(out)),
+        exits=stage != "tuning" and row.variant in study.exits,
+        windows=study.windows,
+    )
+
+
+def folder_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", name).strip("-")
+
+
+def variants_named(study: Study, names: Sequence[str]) -> Study:
+    """Some of a study's variants, to run but not to compare. Raises ValueError for an unknown name."""
+    for name in names:
+        if name not in study.variants:
+            raise ValueError(f"no variant {name!r}; there are {', '.join(study.variants)}")
+    kept = {name: study.variants[name] for name in study.variants if name in names}
+    exits = tuple(name for name in study.exits if name in kept)
+    return replace(study, variants=kept, exits=exits, reference="", depth_pays=DepthPays())
