@@ -20,6 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -121,10 +122,14 @@ def _rename(unfinished: Path, path: Path) -> None:
 
 
 def _quietly(function: Callable[..., Any], *arguments: Any, **settings: Any) -> None:
-    """Without the library's notes on running in a single process."""
+    """Without the library's notes on running in a single process; what went wrong on a rank as an OSError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        function(*arguments, **settings)
+        try:
+            function(*arguments, **settings)
+        except CheckpointException as error:  # no Exception, so that nobody else would catch it
+            rank, (cause, _) = next(iter(error.failures.items()))
+            raise OSError(f"rank {rank}: {cause}") from error
 
 
 def _checksum(file: Path) -> str:

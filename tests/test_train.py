@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import resource
 import signal
 
 import pytest
@@ -215,21 +216,26 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(data, tmp_path
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(data, tmp_path, monkeypatch):
+    """A limit on the size of files makes the system refuse writes, as a full disk does: real errors of every library."""
     config = settings(data, tmp_path / "run", save_every=4)
-    real = checkpoint.dcp.save
+    folder, real = tmp_path / "run" / "checkpoints", checkpoint.save
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for largest in (2_000, 100_000):  # the optimizer's file is refused, or only the weights
 
-    def full(*arguments, checkpoint_id, **settings):
-        if "00000008" in str(checkpoint_id):
-            raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
-        real(*arguments, checkpoint_id=checkpoint_id, **settings)
+        def full(path, *arguments, limit=largest, **others):
+            if path.name == "step-00000008":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            return real(path, *arguments, **others)
 
-    monkeypatch.setattr(checkpoint.dcp, "save", full)
-    with pytest.raises(
-        TrainingError, match=r"could not write .*step-00000008.*last good checkpoint is .*step-00000004"
-    ):
-        train(config, console=quiet())
-    folder = tmp_path / "run" / "checkpoints"
-    assert [p.name for p in folder.iterdir()] == ["step-00000004"]
+        monkeypatch.setattr(checkpoint, "save", full)
+        try:
+            with pytest.raises(
+                TrainingError, match=r"could not write .*step-00000008.*last good checkpoint is .*step-00000004"
+            ):
+                train(config, resume=folder.exists(), console=quiet())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert [p.name for p in folder.iterdir()] == ["step-00000004"]
     monkeypatch.undo()
     assert train(config, resume=True, console=quiet()).finished
 
