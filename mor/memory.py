@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mor.config import ModelConfig, check_choices
-from mor.costs import kept_per_recursion, kv_entry_bytes, unique_params
+from mor.costs import kept_per_recursion, unique_params
 from mor.kv_cache import READS
 from mor.loss import CHUNK_LOGITS
 

@@ -216,7 +216,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(data, tmp_path
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(data, tmp_path, monkeypatch):
-    """A limit on the size of files makes the system refuse writes, as a full disk does: real errors of every library."""
+    """A limit on the size of files refuses writes as a full disk does: real errors of every library."""
     config = settings(data, tmp_path / "run", save_every=4)
     folder, real = tmp_path / "run" / "checkpoints", checkpoint.save
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

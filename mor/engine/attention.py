@@ -14,7 +14,7 @@ from torch import Tensor
 from mor.attention import attention
 from mor.engine import cpu_attention
 
-AttentionBackend = Literal["auto", "gathered", "compiled"]
+AttentionBackend = Literal["auto", "gathered", "compiled", "triton"]
 
 
 class DecodeAttention(Protocol):
@@ -47,18 +47,30 @@ def gathered_attention(
 
 def decode_attention(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> DecodeAttention:
     """The backend of that name; ``auto`` takes the fastest that works here, and warns if that is the slow one."""
-    compiled_fits = device.type == "cpu" and dtype == torch.float32
-    if backend == "gathered" or (backend == "auto" and not compiled_fits):
+    if backend not in ("auto", "gathered", "compiled", "triton"):
+        raise ValueError(f"attention={backend!r} is not known; choose 'auto', 'gathered', 'compiled' or 'triton'")
+    fits = {"compiled": device.type == "cpu" and dtype == torch.float32, "triton": device.type == "cuda"}
+    if backend == "gathered" or (backend == "auto" and not any(fits.values())):
         return gathered_attention
-    if backend not in ("auto", "compiled"):
-        raise ValueError(f"attention={backend!r} is not known; choose 'auto', 'gathered' or 'compiled'")
-    if not compiled_fits:
-        raise ValueError(f"attention='compiled' needs float32 on the CPU, got {dtype} on {device}; use 'auto'")
+    chosen = next(name for name, fit in fits.items() if fit) if backend == "auto" else backend
+    if not fits[chosen]:
+        needs = {"compiled": "float32 on the CPU", "triton": "a CUDA device"}[chosen]
+        raise ValueError(f"attention={chosen!r} needs {needs}, got {dtype} on {device}; use 'auto'")
     try:
-        cpu_attention.prepare()
-    except cpu_attention.CompilerError as error:
-        if backend == "compiled":
-            raise ValueError(f"attention='compiled' cannot be had: {error}") from error
-        warnings.warn(f"decoding without the compiled attention kernel, which is slower: {error}", stacklevel=2)
+        return {"compiled": _compiled, "triton": _triton}[chosen]()
+    except (cpu_attention.CompilerError, ImportError) as error:
+        if backend != "auto":
+            raise ValueError(f"attention={backend!r} cannot be had: {error}") from error
+        warnings.warn(f"decoding without the {chosen} attention kernel, which is slower: {error}", stacklevel=2)
         return gathered_attention
+
+
+def _compiled() -> DecodeAttention:
+    cpu_attention.prepare()
     return cpu_attention.compiled_attention
+
+
+def _triton() -> DecodeAttention:
+    from mor.engine.triton_attention import triton_attention
+
+    return triton_attention
