@@ -44,6 +44,8 @@ class Settings:
     seconds: float = 1.2
     """Of one turn."""
     threads: int = 2
+    device: str = "cpu"
+    dtype: str = "float32"
     parts: tuple[str, ...] = PARTS
     out: Path | None = None
     """Also write the JSON there."""
@@ -52,17 +54,21 @@ class Settings:
 def make(settings, recursions):
     kind = RouterConfig(kind="fixed" if recursions == 1 else "random")
     config = preset(settings.preset, num_recursions=recursions, num_layers=settings.num_layers, router=kind)
-    return Transformer(config).init_weights().eval()
+    return placed(settings, Transformer(config).init_weights())
+
+
+def placed(settings, model):
+    return model.eval().to(settings.device, getattr(torch, settings.dtype))
 
 
 def models(settings):
     if settings.checkpoint:
         _, trained, _ = checkpoint.load(settings.checkpoint)
         _, baseline, _ = checkpoint.load(settings.baseline)
-        tested = {settings.checkpoint.name: trained}
+        baseline, tested = placed(settings, baseline), {settings.checkpoint.name: placed(settings, trained)}
     else:
         baseline, tested = make(settings, 1), {f"mor-{r}": make(settings, r) for r in (2, 3, 4)}
-    machine = measure_machine(torch.device("cpu"), torch.float32)
+    machine = measure_machine(torch.device(settings.device), getattr(torch, settings.dtype))
     common = dict(lengths=settings.lengths, machine=machine, rounds=settings.rounds, seconds=settings.seconds)
     rows = []
     for batch in settings.batches:
@@ -91,8 +97,9 @@ def batching(settings):
 def transformers(settings):
     """Vanilla at the preset's own depth in this engine, in transformers' generate (static batches of 32) and in its
     continuous batching, which is slow here and runs once."""
-    model = Transformer(preset(settings.preset)).init_weights().eval()
-    llama = to_llama(model).eval()
+    model = Transformer(preset(settings.preset)).init_weights()
+    llama = placed(settings, to_llama(model))
+    model = placed(settings, model)
     generator = torch.Generator().manual_seed(1)
     wide = Lengths(mean=settings.lengths.mean * 3 / 8, deviation=settings.lengths.mean * 3 / 16)
     ragged, equal = wide.draw(96, generator), [int(wide.mean)] * 32
@@ -124,7 +131,7 @@ def generate_speed(llama, lengths):
     elapsed = 0.0
     for at in range(0, len(lengths), 32):
         longest = max(lengths[at : at + 32])
-        prompts = torch.arange(at + 1, at + 1 + len(lengths[at : at + 32]))[:, None]
+        prompts = torch.arange(at + 1, at + 1 + len(lengths[at : at + 32]), device=llama.device)[:, None]
         start = time.perf_counter()
         llama.generate(
             prompts,
@@ -223,7 +230,8 @@ def main():
         found |= made if isinstance(made, dict) else {part: made}
         print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
     machine = dict(
-        cpu=platform.processor() or platform.machine(),
+        device=torch.cuda.get_device_name() if settings.device == "cuda" else platform.machine(),
+        dtype=settings.dtype,
         threads=settings.threads,
         torch=torch.__version__,
         python=platform.python_version(),

@@ -40,18 +40,27 @@ class Bench:
     seconds: float = 1.0
     """Of one turn of one model."""
     threads: int | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on CUDA, float32 elsewhere."""
     json: bool = False
 
     def run(self, console: Console) -> None:
         import torch
 
+        from mor.distributed import pick_device
         from mor.engine.bench import decode_rows, measure_machine
 
         if (self.checkpoint is None) != (self.baseline is None):
             raise ValueError("--checkpoint and --baseline go together: a speedup needs something to compare with")
         if self.threads:
             torch.set_num_threads(self.threads)
+        place = pick_device(self.device)
+        dtype = torch.bfloat16 if (self.dtype, place.type) == ("auto", "cuda") else torch.float32
+        dtype = dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         baseline, models = self._models()
+        for model in (baseline, *models.values()):
+            model.to(place, dtype)
         weight = baseline.embedding.weight
         common: dict[str, Any] = dict(
             lengths=self.lengths,
@@ -93,7 +102,7 @@ class Bench:
             "tok/s": lambda r: f"{r.tokens_per_s:,.0f}",
             "speedup": lambda r: f"{r.speedup:.2f}",
             "limit": lambda r: f"{r.limit:.2f}",
-            "layers": lambda r: f"{r.block_only_speedup:.2f}",
+            "layers": lambda r: "–" if r.block_only_speedup is None else f"{r.block_only_speedup:.2f}",
             "depth": lambda r: f"{r.mean_depth:.2f}",
             "host us/step": lambda r: f"{r.host_us_per_step:,.0f}",
             "KV B/tok": lambda r: f"{r.kv_bytes_per_token:,.0f}",

@@ -68,9 +68,9 @@ class SteadyLoad:
     seed: int = 0
     tokens_per_s: list[float] = field(default_factory=list)
     layers_s: list[float] = field(default_factory=list)
-    """Seconds in layers for each new token, one number for each turn."""
+    """Seconds in layers for each new token, one number for each turn; zeros where the device loops by itself."""
     host_s: list[float] = field(default_factory=list)
-    """Seconds outside the model (scheduling, pages, sampling) for each step."""
+    """Seconds for each step outside layers, head and sampling: scheduling, pages, routing, moving states."""
     step_s: list[float] = field(default_factory=list)
     depth: list[float] = field(default_factory=list)
 
@@ -99,7 +99,7 @@ class SteadyLoad:
         elapsed, new = time.perf_counter() - start, engine.tokens["sample"]
         self.tokens_per_s.append(new / elapsed)
         self.layers_s.append(sum(engine.seconds[part] for part in LAYERS) / new)
-        self.host_s.append((elapsed - engine.runner.model_s) / steps)
+        self.host_s.append((elapsed - engine.runner.model_s - engine.seconds["sample"]) / steps)
         self.step_s.append(elapsed / steps)
         self.depth.append((engine.tokens["block"] or engine.tokens["token"]) / new)
 
@@ -123,7 +123,8 @@ def take_turns(loads: Sequence[SteadyLoad], *, rounds: int, seconds: float) -> N
 class DecodeRow:
     """One model at one batch size against the baseline. batch: tokens in a pass of the shared layers at most;
     slots: requests that run. speedup: ratio of medians of tokens per second. limit: what ``costs.decode_seconds``
-    allows on this machine. block_only_speedup: the same ratio with the time in layers alone."""
+    allows on this machine. block_only_speedup: the same ratio with the time in layers alone (None: not known, since
+    the device loops by itself)."""
 
     model: str
     batch: int
@@ -133,14 +134,15 @@ class DecodeRow:
     limit: float
     share_of_limit: float
     mean_depth: float
-    block_only_speedup: float
+    block_only_speedup: float | None
     host_us_per_step: float
     kv_bytes_per_token: float
 
 
 def load_for(name: str, model: Transformer, *, batch: int, slots: int, lengths: Lengths, **settings: Any) -> SteadyLoad:
-    longest = min(model.config.max_seq_len, int(4 * lengths.mean) + 2)
-    kv_cache_memory = int(slots * costs.kv_bytes(model.config, longest, [longest] * model.config.num_recursions, 4))
+    longest, weight = min(model.config.max_seq_len, int(4 * lengths.mean) + 2), model.embedding.weight
+    everything = [longest] * model.config.num_recursions
+    kv_cache_memory = int(slots * costs.kv_bytes(model.config, longest, everything, weight.dtype.itemsize))
     config = EngineConfig(
         max_num_seqs=slots,
         lanes=batch,
@@ -165,7 +167,11 @@ def decode_rows(
 ) -> list[DecodeRow]:
     """The baseline and each model at one batch size. slots: of each; None gives models as many slots (and lanes) as
     fit into the bytes that the baseline's keys and values take with ``batch`` slots."""
-    bytes_of = {n: mean_kv_bytes(m.config) for n, m in {"baseline": baseline, **models}.items()}
+    itemsize = baseline.embedding.weight.dtype.itemsize
+    bytes_of = {
+        name: costs.kv_bytes(model.config, 1, model.config.capacities, itemsize)
+        for name, model in {"baseline": baseline, **models}.items()
+    }
     fits = {name: int(batch * bytes_of["baseline"] / per_token) for name, per_token in bytes_of.items()}
     sizes = {name: (fits[name], fits[name]) if slots is None else (batch, slots) for name in bytes_of}
     loads = {
@@ -174,7 +180,6 @@ def decode_rows(
     }
     take_turns(list(loads.values()), rounds=rounds, seconds=seconds)
     base, context = loads["baseline"], lengths.mean / 2
-    itemsize = baseline.embedding.weight.dtype.itemsize
     ideal = {
         name: costs.decode_seconds(
             load.engine.runner.model.config,
@@ -200,16 +205,12 @@ def decode_rows(
                 limit=limit,
                 share_of_limit=speedup / limit,
                 mean_depth=median(load.depth),
-                block_only_speedup=median(base.layers_s) / median(load.layers_s),
+                block_only_speedup=median(base.layers_s) / median(load.layers_s) if any(load.layers_s) else None,
                 host_us_per_step=1e6 * median(load.host_s),
                 kv_bytes_per_token=bytes_of[name],
             )
         )
     return rows
-
-
-def mean_kv_bytes(config: ModelConfig) -> float:
-    return costs.kv_bytes(config, 1, config.capacities, 4)
 
 
 def shares(config: ModelConfig, mean_depth: float) -> list[float]:

@@ -115,7 +115,7 @@ class DeviceLoop:
         runner = self.runner
         slot_M = self._oldest(self.live_S & (runner.stage_S == self.end), lanes)
         logits_MV = runner.head(runner.coda(slot_M))
-        token_M = sample_rows(logits_MV, self.sampling.at(slot_M), all_greedy=greedy)
+        token_M = logits_MV.argmax(-1) if greedy else sample_rows(logits_MV, self.sampling.at(slot_M))
         depth_M = runner.took_SR[slot_M].sum(1)
         found = (slot_M, token_M, depth_M, logprob_rows(logits_MV, token_M))
         self.out_KM4[k, :lanes] = torch.stack([x.double() for x in found], dim=-1)

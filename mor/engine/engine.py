@@ -432,8 +432,11 @@ class Engine:
             return
         params = [request.params for request in requests]
         with self._measured("sample", len(requests)):
-            rows = SamplingRows.of(params, [len(r.token_ids) for r in requests], logits_MV.device)
-            token_M = sample_rows(logits_MV, rows, all_greedy=all(p.temperature == 0 for p in params))
+            if all(p.temperature == 0 for p in params):
+                token_M = logits_MV.argmax(-1)
+            else:
+                rows = SamplingRows.of(params, [len(r.token_ids) for r in requests], logits_MV.device)
+                token_M = sample_rows(logits_MV, rows)
             asked = any(p.logprobs for p in params)
             logprobs = logprob_rows(logits_MV, token_M).tolist() if asked else [None] * len(params)
         for request, token, value in zip(requests, token_M.tolist(), logprobs, strict=True):

@@ -49,11 +49,8 @@ class SamplingRows:
             getattr(self, f.name)[index] = getattr(rows, f.name)
 
 
-def sample_rows(logits_MV: Tensor, rows: SamplingRows, *, all_greedy: bool) -> Tensor:
-    """One token of each row of logits. all_greedy: no row samples, so that nothing needs sorting."""
-    best_M = logits_MV.argmax(-1)
-    if all_greedy:
-        return best_M
+def sample_rows(logits_MV: Tensor, rows: SamplingRows) -> Tensor:
+    """One token of each row of logits."""
     scaled_MV = logits_MV.double() / torch.where(rows.temperature_M == 0, 1.0, rows.temperature_M)[:, None]
     sorted_MV, id_MV = scaled_MV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(logits_MV.shape[1], device=logits_MV.device)
@@ -65,7 +62,7 @@ def sample_rows(logits_MV: Tensor, rows: SamplingRows, *, all_greedy: bool) -> T
     draw_M = hash_uniform(rows.seed_M, rows.counter_M) * cumulative_MV[:, -1]
     place_M1 = torch.searchsorted(cumulative_MV, draw_M[:, None], right=True)
     place_M1 = torch.minimum(place_M1, (kept_MV > 0).sum(-1, keepdim=True) - 1)
-    return torch.where(rows.temperature_M == 0, best_M, id_MV.gather(1, place_M1)[:, 0])
+    return torch.where(rows.temperature_M == 0, logits_MV.argmax(-1), id_MV.gather(1, place_M1)[:, 0])
 
 
 def logprob_rows(logits_MV: Tensor, token_M: Tensor) -> Tensor:
