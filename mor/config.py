@@ -205,6 +205,14 @@ class ModelConfig:
         """Effective depth: layers that a token passes when it takes every recursion."""
         return self.prelude_layers + self.shared_layers * self.num_recursions + self.coda_layers
 
+    def with_recursions(self, num_recursions: int) -> ModelConfig:
+        """With more recursions, the further ones as large as the last of these."""
+        router = self.router
+        if router.kind in _READ_BY["capacities"]:
+            further = self.capacities[-1:] * (num_recursions - self.num_recursions)
+            router = dataclasses.replace(router, capacities=(*self.capacities, *further))
+        return self.replace(num_recursions=num_recursions, router=router)
+
     @property
     def capacities(self) -> tuple[float, ...]:
         """Expected share of tokens at each recursion (all ones for ``fixed``)."""

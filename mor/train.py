@@ -226,6 +226,7 @@ def _train(
     ):
         finished = _loop(config, state, corpus, total, log, progress, interrupted)
     path = _save(config, state, corpus, total)
+    state.forward = model  # freed after its process group, DistributedDataParallel can wait for ever for gloo's threads
     return TrainResult(path, state, corpus, finished)
 
 

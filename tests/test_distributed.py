@@ -57,7 +57,8 @@ for line in sys.stdin:
     run = json.loads(line)
     os.environ["MASTER_PORT"] = str(run["port"])
     with Communication() as seen:
-        train(load_config(Path(run["config"])), resume=run["resume"], console=Console(file=io.StringIO()))
+        done = train(load_config(Path(run["config"])), resume=run["resume"], console=Console(file=io.StringIO()))
+    assert done.state.forward is done.state.model, "DistributedDataParallel outlives its process group"
     print(json.dumps(seen.counts), flush=True)
 """
 

@@ -101,11 +101,7 @@ def with_router(model: Transformer, router: Router) -> Transformer:
     """The model with other decisions; nothing is copied."""
     config = model.config
     if router.num_recursions != config.num_recursions:
-        changed = config.router
-        if changed.kind in ("expert_choice", "random"):
-            further = router.num_recursions - config.num_recursions
-            changed = replace(changed, capacities=(*config.capacities, *config.capacities[-1:] * further))
-        config = config.replace(num_recursions=router.num_recursions, router=changed)
+        config = config.with_recursions(router.num_recursions)
     with torch.device("meta"):
         view = Transformer(config)
     for name in ("embedding", "prelude", "coda", "final_norm", "head"):
