@@ -9,7 +9,9 @@ import pytest
 from test_convert import chat_tokenizer, llama
 from test_harness import FLAT
 
+from mor import costs
 from mor.cli import main
+from mor.config import preset
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -30,6 +32,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, capsys):
     def run(script, *arguments):
+        monkeypatch.syspath_prepend(BENCHMARKS)  # as where a script is started
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
         return json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -73,3 +76,27 @@ def test_data_prepare_measures_both_sides(folder, run):
     arguments = ["--tokenizer", folder / "llama", "--megabytes", 0.001, "--rounds", 1]
     found = run("data_prepare.py", folder / "text.jsonl", *arguments)
     assert min(found["tokens_per_s"], found["bare_tokens_per_s"]) > 0 and found["peak_memory_mb"] > 10
+
+
+def test_train_speed_counts_the_flops_of_what_was_routed(run, tmp_path):
+    out = tmp_path / "speed.jsonl"
+    arguments = ["--batch", 1, "--rounds", 1, "--models", "mor-2", "--json", "--out", out]
+    result = run("train_speed.py", *arguments)
+    shape = dict(num_layers=14, max_seq_len=512)
+    flops = [
+        costs.train_flops(preset("mini", **shape, **other), 512)
+        for other in ({}, dict(num_recursions=2, router="expert_choice"))
+    ]
+    vanilla, mor = result["rows"]
+    assert [vanilla["model"], mor["model"]] == ["vanilla", "mor-2"]
+    assert mor["flop_ratio"] == pytest.approx(flops[1] / flops[0]) and mor["mean_depth"] == 1.5
+    assert mor["time_over_flops"] == pytest.approx(mor["time_ratio"] / mor["flop_ratio"])
+    assert mor["peak_mb"] < vanilla["peak_mb"]
+    assert all(sum(row["split"].values()) == pytest.approx(1) for row in result["rows"])
+    assert json.loads(out.read_text()) == result
+
+
+def test_head_loss_sees_that_chunks_take_less_memory(run):
+    vocab = 80_000
+    chunked, whole, *_ = run("head_loss.py", "--tokens", 1000, "--dim", 8, "--vocab", vocab, "--rounds", 1)["rows"]
+    assert whole["peak_mb"] > 2 * 4 * 1000 * vocab / 1e6 > chunked["peak_mb"]
