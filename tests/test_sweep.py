@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 import mor.train as train_module
+from mor.analysis.intervals import paired
 from mor.cli import main
 from mor.config import preset
 from mor.data import DataConfig, load_corpus
@@ -201,12 +202,12 @@ def test_a_cluster_gets_the_same_runs(tmp_path):
 
 def test_paired_differences_and_their_intervals():
     # Differences 0.1, 0.2, 0.3: mean 0.2, sd 0.1, and Student's t for 2 degrees of freedom is 4.303.
-    found = compare.paired({0: 1.1, 1: 2.2, 2: 3.3, 9: 7.0}, {0: 1.0, 1: 2.0, 2: 3.0, 8: 1.0})
+    found = paired({0: 1.1, 1: 2.2, 2: 3.3, 9: 7.0}, {0: 1.0, 1: 2.0, 2: 3.0, 8: 1.0})
     half = 4.302653 * 0.1 / 3**0.5
-    assert found.pairs == 3 and abs(found.mean - 0.2) < 1e-9
+    assert found.count == 3 and abs(found.mean - 0.2) < 1e-9
     assert abs(found.low - (0.2 - half)) < 1e-6 and abs(found.high - (0.2 + half)) < 1e-6 and not found.is_clear
-    assert compare.paired({0: 1.0}, {1: 1.0}) is None
-    assert compare.paired({0: 1.5}, {0: 1.0}).low is None
+    assert paired({0: 1.0}, {1: 1.0}) is None
+    assert paired({0: 1.5}, {0: 1.0}).low is None
 
 
 def runs_of(**nll):

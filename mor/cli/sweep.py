@@ -80,8 +80,7 @@ class Sweep:
 
 
 def _show_plan(study: Study, out: Path, console: Console) -> None:
-    from mor.studies.launch import RESULT
-    from mor.studies.study import main_runs, tuning_runs
+    from mor.studies.study import RESULT, main_runs, tuning_runs
 
     made = Table("", "runs", "finished", "steps", "FLOPs", title_justify="left")
     groups: dict[tuple[str, str], list[Run]] = {}
