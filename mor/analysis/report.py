@@ -96,7 +96,8 @@ ENTRIES: dict[str, Entry] = {
         note="The same token at two recursions; keys as cached, rotated for its position.",
         figure=figures.kv_similarity,
     ),
-    # Those of studies are drawn in mor.studies.figures.
+}
+STUDY_ENTRIES: dict[str, Entry] = {  # drawn in mor.studies.figures
     "rows": Entry(
         title="Rows of the study",
         note="Causal validation NLL of every seed; differences from the reference row are taken seed by seed, with 95% "
@@ -118,6 +119,7 @@ ENTRIES: dict[str, Entry] = {
         note="NLL = floor + a (once + r^phi looped)^-alpha + b tokens^-beta; phi 1: a recursion is worth fresh layers.",
     ),
 }
+KNOWN = ENTRIES | STUDY_ENTRIES
 
 
 LOSS = ("step", "tokens", "loss", "lr", "validation_nll", "validation_bits_per_byte", "validation_mean_depth")
@@ -177,14 +179,14 @@ def write_table(rows: Rows, path: Path) -> None:
 
 
 def report_page(folder: Path, *, settings: dict[str, Any] | None = None) -> str:
-    """HTML with every figure and table of ``folder``, known ones first and in the order of ``ENTRIES``.
+    """HTML with every figure and table of ``folder``, known ones first and in the order of ``KNOWN``.
 
-    settings: shown at the top, after those of summary.json. Raises ValueError if the folder has no figures and no tables.
+    settings: shown at the top, after those of summary.json. Raises ValueError if there are no figures and no tables.
     """
     drawn = {p.stem: p for kind in ("png", "svg") for p in sorted((folder / "figures").glob(f"*.{kind}"))}
     listed = {p.stem: p for p in sorted((folder / "tables").glob("*.csv"))}
-    names = [n for n in ENTRIES if n in drawn or n in listed]
-    names += sorted((drawn.keys() | listed.keys()) - ENTRIES.keys())
+    names = [n for n in KNOWN if n in drawn or n in listed]
+    names += sorted((drawn.keys() | listed.keys()) - KNOWN.keys())
     if not names:
         raise ValueError(
             f"{folder} has no figures/*.svg, figures/*.png or tables/*.csv, and is no run with checkpoints"
@@ -202,13 +204,13 @@ def report_page(folder: Path, *, settings: dict[str, Any] | None = None) -> str:
 
 
 def _title(name: str) -> str:
-    return ENTRIES[name].title if name in ENTRIES else name.replace("_", " ").replace("-", " ").capitalize()
+    return KNOWN[name].title if name in KNOWN else name.replace("_", " ").replace("-", " ").capitalize()
 
 
 def _section(name: str, figure: Path | None, table: Path | None) -> str:
     parts = [f'<section id="{html.escape(name)}"><h2>{html.escape(_title(name))}</h2>']
-    if name in ENTRIES:
-        parts.append(f'<p class="note">{html.escape(ENTRIES[name].note)}</p>')
+    if name in KNOWN:
+        parts.append(f'<p class="note">{html.escape(KNOWN[name].note)}</p>')
     if figure:
         kind = "svg+xml" if figure.suffix == ".svg" else "png"
         data = base64.b64encode(figure.read_bytes()).decode()

@@ -68,12 +68,14 @@ class Sweep:
 
     def _fit(self, source: str, console: Console) -> None:
         from mor.studies.published import PAPER, load_published
-        from mor.studies.report import report_scaling
+        from mor.studies.report import report_scaling, write_summary
 
         path = PAPER if source == "paper" else Path(source)
         found = load_published(path)
         out = self.out or Path("runs/studies") / f"fit-{path.stem}"
-        console.print(f"[bold]{found.title}[/bold]: {len(found.points)} losses, noise {found.noise:g} nats")
+        what = f"{len(found.points)} losses, noise {found.noise:g} nats"
+        console.print(f"[bold]{found.title}[/bold]: {what}", highlight=False)
+        write_summary(out, {"fit": found.title, "points": what})
         size = "unique parameters without embeddings"
         report_scaling(found.points, out, console, size_name=size, noise=found.noise, resamples=self.resamples)
         console.print(f"written: {out}/tables/, figures/", highlight=False, soft_wrap=True)

@@ -19,10 +19,11 @@ Runs = Mapping[str, Mapping[int, dict[str, Any]]]  # by row and seed
 
 
 def _readable(axis: Any) -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5, as 200M and not as 2 x 10^8."""
+    """Ticks of a logarithmic axis at 1, 2 and 5, as 200M or 2B and not as 2 x 10^8."""
+    number = EngFormatter(sep="")
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_major_formatter(lambda value, _: number(value).replace("G", "B"))
 
 
 def rows_figure(lines: Sequence[Line], runs: Runs) -> Figure:

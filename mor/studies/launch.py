@@ -154,8 +154,7 @@ def _in_processes(runs: Sequence[Run], workers: Workers, idle: Callable[[], None
     context = multiprocessing.get_context("spawn")
     os.environ["OMP_NUM_THREADS"] = str(workers.threads)
     devices = context.SimpleQueue()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    for gpu in visible.split(",")[: workers.gpus] if visible else range(workers.gpus):
+    for gpu in visible_gpus(workers.gpus):
         devices.put(gpu)
     pool = ProcessPoolExecutor(
         workers.gpus or workers.jobs, context, _begin_worker, (devices if workers.gpus else None,)
@@ -175,9 +174,15 @@ def _in_processes(runs: Sequence[Run], workers: Workers, idle: Callable[[], None
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def visible_gpus(count: int) -> list[str]:
+    """Names of the first ``count`` GPUs that this process may use, each to be the only one of a worker."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (given.split(",") if given else [str(gpu) for gpu in range(count)])[:count]
+
+
 def _begin_worker(devices: Any) -> None:
     if devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get())
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
 
 

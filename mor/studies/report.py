@@ -41,8 +41,7 @@ def report(study: Study, folder: Path, console: Console, *, resamples: int = 100
     write_table(rows, folder / TABLE)
     runs = finished(rows, "main", "branch")
     verdict = compare.depth_verdict(study, runs)
-    summary = {"study": study.title, "question": study.question, "does depth pay?": verdict}
-    (folder / SUMMARY).write_text(json.dumps({name: text for name, text in summary.items() if text}, indent=2))
+    write_summary(folder, {"study": study.title, "question": study.question, "does depth pay?": verdict})
     console.print(verdict, highlight=False, soft_wrap=True)
     _report_rows(study, runs, folder, console)
     if found := exits(runs):
@@ -58,6 +57,12 @@ def report(study: Study, folder: Path, console: Console, *, resamples: int = 100
         if row["status"] == "finished" and not math.isfinite(row["validation_nll"]):
             console.print(f"left out, its NLL is no number: {row['path']}", highlight=False, soft_wrap=True)
     _print_edges(study, rows, console)
+
+
+def write_summary(folder: Path, texts: dict[str, str]) -> None:
+    """What ``mor report`` says at the top of the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMMARY).write_text(json.dumps({name: text for name, text in texts.items() if text}, indent=2))
 
 
 def _report_rows(study: Study, runs: Sequence[dict[str, Any]], folder: Path, console: Console) -> None:
