@@ -1,7 +1,7 @@
 """Scaling fits: compute-optimal sizes from isoFLOP curves, and what one recursion is worth in parameters.
 
-Losses are NLL in nats, sizes are parameters, budgets are FLOPs. Intervals are 95% bootstrap intervals: over seeds where
-there are several, else over noise of the size that the caller states.
+Losses are NLL in nats, sizes are parameters, budgets are FLOPs. Intervals are 95% bootstrap intervals for noise as
+large as between seeds where there are several, else as large as the caller states.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import variance
 from typing import Any
 
 import numpy as np
@@ -139,19 +140,25 @@ def _tokens_at(points: Sequence[Point], size: float) -> float:
 
 
 def _resamples(points: Sequence[Point], noise: float, count: int, seed: int) -> Iterable[list[Point]]:
-    """Bootstrap: seeds drawn with replacement if every point has several, else the points with fresh noise."""
+    """The points with fresh noise (parametric bootstrap), as large as between seeds, else as stated."""
     random = np.random.default_rng(seed)
-    by_seed = {s: [p for p in points if p.seed == s] for s in {p.seed for p in points}}
-    whole = {s: group for s, group in by_seed.items() if len(group) == max(map(len, by_seed.values()))}
+    spread = _spread_of_seeds(points)
+    scale = noise if spread is None else spread
     for _ in range(count):
-        if len(whole) > 1:
-            yield [p for s in random.choice(list(whole), len(whole)) for p in whole[s]]
-        else:
-            yield [_with_nll(p, p.nll + random.normal(0, noise)) for p in points]
+        yield [replace(p, nll=p.nll + random.normal(0, scale)) for p in points]
 
 
-def _with_nll(point: Point, nll: float) -> Point:
-    return replace(point, nll=nll)
+def _spread_of_seeds(points: Sequence[Point]) -> float | None:
+    """Standard deviation of the NLL between seeds, pooled over all models; None where no model has two.
+
+    Pooled, because two or three seeds of one model tell next to nothing about its own spread.
+    """
+    models: dict[Any, list[float]] = {}
+    for p in points:
+        models.setdefault((p.family, p.size, p.budget), []).append(p.nll)
+    freedom = sum(len(nll) - 1 for nll in models.values())
+    squares = sum((len(nll) - 1) * variance(nll) for nll in models.values() if len(nll) > 1)
+    return math.sqrt(squares / freedom) if freedom else None
 
 
 def paths(points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000, seed: int = 0) -> list[Path]:
