@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 
 from mor.studies.published import PAPER, load_published
-from mor.studies.scaling import Point, optima, parabola_minimum, paths, recurrence_law
+from mor.studies.scaling import Point, lowest_point, optima, paths, recurrence_law
 
 
 def test_a_parabola_has_its_minimum_and_a_hill_has_none():
-    x = np.log([1e6, 3e6, 1e7, 4e7])
-    best, lowest = parabola_minimum(x, 0.1 * (x - math.log(5e6)) ** 2 + 2.5)
+    def points(curve):
+        sizes = (1e6, 3e6, 1e7, 4e7)
+        return [Point(family="", size=s, budget=1, tokens=1, nll=curve(math.log(s))) for s in sizes]
+
+    best, lowest = lowest_point(points(lambda x: 0.1 * (x - math.log(5e6)) ** 2 + 2.5))
     assert math.isclose(math.exp(best), 5e6, rel_tol=1e-6) and math.isclose(lowest, 2.5, rel_tol=1e-9)
-    assert math.isnan(parabola_minimum(x, -((x - 15) ** 2))[0])
+    assert math.isnan(lowest_point(points(lambda x: -((x - 15) ** 2)))[0])
 
 
 def made(exponent, seeds, noise, family="vanilla"):

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 import mor.train as train_module
+from mor.analysis.intervals import paired
 from mor.cli import main
 from mor.config import preset
 from mor.data import DataConfig, load_corpus
@@ -19,7 +20,7 @@ from mor.model import Transformer
 from mor.optim import learning_rate
 from mor.studies import compare
 from mor.studies.exits import POLICIES, confident_exits, early_exits, oracle_exits, random_exits
-from mor.studies.launch import launch, run_one, with_trunk
+from mor.studies.launch import launch, run_one, visible_gpus, with_trunk
 from mor.studies.results import collect, tuned_rates
 from mor.studies.settings import Workers
 from mor.studies.study import load_study, main_runs, merge, study_rows, tuning_runs
@@ -119,8 +120,14 @@ def test_a_study_runs_keeps_what_is_finished_and_lists_what_failed(tmp_path, cap
         (out / f"figures/{name}").stat().st_size > 5000 for name in ("rows.png", "rows.svg", "hops.png", "hops.svg")
     )
 
+    found = json.loads((out / "runs/one-pass/seed-1/result.json").read_text())
+    (out / "runs/one-pass/seed-1/result.json").write_text(json.dumps(found | {"validation_nll": float("nan")}))
     (out / "results.sqlite").unlink()
     main(["sweep", str(path), "--out", str(out), "--report"])
+    assert "left out, its NLL is no number" in capsys.readouterr().out
+    main(["report", str(out)])
+    page = (out / "report.html").read_text()
+    assert page.index("the same unique layers applied once") < page.index("Rows of the study")
     with sqlite3.connect(out / "results.sqlite") as database:
         query = "select row, seed, status, validation_nll, config_model_dim, share_per_recursion from runs"
         rows = {row[:2]: row[2:] for row in database.execute(query)}
@@ -199,14 +206,27 @@ def test_a_cluster_gets_the_same_runs(tmp_path):
         Workers(jobs=0)
 
 
+def test_gpus_that_are_not_there_or_would_stand_idle_are_refused(tmp_path, monkeypatch):
+    runs = main_runs(study(tmp_path), tmp_path / "out", {})[0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="gpus=3, but PyTorch sees 2"):
+        launch(runs, Workers(gpus=3), QUIET, folder=tmp_path)
+    with pytest.raises(ValueError, match="GPUs would stand idle"):
+        launch(runs, Workers(gpus=2), QUIET, folder=tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus(2) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-8f,7")
+    assert visible_gpus(2) == ["5", "GPU-8f"], "of those that the study itself was given"
+
+
 def test_paired_differences_and_their_intervals():
     # Differences 0.1, 0.2, 0.3: mean 0.2, sd 0.1, and Student's t for 2 degrees of freedom is 4.303.
-    found = compare.paired({0: 1.1, 1: 2.2, 2: 3.3, 9: 7.0}, {0: 1.0, 1: 2.0, 2: 3.0, 8: 1.0})
+    found = paired({0: 1.1, 1: 2.2, 2: 3.3, 9: 7.0}, {0: 1.0, 1: 2.0, 2: 3.0, 8: 1.0})
     half = 4.302653 * 0.1 / 3**0.5
-    assert found.pairs == 3 and abs(found.mean - 0.2) < 1e-9
+    assert found.count == 3 and abs(found.mean - 0.2) < 1e-9
     assert abs(found.low - (0.2 - half)) < 1e-6 and abs(found.high - (0.2 + half)) < 1e-6 and not found.is_clear
-    assert compare.paired({0: 1.0}, {1: 1.0}) is None
-    assert compare.paired({0: 1.5}, {0: 1.0}).low is None
+    assert paired({0: 1.0}, {1: 1.0}) is None
+    assert paired({0: 1.5}, {0: 1.0}).low is None
 
 
 def runs_of(**nll):

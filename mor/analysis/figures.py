@@ -37,15 +37,23 @@ def save(figure: Figure, folder: Path, name: str) -> None:
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
-def _axes(width: float = 6.4, height: float = 3.6, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def new_axes(
+    width: float = 6.4, height: float = 3.6, columns: int = 1, *, share_y: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure (inches) with axes side by side."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, list(np.atleast_1d(figure.subplots(1, columns)))
+        return figure, list(np.atleast_1d(figure.subplots(1, columns, sharey=share_y)))
+
+
+def series(i: int) -> dict[str, Any]:
+    """Look of the i-th line: lightness, dash and marker all differ. From the seventh on the marker is hollow."""
+    look: dict[str, Any] = dict(color=GREYS[i % 6], linestyle=DASHES[i % 6], marker=MARKERS[i % 6], markersize=4.5)
+    return look | ({"markerfacecolor": "#ffffff", "linestyle": DASHES[(i + 1) % 6]} if i >= 6 else {})
 
 
 def _line(axes: Axes, x: Sequence, y: Sequence, i: int, label: str | None = None, marker: bool = True) -> None:
-    style: dict[str, Any] = dict(color=GREYS[i % 6], linestyle=DASHES[i % 6], label=label, linewidth=1.5)
-    axes.plot(x, y, marker=MARKERS[i % 6] if marker else None, markersize=4.5, **style)
+    axes.plot(x, y, **(series(i) | ({} if marker else {"marker": None})), label=label, linewidth=1.5)
 
 
 def _labels(axes: Axes, x: str, y: str, *, legend: bool = False) -> None:
@@ -65,7 +73,7 @@ def _intervals(axes: Axes, y: Sequence[float], rows: Rows) -> None:
 
 def loss_curve(metrics: Rows) -> Figure:
     """Training and validation loss over tokens seen, from metrics.jsonl."""
-    figure, (axes,) = _axes()
+    figure, (axes,) = new_axes()
     train = [m for m in metrics if m.get("loss") is not None]
     held_out = [m for m in metrics if m.get("validation_nll") is not None]
     axes.plot([m["tokens"] for m in train], [m["loss"] for m in train], color=GREYS[4], linewidth=1, label="training")
@@ -77,7 +85,7 @@ def loss_curve(metrics: Rows) -> Figure:
 
 def router_health(metrics: Rows) -> Figure:
     """Share of tokens in each recursion, and the health figures of the router, over training steps."""
-    figure, (left, right) = _axes(9, 3.6, 2)
+    figure, (left, right) = new_axes(9, 3.6, 2)
     rows = [m for m in metrics if m.get("share_per_recursion")]
     steps = [m["step"] for m in rows]
     for r, shares in enumerate(zip(*(m["share_per_recursion"] for m in rows), strict=True)):
@@ -94,7 +102,7 @@ def router_health(metrics: Rows) -> Figure:
 
 
 def depth_histogram(rows: Rows) -> Figure:
-    figure, (axes,) = _axes(4.8, 3.2)
+    figure, (axes,) = new_axes(4.8, 3.2)
     bars = axes.bar([str(r["depth"]) for r in rows], [r["share"] for r in rows], color=GREYS[2], edgecolor=GREYS[0])
     axes.bar_label(bars, [f"{r['share']:.1%}" for r in rows])
     _labels(axes, "depth, recursions", "share of tokens")
@@ -103,7 +111,7 @@ def depth_histogram(rows: Rows) -> Figure:
 
 
 def dead_tokens(rows: Rows) -> Figure:
-    figure, (axes,) = _axes(4.8, 3.2)
+    figure, (axes,) = new_axes(4.8, 3.2)
     x = np.arange(len(rows))
     for i, (name, label) in enumerate({"dead_positions": "positions", "dead_types": "distinct tokens"}.items()):
         values = [r[name] or 0 for r in rows]
@@ -116,7 +124,7 @@ def dead_tokens(rows: Rows) -> Figure:
 
 
 def depth_predictors(rows: Rows) -> Figure:
-    figure, (axes,) = _axes(4.8, 2.4)
+    figure, (axes,) = new_axes(4.8, 2.4)
     values = [r["explained"] for r in rows]
     axes.barh([r["predictor"] for r in rows], values, color=GREYS[2], edgecolor=GREYS[0])
     for place, value in enumerate(values):
@@ -129,7 +137,7 @@ def depth_predictors(rows: Rows) -> Figure:
 
 
 def agreement(rows: Rows) -> Figure:
-    figure, (axes,) = _axes(5.6, 3.2)
+    figure, (axes,) = new_axes(5.6, 3.2)
     names = {"same_decision": "same decision", "share_threshold": "taken by threshold"}
     names |= {"share_topk_non_causal": "taken by top-k (non-causal)"}
     x = np.arange(len(rows))
@@ -147,7 +155,7 @@ def agreement(rows: Rows) -> Figure:
 
 def score_histogram(rows: Rows) -> Figure:
     recursions = sorted({r["recursion"] for r in rows})
-    figure, panels = _axes(3.2 * len(recursions) + 0.6, 3, len(recursions))
+    figure, panels = new_axes(3.2 * len(recursions) + 0.6, 3, len(recursions))
     for axes, recursion in zip(panels, recursions, strict=True):
         for i, chosen in enumerate((True, False)):
             own = [r for r in rows if r["recursion"] == recursion and r["taken"] == chosen]
@@ -166,7 +174,7 @@ def score_histogram(rows: Rows) -> Figure:
 
 def drift(rows: Rows) -> Figure:
     """Cosines as a matrix; relative change of consecutive stages as bars."""
-    figure, (left, right) = _axes(8, 3.4, 2)
+    figure, (left, right) = new_axes(8, 3.4, 2)
     stages = sorted({r["earlier"] for r in rows} | {r["later"] for r in rows})
     matrix = np.full((len(stages), len(stages)), np.nan)
     for r in rows:
@@ -189,7 +197,7 @@ def drift(rows: Rows) -> Figure:
 
 
 def kv_similarity(rows: Rows) -> Figure:
-    figure, panels = _axes(8, 3.2, 2)
+    figure, panels = new_axes(8, 3.2, 2)
     pairs = sorted({(r["earlier"], r["later"]) for r in rows})
     for axes, kind in zip(panels, ("keys", "values"), strict=True):
         for i, (a, b) in enumerate(pairs):
@@ -202,7 +210,7 @@ def kv_similarity(rows: Rows) -> Figure:
 
 
 def depth_scaling(rows: Rows) -> Figure:
-    figure, (axes,) = _axes(5.2, 3.4)
+    figure, (axes,) = new_axes(5.2, 3.4)
     trained = [r for r in rows if not r["extrapolated"]]
     further = [trained[-1], *(r for r in rows if r["extrapolated"])]
     if len(further) > 1:
@@ -219,7 +227,7 @@ def depth_scaling(rows: Rows) -> Figure:
 
 
 def depth_by_class(rows: Rows) -> Figure:
-    figure, (axes,) = _axes(6.2, 0.26 * len(rows) + 1.3)
+    figure, (axes,) = new_axes(6.2, 0.26 * len(rows) + 1.3)
     y, names, place = [], [], 0.0
     for i, row in enumerate(rows):
         place += 0.7 if i and row["by"] != rows[i - 1]["by"] else 0
@@ -234,7 +242,7 @@ def depth_by_class(rows: Rows) -> Figure:
 
 
 def counterfactual_gains(rows: Rows) -> Figure:
-    figure, (axes,) = _axes(6.2, 0.4 * len(rows) + 1.2)
+    figure, (axes,) = new_axes(6.2, 0.4 * len(rows) + 1.2)
     y = list(range(len(rows)))
     _intervals(axes, y, rows)
     axes.axvline(0, color=GREYS[3], linewidth=1)

@@ -1,14 +1,67 @@
-"""Means of groups with intervals that do not take neighbouring tokens for independent.
+"""95% intervals: of means over a few runs, and of groups of tokens, where neighbours are not independent.
 
 T tokens · K groups · C blocks · S samples
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 import numpy as np
+from numpy.typing import NDArray
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanInterval:
+    """low, high: Student's t interval of the mean of ``count`` independent samples; None where there is one only."""
+
+    count: int
+    mean: float
+    low: float | None
+    high: float | None
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def mean_interval(samples: Sequence[float]) -> MeanInterval | None:
+    """None without samples."""
+    if not samples:
+        return None
+    mean = fmean(samples)
+    if len(samples) == 1:
+        return MeanInterval(count=1, mean=mean, low=None, high=None)
+    half = _t_quantile(len(samples) - 1) * stdev(samples) / math.sqrt(len(samples))
+    return MeanInterval(count=len(samples), mean=mean, low=mean - half, high=mean + half)
+
+
+def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> MeanInterval | None:
+    """values - reference over the seeds that both have; None if there is none."""
+    return mean_interval([values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())])
+
+
+def _t_quantile(freedom: int) -> float:
+    try:
+        from scipy.stats import t
+    except ImportError:
+        raise ImportError('intervals need SciPy: pip install "mixture-of-recursions[study]"') from None
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
+
+
+def bootstrap_bounds(drawn: NDArray[np.float64]) -> tuple[float, float]:
+    """Interval of a resampled figure; NaN where more than one resample in twenty has no such figure (NaN)."""
+    known = drawn[np.isfinite(drawn)]
+    if len(known) < 0.95 * len(drawn) or not len(known):
+        return math.nan, math.nan
+    low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
 @dataclass(frozen=True, kw_only=True)

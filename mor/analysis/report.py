@@ -1,7 +1,8 @@
 """`mor report`: the analyses of a run as tables and figures, and one page of whatever a folder holds of them.
 
 A run or study folder may have ``figures/NAME.svg`` or ``.png`` and ``tables/NAME.csv``, written by anyone; those of one
-name stand together. Pages contain everything and need no network.
+name stand together; ``summary.json``, a flat table of texts, comes before them. Pages contain everything and need no
+network.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from mor.data import Windows
 from mor.metrics import read_metrics
 
 Rows = list[dict[str, Any]]
+SUMMARY = "summary.json"
 TABLE_ROWS = 40  # of a table on the page; the file has all
 
 
@@ -95,6 +97,29 @@ ENTRIES: dict[str, Entry] = {
         figure=figures.kv_similarity,
     ),
 }
+STUDY_ENTRIES: dict[str, Entry] = {  # drawn in mor.studies.figures
+    "rows": Entry(
+        title="Rows of the study",
+        note="Causal validation NLL of every seed; differences from the reference row are taken seed by seed, with 95% "
+        "intervals (Student's t). Where an interval holds 0, the study does not tell the two apart.",
+    ),
+    "hops": Entry(title="By the hops that a query asks for", note="Means over seeds, threshold selection."),
+    "exits": Entry(
+        title="Exits after the fact",
+        note="Tokens sent out early on trained models, at equal mean depth; their context is as deep as they are.",
+    ),
+    "isoflop": Entry(
+        title="Loss over size at equal budgets", note="Parabolas in log size; stars: their lowest points."
+    ),
+    "optima": Entry(title="Best sizes", note="From the parabolas, with 95% bootstrap intervals."),
+    "optimal_paths": Entry(title="Best size and tokens over the budget", note="95% bootstrap intervals."),
+    "paths": Entry(title="Slopes of the optimal paths", note="Exponents of the budget, with 95% bootstrap intervals."),
+    "recurrence_law": Entry(
+        title="Recurrence law",
+        note="NLL = floor + a (once + r^phi looped)^-alpha + b tokens^-beta; phi 1: a recursion is worth fresh layers.",
+    ),
+}
+KNOWN = ENTRIES | STUDY_ENTRIES
 
 
 LOSS = ("step", "tokens", "loss", "lr", "validation_nll", "validation_bits_per_byte", "validation_mean_depth")
@@ -154,37 +179,38 @@ def write_table(rows: Rows, path: Path) -> None:
 
 
 def report_page(folder: Path, *, settings: dict[str, Any] | None = None) -> str:
-    """HTML with every figure and table of ``folder``, known ones first and in the order of ``ENTRIES``.
+    """HTML with every figure and table of ``folder``, known ones first and in the order of ``KNOWN``.
 
-    settings: shown at the top. Raises ValueError if the folder has neither figures nor tables.
+    settings: shown at the top, after those of summary.json. Raises ValueError if there are no figures and no tables.
     """
     drawn = {p.stem: p for kind in ("png", "svg") for p in sorted((folder / "figures").glob(f"*.{kind}"))}
     listed = {p.stem: p for p in sorted((folder / "tables").glob("*.csv"))}
-    names = [n for n in ENTRIES if n in drawn or n in listed]
-    names += sorted((drawn.keys() | listed.keys()) - ENTRIES.keys())
+    names = [n for n in KNOWN if n in drawn or n in listed]
+    names += sorted((drawn.keys() | listed.keys()) - KNOWN.keys())
     if not names:
         raise ValueError(
             f"{folder} has no figures/*.svg, figures/*.png or tables/*.csv, and is no run with checkpoints"
         )
     parts = [_section(n, drawn.get(n), listed.get(n)) for n in names]
+    summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}
     own = files("mor.analysis.page")
     return Template((own / "report.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(folder.resolve().name),
         style=(own / "report.css").read_text(encoding="utf-8"),
-        settings=_definitions(settings or {}),
+        settings=_definitions(summary | (settings or {})),
         contents="".join(f'<li><a href="#{html.escape(n)}">{html.escape(_title(n))}</a></li>' for n in names),
         sections="\n".join(parts),
     )
 
 
 def _title(name: str) -> str:
-    return ENTRIES[name].title if name in ENTRIES else name.replace("_", " ").replace("-", " ").capitalize()
+    return KNOWN[name].title if name in KNOWN else name.replace("_", " ").replace("-", " ").capitalize()
 
 
 def _section(name: str, figure: Path | None, table: Path | None) -> str:
     parts = [f'<section id="{html.escape(name)}"><h2>{html.escape(_title(name))}</h2>']
-    if name in ENTRIES:
-        parts.append(f'<p class="note">{html.escape(ENTRIES[name].note)}</p>')
+    if name in KNOWN:
+        parts.append(f'<p class="note">{html.escape(KNOWN[name].note)}</p>')
     if figure:
         kind = "svg+xml" if figure.suffix == ".svg" else "png"
         data = base64.b64encode(figure.read_bytes()).decode()

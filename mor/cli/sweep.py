@@ -68,20 +68,21 @@ class Sweep:
 
     def _fit(self, source: str, console: Console) -> None:
         from mor.studies.published import PAPER, load_published
-        from mor.studies.report import report_scaling
+        from mor.studies.report import report_scaling, write_summary
 
         path = PAPER if source == "paper" else Path(source)
         found = load_published(path)
         out = self.out or Path("runs/studies") / f"fit-{path.stem}"
-        console.print(f"[bold]{found.title}[/bold]: {len(found.points)} losses, noise {found.noise:g} nats")
+        what = f"{len(found.points)} losses, noise {found.noise:g} nats"
+        console.print(f"[bold]{found.title}[/bold]: {what}", highlight=False)
+        write_summary(out, {"fit": found.title, "points": what})
         size = "unique parameters without embeddings"
         report_scaling(found.points, out, console, size_name=size, noise=found.noise, resamples=self.resamples)
         console.print(f"written: {out}/tables/, figures/", highlight=False, soft_wrap=True)
 
 
 def _show_plan(study: Study, out: Path, console: Console) -> None:
-    from mor.studies.launch import RESULT
-    from mor.studies.study import main_runs, tuning_runs
+    from mor.studies.study import RESULT, main_runs, tuning_runs
 
     made = Table("", "runs", "finished", "steps", "FLOPs", title_justify="left")
     groups: dict[tuple[str, str], list[Run]] = {}

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from mor.analysis.intervals import paired
 from mor.studies.study import Study
 
-CONFIDENCE = 0.95
 OPTIONAL = ("topk_nll_noncausal", "answers_right", "dead_positions", "agreement", "max_violation", "depth_entropy")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """Mean of paired differences with its 95% interval (Student's t); one pair gives none."""
-
-    pairs: int
-    mean: float
-    low: float | None
-    high: float | None
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,30 +39,6 @@ class Line:
     train_flops: float
     train_s: float
     lr: float
-
-
-def paired(values: dict[int, float], reference: dict[int, float]) -> Difference | None:
-    """values - reference over the seeds that both have; None if there is none."""
-    return interval([values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())])
-
-
-def interval(samples: Sequence[float]) -> Difference | None:
-    """Mean and 95% interval of independent samples."""
-    if not samples:
-        return None
-    mean = fmean(samples)
-    if len(samples) == 1:
-        return Difference(pairs=1, mean=mean, low=None, high=None)
-    half = t_quantile(len(samples) - 1) * stdev(samples) / math.sqrt(len(samples))
-    return Difference(pairs=len(samples), mean=mean, low=mean - half, high=mean + half)
-
-
-def t_quantile(freedom: int) -> float:
-    try:
-        from scipy.stats import t
-    except ImportError:
-        raise ImportError('intervals need SciPy: pip install "mixture-of-recursions[study]"') from None
-    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 def by_row(rows: Iterable[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
@@ -167,21 +125,10 @@ def _verdict(name: str, shallow: dict[int, dict], deep: dict[int, dict], margin:
     figures = f"the same unique layers applied once are worse by {found.mean:+.3f} nats"
     if found.low is None:
         return f"{name}: {figures} on one seed; with one seed that is no evidence."
-    figures += f" [{found.low:+.3f}, {found.high:+.3f}] over {found.pairs} seeds"
+    figures += f" [{found.low:+.3f}, {found.high:+.3f}] over {found.count} seeds"
     if found.low > margin:
         return f"{name}: depth pays: {figures}."
     return (
         f"{name}: depth does not clearly pay ({figures}; asked: more than {margin:g}), so this study says nothing "
         "about routing at this size. Make it larger, longer or harder."
     )
-
-
-def write_csv(found: Sequence[Any], path: Path) -> None:
-    """Dataclasses of one kind as a table."""
-    if not found:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(found[0])])
-        writer.writeheader()
-        writer.writerows(asdict(line) for line in found)

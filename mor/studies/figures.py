@@ -1,148 +1,115 @@
-"""Figures of studies: PNG and SVG, told apart by markers and dashes as well as by colour, so that grey is enough."""
+"""Figures of studies, in the style of :mod:`mor.analysis.figures`: numbers in, a matplotlib Figure out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
+from mor.analysis.figures import GREYS, new_axes, series
 from mor.studies.compare import Line
-from mor.studies.scaling import Optimum, Point
+from mor.studies.scaling import Optimum, Point, parabola
 
-STYLES = (("#1b3a6b", "o", "-"), ("#b5532a", "s", "--"), ("#3f7d4f", "^", "-."), ("#7a5ca8", "D", ":"))
-
-
-def _new(width: float, height: float, columns: int, *, share_y: bool = True) -> tuple[Any, Any]:
-    """A figure and its axes, side by side."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    size = (width, height)
-    figure, axes = pyplot.subplots(1, columns, figsize=size, sharey=share_y, squeeze=False, layout="constrained")
-    return figure, axes[0]
-
-
-def save(figure: Any, folder: Path, name: str) -> None:
-    """``name``.png and ``name``.svg."""
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", "svg"):
-        figure.savefig(folder / f"{name}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    pyplot.close(figure)
+Runs = Mapping[str, Mapping[int, dict[str, Any]]]  # by row and seed
 
 
 def _readable(axis: Any) -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5, as 200M and not as 2 x 10^8."""
+    """Ticks of a logarithmic axis at 1, 2 and 5, as 200M or 2B and not as 2 x 10^8."""
+    number = EngFormatter(sep="")
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_major_formatter(lambda value, _: number(value).replace("G", "B"))
 
 
-def draw_rows(lines: Sequence[Line], runs: Sequence[dict[str, Any]], names: Sequence[str], folder: Path) -> None:
+def rows_figure(lines: Sequence[Line], runs: Runs) -> Figure:
     """Every seed of every row, and beside it the difference from the reference with its interval."""
-    figure, axes = _new(9, 1.2 + 0.38 * len(lines), 2)
-    (left, right), places = axes, range(len(lines))
+    figure, (left, right) = new_axes(9, 1.2 + 0.38 * len(lines), 2, share_y=True)
     for place, line in enumerate(lines):
-        values = [run["validation_nll"] for run, name in zip(runs, names, strict=True) if name == line.row]
-        left.plot(values, [place] * len(values), "o", color="#1b3a6b", alpha=0.55, markersize=5)
-        left.plot([line.nll], [place], "|", color="black", markersize=15, markeredgewidth=2)
+        values = [run["validation_nll"] for run in runs[line.row].values()]
+        left.plot(values, [place] * len(values), "o", color=GREYS[1], alpha=0.6, markersize=5)
+        left.plot([line.nll], [place], "|", color=GREYS[0], markersize=15, markeredgewidth=2)
         if line.difference is not None:
-            bounds = (line.difference_low, line.difference_high)
-            if None not in bounds:
-                right.plot(bounds, [place] * 2, "-", color="black")
-            right.plot([line.difference], [place], "s", color="#b5532a", markersize=6)
-    left.set_yticks(list(places), [line.row for line in lines])
+            if line.difference_low is not None and line.difference_high is not None:
+                right.plot([line.difference_low, line.difference_high], [place] * 2, "-", color=GREYS[0])
+            right.plot([line.difference], [place], "s", color=GREYS[0], markersize=5)
+    left.set_yticks(range(len(lines)), [line.row for line in lines])
     left.invert_yaxis()
     left.set_xlabel("validation NLL, nats per token (causal); bar: mean")
-    right.axvline(0, color="grey", linestyle=":")
+    right.axvline(0, color=GREYS[3], linestyle=":")
     right.set_xlabel("difference from the reference, nats; line: 95% interval")
-    for axis in (left, right):
-        axis.grid(axis="x", alpha=0.3)
-        axis.xaxis.set_major_locator(MaxNLocator(6))
-    save(figure, folder, "rows")
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+    return figure
 
 
-def draw_hops(lines: Sequence[Line], runs: Sequence[dict[str, Any]], names: Sequence[str], folder: Path) -> None:
+def hops_figure(lines: Sequence[Line], runs: Runs) -> Figure | None:
     """Of a task: right answers and mean depth by the number of hops that a query asks for."""
-    known = [(name, run) for name, run in zip(names, runs, strict=True) if run.get("answers_right_by_hops")]
+    known = [x.row for x in lines if all(run.get("answers_right_by_hops") for run in runs[x.row].values())]
     if not known:
-        return
-    figure, (left, right) = _new(10, 4.2, 2, share_y=False)
-    for i, line in enumerate(lines):
-        mine = [run for name, run in known if name == line.row]
-        if not mine:
-            continue
-        color, marker, dash = STYLES[i % len(STYLES)]
-        style = dict(color=color, marker=marker, linestyle=dash, alpha=1.0 if i < len(STYLES) else 0.5, label=line.row)
-        right_answers = np.mean(np.array([run["answers_right_by_hops"] for run in mine], float), 0)
-        left.plot(range(1, len(right_answers) + 1), right_answers, **style)
-        depth = np.mean(np.array([run["mean_depth_by_hops"] for run in mine], float), 0)
-        right.plot(range(len(depth)), depth, **style)
+        return None
+    figure, (left, right) = new_axes(10, 4.2, 2)
+    for i, row in enumerate(known):
+        answers, depth = (_mean_of(runs[row], name) for name in ("answers_right_by_hops", "mean_depth_by_hops"))
+        left.plot(range(1, len(answers) + 1), answers, **series(i), label=row)
+        right.plot(range(len(depth)), depth, **series(i))
     left.set(xlabel="hops asked for", ylabel="share of right answers (causal)", ylim=(0, 1.02))
     right.set(xlabel="hops asked for (0: tokens that ask for nothing)", ylabel="mean depth, recursions")
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
-    save(figure, folder, "hops")
+    return figure
 
 
-def draw_isoflop(points: Sequence[Point], optima: Sequence[Optimum], folder: Path, *, size_name: str) -> None:
+def _mean_of(runs: Mapping[int, dict[str, Any]], name: str) -> np.ndarray:
+    return np.mean(np.array([run[name] for run in runs.values()], float), 0)
+
+
+def isoflop_figure(points: Sequence[Point], optima: Sequence[Optimum], *, size_name: str) -> Figure:
     """A panel for each family: measured losses over size, the parabola of each budget, its lowest point."""
-    families = list(dict.fromkeys(p.family for p in points))
-    figure, axes = _new(4.2 * len(families), 4.2, len(families))
-    budgets = sorted({p.budget for p in points})
-    for axis, family in zip(axes, families, strict=True):
+    families, budgets = list(dict.fromkeys(p.family for p in points)), sorted({p.budget for p in points})
+    figure, panels = new_axes(4.2 * len(families), 4.2, len(families), share_y=True)
+    for axes, family in zip(panels, families, strict=True):
         for i, budget in enumerate(budgets):
             chosen = [p for p in points if (p.family, p.budget) == (family, budget)]
-            if not chosen:
-                continue
-            color, marker, dash = STYLES[i % len(STYLES)]
-            axis.plot(
-                [p.size for p in chosen], [p.nll for p in chosen], marker, color=color, label=f"{budget:.3g} FLOPs"
-            )
-            _parabola(axis, chosen, color, dash)
-        for best in optima:
-            if best.family == family and math.isfinite(best.size):
-                face = "gold" if best.inside else "none"
-                axis.plot([best.size], [best.nll], "*", markersize=14, markeredgecolor="black", markerfacecolor=face)
-        axis.set(xscale="log", xlabel=size_name, title=family)
-        _readable(axis.xaxis)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("validation NLL, nats per token")
-    axes[-1].legend(frameon=False, fontsize=9, title="star: lowest point (hollow: outside the sizes)", title_fontsize=8)
-    save(figure, folder, "isoflop")
+            if chosen:
+                _isoflop_curve(axes, chosen, f"{budget:.3g} FLOPs", series(i))
+        for best in (o for o in optima if o.family == family and math.isfinite(o.size)):
+            face = "gold" if best.inside else "none"
+            axes.plot([best.size], [best.nll], "*", markersize=14, markeredgecolor="black", markerfacecolor=face)
+        axes.set(xscale="log", xlabel=size_name, title=family)
+        _readable(axes.xaxis)
+    panels[0].set_ylabel("validation NLL, nats per token")
+    panels[-1].legend(
+        frameon=False, fontsize=9, title="star: lowest point (hollow: outside the sizes)", title_fontsize=8
+    )
+    return figure
 
 
-def _parabola(axis: Any, chosen: Sequence[Point], color: str, dash: str) -> None:
-    if len({p.size for p in chosen}) < 3:
-        return
-    log_size = np.log([p.size for p in chosen])
-    fine = np.linspace(log_size.min(), log_size.max(), 100)
-    axis.plot(np.exp(fine), np.polyval(np.polyfit(log_size, [p.nll for p in chosen], 2), fine), dash, color=color)
+def _isoflop_curve(axes: Axes, chosen: Sequence[Point], label: str, look: dict[str, Any]) -> None:
+    axes.plot([p.size for p in chosen], [p.nll for p in chosen], **(look | {"linestyle": "none"}), label=label)
+    if len({p.size for p in chosen}) >= 3:
+        log_size = np.log([p.size for p in chosen])
+        fine = np.linspace(log_size.min(), log_size.max(), 100)
+        axes.plot(np.exp(fine), np.polyval(parabola(chosen), fine), **(look | {"marker": None}))
 
 
-def draw_paths(optima: Sequence[Optimum], folder: Path, *, size_name: str) -> None:
+def paths_figure(optima: Sequence[Optimum], *, size_name: str) -> Figure:
     """Best size and best number of tokens over the budget, with intervals."""
-    figure, axes = _new(9, 4, 2, share_y=False)
-    for axis, what, label in zip(axes, ("size", "tokens"), (size_name, "training tokens"), strict=True):
+    figure, panels = new_axes(9, 4, 2)
+    for axes, what, label in zip(panels, ("size", "tokens"), (size_name, "training tokens"), strict=True):
         for i, family in enumerate(dict.fromkeys(o.family for o in optima)):
-            color, marker, dash = STYLES[i % len(STYLES)]
             mine = [o for o in optima if o.family == family and math.isfinite(o.size)]
-            budget, best = [o.budget for o in mine], np.array([getattr(o, what) for o in mine])
-            low, high = (np.array([getattr(o, f"{what}_{end}") for o in mine]) for end in ("low", "high"))
+            low, best, high = (np.array([getattr(o, what + end) for o in mine]) for end in ("_low", "", "_high"))
             error = np.nan_to_num(np.stack([best - low, high - best])).clip(min=0)
-            axis.errorbar(budget, best, yerr=error, color=color, marker=marker, linestyle=dash, capsize=3, label=family)
-        axis.set(xscale="log", yscale="log", xlabel="training budget, FLOPs", ylabel=f"best {label}")
-        _readable(axis.yaxis)
-        axis.set_xticks(sorted({o.budget for o in optima}), [f"{b:.3g}" for b in sorted({o.budget for o in optima})])
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(frameon=False)
-    save(figure, folder, "optimal_paths")
+            axes.errorbar([o.budget for o in mine], best, yerr=error, **series(i), capsize=3, label=family)
+        axes.set(xscale="log", yscale="log", xlabel="training budget, FLOPs", ylabel=f"best {label}")
+        _readable(axes.yaxis)
+        axes.set_xticks(sorted({o.budget for o in optima}), [f"{b:.3g}" for b in sorted({o.budget for o in optima})])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.legend(frameon=False)
+    return figure

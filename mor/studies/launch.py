@@ -20,15 +20,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mor.metrics import read_metrics
+from mor.studies.results import collect, flat, measure, tuned_rates
 from mor.studies.settings import Workers
-from mor.studies.study import Run, Study, main_runs, study_rows, tuning_runs
-from mor.train_config import load_config, step_flops, total_steps
+from mor.studies.study import ABOUT, ERROR, RESULT, Run, Study, main_runs, study_rows, tuning_runs
+from mor.train import train
+from mor.train_config import TrainConfig, branch, load_config, step_flops, total_steps
 
-RESULT, ERROR, ABOUT = "result.json", "error.txt", "study.json"
 Status = Literal["finished", "kept", "interrupted", "failed"]
 
 
@@ -42,8 +44,6 @@ class Outcome:
 def run_study(study: Study, out: Path, workers: Workers, console: Console) -> list[Outcome]:
     """Every run of a study that is not finished. A stage waits for the one before it: tuning, then the runs that count,
     then those that branch off them."""
-    from mor.studies.results import collect, tuned_rates
-
     stages = main_runs(study, out, {})  # what does not fit together is said before anything runs
     outcomes = launch(tuning_runs(study, out), workers, console, folder=out)
     if study.tuning.rates:
@@ -66,8 +66,6 @@ def interrupted(outcomes: Sequence[Outcome]) -> bool:
 
 def run_one(run: Run, threads: int) -> Outcome:
     """Train, measure, write ``result.json``. Never raises for what goes wrong in the run itself."""
-    import torch
-
     torch.set_num_threads(threads)
     path = Path(run.config.out)
     try:
@@ -84,10 +82,7 @@ def run_one(run: Run, threads: int) -> Outcome:
     return Outcome(run=run, status="finished" if finished else "interrupted")
 
 
-def _train_and_measure(run: Run, config: Any, path: Path) -> bool:
-    from mor.studies.results import measure
-    from mor.train import train
-
+def _train_and_measure(run: Run, config: TrainConfig, path: Path) -> bool:
     path.mkdir(parents=True, exist_ok=True)
     about = {k: v for k, v in asdict(run).items() if k != "config"}
     (path / ABOUT).write_text(json.dumps(about, indent=2))
@@ -101,10 +96,8 @@ def _train_and_measure(run: Run, config: Any, path: Path) -> bool:
     return True
 
 
-def with_trunk(run: Run) -> Any:
+def with_trunk(run: Run) -> TrainConfig:
     """The run's settings; of a branch, with the checkpoint that it starts from."""
-    from mor.train_config import branch
-
     if run.trunk is None:
         return run.config
     start = Path(run.trunk) / "checkpoints" / f"step-{run.branch_step:08d}"
@@ -114,7 +107,7 @@ def with_trunk(run: Run) -> Any:
     return replace(branch(start, cooldown_steps=cooldown, out=run.config.out), save_every=0)
 
 
-def is_done(path: Path, config: Any) -> bool:
+def is_done(path: Path, config: TrainConfig) -> bool:
     """Whether this run is finished. Raises ValueError if another one lies in its place."""
     if not (path / "train.json").is_file():
         return False
@@ -129,17 +122,9 @@ def is_done(path: Path, config: Any) -> bool:
     return (path / RESULT).is_file()
 
 
-def _difference(saved: Any, wanted: Any) -> str:
+def _difference(saved: TrainConfig, wanted: TrainConfig) -> str:
     a, b = flat(asdict(saved)), flat(asdict(wanted))
     return ", ".join(f"{k} {a[k]}, now {b[k]}" for k in a if a[k] != b.get(k))
-
-
-def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted names."""
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
 
 
 def launch(runs: Sequence[Run], workers: Workers, console: Console, *, folder: Path) -> list[Outcome]:
@@ -148,6 +133,7 @@ def launch(runs: Sequence[Run], workers: Workers, console: Console, *, folder: P
         return []
     if workers.cluster:
         return _on_cluster(runs, workers, folder)
+    _check_gpus(runs, workers.gpus)
     done: list[Outcome] = []
     with _Bar(runs, console) as bar:
         for outcome in _in_processes(runs, workers, bar.update):
@@ -156,12 +142,19 @@ def launch(runs: Sequence[Run], workers: Workers, console: Console, *, folder: P
     return done
 
 
+def _check_gpus(runs: Sequence[Run], wanted: int) -> None:
+    if wanted > torch.cuda.device_count():
+        raise ValueError(f"gpus={wanted}, but PyTorch sees {torch.cuda.device_count()} here; use --jobs on CPUs")
+    if wanted and any(run.config.device == "cpu" for run in runs):
+        raise ValueError("the study sets device='cpu', so GPUs would stand idle; leave device out, or use --jobs")
+
+
 def _in_processes(runs: Sequence[Run], workers: Workers, idle: Callable[[], None]) -> Iterator[Outcome]:
     """idle: called about every second while runs go on."""
     context = multiprocessing.get_context("spawn")
     os.environ["OMP_NUM_THREADS"] = str(workers.threads)
     devices = context.SimpleQueue()
-    for gpu in range(workers.gpus):
+    for gpu in visible_gpus(workers.gpus):
         devices.put(gpu)
     pool = ProcessPoolExecutor(
         workers.gpus or workers.jobs, context, _begin_worker, (devices if workers.gpus else None,)
@@ -181,9 +174,15 @@ def _in_processes(runs: Sequence[Run], workers: Workers, idle: Callable[[], None
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def visible_gpus(count: int) -> list[str]:
+    """Names of the first ``count`` GPUs that this process may use, each to be the only one of a worker."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (given.split(",") if given else [str(gpu) for gpu in range(count)])[:count]
+
+
 def _begin_worker(devices: Any) -> None:
     if devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get())
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
 
 

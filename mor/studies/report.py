@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,8 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mor.analysis import report as analysis
+from mor.analysis.figures import save
+from mor.analysis.intervals import paired
+from mor.analysis.report import SUMMARY
 from mor.studies import compare, figures, scaling
-from mor.studies.results import TABLE, collect, finished, write_table
+from mor.studies.results import TABLE, collect, finished, tuned_rates, write_table
 from mor.studies.study import Study
 
 
@@ -31,23 +36,16 @@ class Exit:
 
 
 def report(study: Study, folder: Path, console: Console, *, resamples: int = 1000) -> None:
-    """Write FOLDER/results.sqlite, tables/*.csv, figures/*.png and *.svg, and print what they say."""
+    """Write FOLDER/results.sqlite, summary.json, tables/*.csv, figures/*.png and *.svg, and print what they say."""
     rows = collect(folder)
     write_table(rows, folder / TABLE)
     runs = finished(rows, "main", "branch")
-    lines = compare.lines(study, runs)
-    console.print(compare.depth_verdict(study, runs), highlight=False, soft_wrap=True)
-    if lines:
-        compare.write_csv(lines, folder / "tables" / "rows.csv")
-        console.print(lines_table(study, lines))
-        if any(line.agreement is not None or line.max_violation is not None for line in lines):
-            console.print(_health_table(lines))
-        console.print("Parameters, tokens, FLOPs, times and learning rates: tables/rows.csv", highlight=False)
-        names = [compare.row_name(run) for run in runs]
-        figures.draw_rows(lines, runs, names, folder / "figures")
-        figures.draw_hops(lines, runs, names, folder / "figures")
+    verdict = compare.depth_verdict(study, runs)
+    write_summary(folder, {"study": study.title, "question": study.question, "does depth pay?": verdict})
+    console.print(verdict, highlight=False, soft_wrap=True)
+    _report_rows(study, runs, folder, console)
     if found := exits(runs):
-        compare.write_csv(found, folder / "tables" / "exits.csv")
+        _write_csv(found, folder / "tables" / "exits.csv")
         console.print(_table(found, "Exits after the fact, against random ones"))
     if study.budgets:
         size = "unique parameters without embeddings"
@@ -56,13 +54,40 @@ def report(study: Study, folder: Path, console: Console, *, resamples: int = 100
     for row in rows:
         if row["status"] == "failed":
             console.print(f"failed: {row['path']}: {row['reason']}", highlight=False, soft_wrap=True)
+        if row["status"] == "finished" and not math.isfinite(row["validation_nll"]):
+            console.print(f"left out, its NLL is no number: {row['path']}", highlight=False, soft_wrap=True)
     _print_edges(study, rows, console)
+
+
+def write_summary(folder: Path, texts: dict[str, str]) -> None:
+    """What ``mor report`` says at the top of the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMMARY).write_text(json.dumps({name: text for name, text in texts.items() if text}, indent=2))
+
+
+def _report_rows(study: Study, runs: Sequence[dict[str, Any]], folder: Path, console: Console) -> None:
+    """The table of rows with what is measured on their routers, and its figures."""
+    lines = compare.lines(study, runs)
+    if not lines:
+        return
+    _write_csv(lines, folder / "tables" / "rows.csv")
+    console.print(lines_table(study, lines))
+    if any(line.agreement is not None or line.max_violation is not None for line in lines):
+        console.print(_health_table(lines))
+    console.print("Parameters, tokens, FLOPs, times and learning rates: tables/rows.csv", highlight=False)
+    grouped = compare.by_row(runs)
+    save(figures.rows_figure(lines, grouped), folder / "figures", "rows")
+    if (hops := figures.hops_figure(lines, grouped)) is not None:
+        save(hops, folder / "figures", "hops")
+
+
+def _write_csv(found: Sequence[Any], path: Path) -> None:
+    """Dataclasses of one kind as a table."""
+    analysis.write_table([asdict(line) for line in found], path)
 
 
 def _print_edges(study: Study, rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Say where the best learning rate is the smallest or largest tried: the true one may lie beyond."""
-    from mor.studies.results import tuned_rates
-
     ends = {f"{r:g}" for r in (min(study.tuning.rates), max(study.tuning.rates))} if study.tuning.rates else set()
     edge = [f"{name} ({rate:g})" for name, rate in tuned_rates(rows).items() if f"{rate:g}" in ends]
     if edge:
@@ -115,7 +140,7 @@ def exits(runs: Sequence[dict[str, Any]]) -> list[Exit]:
             given = {seed: run["exits"][policy] for seed, run in seeds.items()}
             nll = {seed: value["nll"] for seed, value in given.items()}
             base = {seed: run["exits"]["random"]["nll"] for seed, run in seeds.items()}
-            difference = compare.paired(nll, base) if policy != "random" else None
+            difference = paired(nll, base) if policy != "random" else None
             found.append(
                 Exit(
                     row=name,
@@ -143,22 +168,30 @@ def report_scaling(
     """IsoFLOP fits: best sizes, their paths, the recurrence law; tables and figures. noise: see scaling.optima."""
     best = scaling.optima(points, noise=noise, resamples=resamples)
     slopes = scaling.paths(points, noise=noise, resamples=resamples)
-    laws = []
-    for family in dict.fromkeys(p.family for p in points if p.loops > 1):
-        try:
-            laws.append(scaling.recurrence_law(points, family=family, noise=noise, resamples=resamples // 5))
-        except ValueError as error:
-            console.print(f"no recurrence law: {error}", highlight=False)
+    laws = _laws(points, console, noise=noise, resamples=resamples // 5)
     titles = {"optima": f"Best size for a budget: {size_name}", "paths": "Slopes of the optimal paths"}
     titles |= {"recurrence_law": "Recurrence law"}
     for name, found in (("optima", best), ("paths", slopes), ("recurrence_law", laws)):
         if found:
-            compare.write_csv(found, folder / "tables" / f"{name}.csv")
+            _write_csv(found, folder / "tables" / f"{name}.csv")
             console.print(_table(found, titles[name]))
     if points:
-        figures.draw_isoflop(points, best, folder / "figures", size_name=size_name)
+        save(figures.isoflop_figure(points, best, size_name=size_name), folder / "figures", "isoflop")
     if best:
-        figures.draw_paths(best, folder / "figures", size_name=size_name)
+        save(figures.paths_figure(best, size_name=size_name), folder / "figures", "optimal_paths")
+
+
+def _laws(
+    points: Sequence[scaling.Point], console: Console, *, noise: float, resamples: int
+) -> list[scaling.RecurrenceLaw]:
+    """One for each family that loops; why there is none is said."""
+    found = []
+    for family in dict.fromkeys(p.family for p in points if p.loops > 1):
+        try:
+            found.append(scaling.recurrence_law(points, family=family, noise=noise, resamples=resamples))
+        except ValueError as error:
+            console.print(f"no recurrence law: {error}", highlight=False)
+    return found
 
 
 def _table(found: Sequence[Any], title: str) -> Table:

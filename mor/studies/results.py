@@ -18,8 +18,7 @@ from mor.evaluate import by_hops, evaluate
 from mor.metrics import read_metrics
 from mor.model import Transformer
 from mor.studies.exits import early_exits
-from mor.studies.launch import ABOUT, ERROR, RESULT, flat
-from mor.studies.study import Run
+from mor.studies.study import ABOUT, ERROR, RESULT, Run
 from mor.train import TrainResult
 from mor.train_config import load_config
 
@@ -83,6 +82,14 @@ def model_facts(config: ModelConfig) -> dict[str, Any]:
         "looped_params": shared if config.num_recursions > 1 else 0,
         "params_with_embeddings": costs.unique_params(config),
     }
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def collect(study: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Scaling fits: compute-optimal sizes from isoFLOP curves, and what one recursion is worth in parameters.
 
-Losses are NLL in nats, sizes are parameters, budgets are FLOPs. Intervals are 95% bootstrap intervals: over seeds where
-there are several, else over noise of the size that the caller states.
+Losses are NLL in nats, sizes are parameters, budgets are FLOPs. Intervals are 95% bootstrap intervals for noise as
+large as between seeds where there are several, else as large as the caller states.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import variance
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mor.analysis.intervals import bootstrap_bounds
 
 Array = NDArray[np.float64]
 
@@ -81,13 +84,18 @@ class RecurrenceLaw:
     rms: float
 
 
-def parabola_minimum(log_size: Array, nll: Array) -> tuple[float, float]:
-    """(log size, NLL) of the lowest point; NaN for a curve that has none."""
-    curvature, slope, _ = np.polyfit(log_size, nll, 2)
-    if curvature <= 0:
+def parabola(points: Sequence[Point]) -> Array:
+    """Coefficients of NLL over log size, the highest power first."""
+    return np.polyfit(np.log([p.size for p in points]), [p.nll for p in points], 2)
+
+
+def lowest_point(points: Sequence[Point]) -> tuple[float, float]:
+    """(log size, NLL) where the parabola is lowest; NaN for a curve that has no such point."""
+    curve = parabola(points)
+    if curve[0] <= 0:
         return math.nan, math.nan
-    best = -slope / (2 * curvature)
-    return float(best), float(np.polyval(np.polyfit(log_size, nll, 2), best))
+    best = -curve[1] / (2 * curve[0])
+    return float(best), float(np.polyval(curve, best))
 
 
 def optima(points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000, seed: int = 0) -> list[Optimum]:
@@ -98,9 +106,9 @@ def optima(points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000
         chosen = [p for p in points if (p.family, p.budget) == (family, budget)]
         if len({p.size for p in chosen}) < 3:
             continue
-        best, nll = _optimum(chosen)
-        drawn = np.array([_optimum(sample)[0] for sample in _resamples(chosen, noise, resamples, seed)])
-        sizes = np.exp([best, *_bounds(drawn)])
+        best, nll = lowest_point(chosen)
+        drawn = np.array([lowest_point(sample)[0] for sample in _resamples(chosen, noise, resamples, seed)])
+        sizes = np.exp([best, *bootstrap_bounds(drawn)])
         tokens = [_tokens_at(chosen, size) for size in sizes]
         found.append(
             Optimum(
@@ -123,10 +131,6 @@ def _groups(points: Iterable[Point]) -> list[tuple[str, float]]:
     return list(dict.fromkeys((p.family, p.budget) for p in sorted(points, key=lambda p: p.budget)))
 
 
-def _optimum(points: Sequence[Point]) -> tuple[float, float]:
-    return parabola_minimum(np.log([p.size for p in points]), np.array([p.nll for p in points]))
-
-
 def _tokens_at(points: Sequence[Point], size: float) -> float:
     """Tokens that the budget buys at a size, along the straight line between log tokens and log size."""
     if not math.isfinite(size):
@@ -136,27 +140,25 @@ def _tokens_at(points: Sequence[Point], size: float) -> float:
 
 
 def _resamples(points: Sequence[Point], noise: float, count: int, seed: int) -> Iterable[list[Point]]:
-    """Bootstrap: seeds drawn with replacement if every point has several, else the points with fresh noise."""
+    """The points with fresh noise (parametric bootstrap), as large as between seeds, else as stated."""
     random = np.random.default_rng(seed)
-    by_seed = {s: [p for p in points if p.seed == s] for s in {p.seed for p in points}}
-    whole = {s: group for s, group in by_seed.items() if len(group) == max(map(len, by_seed.values()))}
+    spread = _spread_of_seeds(points)
+    scale = noise if spread is None else spread
     for _ in range(count):
-        if len(whole) > 1:
-            yield [p for s in random.choice(list(whole), len(whole)) for p in whole[s]]
-        else:
-            yield [_with_nll(p, p.nll + random.normal(0, noise)) for p in points]
+        yield [replace(p, nll=p.nll + random.normal(0, scale)) for p in points]
 
 
-def _with_nll(point: Point, nll: float) -> Point:
-    return replace(point, nll=nll)
+def _spread_of_seeds(points: Sequence[Point]) -> float | None:
+    """Standard deviation of the NLL between seeds, pooled over all models; None where no model has two.
 
-
-def _bounds(drawn: Array) -> tuple[float, float]:
-    known = drawn[np.isfinite(drawn)]
-    if len(known) < 0.95 * len(drawn) or not len(known):
-        return math.nan, math.nan
-    low, high = np.quantile(known, [0.025, 0.975])
-    return float(low), float(high)
+    Pooled, because two or three seeds of one model tell next to nothing about its own spread.
+    """
+    models: dict[Any, list[float]] = {}
+    for p in points:
+        models.setdefault((p.family, p.size, p.budget), []).append(p.nll)
+    freedom = sum(len(nll) - 1 for nll in models.values())
+    squares = sum((len(nll) - 1) * variance(nll) for nll in models.values() if len(nll) > 1)
+    return math.sqrt(squares / freedom) if freedom else None
 
 
 def paths(points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000, seed: int = 0) -> list[Path]:
@@ -168,7 +170,7 @@ def paths(points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000,
         if slopes is None:
             continue
         drawn = np.array([_slopes(s) or (math.nan, math.nan) for s in _resamples(chosen, noise, resamples, seed)])
-        (size_low, size_high), (tokens_low, tokens_high) = _bounds(drawn[:, 0]), _bounds(drawn[:, 1])
+        (size_low, size_high), (tokens_low, tokens_high) = bootstrap_bounds(drawn[:, 0]), bootstrap_bounds(drawn[:, 1])
         found.append(
             Path(
                 family=family,
@@ -189,7 +191,7 @@ def _slopes(points: Sequence[Point]) -> tuple[float, float] | None:
         chosen = [p for p in points if p.budget == budget]
         if len({p.size for p in chosen}) < 3:
             continue
-        best = math.exp(_optimum(chosen)[0])
+        best = math.exp(lowest_point(chosen)[0])
         budgets.append(math.log(budget))
         sizes.append(math.log(best))
         tokens.append(math.log(_tokens_at(chosen, best)) if math.isfinite(best) else math.nan)
@@ -213,7 +215,7 @@ def recurrence_law(
     measured = _columns(chosen)
     solution = _fit_law(measured, None)
     drawn = np.array([_fit_law(_columns(s), solution)[5] for s in _resamples(chosen, noise, resamples, seed)])
-    low, high = _bounds(drawn)
+    low, high = bootstrap_bounds(drawn)
     residual = _law(solution, measured) - measured["nll"]
     return RecurrenceLaw(
         family=family,

@@ -41,6 +41,9 @@ from mor.config import ModelConfig, RouterConfig, from_dict, preset
 from mor.data import vocab_size
 from mor.train_config import TrainConfig, total_steps
 
+# What a study adds to a run directory: the numbers of a finished run, why a run failed, its place in the study.
+RESULT, ERROR, ABOUT = "result.json", "error.txt", "study.json"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
