@@ -1,6 +1,6 @@
 """Time and peak memory of head and cross-entropy, forward and backward: in chunks, all logits at once, torch's own.
 
-    python benchmarks/head_loss.py                      # 2048 tokens, d 576, vocabulary 49,152, one thread
+python benchmarks/head_loss.py                      # 2048 tokens, d 576, vocabulary 49,152, one thread
 """
 
 import json

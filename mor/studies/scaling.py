@@ -155,7 +155,7 @@ def _spread_of_seeds(points: Sequence[Point]) -> float | None:
     """
     models: dict[Any, list[float]] = {}
     for p in points:
-        models.setdefault((p.family, p.size, p.budget), []).append(p.nll)
+        models.setdefault((p.family, p.size, p.tokens), []).append(p.nll)
     freedom = sum(len(nll) - 1 for nll in models.values())
     squares = sum((len(nll) - 1) * variance(nll) for nll in models.values() if len(nll) > 1)
     return math.sqrt(squares / freedom) if freedom else None
