@@ -49,6 +49,10 @@ class Task(Protocol):
         """The problems with these numbers, of ``length`` tokens. Raises ValueError if that is too short."""
         ...
 
+    def answers(self, ids: Sequence[int]) -> list[int]:
+        """What is right at each token of any text of the task; IGNORED where nothing is asked or can be known."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class PointerChasing:
@@ -95,6 +99,19 @@ class PointerChasing:
         hops_BT, targets_BT = torch.zeros_like(tokens_BT), torch.full_like(tokens_BT, IGNORED)
         hops_BT[:, length - 3 * Q + 1 :: 3], targets_BT[:, length - 3 * Q + 1 :: 3] = hops_BQ, answer_BQ
         return Problems(tokens_BT, targets_BT, hops_BT)
+
+    def answers(self, ids: Sequence[int]) -> list[int]:
+        N, found, hops = self.nodes, [], 0
+        after: dict[int | None, int] = {}
+        for i in ids:
+            node: int | None = i - 1 if hops and i <= N else None
+            for _ in range(hops):
+                node = after.get(node)
+            found.append(IGNORED if node is None else 1 + node)
+            if N < i <= N + N * N:
+                after[(i - 1 - N) // N] = (i - 1 - N) % N
+            hops = max(0, i - N - N * N)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +161,18 @@ class StateTracking:
             word_B = torch.where(begins_B, set_to_BT[:, t], self.states + move_BT[:, t])
             tokens_BT[:, t], targets_BT[:, t], hops_BT[:, t] = 1 + self.states + word_B, 1 + state_B, hops_B
         return Problems(tokens_BT, targets_BT, hops_BT)
+
+    def answers(self, ids: Sequence[int]) -> list[int]:
+        after_PS, found = self.permutations().tolist(), []
+        state: int | None = None
+        for i in ids:
+            word = i - 1 - self.states
+            if word < self.states:
+                state = word if word >= 0 else None
+            elif state is not None:
+                state = after_PS[word - self.states][state]
+            found.append(IGNORED if state is None else 1 + state)
+        return found
 
 
 TASKS: dict[str, Callable[..., Task]] = {"pointer-chasing": PointerChasing, "state-tracking": StateTracking}

@@ -1,5 +1,6 @@
 """Analyses over a corpus: each equals its definition, worked out another way."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from mor.analysis.views import extended
 from mor.config import RouterConfig
 from mor.data import tokenize
 from mor.evaluate import evaluate
+from mor.loss import IGNORED
 from mor.metrics import router_health
 from mor.sources import Document
 from mor.tokenizer import byte_tokenizer
@@ -161,8 +163,12 @@ def test_depth_scaling_is_evaluation_at_every_cap_and_labels_what_was_never_trai
     assert len({round(r["nll"], 6) for r in rows}) == 5, "every further recursion changes something"
 
 
-def test_counterfactual_gains_are_means_of_one_run_per_token(data):
+@pytest.mark.parametrize("asked", ["everywhere", "at a third"])
+def test_counterfactual_gains_are_means_of_one_run_per_token(data, asked):
     reading = reading_of(data)
+    if asked == "at a third":
+        nothing_T = torch.arange(WINDOW) % 3 > 0
+        reading = replace(reading, targets_BT=reading.targets_BT.masked_fill(nothing_T, IGNORED))
     changes: dict = {}
     for w, routing in enumerate(reading.routings):
         ids, depth_T = reading.tokens_BT[w].tolist(), routing.depth_BT[0].tolist()
@@ -170,7 +176,7 @@ def test_counterfactual_gains_are_means_of_one_run_per_token(data):
         for t, depth in enumerate(depth_T):
             target = int(reading.targets_BT[w, t])
             for name, other in (("fewer", depth - 1), ("more", depth + 1)):
-                if 1 <= other <= 3:
+                if 1 <= other <= 3 and target != IGNORED:
                     change = float(logp[other - 1][t, target] - logp[depth - 1][t, target])
                     changes.setdefault((name, depth), []).append(change)
     rows = corpus.counterfactual_gains(reading)

@@ -12,6 +12,7 @@ from mor.analysis.classes import frequency_groups, kinds, place_groups
 from mor.analysis.explain import explain, windows
 from mor.analysis.intervals import group_means
 from mor.config import RouterConfig
+from mor.loss import IGNORED
 from mor.tokenizer import byte_tokenizer, train_bpe
 
 TEXT = "Größe: 12 naïve cats—日本 ate it.\n\n  The end, isn't it?"
@@ -171,6 +172,25 @@ def test_counts_may_come_from_a_corpus(tokenizer):
 def test_bad_input_is_refused(tokenizer, text, settings, words):
     with pytest.raises(ValueError, match=words):
         explain(model_for(tokenizer), tokenizer, text, **settings)
+
+
+def test_answers_of_a_task_stand_in_place_of_next_tokens(tokenizer):
+    model, ids = model_for(tokenizer), tokenizer.encode(TEXT)
+    answers = [IGNORED if t % 3 else (7 * t) % 50 for t in range(len(ids))]
+    found, plain = (explain(model, tokenizer, TEXT, window=9, answers=a) for a in (answers, None))
+    assert (found.asked, plain.asked, found.bits_per_byte) == ("answer", "next token", None)
+    with torch.no_grad():
+        logp_TV = model(torch.tensor([ids[:9]])).logits_BTV[0].log_softmax(-1)
+    for t, (token, same) in enumerate(zip(found.tokens, plain.tokens, strict=True)):
+        assert (token.depth, token.entropy, same.target_id) == (same.depth, same.entropy, [*ids[1:], None][t])
+        if answers[t] == IGNORED:
+            assert token.target_id is token.target is token.logprob is token.rank is token.more is token.fewer is None
+        elif t < 9:
+            assert token.logprob == pytest.approx(float(logp_TV[t, answers[t]]), abs=1e-4)
+            assert token.rank == 1 + int((logp_TV[t] > logp_TV[t, answers[t]]).sum())
+            assert token.steps[token.depth - 1].exit_logprob == pytest.approx(token.logprob, abs=1e-4)
+    with pytest.raises(ValueError, match="give one for each"):
+        explain(model, tokenizer, TEXT, answers=answers[:-1])
 
 
 def test_a_vanilla_model_and_a_single_token_are_explained_too(tokenizer):

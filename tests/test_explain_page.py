@@ -11,6 +11,8 @@ from mor.analysis.explain import explain
 from mor.analysis.page import render
 from mor.cli import main
 from mor.config import RouterConfig
+from mor.loss import IGNORED
+from mor.tasks import StateTracking
 from mor.tokenizer import byte_tokenizer, train_bpe
 
 TEXT = "The cat </script> sat on 12 mats; naïve 日本 & <b>two</b> dogs\nwatched.\n\nThen they left, one by one."
@@ -88,6 +90,20 @@ def test_the_command_writes_a_page_and_prints_json(checkpoints, tmp_path, capsys
     assert list(tmp_path.glob("*.html")) == [out], "--json alone writes no page"
 
 
+def test_a_run_on_a_task_is_judged_by_its_answers(tmp_path, capsys):
+    task = "task:state-tracking?states=4&moves=3"
+    setting = ["--preset", "tiny", "--num-recursions", "3", "--data.path", task, "--steps", "1", "--seq-len", "16"]
+    main(["train", *setting, "--batch-size", "2", "--out", str(tmp_path / "run")])
+    main(["explain", str(tmp_path / "run"), "--text", "p0 =3 =1 p2", "--json"])
+    (found,) = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["models"]
+    after = StateTracking(states=4, moves=3).permutations()[2, 1]
+    assert [t["target"] for t in found["tokens"]] == [None, "3", "1", str(int(after))]
+    assert found["asked"] == "answer" and found["summary"]["bits_per_byte"] is None
+    with pytest.raises(SystemExit):
+        main(["explain", str(tmp_path / "run"), "--text", "=3 hello"])
+    assert "no word 'hello'; its words are 0 1 2 3 =0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -157,6 +173,21 @@ def test_every_family_draws_what_it_has(show, kind):
     assert page.locator(".stroke").count() == (changes if looped else 0)
     assert page.locator("[data-section=flow] svg").count() == routed
     assert page.locator("[data-section=classes] .mean").count() == (sum(map(len, found.by_class().values())) * routed)
+
+
+@pytest.mark.browser
+def test_answers_are_shown_in_place_of_next_tokens(show):
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode(TEXT)
+    answers = [IGNORED if t % 2 else 70 for t in range(len(ids))]
+    page = show([explanation("expert_choice", answers=answers)])
+    page.locator("#t0-4").hover()
+    detail = page.locator("#detail").inner_text()
+    assert "answer" in detail and "next token" not in page.locator("main").inner_text()
+    page.locator("#t0-5").hover()
+    assert "none here" in page.locator("#detail").inner_text()
+    page.get_by_label("surprise", exact=True).check()
+    assert page.locator(".prose .tok.none").count() == len(ids) // 2
 
 
 @pytest.mark.browser

@@ -10,7 +10,7 @@ from mor.data import DataConfig, DataState, load_corpus
 from mor.evaluate import by_hops, evaluate
 from mor.loss import IGNORED
 from mor.model import Transformer
-from mor.tasks import StateTracking
+from mor.tasks import StateTracking, parse_task
 from mor.train import train
 from mor.train_config import TrainConfig
 
@@ -59,6 +59,7 @@ def test_every_answer_is_right_and_only_answers_have_targets(path, solve):
     assert torch.equal(batch.tokens_BT, problems.tokens_BT) and torch.equal(batch.targets_BT, problems.targets_BT)
     hops = set()
     for tokens, targets, hops_T in zip(*(x.tolist() for x in problems), strict=True):
+        assert parse_task(path).answers(tokens) == targets, "also worked out from the text alone"
         padding = next(i for i, token in enumerate(tokens) if token)
         expected = solve(found.tokenizer.decode(tokens).split())
         for i in range(28):
@@ -67,6 +68,19 @@ def test_every_answer_is_right_and_only_answers_have_targets(path, solve):
             assert targets[i] == (IGNORED if answer is None else found.tokenizer.encode(answer)[0])
         hops |= {count for _, count in expected.values()}
     assert hops == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "answers"),
+    [
+        (PATHS[0], "+1 a a>b b>c +2 a +1 c +3 a +1 +1 b", [None] * 5 + ["c"] + [None] * 6 + ["c"]),
+        (PATHS[1], "p0 =3 2 p1 =1 =0", [None, "3", None, None, "1", "0"]),
+    ],
+)
+def test_a_text_that_is_no_problem_has_answers_where_they_are_known(path, text, answers):
+    tokenizer = corpus(path).tokenizer
+    found = parse_task(path).answers(tokenizer.encode(text))
+    assert found == [IGNORED if word is None else tokenizer.encode(word)[0] for word in answers]
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -25,6 +25,7 @@ from mor.analysis.views import StateRecorder, extended, with_router
 from mor.data import TokenData, Windows
 from mor.evaluate import evaluate
 from mor.kv_cache import EMPTY, KVCache
+from mor.loss import IGNORED
 from mor.model import Transformer
 from mor.routing import ExpertChoiceRouter, Routing
 from mor.tokenizer import Tokenizer
@@ -307,15 +308,16 @@ def depth_by_token_class(reading: Reading, tokenizer: Tokenizer, counts: dict[in
 
 
 def counterfactual_gains(reading: Reading) -> Rows:
-    """Mean change of the next token's log-probability, in nats, with one recursion fewer and one more for that
-    token alone, by the depth it took; 95% intervals from drawing windows anew."""
+    """Mean change of the target's log-probability, in nats, with one recursion fewer and one more for that token
+    alone, by the depth it took; 95% intervals from drawing windows anew. Tokens without a target do not count."""
     known: dict[str, list[tuple[float, str, int]]] = {"fewer": [], "more": []}
     for w, routing in enumerate(reading.routings):
         logp_RT = _exit_logprobs(reading, w, routing)
-        depth_T = routing.depth_BT[0]
+        depth_T, asked_T = routing.depth_BT[0], reading.targets_BT[w] != IGNORED
         for name, step in (("fewer", -1), ("more", 1)):
             other_T = depth_T + step
-            for t in ((depth_T >= 1) & (other_T >= 1) & (other_T <= len(logp_RT))).nonzero()[:, 0].tolist():
+            there_T = asked_T & (depth_T >= 1) & (other_T >= 1) & (other_T <= len(logp_RT))
+            for t in there_T.nonzero()[:, 0].tolist():
                 change = float(logp_RT[other_T[t] - 1, t] - logp_RT[depth_T[t] - 1, t])
                 known[name].append((change, str(int(depth_T[t])), w))
     rows: Rows = []
@@ -329,8 +331,9 @@ def counterfactual_gains(reading: Reading) -> Rows:
 
 @torch.no_grad()
 def _exit_logprobs(reading: Reading, w: int, routing: Routing) -> Tensor:
-    """Log-probability of every token's target had it left after 1..R recursions, (R, T)."""
-    ids, target_T1 = reading.tokens_BT[w].tolist(), reading.targets_BT[w][:, None]
+    """Log-probability of every token's target had it left after 1..R recursions, (R, T); without meaning where
+    there is none."""
+    ids, target_T1 = reading.tokens_BT[w].tolist(), reading.targets_BT[w].clamp(min=0)[:, None]
     taken_RT, rows = taken(routing), []
     for depth in range(1, reading.model.config.num_recursions + 1):
         logits_TV = torch.cat(list(exits(reading.model, ids, taken_RT, depth, reading.caches[w])))

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from mor.analysis.branches import exits, taken
 from mor.analysis.classes import BLOCK, depth_by_class, kinds
 from mor.analysis.intervals import GroupMean, group_means
 from mor.kv_cache import KVCache
+from mor.loss import IGNORED
 from mor.model import Transformer
 from mor.routing import ExpertChoiceRouter, Routing
 from mor.tokenizer import Tokenizer
@@ -47,8 +48,8 @@ class Step:
     at a token's last recursion only; None where not taken, and for routers without gates of their own.
 
     exit_*: the prediction had this token, and no other, left after this many recursions: state, coda and head
-    as in the model. At the depth that the token took it is the model's own. logprob of the real next token and
-    entropy in nats; both need no next token to exist except logprob, which is then None.
+    as in the model. At the depth that the token took it is the model's own. logprob of the target (None where
+    there is none) and entropy in nats.
     """
 
     recursion: int
@@ -65,8 +66,8 @@ class Step:
 class TokenRecord:
     """A token that was read. start, end: its characters in the text. piece: that text; "" where a character is
     spread over several tokens and this is not the last. position: in its window. depth: recursions it took.
-    logprob: of the real next token, in nats; None for the last. rank: of the next token, 1 is the best guess.
-    more, fewer: by how much ``logprob`` changes with one recursion more or fewer for this token alone; None
+    target: what is right here, the real next token or the answer of a task; None where nothing is. logprob: of the
+    target, in nats. rank: of the target, 1 is the best guess. more, fewer: by how much ``logprob`` changes with one recursion more or fewer for this token alone; None
     where there is no such depth. count: occurrences in the text, or in the corpus given. kind: see classes.KINDS.
     """
 
@@ -80,6 +81,8 @@ class TokenRecord:
     count: int
     position: int
     depth: int
+    target_id: int | None
+    target: str | None
     logprob: float | None
     entropy: float
     rank: int | None
@@ -90,11 +93,12 @@ class TokenRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What :func:`explain` found. model: what the model is, for a heading."""
+    """What :func:`explain` found. model: what the model is, for a heading. asked: what targets are."""
 
     name: str
     text: str
     model: dict[str, Any]
+    asked: Literal["next token", "answer"]
     window: int
     tokens: list[TokenRecord]
 
@@ -104,15 +108,17 @@ class Explanation:
 
     @property
     def nll(self) -> float | None:
-        """Mean over the tokens that have a next one, in nats."""
+        """Mean over the tokens that have a target, in nats."""
         known = [t.logprob for t in self.tokens if t.logprob is not None]
         return -sum(known) / len(known) if known else None
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Of all tokens but the first, which nothing predicts."""
+        """Of all tokens but the first, which nothing predicts. None for answers, which are no text."""
         size = len("".join(t.piece for t in self.tokens[1:]).encode())
-        return None if self.nll is None or not size else self.nll * (len(self.tokens) - 1) / size / math.log(2)
+        if self.nll is None or not size or self.asked == "answer":
+            return None
+        return self.nll * (len(self.tokens) - 1) / size / math.log(2)
 
     def records(self) -> list[dict[str, Any]]:
         """Tidy rows, one per token and recursion, ready for pandas; the best guess stands for all."""
@@ -174,13 +180,15 @@ def explain(
     window: int | None = None,
     guesses: int = 5,
     counts: Mapping[int, int] | None = None,
+    answers: Sequence[int] | None = None,
 ) -> Explanation:
     """Read ``text`` and record what happened to every token.
 
     window: tokens that are read together (default: the model's max_seq_len). A longer text is read in windows
     that overlap by half, and each token is shown as in the window that gives it most context. counts:
-    occurrences of token ids in a corpus (default: in the text). Raises ValueError for an empty text and for a
-    window that does not fit the model.
+    occurrences of token ids in a corpus (default: in the text). answers: of a model trained on a task, what is
+    right at each token (see ``Task.answers``), in place of the next token. Raises ValueError for an empty text, a
+    window that does not fit the model and answers that do not fit the text.
     """
     config, ids = model.config, tokenizer.encode(text)
     window = window or config.max_seq_len
@@ -188,6 +196,9 @@ def explain(
         raise ValueError("the text is empty; give at least one character")
     if not 2 <= window <= config.max_seq_len:
         raise ValueError(f"window must lie in 2..{config.max_seq_len} (the model's max_seq_len), got {window}")
+    if answers is not None and len(answers) != len(ids):
+        raise ValueError(f"{len(answers)} answers for {len(ids)} tokens; give one for each, {IGNORED} for none")
+    targets = [*ids[1:], IGNORED] if answers is None else answers
     pieces = tokenizer.pieces(ids)
     counts = Counter(ids) if counts is None else counts
     of_token: dict[str, list[Any]] = dict(
@@ -200,11 +211,12 @@ def explain(
     reader = _Reader(model, tokenizer, guesses)
     tokens: list[TokenRecord] = []
     end = 0
-    for found in reader.read(ids, window):
+    for found in reader.read(ids, targets, window):
         i, start, end = len(tokens), end, end + len(pieces[len(tokens)])
         own = {key: values[i] for key, values in of_token.items()}
         tokens.append(TokenRecord(index=i, start=start, end=end, **own, **found))
-    return Explanation(name=name, text=text, model=describe(model), window=window, tokens=tokens)
+    asked: Literal["next token", "answer"] = "next token" if answers is None else "answer"
+    return Explanation(name=name, text=text, model=describe(model), asked=asked, window=window, tokens=tokens)
 
 
 def describe(model: Transformer) -> dict[str, Any]:
@@ -240,23 +252,23 @@ class _Reader:
         self.model, self.tokenizer, self.guesses = model, tokenizer, min(guesses, model.config.vocab_size)
         self.names: dict[int, str] = {}
 
-    def read(self, ids: Sequence[int], window: int) -> Iterator[dict[str, Any]]:
+    def read(self, ids: Sequence[int], targets: Sequence[int], window: int) -> Iterator[dict[str, Any]]:
         for start, first, stop in windows(len(ids), window):
-            found = self._window(list(ids[start:stop]), list(ids[start + 1 : stop + 1]))
+            found = self._window(list(ids[start:stop]), list(targets[start:stop]))
             yield from found[first - start :]
 
     @torch.no_grad()
-    def _window(self, ids: list[int], next_ids: list[int]) -> list[dict[str, Any]]:
+    def _window(self, ids: list[int], targets: list[int]) -> list[dict[str, Any]]:
         model, device = self.model, self.model.embedding.weight.device
         cache = KVCache(model.config, 1, device=device, dtype=model.embedding.weight.dtype)
         output = model(torch.tensor([ids], device=device), cache=cache)
         taken_RT = taken(output.routing)
-        own = self._predictions(output.logits_BTV[0], next_ids)
+        own = self._predictions(output.logits_BTV[0], targets)
         by_depth = []
         for depth in range(1, model.config.num_recursions + 1):
             chunks, done = [], 0
             for logits_MV in exits(model, ids, taken_RT, depth, cache):
-                chunks += self._predictions(logits_MV, next_ids[done : done + len(logits_MV)])
+                chunks += self._predictions(logits_MV, targets[done : done + len(logits_MV)])
                 done += len(logits_MV)
             by_depth.append(chunks)
         routed = routing_columns(model, output.routing)
@@ -265,19 +277,19 @@ class _Reader:
             _token_fields(t, depths[t], own[t], [exit_T[t] for exit_T in by_depth], routed) for t in range(len(ids))
         ]
 
-    def _predictions(self, logits_MV: Tensor, next_ids: list[int]) -> list[dict[str, Any]]:
-        """Log-probability and rank of the next token, entropy, best guesses of each row."""
+    def _predictions(self, logits_MV: Tensor, targets: list[int]) -> list[dict[str, Any]]:
+        """The target with its log-probability and rank, entropy, best guesses of each row."""
         logp_MV = logits_MV.float().log_softmax(-1)
         entropy_M = torch.special.entr(logp_MV.exp()).sum(-1).tolist()
         top = logp_MV.exp().topk(self.guesses)
-        known = torch.tensor(next_ids, dtype=torch.int64, device=logits_MV.device)
-        logp_K1 = logp_MV[: len(known)].gather(1, known[:, None])
-        rank_K = ((logp_MV[: len(known)] > logp_K1).sum(1) + 1).tolist()
-        logp_K, missing = logp_K1[:, 0].tolist(), [None] * (len(logits_MV) - len(known))
-        columns = (logp_K + missing, rank_K + missing, entropy_M, top.indices.tolist(), top.values.tolist())
+        logp_M1 = logp_MV.gather(1, torch.tensor(targets, device=logits_MV.device).clamp(min=0)[:, None])
+        rank_M = ((logp_MV > logp_M1).sum(1) + 1).tolist()
+        columns = (targets, logp_M1[:, 0].tolist(), rank_M, entropy_M, top.indices.tolist(), top.values.tolist())
+        nothing = dict(target_id=None, target=None, logprob=None, rank=None)
         return [
-            dict(logprob=logp, rank=rank, entropy=entropy, guesses=self._guesses(best, p))
-            for logp, rank, entropy, best, p in zip(*columns, strict=True)
+            dict(entropy=entropy, guesses=self._guesses(best, p))
+            | (nothing if i == IGNORED else dict(target_id=i, target=self._name(i), logprob=logp, rank=rank))
+            for i, logp, rank, entropy, best, p in zip(*columns, strict=True)
         ]
 
     def _guesses(self, ids: list[int], probabilities: list[float]) -> list[Guess]:
@@ -338,9 +350,7 @@ def _token_fields(
     return dict(
         position=t,
         depth=depth,
-        logprob=logprob,
-        entropy=own["entropy"],
-        rank=own["rank"],
+        **{name: own[name] for name in ("target_id", "target", "logprob", "entropy", "rank")},
         more=change(depth + 1),
         fewer=change(depth - 1),
         steps=steps,

@@ -250,5 +250,5 @@ def counterfactual_gains(rows: Rows) -> Figure:
     axes.set_yticks(y, [f"depth {r['depth']} → {d}  (n={r['count']:,})" for r, d in zip(rows, to, strict=True)])
     axes.invert_yaxis()
     axes.margins(y=0.2)
-    _labels(axes, "mean change of the next token's log-probability, nats (95% interval)", "")
+    _labels(axes, "mean change of the target's log-probability, nats (95% interval)", "")
     return figure

@@ -65,8 +65,8 @@ ENTRIES: dict[str, Entry] = {
     ),
     "counterfactual_gains": Entry(
         title="One recursion fewer or more",
-        note="Each token is run again at another depth while the tokens before it stay as they were. Better: the "
-        "share of tokens that gain.",
+        note="Each token is run again at another depth while the tokens before it stay as they were. Target: the next "
+        "token, or the answer of a task. Better: the share of tokens that gain.",
         figure=figures.counterfactual_gains,
     ),
     "score_histogram": Entry(

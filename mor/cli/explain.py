@@ -17,6 +17,7 @@ from mor.cli.show import flag
 if TYPE_CHECKING:
     from mor.analysis.explain import Explanation
     from mor.tokenizer import Tokenizer
+    from mor.train_config import TrainConfig
 
 MAX_TOKENS = 2048  # about 2 MB of page
 
@@ -24,7 +25,8 @@ MAX_TOKENS = 2048  # about 2 MB of page
 @dataclass(frozen=True, kw_only=True)
 class Explain:
     """Write a page that shows, token by token, what a model did with a text: depths, scores, guesses after each
-    recursion, and what another depth would have changed. One HTML file, readable offline."""
+    recursion, and what another depth would have changed. One HTML file, readable offline. For a run on a task the text
+    is one in its words, such as "=3 p0 p2", and the answers stand in place of next tokens."""
 
     checkpoint: Positional[Path]
     text: str | None = None
@@ -63,7 +65,7 @@ class Explain:
             out.write_text(page, encoding="utf-8")
             console.print(f"{out}: {len(page.encode()) / 1e6:.2f} MB", highlight=False, soft_wrap=True)
         for e in found:
-            score = "" if e.nll is None else f" · {e.nll:.3f} nats per token"
+            score = "" if e.nll is None else f" · {e.nll:.3f} nats per {'answer' if e.asked == 'answer' else 'token'}"
             line = f"{e.name}: {len(e.tokens):,} tokens · mean depth {e.mean_depth:.2f}{score}"
             if not self.json:
                 console.print(line, highlight=False, soft_wrap=True)
@@ -98,16 +100,29 @@ class Explain:
         from mor.checkpoint import load
 
         _, model, tokenizer = load(checkpoint)
-        run = run_of(checkpoint)
+        run, text = run_of(checkpoint), cut(text, tokenizer)
         return explain(
             model,
             tokenizer,
-            cut(text, tokenizer),
+            text,
             name=str(checkpoint),
             window=self.window or (run.seq_len if run else None),
             guesses=self.guesses,
             counts=_counts(self.corpus, tokenizer) if self.corpus else None,
+            answers=_answers(run, text, tokenizer),
         )
+
+
+def _answers(run: TrainConfig | None, text: str, tokenizer: Tokenizer) -> list[int] | None:
+    """What is right at each token, if the run is on a task. Raises ValueError for words that the task does not have."""
+    from mor.tasks import PREFIX, parse_task
+
+    if run is None or not (run.data.path or "").startswith(PREFIX):
+        return None
+    task = parse_task(run.data.path or "")
+    if unknown := [word for word in text.split() if word not in task.words()]:
+        raise ValueError(f"{run.data.path} has no word {unknown[0]!r}; its words are {' '.join(task.words()[1:])}")
+    return task.answers(tokenizer.encode(text))
 
 
 def _counts(corpus: Path, tokenizer: Tokenizer) -> dict[int, int]:

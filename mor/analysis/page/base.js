@@ -19,12 +19,13 @@ function build(node, attributes, children) {
 const el = (tag, attributes, ...children) => build(document.createElement(tag), attributes, children);
 const svg = (tag, attributes, ...children) => build(document.createElementNS(SVG, tag), attributes, children);
 
-const minus = (text) => text.replace("-", "−");
+const minus = (text) => text.replace(/^-(?=0*\.?0*$)/, "").replace("-", "−"); // no −0.00
 const num = (x, digits = 2) => (x === null || x === undefined ? "–" : minus(x.toFixed(digits)));
 const signed = (x, digits = 2) => (x === null || x === undefined ? "–" : (x >= 0 ? "+" : "") + num(x, digits));
 const count = (n) => n.toLocaleString("en");
 const hundredths = (p) => String(Math.round(p * 100));
 const routed = (m) => m.model.family === "mor";
+const answers = (m) => m.asked === "answer"; // of a task, in place of next tokens
 const looped = (m) => m.model.num_recursions > 1;
 // What is invisible is named: spaces at the ends and line ends, as in ␣the↵.
 const visible = (text) =>

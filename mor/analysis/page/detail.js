@@ -21,17 +21,18 @@ function change(name, x) {
 }
 function one(m, i) {
   const t = m.tokens[i],
-    next = m.tokens[i + 1],
     R = m.model.num_recursions;
   const facts = [
     ["depth", `${"●".repeat(t.depth)}${"○".repeat(R - t.depth)} ${t.depth} of ${R}`],
     ["kind", t.kind],
     ["place", `token ${t.index + 1} of ${m.tokens.length}, position ${t.position} in its window`],
     ["vocabulary", `${t.token} (${t.token_id}), seen ${count(t.count)}×`],
-    ["predicted with", surprise(m, i) === null ? "–" : `log-probability ${num(-surprise(m, i))} nats`],
-    ["next token", next ? `${label(next)} · log-probability ${num(t.logprob)} · rank ${t.rank}` : "the text ends here"],
+    answers(m)
+      ? null
+      : ["predicted with", surprise(m, i) === null ? "–" : `log-probability ${num(-surprise(m, i))} nats`],
+    [m.asked, t.target === null ? "none here" : `${visible(t.target)} · log-probability ${num(t.logprob)} · rank ${t.rank}`],
     ["doubt", `${num(t.entropy)} nats of entropy`],
-  ];
+  ].filter(Boolean);
   const rows = t.steps.flatMap((s) => [
     el(
       "tr",

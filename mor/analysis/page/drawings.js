@@ -62,7 +62,7 @@ function counterfactuals(m) {
       values: m.tokens.filter((t) => t.depth === +g.group && t[name] !== null),
     })),
   );
-  if (!rows.length) return el("p", { class: "note" }, "There is no other depth to take, or no next token to judge by.");
+  if (!rows.length) return el("p", { class: "note" }, `There is no other depth to take, or no ${m.asked} to judge by.`);
   const most = widest();
   const W = 700,
     left = 132,
@@ -102,7 +102,7 @@ function counterfactuals(m) {
         -most,
         most,
         H,
-        "change of the next token's log-probability, nats (left of 0 is worse; the outermost 2% at the edge)",
+        `change of the ${m.asked}'s log-probability, nats (left of 0 is worse; the outermost 2% at the edge)`,
       ),
       svg("line", { class: "zero", x1: x(0), x2: x(0), y1: 14, y2: H }),
       drawn,

@@ -42,7 +42,7 @@ function about() {
     .getElementById("about")
     .append(
       ...[
-        "Depth is the number of recursions that a token took when it was read; it is what the model spent on predicting the token after it. Log-probabilities and entropies are in nats.",
+        "Depth is the number of recursions that a token took when it was read; it is what the model spent on its prediction there. Log-probabilities and entropies are in nats.",
         "Exits and changes of depth: only the token looked at takes another depth, the tokens before it are as they were, and state, coda and head are those of the model. Depths that training never reached for such a token are shown all the same; they say what this network does, not what another training would give.",
         long
           ? `The text is longer than the ${models[0].window} tokens that are read together: it was read in windows that overlap by half, and each token is shown as in the window that gives it most context.`
@@ -55,6 +55,7 @@ function about() {
 }
 
 document.documentElement.style.setProperty("--models", models.length);
+document.querySelectorAll(".asked").forEach((node) => node.replaceChildren(asked));
 against();
 part("summary", summary);
 part("text", prose);

@@ -14,9 +14,9 @@ function summary(m) {
   const tiles = [
     ["tokens", count(s.tokens)],
     ["mean depth", `${num(s.mean_depth)} of ${m.model.num_recursions}`],
-    ["nats per token", num(s.nll, 3)],
-    ["bits per byte", num(s.bits_per_byte, 3)],
-  ];
+    [answers(m) ? "nats per answer" : "nats per token", num(s.nll, 3)],
+    answers(m) ? null : ["bits per byte", num(s.bits_per_byte, 3)],
+  ].filter(Boolean);
   return [
     models.length === 1
       ? el("p", { class: "kind" }, el("b", {}, m.name), ` · ${what} · ${about.join(" · ")}`)
@@ -38,7 +38,12 @@ function widest() {
     .sort((a, b) => a - b);
   return Math.max(0.05, sizes[Math.floor(0.98 * (sizes.length - 1))] || 0);
 }
-const surprise = (m, i) => (i > 0 && m.tokens[i - 1].logprob !== null ? -m.tokens[i - 1].logprob : null);
+// Nats that it cost to predict token i, or that its own answer cost.
+function surprise(m, i) {
+  const logprob = m.tokens[answers(m) ? i : i - 1]?.logprob ?? null;
+  return logprob === null ? null : -logprob;
+}
+const asked = models[0].asked;
 const MODES = {
   depth: {
     name: "depth",
@@ -50,27 +55,27 @@ const MODES = {
     name: "surprise",
     needs: () => true,
     level: (m, t) => shade(surprise(m, t.index), 10),
-    unit: "nats it cost to predict this token; 10 and more is darkest",
+    unit: `nats it cost to predict ${asked === "answer" ? "its answer" : "this token"}; 10 and more is darkest`,
   },
   entropy: {
     name: "doubt",
     needs: () => true,
     level: (m, t) => shade(t.entropy, Math.log(m.model.vocab_size)),
-    unit: "entropy of the next token, nats; a uniform guess is darkest",
+    unit: `entropy of the ${asked}, nats; a uniform guess is darkest`,
   },
   fewer: {
     name: "one recursion fewer",
     needs: () => models.some(looped),
     level: (m, t) => t.fewer,
     diverging: widest(),
-    unit: `change of the next token's log-probability, nats; ±${num(widest())} and more is darkest`,
+    unit: `change of the ${asked}'s log-probability, nats; ±${num(widest())} and more is darkest`,
   },
   more: {
     name: "one recursion more",
     needs: () => models.some(looped),
     level: (m, t) => t.more,
     diverging: widest(),
-    unit: `change of the next token's log-probability, nats; ±${num(widest())} and more is darkest`,
+    unit: `change of the ${asked}'s log-probability, nats; ±${num(widest())} and more is darkest`,
   },
   against: {
     name: "against the other model",
@@ -206,7 +211,7 @@ function exits(m, k) {
       .join(", ");
   return columns(m, k, "exits", words, (t, s) => {
     const guess = s.exit_guesses[0],
-      right = guess.token_id === m.tokens[t.index + 1]?.token_id;
+      right = guess.token_id === t.target_id;
     return filled(
       1 - s.exit_entropy / Math.log(m.model.vocab_size),
       visible(guess.text),
