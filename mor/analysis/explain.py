@@ -67,8 +67,9 @@ class TokenRecord:
     """A token that was read. start, end: its characters in the text. piece: that text; "" where a character is
     spread over several tokens and this is not the last. position: in its window. depth: recursions it took.
     target: what is right here, the real next token or the answer of a task; None where nothing is. logprob: of the
-    target, in nats. rank: of the target, 1 is the best guess. more, fewer: by how much ``logprob`` changes with one recursion more or fewer for this token alone; None
-    where there is no such depth. count: occurrences in the text, or in the corpus given. kind: see classes.KINDS.
+    target, in nats. rank: of the target, 1 is the best guess. more, fewer: by how much ``logprob`` changes with one
+    recursion more or fewer for this token alone; None where there is no such depth. count: occurrences in the text,
+    or in the corpus given. kind: see classes.KINDS.
     """
 
     index: int
