@@ -59,8 +59,8 @@ def _line(axes: Axes, x: Sequence, y: Sequence, i: int, label: str | None = None
 def _labels(axes: Axes, x: str, y: str, *, legend: bool = False) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    if legend:
-        axes.legend(frameon=False)
+    if legend:  # above the axes, where it covers nothing
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, columnspacing=1)
 
 
 def _intervals(axes: Axes, y: Sequence[float], rows: Rows) -> None:
@@ -85,7 +85,7 @@ def loss_curve(metrics: Rows) -> Figure:
 
 def router_health(metrics: Rows) -> Figure:
     """Share of tokens in each recursion, and the health figures of the router, over training steps."""
-    figure, (left, right) = new_axes(9, 3.6, 2)
+    figure, (left, right) = new_axes(10.5, 3.6, 2)
     rows = [m for m in metrics if m.get("share_per_recursion")]
     steps = [m["step"] for m in rows]
     for r, shares in enumerate(zip(*(m["share_per_recursion"] for m in rows), strict=True)):
@@ -148,7 +148,7 @@ def agreement(rows: Rows) -> Figure:
         bars = axes.bar(x + (i - 1) * 0.27, [r[name] for r in rows], 0.25, **look)
         axes.bar_label(bars, [f"{r[name]:.1%}" for r in rows], fontsize=7)
     axes.set_xticks(x, [str(r["recursion"]) for r in rows])
-    axes.set_ylim(0, 1.35)
+    axes.set_ylim(0, 1.05)
     _labels(axes, "recursion", "share of the candidates", legend=True)
     return figure
 
@@ -167,8 +167,7 @@ def score_histogram(rows: Rows) -> Figure:
             heights, width = [r["tokens"] / total for r in own], own[0]["high"] - own[0]["low"]
             label = "not taken" if i else "taken"
             axes.bar([r["low"] for r in own], heights, width, below or 0, align="edge", label=label, **look)
-        axes.set_title(f"recursion {recursion}", fontsize=9)
-        _labels(axes, "router score", "share of scored tokens", legend=axes is panels[0])
+        _labels(axes, f"router score at recursion {recursion}", "share of scored tokens", legend=axes is panels[0])
     return figure
 
 

@@ -44,6 +44,13 @@ function surprise(m, i) {
   return logprob === null ? null : -logprob;
 }
 const asked = models[0].asked;
+const changed = (way) => ({
+  name: `one recursion ${way}`,
+  needs: () => models.some(looped),
+  level: (m, t) => t[way],
+  diverging: widest(),
+  unit: `change of the ${asked}'s log-probability, nats; ±${num(widest())} and more is darkest`,
+});
 const MODES = {
   depth: {
     name: "depth",
@@ -63,20 +70,8 @@ const MODES = {
     level: (m, t) => shade(t.entropy, Math.log(m.model.vocab_size)),
     unit: `entropy of the ${asked}, nats; a uniform guess is darkest`,
   },
-  fewer: {
-    name: "one recursion fewer",
-    needs: () => models.some(looped),
-    level: (m, t) => t.fewer,
-    diverging: widest(),
-    unit: `change of the ${asked}'s log-probability, nats; ±${num(widest())} and more is darkest`,
-  },
-  more: {
-    name: "one recursion more",
-    needs: () => models.some(looped),
-    level: (m, t) => t.more,
-    diverging: widest(),
-    unit: `change of the ${asked}'s log-probability, nats; ±${num(widest())} and more is darkest`,
-  },
+  fewer: changed("fewer"),
+  more: changed("more"),
   against: {
     name: "against the other model",
     needs: () => models.length > 1,
