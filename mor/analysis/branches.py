@@ -21,7 +21,7 @@ from mor.model import Transformer
 from mor.packing import PackedTokens
 from mor.routing import Routing
 
-CHUNK_LOGITS = 1 << 24  # logits alive at a time
+CHUNK_LOGITS = 1 << 22  # alive at a time; four times as many spend more in the kernel than they save
 
 
 def taken(routing: Routing) -> Tensor:
@@ -51,12 +51,15 @@ def exits_plain(model: Transformer, ids: list[int], taken_RM: Tensor, depth: int
 
 
 @torch.no_grad()
-def exits(model: Transformer, ids: list[int], taken_RM: Tensor, depth: int, cache: KVCache) -> Iterator[Tensor]:
-    """The same in chunks of consecutive tokens, (chunk, V). cache: that of the run which ``taken_RM`` is from."""
+def exits(
+    model: Transformer, ids: list[int], taken_RM: Tensor, depth: int, cache: KVCache, *, first: int = 0
+) -> Iterator[Tensor]:
+    """The same from token ``first`` on, in chunks of consecutive tokens, (chunk, V). cache: that of the run which
+    ``taken_RM`` is from."""
     device = model.embedding.weight.device
     forced_RT = at_depth(taken_RM, depth)
     size = max(1, CHUNK_LOGITS // model.config.vocab_size)
-    for position_M in torch.arange(len(ids), device=device).split(size):
+    for position_M in torch.arange(first, len(ids), device=device).split(size):
         view = with_router(model, TableRouter(model.recursions.router, forced_RT[:, position_M]))
         tokens_M1 = torch.tensor([ids[t] for t in position_M], device=device)[:, None]
         yield view(tokens_M1, cache=Branches(cache, position_M), last_only=True).logits_BTV[:, 0]

@@ -255,37 +255,38 @@ class _Reader:
 
     def read(self, ids: Sequence[int], targets: Sequence[int], window: int) -> Iterator[dict[str, Any]]:
         for start, first, stop in windows(len(ids), window):
-            found = self._window(list(ids[start:stop]), list(targets[start:stop]))
-            yield from found[first - start :]
+            yield from self._window(list(ids[start:stop]), list(targets[first:stop]), first - start)
 
     @torch.no_grad()
-    def _window(self, ids: list[int], targets: list[int]) -> list[dict[str, Any]]:
+    def _window(self, ids: list[int], targets: list[int], first: int) -> list[dict[str, Any]]:
+        """Fields of the tokens from ``first`` on, which ``targets`` are of."""
         model, device = self.model, self.model.embedding.weight.device
         cache = KVCache(model.config, 1, device=device, dtype=model.embedding.weight.dtype)
         output = model(torch.tensor([ids], device=device), cache=cache)
         taken_RT = taken(output.routing)
-        own = self._predictions(output.logits_BTV[0], targets)
+        own = self._predictions(output.logits_BTV[0, first:], targets)
         by_depth = []
         for depth in range(1, model.config.num_recursions + 1):
             chunks, done = [], 0
-            for logits_MV in exits(model, ids, taken_RT, depth, cache):
+            for logits_MV in exits(model, ids, taken_RT, depth, cache, first=first):
                 chunks += self._predictions(logits_MV, targets[done : done + len(logits_MV)])
                 done += len(logits_MV)
             by_depth.append(chunks)
         routed = routing_columns(model, output.routing)
         depths = taken_RT.sum(0).tolist()
         return [
-            _token_fields(t, depths[t], own[t], [exit_T[t] for exit_T in by_depth], routed) for t in range(len(ids))
+            _token_fields(t, depths[t], own[t - first], [exit_T[t - first] for exit_T in by_depth], routed)
+            for t in range(first, len(ids))
         ]
 
     def _predictions(self, logits_MV: Tensor, targets: list[int]) -> list[dict[str, Any]]:
         """The target with its log-probability and rank, entropy, best guesses of each row."""
         logp_MV = logits_MV.float().log_softmax(-1)
-        entropy_M = torch.special.entr(logp_MV.exp()).sum(-1).tolist()
-        top = logp_MV.exp().topk(self.guesses)
+        entropy_M = logp_MV.exp().mul_(logp_MV).sum(-1).neg().tolist()
+        top = logp_MV.topk(self.guesses)
         logp_M1 = logp_MV.gather(1, torch.tensor(targets, device=logits_MV.device).clamp(min=0)[:, None])
         rank_M = ((logp_MV > logp_M1).sum(1) + 1).tolist()
-        columns = (targets, logp_M1[:, 0].tolist(), rank_M, entropy_M, top.indices.tolist(), top.values.tolist())
+        columns = (targets, logp_M1[:, 0].tolist(), rank_M, entropy_M, top.indices.tolist(), top.values.exp().tolist())
         nothing = dict(target_id=None, target=None, logprob=None, rank=None)
         return [
             dict(entropy=entropy, guesses=self._guesses(best, p))
