@@ -47,6 +47,8 @@ class Settings:
     device: str = "cpu"
     dtype: str = "float32"
     parts: tuple[str, ...] = PARTS
+    json: bool = False
+    """Only the result for programs."""
     out: Path | None = None
     """Also write the JSON there."""
 
@@ -225,9 +227,11 @@ def main():
     for part in settings.parts:
         start = time.perf_counter()
         made = globals()[part](settings)
+        found |= made if isinstance(made, dict) else {part: made}
+        if settings.json:
+            continue
         for row in made["rows"] if isinstance(made, dict) else made:
             print(part, {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-        found |= made if isinstance(made, dict) else {part: made}
         print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
     machine = dict(
         device=torch.cuda.get_device_name() if settings.device == "cuda" else platform.machine(),

@@ -70,7 +70,7 @@ class SteadyLoad:
     layers_s: list[float] = field(default_factory=list)
     """Seconds in layers for each new token, one number for each turn; zeros where the device loops by itself."""
     host_s: list[float] = field(default_factory=list)
-    """Seconds for each step outside layers, head and sampling: scheduling, pages, routing, moving states."""
+    """Seconds for each step outside layers, routers, head and sampling: scheduling, pages, moving states."""
     step_s: list[float] = field(default_factory=list)
     depth: list[float] = field(default_factory=list)
 

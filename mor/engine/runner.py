@@ -26,7 +26,7 @@ class Runner:
     """State of the newest token of every slot. ``stage_S`` counts the passes it has behind it, skipped ones included.
 
     max_depth: caps the recursions of every token. longest: if given, attention is sized for so many entries and
-    nothing is looked up on the device. ``model_s`` adds up the seconds inside the model's layers and head.
+    nothing is looked up on the device. ``model_s`` adds up the seconds inside the model's layers, router and head.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Runner:
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4)
         )
         self.took_SR = torch.zeros(slots, config.num_recursions, dtype=torch.bool, device=device)
+        self.angles_L = rotary_angles(torch.arange(kv.max_len, device=device), config.head_dim, config.rope_theta)
         self.model_s = 0.0
 
     @contextmanager
@@ -78,7 +79,8 @@ class Runner:
                     x_MD = block(x_MD, angles, lanes, layer)
         self.h_SD[slot_M] = self.first_SD[slot_M] = x_MD
         routing = self._routing(tokens)
-        self.router.start(x_MD, routing)
+        with self._in_model():
+            self.router.start(x_MD, routing)
         if routing.choice_M is not None and routing.score_MR is not None:
             self.choice_S[slot_M], self.score_SR[slot_M] = routing.choice_M, routing.score_MR.to(self.score_SR.dtype)
         self._route(slot_M, x_MD, tokens)
@@ -121,7 +123,8 @@ class Runner:
         routing, end = self._routing(tokens, slot_M), len(self.passes)
         stage_M, gate_M = self.stage_S[slot_M], self.gate_S[slot_M]
         for stage, (recursion, _) in enumerate(self.passes):
-            takes_M, new_gate_M = self.router.takes(recursion, h_MD, routing)
+            with self._in_model():
+                takes_M, new_gate_M = self.router.takes(recursion, h_MD, routing)
             here_M = stage_M == stage
             if new_gate_M is not None:
                 gate_M = torch.where(here_M, new_gate_M.to(gate_M.dtype), gate_M)
@@ -150,4 +153,5 @@ class Runner:
         )
 
     def _angles(self, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
-        return rotary_angles(tokens.position_M, self.model.config.head_dim, self.model.config.rope_theta)
+        cos, sin = self.angles_L
+        return cos[tokens.position_M], sin[tokens.position_M]
