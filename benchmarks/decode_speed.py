@@ -168,13 +168,15 @@ def continuous_speed(llama, lengths):
 
 
 def overhead(settings):
-    """Time of a step outside layers and head."""
+    """Time of a step outside layers, routers and head; and how the steps of the last turn divide into parts."""
     model, rows = make(settings, 3), []
     for slots in (1, 8, 32, 128, 512):
         load = load_for("", model, batch=slots, slots=slots, lengths=Lengths(mean=8, deviation=2))
         take_turns([load], rounds=settings.rounds, seconds=0.5)
         host, step = median(load.host_s), median(load.step_s)
-        rows.append(dict(slots=slots, host_us=1e6 * host, step_us=1e6 * step, share=host / step))
+        whole = sum(load.engine.seconds.values())
+        parts = {part: seconds / whole for part, seconds in load.engine.seconds.items()}
+        rows.append(dict(slots=slots, host_us=1e6 * host, step_us=1e6 * step, share=host / step, parts=parts))
     return rows
 
 

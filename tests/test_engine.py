@@ -118,7 +118,7 @@ def test_prefix_hits_are_not_read_again():
     engine.generate([prompt], params)
     read = engine.tokens["read"]
     (again,) = engine.generate([prompt], params)
-    assert read == 20 and again.num_cached == 16 and engine.tokens["read"] == 24
+    assert read == 19 and again.num_cached == 16 and engine.tokens["read"] == 22  # the last one is decoded
 
 
 @pytest.mark.parametrize("batch", [1, 2, 33, 64])

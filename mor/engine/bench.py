@@ -80,7 +80,7 @@ class SteadyLoad:
         for length in self.lengths.draw(engine.config.max_num_seqs, self.generator):
             done = int(torch.randint(0, length - 1, (), generator=self.generator))
             self._add(1 + done, length - done)
-        while any(r.num_read < len(r.prompt_ids) for r in engine.requests.values()):
+        while any(r.num_read < len(r.prompt_ids) - 1 for r in engine.requests.values()):
             engine.step()
 
     def turn(self, seconds: float) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mor.engine.paged_kv import PagedBatch, PagedKV
-from mor.model import Output, Transformer, rotary_angles
+from mor.model import Logits, Output, Transformer, rotary_angles
 from mor.packing import PackedTokens
 from mor.routing import Routing, RoutingStep, at_least_fp32
 
@@ -56,14 +56,14 @@ class Runner:
         yield
         self.model_s += time.perf_counter() - start
 
-    def read(self, slots: Sequence[int], ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Output:
-        """Several tokens of each slot in an ordinary forward; logits of each one's last token, (A, 1, V)."""
+    def read(self, slots: Sequence[int], ids: Sequence[Sequence[int]], starts: Sequence[int], logits: Logits) -> Output:
+        """Several tokens of each slot in an ordinary forward."""
         width, device = max(map(len, ids)), self.h_SD.device
         tokens_AT = torch.tensor([[*i, *[0] * (width - len(i))] for i in ids], device=device)
         mask_AT = torch.arange(width, device=device) < torch.tensor([[len(i)] for i in ids], device=device)
         cache = PagedBatch(self.kv, slots, starts)
         with self._in_model():
-            return self.model(tokens_AT, mask_BT=mask_AT, cache=cache, last_only=True, max_depth=self.max_depth)
+            return self.model(tokens_AT, mask_BT=mask_AT, cache=cache, logits=logits, max_depth=self.max_depth)
 
     def enter(self, slot_M: Tensor, id_M: Tensor, position_M: Tensor) -> None:
         """Begin a new token in each slot."""

@@ -50,7 +50,8 @@ class Scheduler:
                 return
             self._free_slots.pop()
             self.waiting.pop(0)
-            request.slot, request.status, request.phase = slot, Status.RUNNING, Phase.READ
+            request.slot, request.status = slot, Status.RUNNING
+            request.phase = Phase.READ if cached < len(ids) - 1 else Phase.ENTER
             request.num_read, request.num_cached, request.taken = cached, cached, taken
             request.depths = [int(depth) for part in taken for depth in part.sum(1)]
             insort(self.running, request, key=lambda r: r.number)
