@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from mor.engine.attention import decode_attention
+from mor.engine.weights import FewRowsLinear
 
 ROUNDS = 9
 THREADS = 2
@@ -38,11 +39,11 @@ def linear(tokens, width, outputs):
 def few_rows(tokens, width, outputs):
     """Forward only, as in decoding, with weights that are not in the cache."""
     x, w = torch.randn(tokens, width), torch.randn(outputs, width)
-    others = torch.zeros(12 << 20)
-    times = {"F.linear": [], "(W @ x.T).T": []}
+    few, others = FewRowsLinear(w), torch.zeros(12 << 20)
+    times = {"F.linear": [], "FewRowsLinear": []}
     with torch.inference_mode():
         for round_ in range(2 * ROUNDS + 1):
-            for name, run in (("F.linear", lambda: F.linear(x, w)), ("(W @ x.T).T", lambda: torch.mm(w, x.t()).t())):
+            for name, run in (("F.linear", lambda: F.linear(x, w)), ("FewRowsLinear", lambda: few(x))):
                 others.add_(1)
                 started = time.perf_counter()
                 run()
@@ -89,7 +90,7 @@ def main():
     cases = {
         f"linear {m}x{d}->{o}": linear(m, d, o) for m, d, o in [(512, 64, 176), (2048, 192, 512), (4096, 576, 1536)]
     }
-    for m in (8, 16, 32, 64):
+    for m in (1, 2, 8, 15, 16, 31, 32, 64):
         cases |= {f"decoding {m}x{d}->{o}": few_rows(m, d, o) for d, o in [(576, 576), (576, 1536), (1536, 576)]}
     cases["attention 8x256, 6/2 heads"] = grouped_attention()
     for entries in (64, 512):
