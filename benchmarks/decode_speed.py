@@ -27,6 +27,7 @@ from mor.engine import Engine, EngineConfig, SamplingParams
 from mor.engine.bench import Lengths, decode_rows, load_for, measure_machine, take_turns
 from mor.model import Transformer
 
+PROMPT = 16  # tokens, where latency is measured
 PARTS = ("models", "batching", "transformers", "overhead", "latency")
 
 
@@ -184,13 +185,13 @@ def latency(settings):
     """Poisson arrivals at 70% of the throughput of depth-wise batching, for it and for lock-step (sequence-wise)."""
     model = make(settings, 3)
     lengths = Lengths(mean=settings.lengths.mean / 2, deviation=settings.lengths.deviation / 2)
-    full = load_for("", model, batch=32, slots=32, lengths=lengths)
+    full = load_for("", model, batch=32, slots=32, lengths=lengths, prompt=PROMPT, prefill_chunk=32)
     take_turns([full], rounds=3, seconds=settings.seconds)
     rate = 0.7 * median(full.tokens_per_s) / lengths.mean
     return [arrivals(model, mode, rate, lengths) for mode in ("depth_wise", "lock_step")]
 
 
-def arrivals(model, mode, rate, lengths, seconds=25.0, prompt=16):
+def arrivals(model, mode, rate, lengths, seconds=25.0):
     generator = torch.Generator().manual_seed(2)
     gaps = torch.empty(int(2 * rate * seconds) + 1).exponential_(rate, generator=generator)
     due = [t for t in gaps.cumsum(0).tolist() if t < seconds]
@@ -201,7 +202,7 @@ def arrivals(model, mode, rate, lengths, seconds=25.0, prompt=16):
     while sent < len(due) or engine.has_unfinished:
         now = time.perf_counter() - start
         while sent < len(due) and due[sent] <= now:
-            prompt_ids = torch.randint(0, 40_000, (prompt,), generator=generator).tolist()
+            prompt_ids = torch.randint(0, 40_000, (PROMPT,), generator=generator).tolist()
             engine.add_request(
                 prompt_ids, SamplingParams(max_new_tokens=new[sent], temperature=0), request_id=str(sent)
             )

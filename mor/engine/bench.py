@@ -65,6 +65,8 @@ class SteadyLoad:
     name: str
     engine: Engine
     lengths: Lengths
+    prompt: int = 1
+    """Tokens in the prompt of a new request."""
     seed: int = 0
     tokens_per_s: list[float] = field(default_factory=list)
     layers_s: list[float] = field(default_factory=list)
@@ -93,7 +95,7 @@ class SteadyLoad:
         while time.perf_counter() - start < seconds or not engine.tokens["sample"]:
             for output in engine.step():
                 if output.finish_reason:
-                    self._add(1, self.lengths.draw(1, self.generator)[0])
+                    self._add(self.prompt, self.lengths.draw(1, self.generator)[0])
             steps += 1
         wait(device)
         elapsed, new = time.perf_counter() - start, engine.tokens["sample"]
@@ -139,8 +141,11 @@ class DecodeRow:
     kv_bytes_per_token: float
 
 
-def load_for(name: str, model: Transformer, *, batch: int, slots: int, lengths: Lengths, **settings: Any) -> SteadyLoad:
-    longest, weight = min(model.config.max_seq_len, int(4 * lengths.mean) + 2), model.embedding.weight
+def load_for(
+    name: str, model: Transformer, *, batch: int, slots: int, lengths: Lengths, prompt: int = 1, **settings: Any
+) -> SteadyLoad:
+    """batch: lanes. prompt: tokens in new prompts. settings: further ones of the engine."""
+    longest, weight = min(model.config.max_seq_len, int(4 * lengths.mean) + 1 + prompt), model.embedding.weight
     everything = [longest] * model.config.num_recursions
     kv_cache_memory = int(slots * costs.kv_bytes(model.config, longest, everything, weight.dtype.itemsize))
     config = EngineConfig(
@@ -151,7 +156,7 @@ def load_for(name: str, model: Transformer, *, batch: int, slots: int, lengths: 
         prefix_caching=False,
         **settings,
     )
-    return SteadyLoad(name, Engine(model, config=config), lengths)
+    return SteadyLoad(name, Engine(model, config=config), lengths, prompt)
 
 
 def decode_rows(
