@@ -326,7 +326,7 @@ class Engine:
                 request.depths.append(depth)
                 request.num_read += 1
             self._sample(exited, logits_MV, outputs)
-        entering = self.scheduler.make_room(self._in_phase(Phase.ENTER), self._pages_to_enter)
+        entering = self.scheduler.make_room(self._in_phase(Phase.ENTER), self._pages_to_enter, one_each=True)
         if entering:
             known = torch.tensor([(r.slot, r.newest_id, r.num_read) for r in entering]).to(self.kv.device)
             self.kv.reserve(*self._entries_to_enter(entering))
@@ -342,7 +342,7 @@ class Engine:
         passes = self.runner.passes
         layers = passes[ready[0].stage][1]
         ready = [request for request in ready if passes[request.stage][1] == layers][: self.lanes]
-        ready = self.scheduler.make_room(ready, self._pages_for_pass)
+        ready = self.scheduler.make_room(ready, self._pages_for_pass, one_each=True)
         if ready:
             self.kv.reserve(*self._entries_for_pass(ready))
             with self._measured("block", len(ready)):

@@ -83,7 +83,7 @@ class Runner:
             self.router.start(x_MD, routing)
         if routing.choice_M is not None and routing.score_MR is not None:
             self.choice_S[slot_M], self.score_SR[slot_M] = routing.choice_M, routing.score_MR.to(self.score_SR.dtype)
-        self._route(slot_M, x_MD, tokens)
+        self._route(slot_M, x_MD, tokens, entering=True)
 
     def block(self, slot_M: Tensor, layers: Sequence[int]) -> None:
         """One pass of the shared stack. The slots may be at any recursions, but at these layers of it."""
@@ -99,7 +99,7 @@ class Runner:
         h_MD = self.router.combine(step, h_MD, out_MD, self.first_SD[slot_M], self._routing(tokens, slot_M))
         self.h_SD[slot_M] = h_MD
         self.stage_S[slot_M] += 1
-        self._route(slot_M, h_MD, tokens)
+        self._route(slot_M, h_MD, tokens, entering=False)
 
     def coda(self, slot_M: Tensor) -> Tensor:
         """States after the coda of tokens that took their last pass, (M, D); the head makes logits of them."""
@@ -118,11 +118,12 @@ class Runner:
         with self._in_model():
             return self.model.predict(x_MD)
 
-    def _route(self, slot_M: Tensor, h_MD: Tensor, tokens: PackedTokens) -> None:
-        """Move every slot on to the next pass that its token takes, or past the last one."""
+    def _route(self, slot_M: Tensor, h_MD: Tensor, tokens: PackedTokens, *, entering: bool) -> None:
+        """Move every slot on to the next pass that its token takes, or past the last one. entering: all are at the
+        first pass; else none is."""
         routing, end = self._routing(tokens, slot_M), len(self.passes)
         stage_M, gate_M = self.stage_S[slot_M], self.gate_S[slot_M]
-        for stage, (recursion, _) in enumerate(self.passes):
+        for stage, (recursion, _) in list(enumerate(self.passes))[0 if entering else 1 :]:
             with self._in_model():
                 takes_M, new_gate_M = self.router.takes(recursion, h_MD, routing)
             here_M = stage_M == stage
@@ -131,6 +132,8 @@ class Runner:
             if takes_M is not None:
                 next_stage = end if self.model.config.router.hierarchical else stage + 1
                 stage_M = torch.where(here_M & ~takes_M, next_stage, stage_M)
+            elif entering:
+                break
         self.stage_S[slot_M], self.gate_S[slot_M] = stage_M, gate_M
 
     def _routing(self, tokens: PackedTokens, slot_M: Tensor | None = None) -> Routing:
