@@ -1,4 +1,4 @@
-"""Which form of a linear layer and of grouped-query attention is faster here: ratios, interleaved, medians.
+"""Which form of a linear layer and of attention is faster here: ratios, interleaved, medians.
 
 python benchmarks/cpu_kernels.py
 """
@@ -10,6 +10,9 @@ import time
 
 import torch
 import torch.nn.functional as F
+
+from mor.engine.attention import decode_attention
+from mor.engine.weights import FewRowsLinear
 
 ROUNDS = 9
 THREADS = 2
@@ -36,11 +39,11 @@ def linear(tokens, width, outputs):
 def few_rows(tokens, width, outputs):
     """Forward only, as in decoding, with weights that are not in the cache."""
     x, w = torch.randn(tokens, width), torch.randn(outputs, width)
-    others = torch.zeros(12 << 20)
-    times = {"F.linear": [], "(W @ x.T).T": []}
+    few, others = FewRowsLinear(w), torch.zeros(12 << 20)
+    times = {"F.linear": [], "FewRowsLinear": []}
     with torch.inference_mode():
         for round_ in range(2 * ROUNDS + 1):
-            for name, run in (("F.linear", lambda: F.linear(x, w)), ("(W @ x.T).T", lambda: torch.mm(w, x.t()).t())):
+            for name, run in (("F.linear", lambda: F.linear(x, w)), ("FewRowsLinear", lambda: few(x))):
                 others.add_(1)
                 started = time.perf_counter()
                 run()
@@ -64,14 +67,34 @@ def grouped_attention():
     )
 
 
+def paged_attention(tokens, entries):
+    """Forward only, in the 135M shape: one query of each sequence, which has between half and all of the entries."""
+    k, v = (torch.randn(tokens * entries, 3, 64) for _ in range(2))
+    table = torch.randperm(tokens * entries, dtype=torch.int32).view(tokens, entries)
+    q, rows = torch.randn(tokens, 9, 64), torch.arange(tokens, dtype=torch.int32)
+    seen = torch.linspace(entries // 2, entries, tokens).int()
+    backends = {name: decode_attention(name, q.device, q.dtype) for name in ("gathered", "compiled")}
+    times = {name: [] for name in backends}
+    with torch.inference_mode():
+        for round_ in range(2 * ROUNDS + 1):
+            for name, attend in backends.items():
+                started = time.perf_counter()
+                attend(q, k, v, table, rows, seen, longest=entries)
+                if round_:
+                    times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
 def main():
     torch.set_num_threads(THREADS)
     cases = {
         f"linear {m}x{d}->{o}": linear(m, d, o) for m, d, o in [(512, 64, 176), (2048, 192, 512), (4096, 576, 1536)]
     }
-    for m in (8, 16, 32, 64):
+    for m in (1, 2, 8, 15, 16, 31, 32, 64):
         cases |= {f"decoding {m}x{d}->{o}": few_rows(m, d, o) for d, o in [(576, 576), (576, 1536), (1536, 576)]}
     cases["attention 8x256, 6/2 heads"] = grouped_attention()
+    for entries in (64, 512):
+        cases[f"paged attention 32x{entries}"] = paged_attention(32, entries)
     rows = []
     for case, found in cases.items():
         (first, a), (second, b) = found.items()

@@ -27,6 +27,7 @@ from mor.engine import Engine, EngineConfig, SamplingParams
 from mor.engine.bench import Lengths, decode_rows, load_for, measure_machine, take_turns
 from mor.model import Transformer
 
+PROMPT = 16  # tokens, where latency is measured
 PARTS = ("models", "batching", "transformers", "overhead", "latency")
 
 
@@ -47,6 +48,8 @@ class Settings:
     device: str = "cpu"
     dtype: str = "float32"
     parts: tuple[str, ...] = PARTS
+    json: bool = False
+    """Only the result for programs."""
     out: Path | None = None
     """Also write the JSON there."""
 
@@ -166,13 +169,15 @@ def continuous_speed(llama, lengths):
 
 
 def overhead(settings):
-    """Time of a step outside layers and head."""
+    """Time of a step outside layers, routers and head; and how the steps of the last turn divide into parts."""
     model, rows = make(settings, 3), []
     for slots in (1, 8, 32, 128, 512):
         load = load_for("", model, batch=slots, slots=slots, lengths=Lengths(mean=8, deviation=2))
         take_turns([load], rounds=settings.rounds, seconds=0.5)
         host, step = median(load.host_s), median(load.step_s)
-        rows.append(dict(slots=slots, host_us=1e6 * host, step_us=1e6 * step, share=host / step))
+        whole = sum(load.engine.seconds.values())
+        parts = {part: seconds / whole for part, seconds in load.engine.seconds.items()}
+        rows.append(dict(slots=slots, host_us=1e6 * host, step_us=1e6 * step, share=host / step, parts=parts))
     return rows
 
 
@@ -180,13 +185,13 @@ def latency(settings):
     """Poisson arrivals at 70% of the throughput of depth-wise batching, for it and for lock-step (sequence-wise)."""
     model = make(settings, 3)
     lengths = Lengths(mean=settings.lengths.mean / 2, deviation=settings.lengths.deviation / 2)
-    full = load_for("", model, batch=32, slots=32, lengths=lengths)
+    full = load_for("", model, batch=32, slots=32, lengths=lengths, prompt=PROMPT, prefill_chunk=32)
     take_turns([full], rounds=3, seconds=settings.seconds)
     rate = 0.7 * median(full.tokens_per_s) / lengths.mean
     return [arrivals(model, mode, rate, lengths) for mode in ("depth_wise", "lock_step")]
 
 
-def arrivals(model, mode, rate, lengths, seconds=25.0, prompt=16):
+def arrivals(model, mode, rate, lengths, seconds=25.0):
     generator = torch.Generator().manual_seed(2)
     gaps = torch.empty(int(2 * rate * seconds) + 1).exponential_(rate, generator=generator)
     due = [t for t in gaps.cumsum(0).tolist() if t < seconds]
@@ -197,7 +202,7 @@ def arrivals(model, mode, rate, lengths, seconds=25.0, prompt=16):
     while sent < len(due) or engine.has_unfinished:
         now = time.perf_counter() - start
         while sent < len(due) and due[sent] <= now:
-            prompt_ids = torch.randint(0, 40_000, (prompt,), generator=generator).tolist()
+            prompt_ids = torch.randint(0, 40_000, (PROMPT,), generator=generator).tolist()
             engine.add_request(
                 prompt_ids, SamplingParams(max_new_tokens=new[sent], temperature=0), request_id=str(sent)
             )
@@ -225,9 +230,11 @@ def main():
     for part in settings.parts:
         start = time.perf_counter()
         made = globals()[part](settings)
+        found |= made if isinstance(made, dict) else {part: made}
+        if settings.json:
+            continue
         for row in made["rows"] if isinstance(made, dict) else made:
             print(part, {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-        found |= made if isinstance(made, dict) else {part: made}
         print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
     machine = dict(
         device=torch.cuda.get_device_name() if settings.device == "cuda" else platform.machine(),

@@ -158,7 +158,7 @@ def measured_kv_bytes(model: Transformer, data: Windows, windows: int = 16) -> f
     """Bytes per token in a real cache after reading validation text."""
     count = min(windows, data.windows(SEQ_LEN))
     cache = KVCache(model.config, count)
-    model(data.batch(range(count), SEQ_LEN).tokens_BT, cache=cache, last_only=True)
+    model(data.batch(range(count), SEQ_LEN).tokens_BT, cache=cache, logits="last")
     return cache.nbytes / (count * SEQ_LEN)
 
 

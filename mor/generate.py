@@ -99,7 +99,7 @@ def prefill(
     tokens_BT = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=device)
     length_B1 = torch.tensor([[len(p)] for p in prompts], device=device)
     mask_BT = torch.arange(width, device=device) < length_B1
-    return model(tokens_BT, mask_BT=mask_BT, cache=cache, last_only=True, max_depth=max_depth)
+    return model(tokens_BT, mask_BT=mask_BT, cache=cache, logits="last", max_depth=max_depth)
 
 
 def decode_step(
@@ -114,7 +114,7 @@ def decode_step(
     device = model.embedding.weight.device
     tokens_B1 = torch.tensor(token_B, device=device)[:, None]
     mask_B1 = torch.tensor(active_B, device=device)[:, None]
-    return model(tokens_B1, mask_BT=mask_B1, cache=cache, last_only=True, max_depth=max_depth)
+    return model(tokens_B1, mask_BT=mask_B1, cache=cache, logits="last", max_depth=max_depth)
 
 
 def stream(

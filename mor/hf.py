@@ -182,7 +182,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
             cache=cache.prepare(self.model, len(input_ids)) if cache is not None else None,
             selection=selection or ("topk" if training_step else "threshold"),
             max_depth=max_depth,
-            last_only=logits_to_keep == 1 and labels is None,
+            logits="last" if logits_to_keep == 1 and labels is None else "all",
             recompute=self.gradient_checkpointing and self.training,
         )
         depths_BT = output.routing.depth_BT

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,12 @@ from mor.loss import linear_cross_entropy
 from mor.packing import PackedTokens, pack, take
 from mor.routing import Routing, build_router
 
+Logits = Literal["all", "last", "none"]
+
 
 @dataclass(frozen=True)
 class Output:
-    """logits_BTV: zeros at padding; with ``last_only`` (B, 1, V), the last token of each row. With targets
+    """logits_BTV: zeros at padding; with ``logits="last"`` (B, 1, V), the last token of each row. With targets
     there are none, and ``nll`` is the mean negative log-likelihood of the targets, in nats."""
 
     logits_BTV: Tensor
@@ -208,7 +210,7 @@ class Transformer(nn.Module):
         selection: Selection = "threshold",
         capacities: Sequence[float] | None = None,
         max_depth: int | None = None,
-        last_only: bool = False,
+        logits: Logits = "all",
         recompute: bool = False,
     ) -> Output:
         """Logits for the next token at every position, and the routing that led there.
@@ -220,11 +222,12 @@ class Transformer(nn.Module):
         cache: keys and values of earlier tokens; the new ones are appended.
         selection: ``threshold`` is causal; ``topk`` is the paper's training selection and sees the future.
         capacities: replaces the configured ones (warm-up). max_depth: caps the recursions.
+        logits: of ``all`` tokens, the ``last`` of each row, or ``none``.
         recompute: keep no activations inside the layers; backward makes them again.
         Raises ValueError for an empty batch, capacities or a depth that do not fit, or top-k with a cache;
         IndexError for ids outside the vocabulary.
         """
-        self._check(tokens_BT, documents_BT, cache, selection, max_depth, last_only)
+        self._check(tokens_BT, documents_BT, cache, selection, max_depth, logits)
         tokens = pack(tokens_BT, mask_BT, start_B=cache.length_B if cache else None, documents_BT=documents_BT)
         if not len(tokens):
             raise ValueError("the mask hides every token of the batch")
@@ -246,7 +249,9 @@ class Transformer(nn.Module):
             target_M = targets_BT.flatten()[tokens.place_M]
             nll = linear_cross_entropy(self.final_norm(x_MD), self.head_weight, target_M)
             return Output(x_MD.new_empty(0), routing, nll)
-        return Output(self._logits(x_MD, tokens, last_only), routing)
+        if logits == "none":
+            return Output(x_MD.new_empty(0), routing)
+        return Output(self._logits(x_MD, tokens, logits), routing)
 
     def compile_blocks(self, **settings: Any) -> Transformer:
         """Compile all layers (see :meth:`Block.compile_parts`)."""
@@ -265,7 +270,7 @@ class Transformer(nn.Module):
         cache: Cache | None,
         selection: str,
         max_depth: int | None,
-        last_only: bool,
+        logits: Logits,
     ) -> None:
         if tokens_BT.ndim != 2 or tokens_BT.numel() == 0:
             raise ValueError(f"tokens must have shape (batch, length) and not be empty, got {tuple(tokens_BT.shape)}")
@@ -279,16 +284,20 @@ class Transformer(nn.Module):
             raise ValueError(f"the cache holds {cache.batch} sequences, the batch has {tokens_BT.shape[0]}")
         if max_depth is not None and not 1 <= max_depth <= self.config.num_recursions:
             raise ValueError(f"max_depth must lie in 1..{self.config.num_recursions}, got {max_depth}")
-        if documents_BT is not None and (cache is not None or last_only):
-            raise ValueError("documents_BT splits lines into several sequences; it takes neither cache nor last_only")
+        if logits not in ("all", "last", "none"):
+            raise ValueError(f"logits={logits!r} is not known; choose 'all', 'last' or 'none'")
+        if documents_BT is not None and (cache is not None or logits == "last"):
+            raise ValueError(
+                "documents_BT splits rows into several sequences; it goes with neither cache nor logits='last'"
+            )
 
     def predict(self, x_MD: Tensor) -> Tensor:
         """Final norm and head: logits, (M, V)."""
         x_MD = self.final_norm(x_MD)
         return F.linear(x_MD, self.embedding.weight) if self.head is None else self.head(x_MD)
 
-    def _logits(self, x_MD: Tensor, tokens: PackedTokens, last_only: bool) -> Tensor:
-        if not last_only:
+    def _logits(self, x_MD: Tensor, tokens: PackedTokens, logits: Logits) -> Tensor:
+        if logits == "all":
             return tokens.unpack(self.predict(x_MD))
         logits_AV = self.predict(x_MD[tokens.last_index()])
         if tokens.rows is None:

@@ -77,10 +77,10 @@ def test_documents_with_padding_and_equal_numbers_on_different_lines():
 def test_documents_are_refused_where_they_have_no_meaning():
     model = tiny("expert_choice")
     tokens_BT, documents_BT = lines()
-    with pytest.raises(ValueError, match="neither cache nor last_only"):
+    with pytest.raises(ValueError, match="neither cache nor logits"):
         model(tokens_BT, documents_BT=documents_BT, cache=KVCache(model.config, 3))
-    with pytest.raises(ValueError, match="neither cache nor last_only"):
-        model(tokens_BT, documents_BT=documents_BT, last_only=True)
+    with pytest.raises(ValueError, match="neither cache nor logits"):
+        model(tokens_BT, documents_BT=documents_BT, logits="last")
     with pytest.raises(ValueError, match=r"documents has shape \(3, 9\), tokens \(3, 17\)"):
         model(tokens_BT, documents_BT=documents_BT[:, :9])
 

@@ -234,7 +234,7 @@ def test_ragged_prompts_and_idle_rows_decode_like_single_sequences(make):
         for i, n in enumerate(lengths):
             tokens[i, 9 - n :], mask[i, 9 - n :] = rows[i][0, :n], True
         got = [[] for _ in rows]
-        first = model(tokens, mask_BT=mask, cache=cache, last_only=True)
+        first = model(tokens, mask_BT=mask, cache=cache, logits="last")
         for i in range(3):
             got[i].append(first.logits_BTV[i, 0])
         sent = list(lengths)

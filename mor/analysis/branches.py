@@ -62,7 +62,7 @@ def exits(
     for position_M in torch.arange(first, len(ids), device=device).split(size):
         view = with_router(model, TableRouter(model.recursions.router, forced_RT[:, position_M]))
         tokens_M1 = torch.tensor([ids[t] for t in position_M], device=device)[:, None]
-        yield view(tokens_M1, cache=Branches(cache, position_M), last_only=True).logits_BTV[:, 0]
+        yield view(tokens_M1, cache=Branches(cache, position_M), logits="last").logits_BTV[:, 0]
 
 
 class Branches:

@@ -66,7 +66,7 @@ def read(model: Transformer, data: Windows, *, seq_len: int, max_windows: int = 
     view, routings, caches, states = with_router(model, recorder), [], [], []
     for tokens_1T in tokens_BT.split(1):
         caches.append(KVCache(model.config, 1, device=weight.device, dtype=weight.dtype))
-        routings.append(view(tokens_1T, cache=caches[-1], last_only=True).routing)
+        routings.append(view(tokens_1T, cache=caches[-1], logits="none").routing)
         states.append(recorder.states_MD)
     return Reading(model, tokens_BT, targets_BT, routings, caches, states)
 
@@ -134,7 +134,7 @@ def agreement(reading: Reading) -> Rows:
     router, rows = reading.model.recursions.router, []
     if not isinstance(router, ExpertChoiceRouter):
         return []
-    top = [reading.model(t, selection="topk", last_only=True).routing for t in reading.tokens_BT.split(1)]
+    top = [reading.model(t, selection="topk", logits="none").routing for t in reading.tokens_BT.split(1)]
     same_depth = float((torch.cat([r.depth_BT for r in top]) == reading.depth_BT).float().mean())
     for r, capacity in enumerate(reading.model.config.capacities):
         if capacity == 1:

@@ -65,12 +65,14 @@ class SteadyLoad:
     name: str
     engine: Engine
     lengths: Lengths
+    prompt: int = 1
+    """Tokens in the prompt of a new request."""
     seed: int = 0
     tokens_per_s: list[float] = field(default_factory=list)
     layers_s: list[float] = field(default_factory=list)
     """Seconds in layers for each new token, one number for each turn; zeros where the device loops by itself."""
     host_s: list[float] = field(default_factory=list)
-    """Seconds for each step outside layers, head and sampling: scheduling, pages, routing, moving states."""
+    """Seconds for each step outside layers, routers, head and sampling: scheduling, pages, moving states."""
     step_s: list[float] = field(default_factory=list)
     depth: list[float] = field(default_factory=list)
 
@@ -80,7 +82,7 @@ class SteadyLoad:
         for length in self.lengths.draw(engine.config.max_num_seqs, self.generator):
             done = int(torch.randint(0, length - 1, (), generator=self.generator))
             self._add(1 + done, length - done)
-        while any(r.num_read < len(r.prompt_ids) for r in engine.requests.values()):
+        while any(r.num_read < len(r.prompt_ids) - 1 for r in engine.requests.values()):
             engine.step()
 
     def turn(self, seconds: float) -> None:
@@ -93,7 +95,7 @@ class SteadyLoad:
         while time.perf_counter() - start < seconds or not engine.tokens["sample"]:
             for output in engine.step():
                 if output.finish_reason:
-                    self._add(1, self.lengths.draw(1, self.generator)[0])
+                    self._add(self.prompt, self.lengths.draw(1, self.generator)[0])
             steps += 1
         wait(device)
         elapsed, new = time.perf_counter() - start, engine.tokens["sample"]
@@ -139,8 +141,11 @@ class DecodeRow:
     kv_bytes_per_token: float
 
 
-def load_for(name: str, model: Transformer, *, batch: int, slots: int, lengths: Lengths, **settings: Any) -> SteadyLoad:
-    longest, weight = min(model.config.max_seq_len, int(4 * lengths.mean) + 2), model.embedding.weight
+def load_for(
+    name: str, model: Transformer, *, batch: int, slots: int, lengths: Lengths, prompt: int = 1, **settings: Any
+) -> SteadyLoad:
+    """batch: lanes. prompt: tokens in new prompts. settings: further ones of the engine."""
+    longest, weight = min(model.config.max_seq_len, int(4 * lengths.mean) + 1 + prompt), model.embedding.weight
     everything = [longest] * model.config.num_recursions
     kv_cache_memory = int(slots * costs.kv_bytes(model.config, longest, everything, weight.dtype.itemsize))
     config = EngineConfig(
@@ -151,7 +156,7 @@ def load_for(name: str, model: Transformer, *, batch: int, slots: int, lengths: 
         prefix_caching=False,
         **settings,
     )
-    return SteadyLoad(name, Engine(model, config=config), lengths)
+    return SteadyLoad(name, Engine(model, config=config), lengths, prompt)
 
 
 def decode_rows(

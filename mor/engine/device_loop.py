@@ -57,7 +57,7 @@ class DeviceLoop:
     def start(self, requests: Sequence[Request]) -> None:
         """Begin the newest token of each request; its earlier ones are cached."""
         device = self.live_S.device
-        known = torch.tensor([(r.slot, r.token_ids[-1], r.num_read, r.number) for r in requests]).to(device)
+        known = torch.tensor([(r.slot, r.newest_id, r.num_read, r.number) for r in requests]).to(device)
         slot_M, id_M, position_M, age_M = known.unbind(1)
         self.runner.enter(slot_M, id_M, position_M)
         params, drawn = [r.params for r in requests], [len(r.token_ids) for r in requests]

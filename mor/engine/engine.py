@@ -155,7 +155,7 @@ class Engine:
         """Some work for some requests: a piece of prompts, and one pass for the running tokens."""
         outputs: list[RequestOutput] = []
         self.scheduler.admit()
-        self._read(outputs)
+        self._read()
         if self.device_loop is not None:
             self._launch(self.device_loop, outputs)
         elif self.config.batching == "depth_wise":
@@ -276,12 +276,12 @@ class Engine:
         self.passes[part] += 1
         self.tokens[part] += tokens
 
-    def _read(self, outputs: list[RequestOutput]) -> None:
-        """The next ``prefill_chunk`` tokens of prompts, oldest first."""
+    def _read(self) -> None:
+        """The next ``prefill_chunk`` tokens of prompts, oldest first. The last of each is decoded like a new one."""
         budget, chunk = self.config.prefill_chunk, dict[str, list[int]]()
         for request in self._in_phase(Phase.READ):
             if budget:
-                part = request.known_ids[request.num_read : request.num_read + budget]
+                part = request.known_ids[request.num_read : -1][:budget]
                 chunk[request.request_id] = part
                 budget -= len(part)
 
@@ -294,18 +294,16 @@ class Engine:
             return
         ids = [chunk[r.request_id] for r in requests]
         with self._measured("read", sum(map(len, ids))):
-            output = self.runner.read([r.slot for r in requests], ids, [r.num_read for r in requests])
+            output = self.runner.read([r.slot for r in requests], ids, [r.num_read for r in requests], "none")
         took_ATR = self._took(output)
-        done = []
         for i, request in enumerate(requests):
             took_TR = took_ATR[i, : len(ids[i])]
             request.taken.append(took_TR)
             request.depths += took_TR.sum(1).tolist()
             request.num_read += len(ids[i])
-            if request.num_read == len(request.known_ids):
+            if request.num_read == len(request.known_ids) - 1:
                 self.scheduler.remember(request)
-                done.append(i)
-        self._sample([requests[i] for i in done], output.logits_BTV[done, 0], outputs)
+                request.phase = Phase.ENTER
 
     def _took(self, output: Output) -> np.ndarray:
         """Whether each token of a forward took each recursion, (A, T, R)."""
@@ -328,9 +326,9 @@ class Engine:
                 request.depths.append(depth)
                 request.num_read += 1
             self._sample(exited, logits_MV, outputs)
-        entering = self.scheduler.make_room(self._in_phase(Phase.ENTER), self._pages_to_enter)
+        entering = self.scheduler.make_room(self._in_phase(Phase.ENTER), self._pages_to_enter, one_each=True)
         if entering:
-            known = torch.tensor([(r.slot, r.token_ids[-1], r.num_read) for r in entering]).to(self.kv.device)
+            known = torch.tensor([(r.slot, r.newest_id, r.num_read) for r in entering]).to(self.kv.device)
             self.kv.reserve(*self._entries_to_enter(entering))
             with self._measured("enter", len(entering)):
                 self.runner.enter(*known.unbind(1))
@@ -344,7 +342,7 @@ class Engine:
         passes = self.runner.passes
         layers = passes[ready[0].stage][1]
         ready = [request for request in ready if passes[request.stage][1] == layers][: self.lanes]
-        ready = self.scheduler.make_room(ready, self._pages_for_pass)
+        ready = self.scheduler.make_room(ready, self._pages_for_pass, one_each=True)
         if ready:
             self.kv.reserve(*self._entries_for_pass(ready))
             with self._measured("block", len(ready)):
@@ -401,8 +399,8 @@ class Engine:
         if not requests:
             return
         with self._measured("token", len(requests)):
-            slots, ids = [r.slot for r in requests], [[r.token_ids[-1]] for r in requests]
-            output = self.runner.read(slots, ids, [r.num_read for r in requests])
+            slots, ids = [r.slot for r in requests], [[r.newest_id] for r in requests]
+            output = self.runner.read(slots, ids, [r.num_read for r in requests], "last")
         depth_B1 = output.routing.depth_BT.tolist()
         for request, (depth,) in zip(requests, depth_B1, strict=True):
             request.depths.append(depth)

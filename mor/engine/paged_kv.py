@@ -59,6 +59,7 @@ class PagedKV:
         # else it sees an entry of every token up to its own.
         self.compact_V = torch.tensor([r == (stream,) for stream, r in enumerate(reads)], device=device)
         self.read_V = torch.tensor([r[-1] for r in reads], device=device)  # whose view it reads
+        self.all_write, self.all_compact = bool(self.writes.all()), bool(self.compact_V.all())
 
         layers = (config.prelude_layers + config.coda_layers, config.shared_layers)
         self.page_bytes = [n * page_size * costs.kv_entry_bytes(config, dtype.itemsize) for n in layers]
@@ -178,16 +179,20 @@ class PagedKV:
         their own, 1 for shared ones. longest: entries that any token sees at most; if it is given, nothing is looked
         up on the device.
         """
-        row_M, writes_M = slot_M * self.num_streams + stream_M, self.writes_V[stream_M]
-        counted_M = writes_M & new_M & (slot_M != self.idle)
+        row_M, counted_M, writes = slot_M * self.num_streams + stream_M, new_M & (slot_M != self.idle), True
+        if not self.all_write:
+            writes_M = self.writes_V[stream_M]
+            counted_M, writes = counted_M & writes_M, longest is not None or bool(writes_M.any())
         self.count_R.index_add_(0, row_M, counted_M.long())
         index_M = (self.count_R[row_M] - 1).clamp(min=0)
-        place_M = torch.where(writes_M, self.table_RL[row_M, index_M].long(), self.unread_V[stream_M])
-        seen_M = torch.where(self.compact_V[stream_M], index_M, position_M) + 1
+        place_M, view_M, seen_M = self.table_RL[row_M, index_M].long(), row_M, index_M + 1
+        if not self.all_write:
+            place_M = torch.where(writes_M, place_M, self.unread_V[stream_M])
+        if not self.all_compact:
+            view_M = slot_M * self.num_streams + self.read_V[stream_M]
+            seen_M = torch.where(self.compact_V[stream_M], index_M, position_M) + 1
         if self.view_RL is not self.table_RL:
             self._look_at(slot_M, stream_M, position_M, place_M)
-        view_M = slot_M * self.num_streams + self.read_V[stream_M]
-        writes = longest is not None or bool(writes_M.any())
         return LanePass(self, kind, writes, place_M, view_M, seen_M, longest or int(seen_M.max()))
 
     def _look_at(self, slot_M: Tensor, stream_M: Tensor, position_M: Tensor, place_M: Tensor) -> None:

@@ -22,7 +22,7 @@ class Status(Enum):
 class Phase(Enum):
     """What a running request needs next."""
 
-    READ = "read"  # the rest of its prompt
+    READ = "read"  # its prompt, but for the last token
     ENTER = "enter"  # embedding and prelude of its newest token
     BLOCK = "block"  # a pass of the shared block
     CODA = "coda"  # coda, head and sampling
@@ -63,6 +63,10 @@ class Request:
     def known_ids(self) -> list[int]:
         """Prompt and new tokens: what has to be read again after a preemption."""
         return self.prompt_ids + self.token_ids
+
+    @property
+    def newest_id(self) -> int:
+        return self.token_ids[-1] if self.token_ids else self.prompt_ids[-1]
 
     @property
     def max_length(self) -> int:

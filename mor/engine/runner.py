@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mor.engine.paged_kv import PagedBatch, PagedKV
-from mor.model import Output, Transformer, rotary_angles
+from mor.model import Logits, Output, Transformer, rotary_angles
 from mor.packing import PackedTokens
 from mor.routing import Routing, RoutingStep, at_least_fp32
 
@@ -26,7 +26,7 @@ class Runner:
     """State of the newest token of every slot. ``stage_S`` counts the passes it has behind it, skipped ones included.
 
     max_depth: caps the recursions of every token. longest: if given, attention is sized for so many entries and
-    nothing is looked up on the device. ``model_s`` adds up the seconds inside the model's layers and head.
+    nothing is looked up on the device. ``model_s`` adds up the seconds inside the model's layers, router and head.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Runner:
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4)
         )
         self.took_SR = torch.zeros(slots, config.num_recursions, dtype=torch.bool, device=device)
+        self.angles_L = rotary_angles(torch.arange(kv.max_len, device=device), config.head_dim, config.rope_theta)
         self.model_s = 0.0
 
     @contextmanager
@@ -55,14 +56,14 @@ class Runner:
         yield
         self.model_s += time.perf_counter() - start
 
-    def read(self, slots: Sequence[int], ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Output:
-        """Several tokens of each slot in an ordinary forward; logits of each one's last token, (A, 1, V)."""
+    def read(self, slots: Sequence[int], ids: Sequence[Sequence[int]], starts: Sequence[int], logits: Logits) -> Output:
+        """Several tokens of each slot in an ordinary forward."""
         width, device = max(map(len, ids)), self.h_SD.device
         tokens_AT = torch.tensor([[*i, *[0] * (width - len(i))] for i in ids], device=device)
         mask_AT = torch.arange(width, device=device) < torch.tensor([[len(i)] for i in ids], device=device)
         cache = PagedBatch(self.kv, slots, starts)
         with self._in_model():
-            return self.model(tokens_AT, mask_BT=mask_AT, cache=cache, last_only=True, max_depth=self.max_depth)
+            return self.model(tokens_AT, mask_BT=mask_AT, cache=cache, logits=logits, max_depth=self.max_depth)
 
     def enter(self, slot_M: Tensor, id_M: Tensor, position_M: Tensor) -> None:
         """Begin a new token in each slot."""
@@ -78,10 +79,11 @@ class Runner:
                     x_MD = block(x_MD, angles, lanes, layer)
         self.h_SD[slot_M] = self.first_SD[slot_M] = x_MD
         routing = self._routing(tokens)
-        self.router.start(x_MD, routing)
+        with self._in_model():
+            self.router.start(x_MD, routing)
         if routing.choice_M is not None and routing.score_MR is not None:
             self.choice_S[slot_M], self.score_SR[slot_M] = routing.choice_M, routing.score_MR.to(self.score_SR.dtype)
-        self._route(slot_M, x_MD, tokens)
+        self._route(slot_M, x_MD, tokens, entering=True)
 
     def block(self, slot_M: Tensor, layers: Sequence[int]) -> None:
         """One pass of the shared stack. The slots may be at any recursions, but at these layers of it."""
@@ -97,7 +99,7 @@ class Runner:
         h_MD = self.router.combine(step, h_MD, out_MD, self.first_SD[slot_M], self._routing(tokens, slot_M))
         self.h_SD[slot_M] = h_MD
         self.stage_S[slot_M] += 1
-        self._route(slot_M, h_MD, tokens)
+        self._route(slot_M, h_MD, tokens, entering=False)
 
     def coda(self, slot_M: Tensor) -> Tensor:
         """States after the coda of tokens that took their last pass, (M, D); the head makes logits of them."""
@@ -116,18 +118,22 @@ class Runner:
         with self._in_model():
             return self.model.predict(x_MD)
 
-    def _route(self, slot_M: Tensor, h_MD: Tensor, tokens: PackedTokens) -> None:
-        """Move every slot on to the next pass that its token takes, or past the last one."""
+    def _route(self, slot_M: Tensor, h_MD: Tensor, tokens: PackedTokens, *, entering: bool) -> None:
+        """Move every slot on to the next pass that its token takes, or past the last one. entering: all are at the
+        first pass; else none is."""
         routing, end = self._routing(tokens, slot_M), len(self.passes)
         stage_M, gate_M = self.stage_S[slot_M], self.gate_S[slot_M]
-        for stage, (recursion, _) in enumerate(self.passes):
-            takes_M, new_gate_M = self.router.takes(recursion, h_MD, routing)
+        for stage, (recursion, _) in list(enumerate(self.passes))[0 if entering else 1 :]:
+            with self._in_model():
+                takes_M, new_gate_M = self.router.takes(recursion, h_MD, routing)
             here_M = stage_M == stage
             if new_gate_M is not None:
                 gate_M = torch.where(here_M, new_gate_M.to(gate_M.dtype), gate_M)
             if takes_M is not None:
                 next_stage = end if self.model.config.router.hierarchical else stage + 1
                 stage_M = torch.where(here_M & ~takes_M, next_stage, stage_M)
+            elif entering:
+                break
         self.stage_S[slot_M], self.gate_S[slot_M] = stage_M, gate_M
 
     def _routing(self, tokens: PackedTokens, slot_M: Tensor | None = None) -> Routing:
@@ -150,4 +156,5 @@ class Runner:
         )
 
     def _angles(self, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
-        return rotary_angles(tokens.position_M, self.model.config.head_dim, self.model.config.rope_theta)
+        cos, sin = self.angles_L
+        return cos[tokens.position_M], sin[tokens.position_M]

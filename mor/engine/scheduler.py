@@ -50,17 +50,23 @@ class Scheduler:
                 return
             self._free_slots.pop()
             self.waiting.pop(0)
-            request.slot, request.status, request.phase = slot, Status.RUNNING, Phase.READ
+            request.slot, request.status = slot, Status.RUNNING
+            request.phase = Phase.READ if cached < len(ids) - 1 else Phase.ENTER
             request.num_read, request.num_cached, request.taken = cached, cached, taken
             request.depths = [int(depth) for part in taken for depth in part.sum(1)]
             insort(self.running, request, key=lambda r: r.number)
 
-    def make_room(self, requests: Sequence[Request], needed: Callable[[list[Request]], list[int]]) -> list[Request]:
+    def make_room(
+        self, requests: Sequence[Request], needed: Callable[[list[Request]], list[int]], *, one_each: bool = False
+    ) -> list[Request]:
         """Those of ``requests`` that can go on: pages are taken from cached prefixes first, then from the youngest.
 
-        needed: pages of each kind that a list of requests takes.
+        needed: pages of each kind that a list of requests takes. one_each: they take one each at most, so that
+        there is nothing to look up while so many are free.
         """
         requests = list(requests)
+        if one_each and self.kv.has_free([len(requests)] * 2):
+            return requests
         while requests and not self._evict_until(needed(requests)):
             self.preempt(self.running[-1])
             requests = [request for request in requests if request.status is Status.RUNNING]

@@ -13,15 +13,19 @@ from mor.model import Transformer
 
 
 class FewRowsLinear(nn.Module):
-    """A linear layer whose product is taken as ``(W @ x.T).T``: MKL shares it better among threads when x has few
-    rows (0.7-0.9 of the time with two threads and 8-64 rows, benchmarks/cpu_kernels.py)."""
+    """A linear layer whose product is taken as ``(W @ x.T).T``, with x filled up to a number of rows that MKL is good
+    at: one row takes longer than two, and 31 longer than 32 (benchmarks/cpu_kernels.py)."""
 
     def __init__(self, weight_ND: Tensor) -> None:
         super().__init__()
         self.weight = weight_ND
 
     def forward(self, x_MD: Tensor) -> Tensor:
-        return torch.mm(self.weight, x_MD.t()).t() if len(x_MD) > 1 else F.linear(x_MD, self.weight)
+        rows = len(x_MD)
+        good = max(rows, 2) if rows <= 8 else -(-rows // 8) * 8
+        if good > rows:
+            x_MD = F.pad(x_MD, (0, 0, 0, good - rows))
+        return torch.mm(self.weight, x_MD.t()).t()[:rows]
 
 
 class Int8Linear(nn.Module):
