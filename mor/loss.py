@@ -35,21 +35,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_VD = torch.zeros_like(weight_VD) if needs_weight else None
         rows = max(1, CHUNK_LOGITS // len(weight_VD))
         for start in range(0, len(x_MD), rows):
-            x, target = x_MD[start : start + rows], target_M[start : start + rows]
-            product = F.linear(x, weight_VD)
-            logits = product.to(total.dtype)
-            known, place = target != IGNORED, target.clamp(min=0)[:, None]
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += ((log_sum - logits.gather(1, place))[:, 0] * known).sum()
-            if grad_MD is None and grad_VD is None:
-                continue
-            error = logits.sub_(log_sum).exp_()  # in place: at this size, passes over memory are what counts
-            error.scatter_add_(1, place, torch.full_like(log_sum, -1))
-            error = error.mul_((known.to(error.dtype) / count)[:, None]).to(product.dtype)
-            if grad_MD is not None:
-                grad_MD[start : start + rows] = error @ weight_VD.to(error.dtype)
-            if grad_VD is not None:
-                _add_product(grad_VD, error.T, x.to(error.dtype))
+            some = slice(start, start + rows)
+            grad = None if grad_MD is None else grad_MD[some]
+            total += _chunk(x_MD[some], weight_VD, target_M[some], count, grad, grad_VD)
         ctx.save_for_backward(grad_MD, grad_VD)
         return total / count
 
@@ -61,6 +49,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_VD is None else grad_VD * scale.to(grad_VD.dtype),
             None,
         )
+
+
+def _chunk(
+    x: Tensor,
+    weight_VD: Tensor,
+    target: Tensor,
+    count: Tensor,
+    grad: Tensor | None,
+    grad_VD: Tensor | None,
+) -> Tensor:
+    """Sum of the losses of some tokens; fills their gradient and adds to that of the weight.
+
+    A function, so that its logits are gone before the next ones are made.
+    """
+    logits = F.linear(x, weight_VD)
+    precision, logits = logits.dtype, logits.to(torch.promote_types(logits.dtype, torch.float32))
+    known, place = target != IGNORED, target.clamp(min=0)[:, None]
+    log_sum = logits.logsumexp(-1, keepdim=True)
+    loss = ((log_sum - logits.gather(1, place))[:, 0] * known).sum()
+    if grad is None and grad_VD is None:
+        return loss
+    error = logits.sub_(log_sum).exp_()  # in place: at this size, passes over memory are what counts
+    error.scatter_add_(1, place, torch.full_like(log_sum, -1))
+    error = error.mul_((known.to(error.dtype) / count)[:, None]).to(precision)
+    if grad is not None:
+        grad.copy_(error @ weight_VD.to(error.dtype))
+    if grad_VD is not None:
+        _add_product(grad_VD, error.T, x.to(error.dtype))
+    return loss
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -34,14 +34,14 @@ class MetricsLog:
         unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept if row["step"] <= (truncate_to or 0)))
         unfinished.replace(path)
 
-    def write(self, **values: Any) -> None:
+    def write(self, *, step: int, **values: Any) -> None:
         """NaN and infinity, which JSON has not, become null."""
         if not self.active:
             return
         finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
-        self.tracker.scalars(values["step"], flat_scalars(values))
+            file.write(json.dumps({"step": step} | finite) + "\n")
+        self.tracker.scalars(step, flat_scalars(values))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -206,9 +206,9 @@ def test_accumulation_reduces_once_per_step_and_fsdp_gathers_twice(how, data, tm
     )
     counts = [pair(many), pair(few)]
     reduced = "_reduce_scatter_base_" if how == "fsdp" else "allreduce_"
+    assert counts[0][reduced] == counts[1][reduced], "nothing is reduced before the last forward of a step"
     if how == "fsdp":
         assert counts[1][reduced] == 3 * 2, "two units, once per step"
-        assert counts[0][reduced] == counts[1][reduced], "nothing is reduced before the last forward of a step"
         gathered = [c["_allgather_base_"] for c in counts]
         assert gathered[1] == 3 * 2 + 2, "two units per training step and in the evaluation at the end"
         assert gathered[0] == gathered[1], "once per step, however many forwards it has"

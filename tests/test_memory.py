@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from mor import loss, memory
 from mor.config import preset
 from mor.memory import Step, train_memory
 from mor.model import Transformer
@@ -40,6 +41,10 @@ def measured_peak(config, batch_size, recompute):
             optimizer.zero_grad(set_to_none=True)
 
     step()  # makes the moments
+    return allocated_peak(step) + 3 * sum(p.nbytes for p in model.parameters())
+
+
+def allocated_peak(step):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
     held = peak = 0
@@ -47,7 +52,7 @@ def measured_peak(config, batch_size, recompute):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    return peak + 3 * sum(p.nbytes for p in model.parameters())
+    return peak
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -57,6 +62,17 @@ def test_the_estimate_meets_a_measured_step(name, recompute):
     run = Step(batch_size=2, seq_len=256, precision="float32", recompute=recompute, fused_norms=False)
     found = train_memory(config, run).peak / measured_peak(config, 2, recompute)
     assert found == pytest.approx(1, abs=0.12 if recompute else 0.03)
+
+
+def test_the_head_holds_one_chunk_of_logits_and_one_copy_however_many_there_are(monkeypatch):
+    for module in (loss, memory):
+        monkeypatch.setattr(module, "CHUNK_LOGITS", 1 << 20)
+    config = preset("tiny", vocab_size=4096)
+    x = torch.randn(4096, config.dim, requires_grad=True)
+    weight = torch.randn(config.vocab_size, config.dim, requires_grad=True)
+    target = torch.arange(4096)
+    peak = allocated_peak(lambda: loss.linear_cross_entropy(x, weight, target).backward())
+    assert peak == pytest.approx(memory.head_bytes(config, 4096), rel=0.03)
 
 
 def test_routing_and_ranks_by_hand():

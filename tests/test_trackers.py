@@ -70,6 +70,7 @@ def test_trackers_with_the_interface_of_wandb(config, tmp_path, monkeypatch, nam
     assert settings["project"] == "mor" and settings["resume"] == "allow"
     assert settings["name"].endswith("-run") and settings["config"]["steps"] == 4
     assert [step for step, values in calls["log"] if "loss" in values] == [2, 4]
+    assert not any("step" in values for _, values in calls["log"]), "trackio keeps that name for itself"
     assert [step for step, values in calls["log"] if "validation_nll" in values] == [4]
     assert {step: v["routing/depth"] for step, v in calls["log"] if "routing/depth" in v}[4] == ("histogram", 64)
     assert calls["finish"] == [True]

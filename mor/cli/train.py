@@ -44,7 +44,8 @@ class Train:
                 raise ValueError(f"{settings.out} holds no run to resume (no train.json)")
             settings = replace(load_config(saved), out=settings.out)
         result = train(settings, resume=self.resume, console=console)
-        console.print(f"checkpoint: {result.path}", highlight=False, soft_wrap=True)
+        if result.state.ranks.is_first:
+            console.print(f"checkpoint: {result.path}", highlight=False, soft_wrap=True)
 
 
 def train_defaults(arguments: list[str]) -> Train:
