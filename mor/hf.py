@@ -199,7 +199,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         """The sum of all losses, and the auxiliary ones alone."""
         if self.training and self.balances_by_bias and not self.is_balanced:
             warnings.warn(
-                "balancing='loss_free' needs callbacks=[mor.hf_trainer.LoadBalancing()] in Trainer: nothing balances the load",
+                "balancing='loss_free' needs callbacks=[mor.hf_trainer.LoadBalancing()] in Trainer: nothing balances "
+                "the load",
                 stacklevel=2,
             )
         logits, aux_loss = output.logits_BTV, output.routing.weighted_loss
