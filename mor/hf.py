@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 try:
-    from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, TrainerCallback
+    from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
     from transformers import initialization as init
     from transformers.cache_utils import Cache
     from transformers.utils import ModelOutput
 except ImportError as error:
     raise ImportError(
-        'mor.hf needs transformers 5 or newer; install it with: pip install "mixture-of-recursions[hf]"'
+        f'mor.hf needs transformers 5 or newer; install it with: pip install "mixture-of-recursions[hf]" ({error})'
     ) from error
 
 from mor.config import Selection
@@ -199,7 +199,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         """The sum of all losses, and the auxiliary ones alone."""
         if self.training and self.balances_by_bias and not self.is_balanced:
             warnings.warn(
-                "balancing='loss_free' needs callbacks=[mor.hf.LoadBalancing()] in Trainer: nothing balances the load",
+                "balancing='loss_free' needs callbacks=[mor.hf_trainer.LoadBalancing()] in Trainer: nothing balances "
+                "the load",
                 stacklevel=2,
             )
         logits, aux_loss = output.logits_BTV, output.routing.weighted_loss
@@ -243,34 +244,6 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         if generation_config.use_cache and model_kwargs.get(_CACHE) is None:
             model_kwargs[_CACHE] = MoRCache()
-
-
-class LoadBalancing(TrainerCallback):
-    """Loss-free balancing in Trainer: after every optimizer step the bias follows the step's load.
-
-    With several processes the load is that of each one alone.
-    """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        (self.model,) = (module for module in model.modules() if isinstance(module, MoRForCausalLM))
-        if not self.model.balances_by_bias:
-            raise ValueError("LoadBalancing needs a router of kind='token_choice' with balancing='loss_free'")
-        self.loads: list[Tensor] = []
-        self.model.is_balanced = True
-        self.hook = self.model.register_forward_hook(self._count)
-
-    def _count(self, model: MoRForCausalLM, _: Any, output: MoROutput) -> None:
-        if model.training and output.depths is not None:
-            depths = output.depths.flatten()
-            self.loads.append(torch.bincount(depths, minlength=model.config.num_recursions + 1)[1:])
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.model.model.recursions.router.update_bias(torch.stack(self.loads).sum(0))
-        self.loads.clear()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.hook.remove()
-        self.model.is_balanced = False
 
 
 def _refuse(**unsupported: Any) -> None:

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from mor import checkpoint
 from mor.config import PRESET_NAMES, ModelConfig, RouterConfig, preset
 from mor.generate import SamplingParams, generate
-from mor.hf import LoadBalancing, MoRCache, MoRConfig, MoRForCausalLM
+from mor.hf import MoRCache, MoRConfig, MoRForCausalLM
+from mor.hf_trainer import LoadBalancing
 from mor.tokenizer import byte_tokenizer
 
 ROUTERS = ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
@@ -104,6 +105,9 @@ def test_unknown_keys_of_our_own_files_stay_errors(tmp_path):
         "from transformers import AutoModelForCausalLM as A; import mor",
         "import mor.hf; from transformers import AutoConfig as A",
         "import mor; from transformers import AutoTokenizer, AutoConfig as A",
+        "import mor; from transformers import Trainer, AutoModelForCausalLM as A",
+        "import mor; from transformers import TrainingArguments, AutoModelForCausalLM as A",
+        "import mor; import peft; from transformers import AutoModelForCausalLM as A",
     ],
 )
 def test_auto_classes_know_mor_in_every_order_of_imports(code, tmp_path):

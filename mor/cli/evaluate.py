@@ -159,5 +159,5 @@ def _refuse_others(given: Eval, nll: bool) -> None:
     defaults = {f.name: f.default for f in fields(given)}
     unused = [name for name in sorted(of_tasks if nll else of_nll) if getattr(given, name) != defaults[name]]
     if unused:
-        which = "only with --tasks" if nll else "not with --tasks, which is always causal and whole"
-        raise ValueError(f"{', '.join(map(flag, unused))} can be used {which}")
+        which = "works only with --tasks" if nll else "does not work with --tasks, which is always causal and whole"
+        raise ValueError(f"{', '.join(map(flag, unused))} {which}")
