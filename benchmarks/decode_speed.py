@@ -243,8 +243,7 @@ def main():
         torch=torch.__version__,
         python=platform.python_version(),
         lengths=asdict(settings.lengths),
-        preset=settings.preset,
-        num_layers=settings.num_layers,
+        model=settings.checkpoint.name if settings.checkpoint else f"{settings.preset}, {settings.num_layers} layers",
     )
     line = json.dumps({**found, "machine": machine})
     if settings.out:
