@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
@@ -94,7 +95,7 @@ class Bench:
 
     @staticmethod
     def _table(rows: list[DecodeRow]) -> Table:
-        made = Table(title="Decoding, keys, values and head included", title_justify="left")
+        made = Table(title="Decoding, keys, values and head included", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
         columns: dict[str, Callable[[DecodeRow], str]] = {
             "model": lambda r: r.model,
             "batch": lambda r: str(r.batch),
@@ -104,11 +105,11 @@ class Bench:
             "limit": lambda r: f"{r.limit:.2f}",
             "layers": lambda r: "–" if r.block_only_speedup is None else f"{r.block_only_speedup:.2f}",
             "depth": lambda r: f"{r.mean_depth:.2f}",
-            "host us/step": lambda r: f"{r.host_us_per_step:,.0f}",
-            "KV B/tok": lambda r: f"{r.kv_bytes_per_token:,.0f}",
+            "host µs": lambda r: f"{r.host_us_per_step:,.0f}",
+            "KV bytes": lambda r: f"{r.kv_bytes_per_token:,.0f}",
         }
         for name in columns:
-            made.add_column(name, justify="left" if name == "model" else "right")
+            made.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
         for row in rows:
             made.add_row(*(value(row) for value in columns.values()))
         return made
