@@ -95,7 +95,9 @@ class Bench:
 
     @staticmethod
     def _table(rows: list[DecodeRow]) -> Table:
-        made = Table(title="Decoding, keys, values and head included", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+        made = Table(
+            title="Decoding, keys, values and head included", title_justify="left", box=box.SIMPLE_HEAD, padding=0
+        )
         columns: dict[str, Callable[[DecodeRow], str]] = {
             "model": lambda r: r.model,
             "batch": lambda r: str(r.batch),
