@@ -100,3 +100,38 @@ def test_head_loss_sees_that_chunks_take_less_memory(run):
     vocab = 80_000
     chunked, whole, *_ = run("head_loss.py", "--tokens", 1000, "--dim", 8, "--vocab", vocab, "--rounds", 1)["rows"]
     assert whole["peak_mb"] > 2 * 4 * 1000 * vocab / 1e6 > chunked["peak_mb"]
+
+
+SHORT = ["--preset", "tiny", "--num-layers", 14, "--lengths.mean", 6, "--lengths.deviation", 2, "--rounds", 1]
+
+
+def test_decode_speed_compares_models_of_equal_depth(run, tmp_path):
+    parts = ["--parts", "models", "batching", "overhead", "--batches", 2, "--seconds", 0.05, "--json"]
+    found = run("decode_speed.py", *SHORT, *parts, "--out", tmp_path / "speed.json")
+    assert json.loads((tmp_path / "speed.json").read_text()) == found
+    rows = found["rows"]
+    assert [row["model"] for row in rows] == ["vanilla", "mor-2", "mor-3", "mor-4"] * 2
+    assert [row["batch"] for row in rows[:4]] == [2] * 4 and [row["slots"] for row in rows[:5]] == [4, 4, 4, 4, 2]
+    assert rows[0]["speedup"] == rows[0]["limit"] == rows[4]["speedup"] == 1
+    for recursions, row in enumerate(rows[1:4], start=2):
+        shape = preset("tiny", num_recursions=recursions, num_layers=14, router="random")
+        assert row["kv_bytes_per_token"] == costs.kv_bytes(shape, 1, shape.capacities, 4)
+        assert row["limit"] > 1 and row["share_of_limit"] == pytest.approx(row["speedup"] / row["limit"])
+    for row in rows[5:]:  # as many slots as the bytes of the baseline's two hold
+        assert row["slots"] == int(2 * rows[4]["kv_bytes_per_token"] / row["kv_bytes_per_token"])
+    assert [row["batching"] for row in found["batching"]][2:] == ["lock-step", "static"]
+    assert [row["slots"] for row in found["overhead"]] == [1, 8, 32, 128, 512]
+    assert all(0 < row["share"] < 1 and sum(row["parts"].values()) == pytest.approx(1) for row in found["overhead"])
+
+
+def test_decode_speed_runs_the_same_requests_in_transformers(run):
+    rows = run("decode_speed.py", *SHORT, "--parts", "transformers", "--lengths.mean", 16)["transformers"]
+    assert [row["who"] for row in rows] == ["engine", "generate", "continuous"] * 2
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+
+
+def test_int8_reports_what_it_costs(folder, run):
+    arguments = ["--windows", 2, "--seq-len", 40, "--batches", 2, "--rounds", 1, "--seconds", 0.05]
+    found = run("int8.py", folder / "mor", folder / "text.jsonl", *arguments)
+    assert 0 < abs(found["nll"]["int8"] - found["nll"]["float32"]) < 0.05
+    assert found["tokens_per_s"][0]["batch"] == 2 and found["tokens_per_s"][0]["speedup"] > 0

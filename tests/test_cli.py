@@ -160,3 +160,18 @@ def test_demo_end_to_end_at_a_toy_budget(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["demo", "--out", str(tmp_path), "--flops", "2e10"])
     assert "holds other files" in capsys.readouterr().err
+
+
+def test_bench_decode(run, capsys):
+    short = ["--rounds", "1", "--seconds", "0.05", "--batches", "2", "--lengths.mean", "6"]
+    main(["bench", "decode", "--preset", "tiny", "--num-layers", "6", "--recursions", "2", *short, "--json"])
+    found = last_json(capsys)
+    assert [row["model"] for row in found["rows"]] == ["vanilla", "mor-2"] * 2
+    assert {"tokens_per_s", "speedup", "limit", "mean_depth", "block_only_speedup"} <= found["rows"][1].keys()
+    assert found["machine"]["threads"] >= 1
+    main(["bench", "decode", "--checkpoint", str(run / "run"), "--baseline", str(run / "run"), *short])
+    shown = capsys.readouterr().out
+    assert "speedup" in shown and max(map(len, shown.splitlines())) <= 80
+    with pytest.raises(SystemExit):
+        main(["bench", "decode", "--checkpoint", str(run / "run")])
+    assert "go together" in capsys.readouterr().err
