@@ -9,7 +9,7 @@ T tokens · M tokens of a pass · S cached entries · R recursions · N heads ·
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -52,14 +52,22 @@ def exits_plain(model: Transformer, ids: list[int], taken_RM: Tensor, depth: int
 
 @torch.no_grad()
 def exits(
-    model: Transformer, ids: list[int], taken_RM: Tensor, depth: int, cache: KVCache, *, first: int = 0
+    model: Transformer,
+    ids: list[int],
+    taken_RM: Tensor,
+    depth: int,
+    cache: KVCache,
+    *,
+    places: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
-    """The same from token ``first`` on, in chunks of consecutive tokens, (chunk, V). cache: that of the run which
-    ``taken_RM`` is from."""
+    """The same for the tokens at these places (None: all), in chunks of them, (chunk, V). cache: that of the run
+    which ``taken_RM`` is from."""
     device = model.embedding.weight.device
     forced_RT = at_depth(taken_RM, depth)
     size = max(1, CHUNK_LOGITS // model.config.vocab_size)
-    for position_M in torch.arange(first, len(ids), device=device).split(size):
+    places = range(len(ids)) if places is None else places
+    for start in range(0, len(places), size):
+        position_M = torch.tensor(places[start : start + size], device=device)
         view = with_router(model, TableRouter(model.recursions.router, forced_RT[:, position_M]))
         tokens_M1 = torch.tensor([ids[t] for t in position_M], device=device)[:, None]
         yield view(tokens_M1, cache=Branches(cache, position_M), logits="last").logits_BTV[:, 0]

@@ -264,16 +264,18 @@ class _Reader:
         cache = KVCache(model.config, 1, device=device, dtype=model.embedding.weight.dtype)
         output = model(torch.tensor([ids], device=device), cache=cache)
         taken_RT = taken(output.routing)
-        own = self._predictions(output.logits_BTV[0, first:], targets)
+        own, depths = self._predictions(output.logits_BTV[0, first:], targets), taken_RT.sum(0).tolist()
         by_depth = []
         for depth in range(1, model.config.num_recursions + 1):
-            chunks, done = [], 0
-            for logits_MV in exits(model, ids, taken_RT, depth, cache, first=first):
-                chunks += self._predictions(logits_MV, targets[done : done + len(logits_MV)])
+            exit_T, done = list(own), 0  # at the depth that a token took, its exit is the model's own prediction
+            places = [t for t in range(first, len(ids)) if depths[t] != depth]
+            for logits_MV in exits(model, ids, taken_RT, depth, cache, places=places):
+                part = [t - first for t in places[done : done + len(logits_MV)]]
+                for i, found in zip(part, self._predictions(logits_MV, [targets[i] for i in part]), strict=True):
+                    exit_T[i] = found
                 done += len(logits_MV)
-            by_depth.append(chunks)
+            by_depth.append(exit_T)
         routed = routing_columns(model, output.routing)
-        depths = taken_RT.sum(0).tolist()
         return [
             _token_fields(t, depths[t], own[t - first], [exit_T[t - first] for exit_T in by_depth], routed)
             for t in range(first, len(ids))
@@ -285,7 +287,7 @@ class _Reader:
         entropy_M = logp_MV.exp().mul_(logp_MV).sum(-1).neg().tolist()
         top = logp_MV.topk(self.guesses)
         logp_M1 = logp_MV.gather(1, torch.tensor(targets, device=logits_MV.device).clamp(min=0)[:, None])
-        rank_M = ((logp_MV > logp_M1).sum(1) + 1).tolist()
+        rank_M = ((logp_MV > logp_M1).float().sum(1).int() + 1).tolist()  # sums of booleans are slow
         columns = (targets, logp_M1[:, 0].tolist(), rank_M, entropy_M, top.indices.tolist(), top.values.exp().tolist())
         nothing = dict(target_id=None, target=None, logprob=None, rank=None)
         return [
