@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mor.config import RouterConfig
 from mor.engine import Engine, EngineConfig, SamplingParams, Status
 from mor.engine.attention import gathered_attention
+from mor.engine.bench import Lengths, load_for
 from mor.engine.block_manager import PagePool, PrefixCache, Segment
 from mor.engine.sampling import SamplingRows, logprob_rows, sample_rows
 from mor.engine.weights import FewRowsLinear, for_decoding
@@ -408,6 +409,94 @@ def test_int8_weights_stay_close_and_rows_apart():
     assert all(r.finish_reason == "length" for r in engine.generate(prompts, params))
     with pytest.raises(ValueError, match="float32"):
         Engine(tiny().double(), config=EngineConfig(quantize="int8"))
+
+
+KV = ["recursion_wise", "shared", "hybrid"]
+
+
+@pytest.mark.parametrize("kv_strategy", KV)
+@pytest.mark.parametrize("page_size,longest", [(16, 31), (16, 47), (8, 31), (5, 24)])
+def test_the_device_loop_takes_no_more_pages_than_a_request_may_need(kv_strategy, page_size, longest):
+    model, prompt = tiny(kv_strategy=kv_strategy), [1, 2, 3]
+    params = SamplingParams(max_new_tokens=longest - 3, temperature=0)
+    engine = Engine(
+        model, config=EngineConfig(loop="device", max_num_seqs=1, lanes=8, max_len=longest, page_size=page_size)
+    )
+    same(engine.generate([prompt], params), generate(model, [prompt], params))
+    assert engine.scheduler.preemptions == 0
+    all_memory_is_back(engine)
+
+
+@pytest.mark.parametrize("loop", ["host", "device"])
+@pytest.mark.parametrize("kv_strategy", KV)
+@pytest.mark.parametrize("model", [("fixed", "sequence"), ("fixed", "middle_sequence"), ("token_choice", "cycle")])
+def test_a_request_that_just_fits_is_never_preempted(model, kv_strategy, loop):
+    kind, sharing = model
+    if loop == "device" and sharing != "cycle":
+        pytest.skip("the device loop applies the same layers in every pass")
+    model, prompt = tiny(kind, kv_strategy=kv_strategy, sharing=sharing), [1, 2, 3, 4, 5]
+    params = SamplingParams(max_new_tokens=20, temperature=0)
+    for page_size in (2, 3, 4):
+        budget = small_pool(model, 24, page_size)
+        engine = Engine(model, config=EngineConfig(page_size=page_size, kv_cache_memory=budget, loop=loop))
+        request = engine.add_request(prompt, params)
+        for _ in range(200):
+            engine.step()
+        same([request], generate(model, [prompt], params))
+        assert request.preemptions == 0
+        all_memory_is_back(engine)
+
+
+def test_more_lanes_than_slots():
+    model = tiny()
+    prompts, params = draw_requests(9)
+    engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=5, lanes=64))
+    same(engine.generate(prompts, params), generate(model, prompts, params))
+
+
+def test_own_and_given_ids_do_not_collide():
+    engine = Engine(tiny())
+    params = SamplingParams(max_new_tokens=3, temperature=0)
+    engine.add_request([1], params, request_id="1")
+    assert [engine.add_request([1], params).request_id for _ in range(2)] == ["2", "3"]
+
+
+@pytest.mark.parametrize("setting", [dict(seed=2**63), dict(top_k=2**63), dict(top_k=-1)])
+def test_sampling_settings_that_no_tensor_holds_are_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        SamplingParams(**setting)
+
+
+def test_a_bad_prompt_of_several_leaves_nothing_behind():
+    engine = Engine(tiny())
+    with pytest.raises(TypeError):
+        engine.generate([[1, 2], [None]], SamplingParams(max_new_tokens=3))
+    all_memory_is_back(engine)
+
+
+def test_an_aborted_request_streams_nothing_more():
+    engine, seen = Engine(tiny()), []
+    params = SamplingParams(max_new_tokens=5, temperature=0)
+    for output in engine.stream([[1], [2]], params):
+        seen.append(output.request.prompt_ids)
+        if len(seen) == 1:
+            aborted = next(r for r in engine.requests.values() if r is not output.request)
+            engine.abort(aborted.request_id)
+    assert seen == [seen[0]] * 5
+
+
+def test_a_compiled_model_is_quantised_too():
+    tokens = random_tokens(2, 10)
+    plain = for_decoding(tiny(), "int8")(tokens).logits_BTV
+    compiled = for_decoding(tiny().compile_blocks(backend="eager"), "int8")
+    torch.testing.assert_close(compiled(tokens).logits_BTV, plain)
+
+
+def test_a_steady_load_starts_full():
+    load = load_for("", tiny(), batch=24, slots=24, lengths=Lengths(mean=6, deviation=3))
+    assert len(load.engine.requests) == 24
+    load.turn(0.05)
+    assert len(load.engine.requests) == 24
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 31, 64])

@@ -55,7 +55,7 @@ class Lengths:
 
     def draw(self, count: int, generator: torch.Generator) -> list[int]:
         drawn = torch.randn(count, generator=generator) * self.deviation + self.mean
-        return drawn.round().long().clamp(2, int(2 * self.mean)).tolist()
+        return drawn.round().long().clamp(2, max(2, int(2 * self.mean))).tolist()
 
 
 @dataclass
@@ -83,7 +83,7 @@ class SteadyLoad:
             done = int(torch.randint(0, length - 1, (), generator=self.generator))
             self._add(1 + done, length - done)
         while any(r.num_read < len(r.prompt_ids) - 1 for r in engine.requests.values()):
-            engine.step()
+            self._step()
 
     def turn(self, seconds: float) -> None:
         """Work for about so long and take notes."""
@@ -93,9 +93,7 @@ class SteadyLoad:
         engine.runner.model_s = 0.0
         steps, start = 0, time.perf_counter()
         while time.perf_counter() - start < seconds or not engine.tokens["sample"]:
-            for output in engine.step():
-                if output.finish_reason:
-                    self._add(self.prompt, self.lengths.draw(1, self.generator)[0])
+            self._step()
             steps += 1
         wait(device)
         elapsed, new = time.perf_counter() - start, engine.tokens["sample"]
@@ -104,6 +102,11 @@ class SteadyLoad:
         self.host_s.append((elapsed - engine.runner.model_s - engine.seconds["sample"]) / steps)
         self.step_s.append(elapsed / steps)
         self.depth.append((engine.tokens["block"] or engine.tokens["token"]) / new)
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            if output.finish_reason:
+                self._add(self.prompt, self.lengths.draw(1, self.generator)[0])
 
     def _add(self, prompt: int, new: int) -> None:
         vocab_size = self.engine.runner.model.config.vocab_size

@@ -42,7 +42,7 @@ class DeviceLoop:
 
     def __init__(self, runner: Runner, *, lanes: int, blocks_per_coda: int = 2, codas: int = 4) -> None:
         assert runner.longest is not None
-        self.runner, self.lanes, self.codas = runner, lanes, codas
+        self.runner, self.lanes, self.codas = runner, min(lanes, runner.kv.num_slots), codas
         self.blocks_per_coda = min(blocks_per_coda, len(runner.passes))
         self.layers, self.end, self.idle = runner.passes[0][1], len(runner.passes), runner.kv.idle
         slots, device = runner.kv.num_slots + 1, runner.kv.device

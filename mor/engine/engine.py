@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal
 
 import numpy as np
@@ -131,7 +132,8 @@ class Engine:
         """Queue a prompt. Raises ValueError for one that is empty, not in the vocabulary or can never fit."""
         params = params or SamplingParams()
         ids = self._ids(prompt)
-        request_id = str(self._number) if request_id is None else request_id
+        if request_id is None:
+            request_id = next(name for name in map(str, count(self._number)) if name not in self.requests)
         if request_id in self.requests:
             raise ValueError(f"a request with id {request_id!r} is still unfinished; choose another id")
         request = Request(request_id, ids, params, self._number, arrival_s=time.monotonic())
@@ -175,7 +177,9 @@ class Engine:
         own = self._add_all(prompts, params)
         try:
             while any(request.finish_reason is None for request in own.values()):
-                yield from (output for output in self.step() if output.request.request_id in own)
+                for output in self.step():
+                    if output.request.request_id in own and output.request.finish_reason != "abort":
+                        yield output
         finally:
             for request in own.values():
                 if request.finish_reason is None:
@@ -259,7 +263,7 @@ class Engine:
                 except ValueError as error:
                     raise ValueError(f"prompt {i}: {error}") from error
                 own[request.request_id] = request
-        except ValueError:
+        except Exception:
             for request_id in own:
                 self.abort(request_id)
             raise
@@ -370,7 +374,7 @@ class Engine:
             return
         entries, slots = self._entries_for_launch(loop, requests)
         for stream in range(self.kv.num_streams):
-            self.kv.reserve(np.array(slots), np.full(len(slots), stream), entries[:, 0])
+            self.kv.reserve(np.array(slots), np.full(len(slots), stream), entries[:, stream])
         with self._measured("launch", len(requests)):
             if entering := [request for request in requests if request.phase is Phase.ENTER]:
                 loop.start(entering)
@@ -388,10 +392,11 @@ class Engine:
             self._take(request, token.token_id, token.logprob if request.params.logprobs else None, outputs)
 
     def _entries_for_launch(self, loop: DeviceLoop, requests: list[Request]) -> tuple[np.ndarray, list[int]]:
-        """Entries that a launch adds to each stream of each request at most, (requests, 1), and their slots."""
+        """Entries that a launch adds to each stream of each request at most, (requests, streams), and their slots."""
         slots = [request.slot for request in requests]
-        longest = np.array([request.max_length for request in requests])[:, None]
-        return np.minimum(loop.codas + 1, longest - self.kv.count[slots].min(1, keepdims=True)), slots
+        longest, read = np.array([(request.max_length, request.num_read) for request in requests]).T[:, :, None]
+        # The token under way is not read yet, but may have entered a stream.
+        return np.minimum(loop.codas + 1, longest - np.maximum(read, self.kv.count[slots])), slots
 
     def _whole_tokens(self, outputs: list[RequestOutput]) -> None:
         """One token of every sequence, from embedding to head."""
@@ -413,8 +418,11 @@ class Engine:
         return slot_M, np.zeros_like(slot_M)
 
     def _entries_for_pass(self, requests: list[Request]) -> tuple[np.ndarray, np.ndarray]:
-        slot_M, _ = self._entries_to_enter(requests)
-        return slot_M, np.array([self.runner.passes[request.stage][0] + 1 for request in requests])
+        """A recursion of several passes gets its entry in the first."""
+        recursions = [recursion for recursion, _ in self.runner.passes]
+        new = [(r.slot, recursions[r.stage] + 1) for r in requests if recursions[r.stage] not in recursions[: r.stage]]
+        slot_M, stream_M = np.array(new, dtype=np.int64).reshape(-1, 2).T
+        return slot_M, stream_M
 
     def _pages_to_enter(self, requests: list[Request]) -> list[int]:
         return self.kv.pages_for_entry(*self._entries_to_enter(requests))

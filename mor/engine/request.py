@@ -75,7 +75,7 @@ class Request:
 
     @property
     def mean_depth(self) -> float:
-        return sum(self.depths) / len(self.depths)
+        return sum(self.depths) / max(1, len(self.depths))
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,9 @@ def with_linear(model: Transformer, make: Callable[[Tensor], nn.Module]) -> Tran
     """A model on the same memory whose blocks and head have other linear layers; embedding, norms and routers stay."""
     model = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
     head = model.head_weight
+    for block in (*model.prelude, *model.recursions.shared_blocks, *model.coda):
+        for name in ("enter", "leave"):  # if they are compiled, it is with the layers of the original
+            block.__dict__.pop(name, None)
     for part in (model.prelude, model.recursions.shared_blocks, model.coda):
         for module in list(part.modules()):
             for name, child in module.named_children():
