@@ -37,7 +37,8 @@ class Settings:
     num_layers: int = 26
     """Effective depth of every model; 2, 3 and 4 recursions must divide it less the two own layers."""
     checkpoint: Path | None = None
-    """A trained MoR for the part `models`, instead of random routers; with the baseline to compare it with."""
+    """A trained MoR for the part `models`, instead of random routers; with the baseline to compare it with. The other
+    parts have random weights in the shape of the preset all the same."""
     baseline: Path | None = None
     batches: tuple[int, ...] = (1, 8, 32)
     lengths: Lengths = field(default_factory=Lengths)
@@ -224,6 +225,8 @@ def arrivals(model, mode, rate, lengths, seconds=25.0):
 
 def main():
     settings = tyro.cli(Settings, description=__doc__)
+    if (settings.checkpoint is None) != (settings.baseline is None):
+        raise SystemExit("--checkpoint and --baseline go together: a speedup needs something to compare with")
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     found = {}
@@ -243,7 +246,8 @@ def main():
         torch=torch.__version__,
         python=platform.python_version(),
         lengths=asdict(settings.lengths),
-        model=settings.checkpoint.name if settings.checkpoint else f"{settings.preset}, {settings.num_layers} layers",
+        model=f"{settings.preset}, {settings.num_layers} layers",
+        checkpoint=settings.checkpoint and settings.checkpoint.name,
     )
     line = json.dumps({**found, "machine": machine})
     if settings.out:
