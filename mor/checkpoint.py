@@ -11,22 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.optim import Optimizer
 
 from mor.config import ModelConfig
@@ -61,17 +52,17 @@ def save(
     progress: plain values for resuming. optimizers: theirs is written with it, by every rank its share; the
     weights are always written whole.
     """
+    from mor import shares
+
     unfinished = path.with_name(f".{path.name}.tmp")
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     try:
         if ranks.is_first:
             shutil.rmtree(unfinished, ignore_errors=True)
             (unfinished / _PROGRESS).parent.mkdir(parents=True)
         ranks.wait()
-        state: dict[str, Any] = get_model_state_dict(model, options=options)
+        state = shares.whole_weights(model)
         if optimizers:
-            shares = {"optimizer": get_optimizer_state_dict(model, optimizers)}
-            _quietly(dcp.save, shares, checkpoint_id=unfinished / _OPTIMIZER, no_dist=ranks.size == 1)
+            shares.save_optimizers(unfinished / _OPTIMIZER, model, optimizers, ranks)
         if ranks.is_first:
             _write_rest(unfinished, model, state, tokenizer, progress)
             _rename(unfinished, path)
@@ -119,17 +110,6 @@ def _rename(unfinished: Path, path: Path) -> None:
     else:
         unfinished.rename(path)
     _flush(path.parent)
-
-
-def _quietly(function: Callable[..., Any], *arguments: Any, **settings: Any) -> None:
-    """Without the library's notes on running in a single process; what went wrong on a rank as an OSError."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            function(*arguments, **settings)
-        except CheckpointException as error:  # no Exception, so that nobody else would catch it
-            rank, (cause, _) = next(iter(error.failures.items()))
-            raise OSError(f"rank {rank}: {cause}") from error
 
 
 def _checksum(file: Path) -> str:
@@ -239,9 +219,9 @@ def load_optimizers(
     path: str | Path, model: Transformer, optimizers: Sequence[Optimizer], *, ranks: Ranks = ALONE
 ) -> None:
     """Fill the optimizers of ``model`` from a checkpoint; it may have been written by another number of ranks."""
-    shares = {"optimizer": get_optimizer_state_dict(model, optimizers)}
-    _quietly(dcp.load, shares, checkpoint_id=resolve(path) / _OPTIMIZER, no_dist=ranks.size == 1)
-    set_optimizer_state_dict(model, optimizers, shares["optimizer"])
+    from mor import shares
+
+    shares.load_optimizers(resolve(path) / _OPTIMIZER, model, optimizers, ranks)
 
 
 def remove(path: Path) -> None:

@@ -134,6 +134,15 @@ def run(function: Callable[..., Tensor], *args: object, recompute: bool) -> Tens
     return checkpoint(function, *args, use_reentrant=False) if recompute else function(*args)
 
 
+def passes(config: ModelConfig) -> list[tuple[int, list[int]]]:
+    """(recursion, shared layers that it applies), in order."""
+    layers, recursions = range(config.shared_layers), range(config.num_recursions)
+    return {
+        "cycle": [(r, list(layers)) for r in recursions],
+        "sequence": [(r, [layer]) for layer in layers for r in recursions],
+    }[config.shared_order]
+
+
 class Recursions(nn.Module):
     """The shared blocks and the loop over them."""
 
@@ -142,11 +151,7 @@ class Recursions(nn.Module):
         self.shared_blocks = nn.ModuleList(Block(config) for _ in range(config.shared_layers))
         self.router = build_router(config)
         self.reads = READS[config.kv_strategy]
-        layers, recursions = range(config.shared_layers), range(config.num_recursions)
-        self.passes = {  # (recursion, layers it applies), in order
-            "cycle": [(r, list(layers)) for r in recursions],
-            "sequence": [(r, [layer]) for layer in layers for r in recursions],
-        }[config.shared_order]
+        self.passes = passes(config)
 
     def stack(
         self,

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -175,3 +177,13 @@ def test_bench_decode(run, capsys):
     with pytest.raises(SystemExit):
         main(["bench", "decode", "--checkpoint", str(run / "run")])
     assert "go together" in capsys.readouterr().err
+
+
+def test_explaining_does_not_load_what_takes_a_second_to_import(run, tmp_path):
+    code = (
+        "import sys; from mor.cli import main; main(sys.argv[1:]); "
+        "print(sorted({'torch._dynamo', 'torch.distributed.checkpoint', 'sympy', 'transformers'} & set(sys.modules)))"
+    )
+    command = ["explain", str(run / "run"), "--text", "The square of 3 is", "--out", str(tmp_path / "page.html")]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    assert (tmp_path / "page.html").is_file() and done.stdout.splitlines()[-1] == "[]"

@@ -7,12 +7,12 @@ M packed tokens · K selected · D model · R recursions
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from mor.model import Transformer
+from mor.model import Transformer, passes
 from mor.routing import Router, Routing, RoutingStep
 
 
@@ -99,15 +99,14 @@ class StateRecorder(_Wrapped):
 
 def with_router(model: Transformer, router: Router) -> Transformer:
     """The model with other decisions; nothing is copied."""
-    config = model.config
-    if router.num_recursions != config.num_recursions:
-        config = config.with_recursions(router.num_recursions)
-    with torch.device("meta"):
-        view = Transformer(config)
-    for name in ("embedding", "prelude", "coda", "final_norm", "head"):
-        setattr(view, name, getattr(model, name))
-    view.recursions.shared_blocks, view.recursions.router = model.recursions.shared_blocks, router
-    return view.train(model.training)
+    recursions = model.recursions
+    same = (*model.children(), *recursions.children(), model.config)
+    view = copy.deepcopy(model, {id(part): part for part in same if part is not recursions})
+    view.recursions.router = router
+    if router.num_recursions != model.config.num_recursions:
+        view.config = model.config.with_recursions(router.num_recursions)
+        view.recursions.passes = passes(view.config)
+    return view
 
 
 def extended(model: Transformer, num_recursions: int) -> Transformer:
