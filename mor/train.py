@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -184,11 +185,30 @@ def train(
 
     resume: continue the run in ``config.out`` from its newest checkpoint, or start it if there is none yet.
     Ctrl-C or SIGTERM finishes the step, saves and returns with ``finished=False``. Raises TrainingError if
-    the loss stays not finite or a checkpoint cannot be written, ValueError if the newest one is damaged.
+    the loss stays not finite or a checkpoint cannot be written, ValueError if the newest one is damaged or another
+    process trains in ``config.out``.
     """
-    with distributed.ranks(config.device) as ranks:
+    with distributed.ranks(config.device) as ranks, _alone_in(Path(config.out), ranks):
         shown = (console or Console()) if ranks.is_first else Console(quiet=True)
         return _train(config, ranks, resume, corpus, shown, label)
+
+
+@contextmanager
+def _alone_in(out: Path, ranks: Ranks) -> Iterator[None]:
+    """A lock on the run directory, which goes with the process however that ends."""
+    lock, taken = FileLock(out / ".lock", blocking=False), False
+    if ranks.is_first:
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            taken = True
+    if ranks.from_first(taken):
+        raise ValueError(f"another process is training in {out}; wait for its end, or choose another --out")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _train(

@@ -196,12 +196,19 @@ def test_budgets_share_a_stable_run_and_get_their_flops(tmp_path):
     assert rates == sorted(rates, reverse=True) and rates[0] <= config.optim.lr and rates[-1] < rates[0]
 
 
-def test_a_cluster_gets_the_same_runs(tmp_path):
+def test_a_cluster_gets_the_same_runs(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
     runs = main_runs(study(tmp_path), tmp_path / "out", {})[0][:2]
     broken = replace(runs[1], config=replace(runs[1].config, data=replace(runs[1].config.data, path="none.txt")))
     outcomes = launch([runs[0], broken], Workers(cluster="debug"), QUIET, folder=tmp_path)
-    assert [o.status for o in outcomes] == ["finished", "failed"] and "none.txt" in outcomes[1].reason
+    assert {o.run.config.out: o.status for o in outcomes} == {
+        runs[0].config.out: "finished",
+        broken.config.out: "failed",
+    }
+    assert any("none.txt" in o.reason for o in outcomes)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="no srun"):
+        launch(runs, Workers(cluster="slurm"), QUIET, folder=tmp_path)
     with pytest.raises(ValueError, match="at least 1"):
         Workers(jobs=0)
 

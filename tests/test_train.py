@@ -10,6 +10,7 @@ import signal
 import pytest
 import torch
 from conftest import random_tokens, tiny
+from filelock import FileLock
 from rich.console import Console
 
 from mor import checkpoint
@@ -356,6 +357,17 @@ def test_a_collapsed_router_is_reported_in_plain_words(data, tmp_path, monkeypat
     assert printed.count("no validation token takes recursion 2: the router collapsed") == 1, "once, not at every step"
     assert metrics(tmp_path / "run")[-1]["validation_share_per_recursion"] == [1.0, 0.0]
     assert collapse_message([1.0, 0.01, 0.001]) is None
+
+
+def test_two_processes_do_not_train_in_one_directory(data, tmp_path):
+    config = settings(data, tmp_path / "run", steps=1)
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"):
+        for resume in (False, True):
+            with pytest.raises(ValueError, match="another process is training in"):
+                train(config, console=quiet(), resume=resume)
+    train(config, console=quiet())
+    FileLock(tmp_path / "run" / ".lock", blocking=False).acquire()
 
 
 def test_an_existing_run_is_not_overwritten(data, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -131,12 +132,13 @@ def launch(runs: Sequence[Run], workers: Workers, console: Console, *, folder: P
     """All runs, none of which needs another. folder: for the cluster's logs."""
     if not runs:
         return []
-    if workers.cluster:
-        return _on_cluster(runs, workers, folder)
-    _check_gpus(runs, workers.gpus)
+    if not workers.cluster:
+        _check_gpus(runs, workers.gpus)
     done: list[Outcome] = []
     with _Bar(runs, console) as bar:
-        for outcome in _in_processes(runs, workers, bar.update):
+        idle = bar.update
+        outcomes = _on_cluster(runs, workers, folder, idle) if workers.cluster else _in_processes(runs, workers, idle)
+        for outcome in outcomes:
             done.append(outcome)
             bar.note(outcome)
     return done
@@ -202,11 +204,14 @@ def _run_in_worker(run: Run, threads: int) -> Outcome:
     return outcome
 
 
-def _on_cluster(runs: Sequence[Run], workers: Workers, folder: Path) -> list[Outcome]:
+def _on_cluster(runs: Sequence[Run], workers: Workers, folder: Path, idle: Callable[[], None]) -> Iterator[Outcome]:
+    """Interrupted, it cancels the jobs that are not done; their runs save themselves and go on later."""
     try:
         import submitit
     except ImportError:
         raise ImportError('a cluster needs submitit: pip install "mixture-of-recursions[cluster]"') from None
+    if workers.cluster == "slurm" and not shutil.which("srun"):
+        raise ValueError("this machine has no srun: call mor sweep where jobs are submitted to Slurm, or use --jobs")
     executor = submitit.AutoExecutor(folder=folder / "cluster", cluster=workers.cluster)
     executor.update_parameters(
         timeout_min=round(workers.hours * 60),
@@ -216,7 +221,17 @@ def _on_cluster(runs: Sequence[Run], workers: Workers, folder: Path) -> list[Out
         **({"slurm_partition": workers.partition} if workers.partition else {}),
     )
     jobs = executor.map_array(run_one, runs, [workers.threads] * len(runs))
-    return [_outcome(job, run, submitit) for job, run in zip(jobs, runs, strict=True)]
+    waiting = list(zip(jobs, runs, strict=True))
+    try:
+        while waiting:
+            for pair in [pair for pair in waiting if pair[0].done()]:
+                waiting.remove(pair)
+                yield _outcome(*pair, submitit)
+            idle()
+            time.sleep(1.0 if waiting else 0.0)
+    finally:
+        for job, _ in waiting:
+            job.cancel(check=False)
 
 
 def _outcome(job: Any, run: Run, submitit: Any) -> Outcome:
