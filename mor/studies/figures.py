@@ -58,7 +58,8 @@ def hops_figure(lines: Sequence[Line], runs: Runs) -> Figure | None:
         left.plot(range(1, len(answers) + 1), answers, **series(i), label=row)
         right.plot(range(len(depth)), depth, **series(i))
     left.set(xlabel="hops asked for", ylabel="share of right answers (causal)", ylim=(0, 1.02))
-    right.set(xlabel="hops asked for (0: tokens that ask for nothing)", ylabel="mean depth, recursions")
+    without = " (0: tokens that ask for nothing)" if np.isfinite(depth[0]) else ""
+    right.set(xlabel="hops asked for" + without, ylabel="mean depth, recursions")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
