@@ -9,6 +9,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,17 @@ class Tokenizer:
         """Text of ``ids``; the end-of-text token gives nothing."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
+    def encode_with_pieces(self, text: str) -> tuple[list[int], list[str]]:
+        """Ids, and for each the piece of ``text`` it stands for, which together are the text, special tokens included;
+        characters of several tokens appear with the last of them."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        spans = [*encoding.offsets, (len(text), len(text))]
+        ends = [min(end, following) for (_, end), (following, _) in pairwise(spans)]
+        bounds = [0, *ends[:-1], len(text)]
+        return encoding.ids, [text[start:end] for start, end in pairwise(bounds[: len(spans)])]
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """One piece of text per token; characters of several tokens appear with the last of them."""
+        """Where only ids are at hand: what each adds to the decoded text, to which special tokens add nothing."""
         pieces, done = [], ""
         for end in range(1, len(ids) + 1):
             text = self.decode(ids[:end])

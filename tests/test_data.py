@@ -29,7 +29,10 @@ def test_tokenizers_round_trip_any_text_and_load_in_transformers(make, tmp_path)
     ids = tokenizer.encode(TEXT)
     assert tokenizer.decode(ids) == TEXT
     assert max(ids) < tokenizer.vocab_size and tokenizer.end_of_text_id < tokenizer.vocab_size
-    assert "".join(tokenizer.pieces(ids)) == TEXT and len(tokenizer.pieces(ids)) == len(ids)
+    same_ids, pieces_of_text = tokenizer.encode_with_pieces(TEXT)
+    assert same_ids == ids and tokenizer.encode_with_pieces("") == ([], [])
+    for pieces in (pieces_of_text, tokenizer.pieces(ids)):
+        assert "".join(pieces) == TEXT and len(pieces) == len(ids)
     tokenizer.save(tmp_path)
     assert Tokenizer.load(tmp_path).encode(TEXT) == ids
     theirs = AutoTokenizer.from_pretrained(tmp_path)

@@ -13,7 +13,7 @@ from mor.analysis.explain import explain, windows
 from mor.analysis.intervals import group_means
 from mor.config import RouterConfig
 from mor.loss import IGNORED
-from mor.tokenizer import byte_tokenizer, train_bpe
+from mor.tokenizer import END_OF_TEXT, byte_tokenizer, train_bpe
 
 TEXT = "Größe: 12 naïve cats—日本 ate it.\n\n  The end, isn't it?"
 ROUTERS = {
@@ -101,6 +101,16 @@ def test_pieces_put_together_are_the_text_and_spans_point_into_it(tokenizer):
     assert "".join(t.piece for t in found.tokens) == TEXT
     assert all(TEXT[t.start : t.end] == t.piece for t in found.tokens)
     assert any(t.kind == "part of a character" for t in found.tokens)
+
+
+def test_special_tokens_in_the_text_shift_no_span_and_have_no_bytes(tokenizer):
+    text = f"One é {END_OF_TEXT}Two"
+    found = explain(model_for(tokenizer), tokenizer, text)
+    assert "".join(t.piece for t in found.tokens) == text
+    special = next(t for t in found.tokens if t.kind == "special")
+    assert text[special.start : special.end] == special.piece == END_OF_TEXT
+    size = len("One é Two".encode()) - len(found.tokens[0].piece.encode())
+    assert found.bits_per_byte == pytest.approx(found.nll * (len(found.tokens) - 1) / size / math.log(2))
 
 
 def test_a_long_text_is_read_in_windows_and_every_token_as_in_the_one_with_most_context(tokenizer):

@@ -115,8 +115,9 @@ class Explanation:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Of all tokens but the first, which nothing predicts. None for answers, which are no text."""
-        size = len("".join(t.piece for t in self.tokens[1:]).encode())
+        """Of all tokens but the first, which nothing predicts; special tokens have no bytes. None for answers, which
+        are no text."""
+        size = len("".join(t.piece for t in self.tokens[1:] if t.kind != "special").encode())
         if self.nll is None or not size or self.asked == "answer":
             return None
         return self.nll * (len(self.tokens) - 1) / size / math.log(2)
@@ -191,7 +192,7 @@ def explain(
     right at each token (see ``Task.answers``), in place of the next token. Raises ValueError for an empty text, a
     window that does not fit the model and answers that do not fit the text.
     """
-    config, ids = model.config, tokenizer.encode(text)
+    config, (ids, pieces) = model.config, tokenizer.encode_with_pieces(text)
     window = window or config.max_seq_len
     if not ids:
         raise ValueError("the text is empty; give at least one character")
@@ -200,7 +201,6 @@ def explain(
     if answers is not None and len(answers) != len(ids):
         raise ValueError(f"{len(answers)} answers for {len(ids)} tokens; give one for each, {IGNORED} for none")
     targets = [*ids[1:], IGNORED] if answers is None else answers
-    pieces = tokenizer.pieces(ids)
     counts = Counter(ids) if counts is None else counts
     of_token: dict[str, list[Any]] = dict(
         token_id=ids,
