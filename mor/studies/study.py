@@ -227,6 +227,14 @@ def with_budget(config: TrainConfig, flops: float | None) -> TrainConfig:
     return config if flops is None else replace(config, flops=flops)
 
 
+def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
+    """A seed of its own for weights, data order and, where depths are drawn, for the draw."""
+    router = config.model.router
+    if router.kind == "random":
+        config = replace(config, model=config.model.replace(router=replace(router, seed=router.seed + seed)))
+    return replace(config, seed=seed)
+
+
 def main_runs(study: Study, out: Path, rates: Mapping[str, float]) -> list[list[Run]]:
     """The runs that count, in stages: those of a stage need the ones before. rates: learning rates by row."""
     first, branches = [], []
@@ -235,7 +243,7 @@ def main_runs(study: Study, out: Path, rates: Mapping[str, float]) -> list[list[
         if row.name in rates:
             config = replace(config, optim=replace(config.optim, lr=rates[row.name]))
         for seed in study.seeds:
-            seeded = replace(config, seed=seed)
+            seeded = with_seed(config, seed)
             place = out / "runs" / folder_name(row.name)
             if not study.budgets:
                 first.append(_run(study, row, "main", seeded, place / f"seed-{seed}"))
