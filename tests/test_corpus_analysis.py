@@ -73,6 +73,8 @@ def test_a_lookup_table_knows_depths_that_the_token_or_the_position_decides():
         found = explained(depth_BT)
         assert found.pop(decides) == pytest.approx(1) and max(found.values()) < 0.5
     assert explained(torch.ones(6, WINDOW)) == {}, "nothing to explain"
+    tokens_BT = tokens_BT[:, :1]
+    assert explained(torch.ones(6, 1)) == {}, "no token has another before it"
 
 
 @pytest.mark.parametrize("causal_selection", ["aux_loss", "aux_router"])

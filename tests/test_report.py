@@ -121,11 +121,26 @@ def test_the_command_reports_a_run_and_collects_again_without_analysing(tmp_path
     (tmp_path / "text.txt").write_text(TEXT * 6)
     main(["report", str(run), "--data", str(tmp_path / "text.txt"), "--seq-len", "24", "--max-windows", "4"])
     page = (run / "report.html").read_text()
-    assert all(f'id="{name}"' in page for name in ENTRIES) and "1.5500" in page
+    assert all(f'id="{name}"' in page for name in ENTRIES) and "1.5500" in page and "collapsed" not in page
     assert "report.html" in capsys.readouterr().out
     (run / "tables" / "extra.csv").write_text("a,b\n1,2\n")
     main(["report", str(run), "--no-analyse", "--out", str(tmp_path / "again.html")])
     assert 'id="extra"' in (tmp_path / "again.html").read_text()
+
+
+@pytest.mark.parametrize("length", [1, 24])
+def test_a_collapsed_router_is_reported_as_one(length, tmp_path):
+    model = tiny("expert_choice", vocab_size=257)
+    model.recursions.router.threshold_R.fill_(1)
+    checkpoint.save(tmp_path / "checkpoints" / "step-00000002", model, byte_tokenizer())
+    (tmp_path / "text.txt").write_text(TEXT * 2)
+    write_table([{"layer": 0}], tmp_path / "tables" / "kv_similarity.csv")
+    main(["report", str(tmp_path), "--data", str(tmp_path / "text.txt"), "--seq-len", str(length)])
+    page = (tmp_path / "report.html").read_text()
+    assert "<dt>router collapsed</dt><dd>none of the" in page and "tokens takes recursion 2 or 3</dd>" in page
+    with (tmp_path / "tables" / "separation.csv").open(newline="") as file:
+        assert [row["recursion"] for row in csv.DictReader(file)] == ["2"], "nothing was scored for recursion 3"
+    assert 'id="score_histogram"' in page and 'id="kv_similarity"' not in page, "nothing is left of an older report"
 
 
 @pytest.mark.parametrize(

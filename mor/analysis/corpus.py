@@ -104,11 +104,12 @@ def depth_predictors(reading: Reading) -> Rows:
     """How much of the depth a lookup table would know: the share of its variance in the second half of the windows
     that the mean depth of equal tokens, previous tokens or positions in the first half explains (R², may be < 0).
 
-    Near 1 for the token alone: the router decides by what token it is. Empty for fewer than two windows.
+    Near 1 for the token alone: the router decides by what token it is. Empty for fewer than two windows and for
+    equal depths.
     """
     tokens_BT, depth_BT = reading.tokens_BT[:, 1:], reading.depth_BT[:, 1:].double()
     half = len(tokens_BT) // 2
-    if not half or float(depth_BT[half:].var(correction=0)) == 0:
+    if not half or len(depth_BT[half:].unique()) < 2:
         return []
     place_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
     looked_up = {"token": tokens_BT, "previous token": reading.tokens_BT[:, :-1], "position": place_BT}
@@ -165,7 +166,8 @@ def score_histogram(reading: Reading, bins: int = 20) -> Rows:
     """How far router scores are from being two-valued: counts by recursion, bin and decision.
 
     Expert-choice: sigmoid of the logit that the threshold looks at, over the candidates of each recursion that
-    selects. Token-choice: each depth's share of the scores. Empty for routers that score nothing.
+    selects; recursions without candidates are left out. Token-choice: each depth's share of the scores. Empty for
+    routers that score nothing.
     """
     rows: Rows = []
     for r, capacity in enumerate(reading.model.config.capacities):
@@ -180,7 +182,7 @@ def score_histogram(reading: Reading, bins: int = 20) -> Rows:
             elif step.causal_logit_C is not None and capacity < 1:
                 scores.append(step.causal_logit_C.sigmoid())
                 chosen.append(selected_M if step.candidate_C is None else selected_M[step.candidate_C])
-        if not scores:
+        if not sum(map(len, scores)):  # no token came as far
             continue
         score_C, chosen_C = torch.cat(scores), torch.cat(chosen)
         place_C = (score_C * bins).long().clamp(max=bins - 1)

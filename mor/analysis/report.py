@@ -159,8 +159,18 @@ def analyses(loaded: Checkpoint, data: Windows, *, seq_len: int, max_windows: in
     return {name: rows for name, rows in found.items() if rows}
 
 
+def collapse(tables: dict[str, Rows]) -> str | None:
+    """What a reader must know of a router that sends nobody into a recursion; None for any other."""
+    dead = [str(row["recursion"]) for row in tables.get("dead_tokens", []) if row["dead_positions"] == 1]
+    read = sum(row["tokens"] for row in tables.get("depth_histogram", []))
+    return f"none of the {read:,} tokens takes recursion {' or '.join(dead)}" if dead else None
+
+
 def write(folder: Path, tables: dict[str, Rows]) -> None:
-    """tables/NAME.csv and figures/NAME.png and .svg for each table of ``ENTRIES``."""
+    """tables/NAME.csv and figures/NAME.png and .svg for each table of ``ENTRIES``; older files of others go."""
+    for name in ENTRIES:
+        for kind in ("tables/{}.csv", "figures/{}.png", "figures/{}.svg"):
+            (folder / kind.format(name)).unlink(missing_ok=True)
     for name, rows in tables.items():
         write_table(rows, folder / "tables" / f"{name}.csv")
         figure = ENTRIES[name].figure
