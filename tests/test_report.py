@@ -6,6 +6,7 @@ import math
 import re
 
 import pytest
+import torch
 from conftest import tiny
 from matplotlib import image
 from test_corpus_analysis import TEXT, WINDOW
@@ -135,12 +136,30 @@ def test_a_collapsed_router_is_reported_as_one(length, tmp_path):
     checkpoint.save(tmp_path / "checkpoints" / "step-00000002", model, byte_tokenizer())
     (tmp_path / "text.txt").write_text(TEXT * 2)
     write_table([{"layer": 0}], tmp_path / "tables" / "kv_similarity.csv")
-    main(["report", str(tmp_path), "--data", str(tmp_path / "text.txt"), "--seq-len", str(length)])
+    source = ["--data", str(tmp_path / "text.txt"), "--seq-len", str(length), "--max-windows", "4"]
+    main(["report", str(tmp_path), *source])
     page = (tmp_path / "report.html").read_text()
     assert "<dt>router collapsed</dt><dd>none of the" in page and "tokens takes recursion 2 or 3</dd>" in page
     with (tmp_path / "tables" / "separation.csv").open(newline="") as file:
         assert [row["recursion"] for row in csv.DictReader(file)] == ["2"], "nothing was scored for recursion 3"
     assert 'id="score_histogram"' in page and 'id="kv_similarity"' not in page, "nothing is left of an older report"
+
+
+@pytest.mark.parametrize("broken", ["embedding.weight", "recursions.router"])
+def test_a_model_that_gives_no_numbers_is_refused(broken, tmp_path, capsys):
+    model = tiny("expert_choice", vocab_size=257)
+    with torch.no_grad():
+        [p for name, p in model.named_parameters() if name.startswith(broken)][-1].fill_(math.nan)
+    run = checkpoint.save(tmp_path / "checkpoints" / "step-00000002", model, byte_tokenizer()).parent.parent
+    (tmp_path / "text.txt").write_text(TEXT)
+    for command in (
+        ["report", "--seq-len", "24", "--data"],
+        ["explain", "--out", str(tmp_path / "page.html"), "--file"],
+    ):
+        with pytest.raises(SystemExit):
+            main([command[0], str(run), *command[1:], str(tmp_path / "text.txt")])
+        assert "gives values that are not finite" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.html"))
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ class Reading:
 def read(model: Transformer, data: Windows, *, seq_len: int, max_windows: int = 32) -> Reading:
     """Read up to ``max_windows`` windows of ``seq_len`` tokens, spread evenly over the data.
 
-    Documents in a window are not masked from each other. Raises ValueError if the data is shorter than a window.
+    Documents in a window are not masked from each other. Raises ValueError if the data is shorter than a window, and
+    if the model gives NaN or infinity.
     """
     available = data.windows(seq_len)
     if available < 1:
@@ -66,7 +67,14 @@ def read(model: Transformer, data: Windows, *, seq_len: int, max_windows: int = 
     view, routings, caches, states = with_router(model, recorder), [], [], []
     for tokens_1T in tokens_BT.split(1):
         caches.append(KVCache(model.config, 1, device=weight.device, dtype=weight.dtype))
-        routings.append(view(tokens_1T, cache=caches[-1], logits="none").routing)
+        output = view(tokens_1T, cache=caches[-1], logits="last")
+        routing = output.routing
+        seen = (output.logits_BTV, routing.score_MR, *(step.causal_logit_C for step in routing.steps))
+        if not all(x is None or x.isfinite().all() for x in seen):
+            raise ValueError(
+                "the model gives values that are not finite; its weights are broken, take another checkpoint"
+            )
+        routings.append(routing)
         states.append(recorder.states_MD)
     return Reading(model, tokens_BT, targets_BT, routings, caches, states)
 

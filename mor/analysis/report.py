@@ -186,7 +186,9 @@ def write_table(rows: Rows, path: Path) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for row in rows:
-            writer.writerow({n: json.dumps(v) if isinstance(v, list | dict) else v for n, v in row.items()})
+            writer.writerow(
+                {n: json.dumps(v, allow_nan=False) if isinstance(v, list | dict) else v for n, v in row.items()}
+            )
 
 
 def report_page(folder: Path, *, settings: dict[str, Any] | None = None) -> str:

@@ -70,7 +70,7 @@ class Explain:
             if not self.json:
                 console.print(line, highlight=False, soft_wrap=True)
         if self.json:
-            print(json.dumps({"models": [e.to_dict() for e in found]}))
+            print(json.dumps({"models": [e.to_dict() for e in found]}, allow_nan=False))
 
     def _text(self) -> str:
         if (self.text is None) == (self.file is None):

@@ -26,7 +26,7 @@ def render(explanations: Sequence[Explanation]) -> str:
     if texts[-1] != texts[0]:
         raise ValueError("the two tokenizers turn the text into different characters, so it cannot be aligned")
     data = {"models": [rounded(e.to_dict()) for e in explanations]}
-    plain = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    plain = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     own = files(__name__)
     return Template((own / "explain.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(" and ".join(e.name for e in explanations)),
