@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from conftest import CHROMIUM, tiny
@@ -86,8 +87,37 @@ def test_the_command_writes_a_page_and_prints_json(checkpoints, tmp_path, capsys
     assert one["tokens"][0]["count"] == TEXT.encode().count(b"T") and len(two["tokens"]) < 40
     main(["explain", str(checkpoints / "bpe"), *source[:4], "--compare", str(checkpoints / "bytes"), "--json"])
     one, two = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["models"]
-    assert len(one["tokens"]) == 40 < len(two["tokens"]) and one["text"] == two["text"], "cut once, by the first"
+    assert len(one["tokens"]) < 40 == len(two["tokens"]) and one["text"] == two["text"], "no more of either model"
     assert list(tmp_path.glob("*.html")) == [out], "--json alone writes no page"
+
+
+def test_the_limit_holds_for_both_models(checkpoints, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT * 25)
+    arguments = ["explain", str(checkpoints / "bpe"), "--file", str(tmp_path / "text.txt")]
+    assert len(checkpoint.load(checkpoints / "bpe").tokenizer.encode(TEXT * 25)) < 2048
+    with pytest.raises(SystemExit):
+        main([*arguments, "--compare", str(checkpoints / "bytes")])
+    error = capsys.readouterr().err
+    assert (
+        "bytes are too many for a page; --max-tokens 2048" in error and f"{25 * len(TEXT.encode()):,} tokens" in error
+    )
+
+
+def test_names_are_printed_as_they_are(checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoints / "bytes", "[red]:smile:[/x]")
+    main(["explain", "[red]:smile:[/x]", "--text", "abc", "--out", "[b].html"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("[b].html: ") and second.startswith("[red]:smile:[/x]: 3 tokens")
+
+
+def test_answers_are_not_compared_with_next_tokens_or_other_answers():
+    tokenizer, length = byte_tokenizer(), len(TEXT.encode())
+    text, *tasks = (explanation("fixed", tokenizer, answers=a and [a] * length) for a in (None, 70, 71))
+    for two in ([text, tasks[0]], [tasks[0], text], tasks):
+        with pytest.raises(ValueError, match="compare runs on the same task, or runs on text"):
+            render(two)
+    assert len(data_of(render([tasks[0], tasks[0]]))["models"]) == 2
 
 
 def test_a_run_on_a_task_is_judged_by_its_answers(tmp_path, capsys):
@@ -116,6 +146,7 @@ def test_a_run_on_a_task_is_judged_by_its_answers(tmp_path, capsys):
         (["--text", "abc", "--max-tokens", "0"], "--max-tokens"),
         (["--text", "abc", "--out", "missing/page.html"], "is not a folder"),
         (["--file", "missing.txt"], "missing.txt"),
+        (["--text", "a\udcff"], "--text is not valid UTF-8"),
     ],
 )
 def test_mistakes_end_in_one_line_that_helps(checkpoints, arguments, words, capsys):

@@ -43,7 +43,7 @@ class Report:
         settings = self._analyse() if is_run and self.analyse else {}
         out = self.out or self.folder / "report.html"
         out.write_text(report_page(self.folder, settings=settings), encoding="utf-8")
-        console.print(f"{out}: {out.stat().st_size / 1e6:.2f} MB", highlight=False, soft_wrap=True)
+        console.out(f"{out}: {out.stat().st_size / 1e6:.2f} MB", highlight=False)
 
     def _analyse(self) -> dict[str, Any]:
         from mor.analysis.report import analyses, collapse, run_tables, write
