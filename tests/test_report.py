@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from matplotlib import image
 from test_corpus_analysis import TEXT, WINDOW
 
 from mor import checkpoint
+from mor.analysis import figures
 from mor.analysis.report import ENTRIES, analyses, report_page, run_tables, write, write_table
 from mor.checkpoint import Checkpoint
 from mor.cli import main
 from mor.data import tokenize
 from mor.sources import Document
+from mor.studies import figures as study_figures
+from mor.studies.scaling import Optimum, Point
 from mor.tokenizer import byte_tokenizer
 
 ALL = ENTRIES.keys() - {"loss", "router_health"}
@@ -160,6 +164,27 @@ def test_a_model_that_gives_no_numbers_is_refused(broken, tmp_path, capsys):
             main([command[0], str(run), *command[1:], str(tmp_path / "text.txt")])
         assert "gives values that are not finite" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.html"))
+
+
+def test_names_of_rows_and_families_stand_in_the_figures_as_they_are(tmp_path):
+    names = ["_hidden", r"$\foo$", "a $1 b"]
+    run = dict(validation_nll=1.0, answers_right_by_hops=[0.5, 1.0], mean_depth_by_hops=[1.0, 1.5, 2.0])
+    rows = [SimpleNamespace(row=n, nll=1.0, difference=0.1, difference_low=None, difference_high=None) for n in names]
+    points = [
+        Point(family=n, size=s, budget=1e12, tokens=1e6, nll=(s - 2e6) ** 2) for n in names for s in (1e6, 2e6, 4e6)
+    ]
+    bounds = dict.fromkeys(("size", "size_low", "size_high", "tokens", "tokens_low", "tokens_high"), 2e6)
+    best = [Optimum(family=name, budget=1e12, nll=0.0, inside=True, **bounds) for name in names]
+    runs = {name: {0: run} for name in names}
+    for kind, figure in {
+        "rows": study_figures.rows_figure(rows, runs),
+        "hops": study_figures.hops_figure(rows, runs),
+        "isoflop": study_figures.isoflop_figure(points, best, size_name="size"),
+        "paths": study_figures.paths_figure(best, size_name="size"),
+    }.items():
+        figures.save(figure, tmp_path, kind)
+        svg = (tmp_path / f"{kind}.svg").read_text()
+        assert all(f">{name}</text>" in svg for name in names), kind
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,11 @@ def series(i: int) -> dict[str, Any]:
     return look | ({"markerfacecolor": "#ffffff", "linestyle": DASHES[(i + 1) % 6]} if i >= 6 else {})
 
 
+def literal(name: str) -> str:
+    """A user's name as a text of matplotlib, which takes what is between two $ for mathematics."""
+    return name.replace("$", r"\$")
+
+
 def _line(axes: Axes, x: Sequence, y: Sequence, i: int, label: str | None = None, marker: bool = True) -> None:
     axes.plot(x, y, **(series(i) | ({} if marker else {"marker": None})), label=label, linewidth=1.5)
 
