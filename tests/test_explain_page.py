@@ -296,6 +296,8 @@ def test_text_can_be_read_on_every_shade(show, scheme):
 def test_a_narrow_page_does_not_overflow_and_print_shows_everything(show):
     page = show([explanation("expert_choice"), explanation("fixed")], viewport={"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.locator("#bar").click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.emulate_media(media="print")
     assert not page.locator("#detail").is_visible()
     full = page.evaluate(
@@ -303,3 +305,26 @@ def test_a_narrow_page_does_not_overflow_and_print_shows_everything(show):
     )
     assert full, "nothing is cut off by a scrolling panel"
     assert page.pdf()[:4] == b"%PDF"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("size", [(1000, 800), (800, 600)])
+def test_on_a_narrow_page_the_detail_is_a_line_that_opens(show, size):
+    found, other = explanation("expert_choice"), explanation("fixed", name="other")
+    page = show([found, other], viewport=dict(width=size[0], height=size[1]))
+    bar, facts = page.locator("#bar"), page.locator("#facts")
+    top = bar.bounding_box()["y"]
+    for first in ("#t0-0", "#t1-0"):
+        box = page.locator(first).bounding_box()
+        assert box["y"] + box["height"] < top, "the text begins above the line"
+    page.locator("#t0-2").hover()
+    token = found.tokens[2]
+    said = f"depth {token.depth} of 3 → ␣ · log p {token.logprob:.2f}".replace("-", "−")
+    assert said in bar.inner_text() and not facts.is_visible()
+    bar.focus()
+    page.keyboard.press("Enter")
+    assert facts.is_visible() and bar.get_attribute("aria-expanded") == "true"
+    bar.click()
+    assert not facts.is_visible()
+    page.set_viewport_size(dict(width=1400, height=800))
+    assert facts.is_visible() and not bar.is_visible()

@@ -301,7 +301,7 @@ def depth_scaling(
 
 
 def depth_by_token_class(reading: Reading, tokenizer: Tokenizer, counts: dict[int, int] | None = None) -> Rows:
-    """Mean depth by kind, position and frequency; 95% intervals from drawing windows anew."""
+    """Mean depth by kind, position and frequency; 95% intervals, for which a window is one observation."""
     tokens, kind = reading.tokens_BT.tolist(), []
     for ids in tokens:
         kind += kinds(tokenizer, ids, tokenizer.pieces(ids))
@@ -319,7 +319,8 @@ def depth_by_token_class(reading: Reading, tokenizer: Tokenizer, counts: dict[in
 
 def counterfactual_gains(reading: Reading) -> Rows:
     """Mean change of the target's log-probability, in nats, with one recursion fewer and one more for that token
-    alone, by the depth it took; 95% intervals from drawing windows anew. Tokens without a target do not count."""
+    alone, by the depth it took; 95% intervals, for which a window is one observation. Tokens without a target do
+    not count."""
     known: dict[str, list[tuple[float, str, int]]] = {"fewer": [], "more": []}
     for w, routing in enumerate(reading.routings):
         logp_RT = _exit_logprobs(reading, w, routing)

@@ -55,7 +55,7 @@ ENTRIES: dict[str, Entry] = {
     "depth_histogram": Entry(title="Depths taken", note="Threshold selection.", figure=figures.depth_histogram),
     "depth_by_class": Entry(
         title="Depth by class of token",
-        note="95% intervals from drawing windows anew. Frequency is counted in the text read.",
+        note="95% intervals, for which a window is one observation. Frequency is counted in the text read.",
         figure=figures.depth_by_class,
     ),
     "depth_predictors": Entry(
