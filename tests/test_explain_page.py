@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from conftest import CHROMIUM, tiny
 
 from mor import checkpoint
-from mor.analysis.explain import explain
+from mor.analysis.explain import Explanation, explain
+from mor.analysis.intervals import GroupMean
 from mor.analysis.page import render
 from mor.cli import main
 from mor.config import RouterConfig
@@ -219,6 +221,21 @@ def test_answers_are_shown_in_place_of_next_tokens(show):
     assert "none here" in page.locator("#detail").inner_text()
     page.get_by_label("surprise", exact=True).check()
     assert page.locator(".prose .tok.none").count() == len(ids) // 2
+
+
+@pytest.mark.browser
+def test_intervals_wider_than_the_axis_end_at_it(show, monkeypatch):
+    wide = GroupMean(group="2", count=3, mean=1.5, low=-40.0, high=40.0)
+    monkeypatch.setattr(Explanation, "by_class", lambda self: {"kind": [wide]})
+    monkeypatch.setattr(
+        Explanation, "counterfactuals", lambda self: {"fewer": [wide], "more": [replace(wide, low=None)]}
+    )
+    page = show([explanation("expert_choice")])
+    lines = page.locator("line.interval")
+    assert lines.count() == 2 and page.locator("circle.mean").count() == 3
+    for line in lines.all():
+        axis = line.locator("xpath=..").locator("line.axis")
+        assert [line.get_attribute(x) for x in ("x1", "x2")] == [axis.get_attribute(x) for x in ("x1", "x2")]
 
 
 @pytest.mark.browser
