@@ -148,7 +148,7 @@ def test_a_run_on_a_task_is_judged_by_its_answers(tmp_path, capsys):
         (["--text", "abc", "--max-tokens", "0"], "--max-tokens"),
         (["--text", "abc", "--out", "missing/page.html"], "is not a folder"),
         (["--file", "missing.txt"], "missing.txt"),
-        (["--text", "a\udcff"], "--text is not valid UTF-8"),
+        (["--text", "a\udcff"], "the text is not valid UTF-8"),
     ],
 )
 def test_mistakes_end_in_one_line_that_helps(checkpoints, arguments, words, capsys):

@@ -78,14 +78,12 @@ class Explain:
     def _text(self) -> str:
         if (self.text is None) == (self.file is None):
             raise ValueError("give the text to explain as --text TEXT or as --file FILE")
+        if self.file is None:
+            return self.text or ""
         try:
-            if self.file is not None:
-                return self.file.read_text(encoding="utf-8")
-            assert self.text is not None
-            self.text.encode()  # the shell gives bytes that are no UTF-8 as lone surrogates
-            return self.text
+            return self.file.read_text(encoding="utf-8")
         except UnicodeError as error:
-            raise ValueError(f"{self.file or '--text'} is not valid UTF-8: {error}") from error
+            raise ValueError(f"{self.file} is not valid UTF-8: {error}") from error
 
     def _cut(self, text: str, tokenizer: Tokenizer, checkpoint: Path) -> str:
         """The text, or the beginning that --max-tokens asks for."""
