@@ -51,12 +51,13 @@ def _t_quantile(freedom: int) -> float:
 
 
 def bootstrap_bounds(drawn: NDArray[np.float64]) -> tuple[float, float]:
-    """Interval of a resampled figure; NaN where more than one resample in twenty has no such figure (NaN)."""
-    known = drawn[np.isfinite(drawn)]
-    if len(known) < 0.95 * len(drawn) or not len(known):
-        return math.nan, math.nan
-    low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    """Interval of a resampled figure. A resample without one (NaN) may lie anywhere: it counts as below and as above
+    all others. A bound that such resamples, or infinite ones, reach is NaN."""
+    tail = (1 - CONFIDENCE) / 2
+    with np.errstate(invalid="ignore"):  # between two infinite resamples
+        low = np.quantile(np.nan_to_num(drawn, nan=-np.inf, posinf=np.inf, neginf=-np.inf), tail)
+        high = np.quantile(np.nan_to_num(drawn, nan=np.inf, posinf=np.inf, neginf=-np.inf), 1 - tail)
+    return float(low) if math.isfinite(low) else math.nan, float(high) if math.isfinite(high) else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
