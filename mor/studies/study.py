@@ -16,6 +16,7 @@
     [variants.paper]                                 # a shape, if any, and what the variant changes
     like = "mor"
     model.router.gate = "paper"
+    at.large = { model.num_layers = 4 }              # and what it changes at one value of an axis
 
     [axes]                                           # every variant with every value
     "model.router.alpha" = [0.1, 1.0]
@@ -150,11 +151,16 @@ def load_study(path: Path, *, size: Path | None = None) -> Study:
 def study_rows(study: Study) -> list[Row]:
     """Raises ValueError naming the variant whose settings do not fit together."""
     found = []
+    axes = [list(_values(name, values)) for name, values in study.axes.items()]
+    places = {label for axis in axes for _, label, _ in axis}
     for variant, changes in study.variants.items():
-        for choice in itertools.product(*(_values(name, values) for name, values in study.axes.items())):
+        if unknown := set(changes.get("at", {})) - places:
+            raise ValueError(f"variant {variant!r}: no axis has the value {min(unknown)!r} that it names in 'at'")
+        for choice in itertools.product(*axes):
             labels = {axis.rpartition(".")[2]: label for axis, label, _ in choice}
             try:
-                settings = merge(study.base, _shape(study, changes), *(s for _, _, s in choice))
+                there = (changes.get("at", {}).get(label, {}) for label in labels.values())
+                settings = merge(study.base, _shape(study, changes), *(s for _, _, s in choice), *there)
                 found.append(Row(variant=variant, labels=labels, config=train_config(settings)))
             except ValueError as error:
                 raise ValueError(f"variant {variant!r} {dict(labels) or ''}: {error}") from None
@@ -163,7 +169,7 @@ def study_rows(study: Study) -> list[Row]:
 
 def _shape(study: Study, changes: Mapping[str, Any]) -> dict[str, Any]:
     """A variant's settings with those of the shape that it is like."""
-    own = {key: value for key, value in changes.items() if key != "like"}
+    own = {key: value for key, value in changes.items() if key not in ("like", "at")}
     like = changes.get("like")
     if like is None:
         return own
