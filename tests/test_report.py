@@ -174,7 +174,7 @@ def test_names_of_rows_and_families_stand_in_the_figures_as_they_are(tmp_path):
         Point(family=n, size=s, budget=1e12, tokens=1e6, nll=(s - 2e6) ** 2) for n in names for s in (1e6, 2e6, 4e6)
     ]
     bounds = dict.fromkeys(("size", "size_low", "size_high", "tokens", "tokens_low", "tokens_high"), 2e6)
-    best = [Optimum(family=name, budget=1e12, nll=0.0, inside=True, **bounds) for name in names]
+    best = [Optimum(family=name, budget=1e12, nll=0.0, inside=True, no_minimum=0.0, **bounds) for name in names]
     runs = {name: {0: run} for name in names}
     for kind, figure in {
         "rows": study_figures.rows_figure(rows, runs),

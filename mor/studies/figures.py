@@ -86,7 +86,7 @@ def isoflop_figure(points: Sequence[Point], optima: Sequence[Optimum], *, size_n
             axes.plot([best.size], [best.nll], "*", markersize=14, markeredgecolor="black", markerfacecolor=face)
         axes.set(xscale="log", xlabel=size_name, title=literal(family))
         _readable(axes.xaxis)
-    panels[0].set_ylabel("validation NLL, nats per token")
+    panels[0].set_ylabel("validation NLL, nats")
     panels[-1].legend(
         frameon=False, fontsize=9, title="star: lowest point (hollow: outside the sizes)", title_fontsize=8
     )
@@ -102,7 +102,7 @@ def _isoflop_curve(axes: Axes, chosen: Sequence[Point], label: str, look: dict[s
 
 
 def paths_figure(optima: Sequence[Optimum], *, size_name: str) -> Figure:
-    """Best size and best number of tokens over the budget, with intervals."""
+    """Best size and best number of tokens over the budget, with intervals; a cross where there is none."""
     figure, panels = new_axes(9, 4, 2)
     families = list(dict.fromkeys(o.family for o in optima))
     for axes, what, label in zip(panels, ("size", "tokens"), (size_name, "training tokens"), strict=True):
@@ -112,9 +112,12 @@ def paths_figure(optima: Sequence[Optimum], *, size_name: str) -> Figure:
             low, best, high = (np.array([getattr(o, what + end) for o in mine]) for end in ("_low", "", "_high"))
             error = np.nan_to_num(np.stack([best - low, high - best])).clip(min=0)
             drawn.append(axes.errorbar([o.budget for o in mine], best, yerr=error, **series(i), capsize=3))
+            loose = np.isnan(low + high)
+            axes.plot(np.array([o.budget for o in mine])[loose], best[loose], "x", color="black", markersize=11)
         axes.set(xscale="log", yscale="log", xlabel="training budget, FLOPs", ylabel=f"best {label}")
         _readable(axes.yaxis)
         axes.set_xticks(sorted({o.budget for o in optima}), [f"{b:.3g}" for b in sorted({o.budget for o in optima})])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.legend(drawn, [literal(family) for family in families], frameon=False)
+        title = "cross: no interval" if any(math.isnan(o.size_low + o.size_high) for o in optima) else None
+        axes.legend(drawn, [literal(family) for family in families], frameon=False, title=title, title_fontsize=8)
     return figure
