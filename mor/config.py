@@ -321,7 +321,9 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
             value = from_dict(nested, value)
         made[key] = tuple(value) if isinstance(value, list) else value
         if not fits(made[key], hints[key]):
-            raise ValueError(f"{cls.__name__}.{key} must be {str(known[key].type).replace('tuple', 'list')}, got {value!r}")
+            raise ValueError(
+                f"{cls.__name__}.{key} must be {str(known[key].type).replace('tuple', 'list')}, got {value!r}"
+            )
     if missing := [name for name, f in known.items() if name not in made and _is_required(f)]:
         raise ValueError(f"{cls.__name__} needs {' and '.join(missing)}")
     return cls(**made)

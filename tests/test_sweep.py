@@ -171,8 +171,11 @@ def test_learning_rates_are_tuned_on_short_runs_of_another_seed(tmp_path):
     assert len(runs) == 4 and {(r.config.steps, r.config.seed, r.stage) for r in runs} == {(2, 1000, "tuning")}
     for run in runs:
         assert run_one(run, 1).status == "finished"
-    rates = tuned_rates(collect(tmp_path / "out"))
+    rates = tuned_rates(collect(tmp_path / "out"), (1e-6, 1e-2))
     assert rates == {"recursive": 1e-2, "one pass": 1e-2}, "a rate of 1e-6 learns nothing"
+    assert set(tuned_rates(collect(tmp_path / "out"), (1e-6,)).values()) == {1e-6}, (
+        "rates no longer in the file do not count"
+    )
 
 
 BUDGETS = "budgets = [5e7, 1e8, 1.5e8]\n" + BASE

@@ -14,10 +14,12 @@ import signal
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +35,7 @@ from mor.train import train
 from mor.train_config import TrainConfig, branch, load_config, step_flops, total_steps
 
 Status = Literal["finished", "kept", "interrupted", "failed"]
+DIED = "its process died: killed from outside or out of memory"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,19 +49,25 @@ def run_study(study: Study, out: Path, workers: Workers, console: Console) -> li
     """Every run of a study that is not finished. A stage waits for the one before it: tuning, then the runs that count,
     then those that branch off them."""
     stages = main_runs(study, out, {})  # what does not fit together is said before anything runs
-    outcomes = launch(tuning_runs(study, out), workers, console, folder=out)
-    if study.tuning.rates:
-        rates = tuned_rates(collect(out))
-        missing = [row.name for row in study_rows(study) if row.name not in rates]
-        if missing or interrupted(outcomes):
-            missed = f" ({', '.join(missing)} have none that finished)" if missing else ""
-            raise ValueError(f"the learning rates are not all tuned yet{missed}; start the study again to go on")
+    tuning = tuning_runs(study, out)
+    outcomes = launch(tuning, workers, console, folder=out)
+    if tuning:
+        if untried := dict.fromkeys(run.row for run in tuning if not was_tried(Path(run.config.out))):
+            raise ValueError(f"rates of {', '.join(untried)} are still to be tried; start the study again to go on")
+        rates = tuned_rates(collect(out), study.tuning.rates)
+        if failed := [row.name for row in study_rows(study) if row.name not in rates]:
+            raise ValueError(f"of {', '.join(failed)} every learning rate failed; see tuning/*/*/{ERROR}")
         stages = main_runs(study, out, rates)
     for runs in stages:
         outcomes += launch(runs, workers, console, folder=out)
         if interrupted(outcomes):
             raise ValueError("the study was interrupted; start it again to go on")
     return outcomes
+
+
+def was_tried(path: Path) -> bool:
+    """Whether a run finished or failed by itself: interrupted or killed, it says nothing about its settings."""
+    return (path / RESULT).is_file() or (path / ERROR).is_file()
 
 
 def interrupted(outcomes: Sequence[Outcome]) -> bool:
@@ -152,28 +161,51 @@ def _check_gpus(runs: Sequence[Run], wanted: int) -> None:
 
 
 def _in_processes(runs: Sequence[Run], workers: Workers, idle: Callable[[], None]) -> Iterator[Outcome]:
-    """idle: called about every second while runs go on."""
-    context = multiprocessing.get_context("spawn")
+    """idle: called about every second while runs go on. A run whose process dies is tried once more, alone: what killed
+    it may have been the memory that the others took."""
     os.environ["OMP_NUM_THREADS"] = str(workers.threads)
-    devices = context.SimpleQueue()
-    for gpu in visible_gpus(workers.gpus):
-        devices.put(gpu)
-    pool = ProcessPoolExecutor(
-        workers.gpus or workers.jobs, context, _begin_worker, (devices if workers.gpus else None,)
-    )
+    places = visible_gpus(workers.gpus) if workers.gpus else [""] * workers.jobs
+    died = []
+    for outcome in _side_by_side(runs, places, workers.threads, idle):
+        if outcome.reason == DIED and len(places) > 1:
+            died.append(outcome.run)
+        else:
+            yield outcome
+    for run in died:
+        yield from _side_by_side([run], places[:1], workers.threads, idle)
+
+
+def _side_by_side(
+    runs: Sequence[Run], places: Sequence[str], threads: int, idle: Callable[[], None]
+) -> Iterator[Outcome]:
+    """A process for every run, as many at a time as there are places: GPUs, or empty names."""
+    context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    multiprocessing.set_forkserver_preload([__name__])  # PyTorch is imported once, not in every process
+    left, free = deque(runs), deque(places)
+    going: dict[Connection, tuple[Run, str, BaseProcess]] = {}
     try:
-        waiting: dict[Future[Outcome], Run] = {pool.submit(_run_in_worker, run, workers.threads): run for run in runs}
-        while waiting:
-            finished, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-            idle()
-            for future in finished:
-                run = waiting.pop(future)
+        while left or going:
+            while left and free:
+                run, place = left.popleft(), free.popleft()
+                answer, end = context.Pipe(duplex=False)
+                process = context.Process(target=_run_in_process, args=(run, threads, place, end))
+                process.start()
+                end.close()  # so that the answer ends with the process
+                going[answer] = run, place, process
+            ready = wait(going, timeout=1.0)
+            for answer in [answer for answer in going if answer in ready]:
+                run, place, process = going.pop(answer)
                 try:
-                    yield future.result()
-                except BrokenProcessPool:  # killed from outside, out of memory: this pool takes no more work
-                    yield Outcome(run=run, status="failed", reason="its process died; start the study again to go on")
+                    outcome = answer.recv()
+                except (EOFError, OSError):
+                    outcome = Outcome(run=run, status="failed", reason=DIED)
+                process.join()
+                free.append(place)
+                yield outcome
+            idle()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for _, _, process in going.values():
+            process.join()
 
 
 def visible_gpus(count: int) -> list[str]:
@@ -182,10 +214,13 @@ def visible_gpus(count: int) -> list[str]:
     return (given.split(",") if given else [str(gpu) for gpu in range(count)])[:count]
 
 
-def _begin_worker(devices: Any) -> None:
-    if devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()
+def _run_in_process(run: Run, threads: int, gpu: str, answer: Connection) -> None:
+    if gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     threading.Thread(target=_stop_with_parent, daemon=True).start()
+    outcome = run_one(run, threads)
+    with suppress(BrokenPipeError):  # the study is gone
+        answer.send(outcome)
 
 
 def _stop_with_parent() -> None:
@@ -194,14 +229,6 @@ def _stop_with_parent() -> None:
     assert parent is not None
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _run_in_worker(run: Run, threads: int) -> Outcome:
-    outcome = run_one(run, threads)
-    parent = multiprocessing.parent_process()
-    if parent is None or not parent.is_alive():
-        os._exit(1)
-    return outcome
 
 
 def _on_cluster(runs: Sequence[Run], workers: Workers, folder: Path, idle: Callable[[], None]) -> Iterator[Outcome]:

@@ -89,7 +89,7 @@ def _write_csv(found: Sequence[Any], path: Path) -> None:
 def _print_edges(study: Study, rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Say where the best learning rate is the smallest or largest tried: the true one may lie beyond."""
     ends = {f"{r:g}" for r in (min(study.tuning.rates), max(study.tuning.rates))} if study.tuning.rates else set()
-    edge = [f"{name} ({rate:g})" for name, rate in tuned_rates(rows).items() if f"{rate:g}" in ends]
+    edge = [f"{name} ({rate:g})" for name, rate in tuned_rates(rows, study.tuning.rates).items() if f"{rate:g}" in ends]
     if edge:
         console.print(f"The best learning rate is at the end of its grid for {', '.join(edge)}.", highlight=False)
 

@@ -143,10 +143,12 @@ def finished(rows: Iterable[dict[str, Any]], *stages: str) -> list[dict[str, Any
     return [row for row in done if math.isfinite(row["validation_nll"])]
 
 
-def tuned_rates(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """By row of the study: the rate whose short run has the lowest causal validation NLL."""
+def tuned_rates(rows: Iterable[dict[str, Any]], rates: Sequence[float]) -> dict[str, float]:
+    """By row of the study: the one of these rates whose short run has the lowest causal validation NLL."""
     best: dict[str, dict[str, Any]] = {}
     for row in finished(rows, "tuning"):
+        if row["config_optim_lr"] not in rates:  # of an earlier version of the file
+            continue
         if row["row"] not in best or row["validation_nll"] < best[row["row"]]["validation_nll"]:
             best[row["row"]] = row
     return {name: row["config_optim_lr"] for name, row in best.items()}
