@@ -20,7 +20,7 @@ from mor.model import Transformer
 from mor.optim import learning_rate
 from mor.studies import compare
 from mor.studies.exits import POLICIES, confident_exits, early_exits, oracle_exits, random_exits
-from mor.studies.launch import launch, run_one, visible_gpus, with_trunk
+from mor.studies.launch import launch, run_one, visible_gpus
 from mor.studies.results import collect, tuned_rates
 from mor.studies.settings import Workers
 from mor.studies.study import load_study, main_runs, merge, study_rows, tuning_runs
@@ -194,7 +194,7 @@ def test_budgets_share_a_stable_run_and_get_their_flops(tmp_path):
     for run in (*trunks, *branches):
         result = json.loads((Path(run.config.out) / "result.json").read_text())
         assert abs(result["train_flops"] - run.budget) <= step / 2
-    config = with_trunk(branches[0])
+    config = branches[0].config
     rates = [learning_rate(config.optim, s, config.steps) for s in range(branches[0].branch_step, config.steps)]
     assert rates == sorted(rates, reverse=True) and rates[0] <= config.optim.lr and rates[-1] < rates[0]
 

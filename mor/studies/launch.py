@@ -6,7 +6,6 @@ on where it stopped; one that fails leaves ``error.txt`` and stops no other.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -27,11 +26,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mor.distributed import ALONE
+from mor.files import write_json
 from mor.metrics import read_metrics
 from mor.studies.results import collect, flat, measure, tuned_rates
 from mor.studies.settings import Workers
 from mor.studies.study import ABOUT, ERROR, RESULT, Run, Study, main_runs, study_rows, tuning_runs
-from mor.train import train
+from mor.train import alone_in, train
 from mor.train_config import TrainConfig, branch, load_config, step_flops, total_steps
 
 Status = Literal["finished", "kept", "interrupted", "failed"]
@@ -79,57 +80,60 @@ def run_one(run: Run, threads: int) -> Outcome:
     torch.set_num_threads(threads)
     path = Path(run.config.out)
     try:
-        config = with_trunk(run)
-        if is_done(path, config):
-            return Outcome(run=run, status="kept")
-        finished = _train_and_measure(run, config, path)
-    except Exception as error:  # whatever it is, the other runs go on, and the reason is kept
-        path.mkdir(parents=True, exist_ok=True)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        (path / ERROR).write_text(f"{reason}\n\n{traceback.format_exc()}")
-        return Outcome(run=run, status="failed", reason=reason)
+        with alone_in(path, ALONE):  # before anything is written: another sweep may be at work on it
+            return Outcome(run=run, status=_run_alone(run, path))
+    except Exception as error:  # whatever it is, the other runs go on
+        return Outcome(run=run, status="failed", reason=_reason(error))
+
+
+def _run_alone(run: Run, path: Path) -> Status:
     (path / ERROR).unlink(missing_ok=True)
-    return Outcome(run=run, status="finished" if finished else "interrupted")
+    try:
+        if is_done(path, run.config):
+            return "kept"
+        write_json(path / ABOUT, {k: v for k, v in asdict(run).items() if k != "config"})
+        check_trunk(run)
+        result = train(run.config, resume=True, console=Console(quiet=True))
+        if result.finished:
+            write_json(path / RESULT, measure(run, result))
+        return "finished" if result.finished else "interrupted"
+    except Exception as error:
+        (path / ERROR).write_text(f"{_reason(error)}\n\n{traceback.format_exc()}")
+        raise
 
 
-def _train_and_measure(run: Run, config: TrainConfig, path: Path) -> bool:
-    path.mkdir(parents=True, exist_ok=True)
-    about = {k: v for k, v in asdict(run).items() if k != "config"}
-    (path / ABOUT).write_text(json.dumps(about, indent=2))
-    result = train(config, resume=True, console=Console(quiet=True))
-    if not result.finished:
-        return False
-    found = measure(run, result)
-    unfinished = path / f".{RESULT}.tmp"
-    unfinished.write_text(json.dumps(found, indent=2))
-    unfinished.replace(path / RESULT)
-    return True
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def with_trunk(run: Run) -> TrainConfig:
-    """The run's settings; of a branch, with the checkpoint that it starts from."""
-    if run.trunk is None:
-        return run.config
-    start = Path(run.trunk) / "checkpoints" / f"step-{run.branch_step:08d}"
-    if not start.is_dir():
+def check_trunk(run: Run) -> None:
+    """Raises ValueError if there is nothing to branch off, or what is there was trained with other settings."""
+    if run.config.branch_from is None or (Path(run.config.out) / "train.json").is_file():
+        return
+    if not Path(run.config.branch_from).is_dir():
         raise ValueError(f"{run.trunk} has no checkpoint of step {run.branch_step} to branch off; did it finish?")
     cooldown = run.config.steps - run.branch_step
-    return replace(branch(start, cooldown_steps=cooldown, out=run.config.out), save_every=0)
+    found = branch(run.config.branch_from, cooldown_steps=cooldown, out=run.config.out)
+    _check_settings(found, run.config, f"{run.trunk} holds")
 
 
 def is_done(path: Path, config: TrainConfig) -> bool:
     """Whether this run is finished. Raises ValueError if another one lies in its place."""
     if not (path / "train.json").is_file():
         return False
-    saved = load_config(path / "train.json")
-    wanted = replace(config, model=config.model.replace(vocab_size=saved.model.vocab_size), out=saved.out)
-    if wanted.branch_from and saved.branch_from:  # the study's folder may have moved
-        wanted = replace(wanted, branch_from=saved.branch_from)
-    if wanted != saved:
-        raise ValueError(
-            f"{path} holds a run with other settings ({_difference(saved, wanted)}); delete it or use --out"
-        )
+    _check_settings(load_config(path / "train.json"), config, f"{path} holds")
     return (path / RESULT).is_file()
+
+
+# Where a run lies (the study's folder may have moved), and what changes nothing that is measured.
+FREE = ("out", "branch_from", "save_every", "keep", "keep_steps")
+
+
+def _check_settings(saved: TrainConfig, wanted: TrainConfig, holds: str) -> None:
+    same = {name: getattr(saved, name) for name in FREE}
+    wanted = replace(wanted, model=wanted.model.replace(vocab_size=saved.model.vocab_size), **same)
+    if wanted != saved:
+        raise ValueError(f"{holds} a run with other settings ({_difference(saved, wanted)}); delete it or use --out")
 
 
 def _difference(saved: TrainConfig, wanted: TrainConfig) -> str:
@@ -265,14 +269,14 @@ def _outcome(job: Any, run: Run, submitit: Any) -> Outcome:
     try:
         return job.result()
     except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
-        return Outcome(run=run, status="failed", reason=f"job {job.job_id}: {str(error).strip().splitlines()[0]}")
+        return Outcome(run=run, status="failed", reason=f"job {job.job_id}: {_reason(error)}")
 
 
 class _Bar:
     """Progress in FLOPs over all runs, read from their metrics, with the time left."""
 
     def __init__(self, runs: Sequence[Run], console: Console) -> None:
-        self.flops = {run.config.out: flops_of(run) for run in runs}
+        self.flops = [(run, flops_of(run)) for run in runs]
         self.console, self.left, self.looked = console, len(runs), 0.0
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -284,7 +288,7 @@ class _Bar:
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task(f"{len(runs)} runs", total=sum(self.flops.values()))
+        self.task = self.bar.add_task(f"{len(runs)} runs", total=sum(flops for _, flops in self.flops))
 
     def __enter__(self) -> _Bar:
         self.bar.start()
@@ -307,7 +311,7 @@ class _Bar:
         self.console.print(f"{text}: {outcome.reason}" if outcome.reason else text, highlight=False, soft_wrap=True)
 
     def _done(self) -> float:
-        return sum(flops * _share(Path(out)) for out, flops in self.flops.items())
+        return sum(flops * _share(run) for run, flops in self.flops)
 
 
 def _which(run: Run) -> str:
@@ -322,15 +326,11 @@ def flops_of(run: Run) -> float:
     return steps * step_flops(run.config, run.config.capacity_warmup_steps)
 
 
-def _share(path: Path) -> float:
+def _share(run: Run) -> float:
     """How much of a run is done, from 0 to 1."""
+    path = Path(run.config.out)
     if (path / RESULT).is_file():
         return 1.0
-    if not (path / "metrics.jsonl").is_file() or not (path / "train.json").is_file():
-        return 0.0
-    rows = read_metrics(path / "metrics.jsonl")
-    if not rows:
-        return 0.0
-    config = load_config(path / "train.json")
-    first = rows[0]["step"] if config.branch_from else 0
-    return min(1.0, (rows[-1]["step"] - first) / max(1, total_steps(config) - first))
+    rows = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else []
+    done = rows[-1]["step"] - run.branch_step if rows else 0
+    return min(1.0, done / max(1, total_steps(run.config) - run.branch_step))

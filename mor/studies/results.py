@@ -15,6 +15,7 @@ from mor import costs
 from mor.config import ModelConfig
 from mor.data import TaskData, Windows
 from mor.evaluate import by_hops, evaluate
+from mor.files import read_json
 from mor.metrics import read_metrics
 from mor.model import Transformer
 from mor.studies.exits import early_exits
@@ -23,6 +24,9 @@ from mor.train import TrainResult
 from mor.train_config import load_config
 
 TABLE = "results.sqlite"
+NEEDED = (  # of a result, by tables, figures and fits
+    *("validation_nll", "mean_depth", "family", "params", "looped_params", "tokens", "train_flops", "train_s"),
+)
 HEALTH = ("dead_positions", "agreement", "max_violation", "depth_entropy")
 
 
@@ -98,17 +102,25 @@ def collect(study: Path) -> list[dict[str, Any]]:
 
 
 def _row(path: Path) -> dict[str, Any]:
-    about = json.loads((path / ABOUT).read_text())
+    about = known(path / ABOUT, "row", "variant", "stage", "seed", "budget", "labels")
     row: dict[str, Any] = {"path": str(path), "status": "unfinished", "reason": None}
-    if (path / ERROR).is_file():
-        row |= {"status": "failed", "reason": (path / ERROR).read_text().splitlines()[0]}
-    row |= {name: about[name] for name in ("row", "variant", "stage", "seed", "budget")}
-    row |= {f"label_{name}": label for name, label in about["labels"].items()}
+    labels = about["labels"].items()
+    row |= {k: about[k] for k in ("row", "variant", "stage", "seed", "budget")} | {f"label_{k}": v for k, v in labels}
     if (path / "train.json").is_file():
         row |= {f"config_{k.replace('.', '_')}": v for k, v in flat(asdict(load_config(path / "train.json"))).items()}
     if (path / RESULT).is_file():
-        row |= {"status": "finished", "reason": None} | json.loads((path / RESULT).read_text())
+        row |= {"status": "finished"} | known(path / RESULT, *NEEDED)
+    if (path / ERROR).is_file():  # of a finished one, too: the study now asks for another run in its place
+        row |= {"status": "failed", "reason": next(iter((path / ERROR).read_text().splitlines()), "unknown")}
     return row
+
+
+def known(path: Path, *names: str) -> dict[str, Any]:
+    """A JSON file that has these entries. Raises ValueError if it has not."""
+    values = read_json(path)
+    if missing := [name for name in names if name not in values]:
+        raise ValueError(f"{path} has no {', '.join(missing)}; delete it and start the study again to have it anew")
+    return values
 
 
 def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -39,7 +39,7 @@ from typing import Any
 
 from mor.config import ModelConfig, RouterConfig, from_dict, preset
 from mor.data import vocab_size
-from mor.train_config import TrainConfig, total_steps
+from mor.train_config import TrainConfig, cooled, total_steps
 
 # What a study adds to a run directory: the numbers of a finished run, why a run failed, its place in the study.
 RESULT, ERROR, ABOUT = "result.json", "error.txt", "study.json"
@@ -249,7 +249,7 @@ def main_runs(study: Study, out: Path, rates: Mapping[str, float]) -> list[list[
     ]  # a whole seed, then the next
 
 
-BRANCH_POINTS = 4  # checkpoints of the stable run up to the first budget's cool-down
+BRANCH_POINTS = 4  # steps of the stable run to branch off, up to the first budget's cool-down
 
 
 def _budget_runs(study: Study, row: Row, config: TrainConfig, place: Path) -> Iterator[Run]:
@@ -259,18 +259,19 @@ def _budget_runs(study: Study, row: Row, config: TrainConfig, place: Path) -> It
     every = max(1, round(steps[0] * stable / BRANCH_POINTS))
     # The warm-up is that of the smallest budget; it must not be longer for the run they share.
     optim = replace(config.optim, warmup=config.optim.warmup * steps[0] / steps[-1])
-    trunk = replace(config, optim=optim, steps=steps[-1], flops=None, save_every=every, keep=0)
+    points = [round(total * stable / every) * every for total in steps[:-1]]
+    trunk = replace(config, optim=optim, steps=steps[-1], flops=None, save_every=every, keep_steps=tuple(points))
     names = [place / f"flops-{budget:g}" / f"seed-{config.seed}" for budget in study.budgets]
     yield replace(_run(study, row, "main", trunk, names[-1]), budget=study.budgets[-1])
-    for budget, total, name in zip(study.budgets[:-1], steps, names, strict=False):
-        at = round(total * stable / every) * every
+    for budget, total, at, name in zip(study.budgets, steps, points, names, strict=False):
         last = steps[-1] - round(steps[-1] * config.optim.cooldown)
         if not 0 < at <= min(last, total - 1):
             raise ValueError(
                 f"{row.name}: a budget of {budget:g} FLOPs is {total} steps, too near the largest one "
                 f"({steps[-1]} steps) to branch off its stable phase; leave it out or lower optim.cooldown"
             )
-        made = _run(study, row, "branch", replace(config, steps=total, flops=None), name)
+        start = names[-1] / "checkpoints" / f"step-{at:08d}"
+        made = _run(study, row, "branch", cooled(trunk, start, total, total - at), name)
         yield replace(made, budget=budget, trunk=str(names[-1]), branch_step=at)
 
 
