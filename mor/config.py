@@ -311,6 +311,8 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
 
     Raises ValueError for an unknown key, with a suggestion, for a missing one and for a value of another type.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{cls.__name__} is made of a table of settings, got {values!r}")
     known, hints = {f.name: f for f in fields(cls)}, get_type_hints(cls)
     made = {}
     for key, value in values.items():

@@ -20,7 +20,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise ValueError(f"{path} is damaged: {error}; delete it or take it from a copy") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it holds no table")
+        raise ValueError(f"{path} is damaged: it holds no table; delete it or take it from a copy")
     return values

@@ -89,9 +89,10 @@ def run_one(run: Run, threads: int) -> Outcome:
 def _run_alone(run: Run, path: Path) -> Status:
     (path / ERROR).unlink(missing_ok=True)
     try:
-        if is_done(path, run.config):
-            return "kept"
+        done = is_done(path, run.config)
         write_json(path / ABOUT, {k: v for k, v in asdict(run).items() if k != "config"})
+        if done:
+            return "kept"
         check_trunk(run)
         result = train(run.config, resume=True, console=Console(quiet=True))
         if result.finished:
@@ -308,7 +309,8 @@ class _Bar:
             return
         run = outcome.run
         text = f"{outcome.status:<11} {run.stage:<6} {run.row}, {_which(run)}"
-        self.console.print(f"{text}: {outcome.reason}" if outcome.reason else text, highlight=False, soft_wrap=True)
+        text += f": {outcome.reason}" if outcome.reason else ""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _done(self) -> float:
         return sum(flops * _share(run) for run, flops in self.flops)

@@ -97,8 +97,17 @@ def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def collect(study: Path) -> list[dict[str, Any]]:
-    """A row for every run directory of a study: settings, place in the study, status, numbers."""
-    return [_row(path.parent) for path in sorted(study.glob(f"*/**/{ABOUT}"))]
+    """A row for every run directory of a study: settings, place in the study, status, numbers.
+
+    Raises ValueError for a damaged file, and for two directories that hold the same run.
+    """
+    rows = [_row(path.parent) for path in sorted(study.glob(f"*/**/{ABOUT}"))]
+    taken: dict[tuple[Any, ...], str] = {}
+    for row in [row for row in rows if row["stage"] != "tuning"]:
+        other = taken.setdefault((row["row"], row["seed"], row["budget"]), row["path"])
+        if other != row["path"]:
+            raise ValueError(f"{other} and {row['path']} hold the same run; move one out of the study's folder")
+    return rows
 
 
 def _row(path: Path) -> dict[str, Any]:
@@ -106,7 +115,7 @@ def _row(path: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"path": str(path), "status": "unfinished", "reason": None}
     labels = about["labels"].items()
     row |= {k: about[k] for k in ("row", "variant", "stage", "seed", "budget")} | {f"label_{k}": v for k, v in labels}
-    if (path / "train.json").is_file():
+    if (path / "train.json").is_file() or (path / RESULT).is_file():
         row |= {f"config_{k.replace('.', '_')}": v for k, v in flat(asdict(load_config(path / "train.json"))).items()}
     if (path / RESULT).is_file():
         row |= {"status": "finished"} | known(path / RESULT, *NEEDED)
@@ -159,7 +168,7 @@ def tuned_rates(rows: Iterable[dict[str, Any]], rates: Sequence[float]) -> dict[
     """By row of the study: the one of these rates whose short run has the lowest causal validation NLL."""
     best: dict[str, dict[str, Any]] = {}
     for row in finished(rows, "tuning"):
-        if row["config_optim_lr"] not in rates:  # of an earlier version of the file
+        if row.get("config_optim_lr") not in rates:  # of an earlier version of the file
             continue
         if row["row"] not in best or row["validation_nll"] < best[row["row"]]["validation_nll"]:
             best[row["row"]] = row

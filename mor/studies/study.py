@@ -35,9 +35,9 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from mor.config import ModelConfig, RouterConfig, from_dict, preset
+from mor.config import ModelConfig, RouterConfig, fits, from_dict, preset
 from mor.data import vocab_size
 from mor.train_config import TrainConfig, cooled, total_steps
 
@@ -71,9 +71,9 @@ class Study:
     title: str
     question: str = ""
     base: dict[str, Any] = field(default_factory=dict)
-    shapes: dict[str, Any] = field(default_factory=dict)
-    variants: dict[str, Any] = field(default_factory=dict)
-    axes: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    axes: dict[str, list[Any] | dict[str, dict[str, Any]]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     reference: str = ""
     depth_pays: DepthPays = field(default_factory=DepthPays)
@@ -88,6 +88,8 @@ class Study:
     def __post_init__(self) -> None:
         if not self.variants:
             raise ValueError("a study needs at least one [variants.NAME]; an empty table takes the base as it is")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must differ, got {list(self.seeds)}")
         if not self.seeds:
             raise ValueError("a study needs at least one seed; three or more for a claim")
         control = self.depth_pays
@@ -98,6 +100,7 @@ class Study:
                 )
         if self.tuning.seed in self.seeds:
             raise ValueError(f"tuning.seed={self.tuning.seed} is one of the seeds that count; choose another")
+        _check_places(self)
         if self.budgets and sorted(self.budgets) != list(self.budgets):
             raise ValueError(f"budgets must grow, got {self.budgets}")
 
@@ -112,7 +115,11 @@ class Row:
 
     @property
     def name(self) -> str:
-        return ", ".join([self.variant, *(f"{axis} {label}" for axis, label in self.labels.items())])
+        return row_name(self.variant, self.labels)
+
+
+def row_name(variant: str, labels: Mapping[str, str]) -> str:
+    return ", ".join([variant, *(f"{axis} {label}" for axis, label in labels.items())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +149,8 @@ def load_study(path: Path, *, size: Path | None = None) -> Study:
     """
     values = tomllib.loads(path.read_text())
     named = values.pop("size", None)
+    if not isinstance(named, str | None):
+        raise ValueError(f"size names a file such as 'sizes/small.toml', got {named!r}")
     if size is None and named is not None:
         size = path.parent / named
     return from_dict(Study, merge(tomllib.loads(size.read_text()) if size else {}, values))
@@ -150,15 +159,39 @@ def load_study(path: Path, *, size: Path | None = None) -> Study:
 def study_rows(study: Study) -> list[Row]:
     """Raises ValueError naming the variant whose settings do not fit together."""
     found = []
-    for variant, changes in study.variants.items():
-        for choice in itertools.product(*(_values(name, values) for name, values in study.axes.items())):
-            labels = {axis.rpartition(".")[2]: label for axis, label, _ in choice}
-            try:
-                settings = merge(study.base, _shape(study, changes), *(s for _, _, s in choice))
-                found.append(Row(variant=variant, labels=labels, config=train_config(settings)))
-            except ValueError as error:
-                raise ValueError(f"variant {variant!r} {dict(labels) or ''}: {error}") from None
+    for variant, labels, settings in _grid(study):
+        try:
+            merged = merge(study.base, _shape(study, study.variants[variant]), *settings)
+            found.append(Row(variant=variant, labels=labels, config=train_config(merged)))
+        except ValueError as error:
+            raise ValueError(f"variant {variant!r} {labels or ''}: {error}") from None
     return found
+
+
+def _grid(study: Study) -> Iterator[tuple[str, dict[str, str], list[dict[str, Any]]]]:
+    """Every variant with every value of every axis: labels by axis, and what each value sets."""
+    for variant in study.variants:
+        for choice in itertools.product(*(_values(name, values) for name, values in study.axes.items())):
+            yield variant, {_label(axis): label for axis, label, _ in choice}, [s for _, _, s in choice]
+
+
+def _label(axis: str) -> str:
+    return axis.rpartition(".")[2]
+
+
+def _check_places(study: Study) -> None:
+    """Every row needs a folder of its own, every axis a column of the table, whose names know no case."""
+    columns = {_label(axis).lower(): axis for axis in study.axes}
+    if twins := [axis for axis in study.axes if columns[_label(axis).lower()] != axis]:
+        raise ValueError(f"axes {twins[0]!r} and {columns[_label(twins[0]).lower()]!r} have the same label; rename one")
+    taken: dict[str, str] = {}
+    for name in (row_name(variant, labels) for variant, labels, _ in _grid(study)):
+        folder = folder_name(name)
+        if not folder or folder.startswith("."):
+            raise ValueError(f"the row {name!r} gets no folder of that name; begin with one of A-Z, a-z, 0-9, + and -")
+        if folder in taken:
+            raise ValueError(f"the rows {taken[folder]!r} and {name!r} would share the folder {folder!r}; rename one")
+        taken[folder] = name
 
 
 def _shape(study: Study, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +200,7 @@ def _shape(study: Study, changes: Mapping[str, Any]) -> dict[str, Any]:
     like = changes.get("like")
     if like is None:
         return own
-    if like not in study.shapes:
+    if not isinstance(like, str) or like not in study.shapes:
         raise ValueError(f"like={like!r} is no shape; there are {', '.join(study.shapes) or 'none'}")
     return merge(study.shapes[like], own)
 
@@ -197,7 +230,9 @@ def merge(*tables: Mapping[str, Any]) -> dict[str, Any]:
 def train_config(settings: Mapping[str, Any]) -> TrainConfig:
     """A run's settings; the model's may be those of :func:`mor.config.preset`."""
     values = dict(settings)
-    if "model" in values:
+    if dotted := [key for key in values if "." in key]:
+        raise ValueError(f"write {dotted[0]} without quotes: with them it is one name, not a path")
+    if isinstance(values.get("model"), Mapping):
         values["model"] = _model(values["model"])
     config = from_dict(TrainConfig, values)
     # What a budget buys depends on the vocabulary, which the data brings along.
@@ -207,6 +242,9 @@ def train_config(settings: Mapping[str, Any]) -> TrainConfig:
 def _model(table: Mapping[str, Any]) -> ModelConfig:
     if "preset" not in table:
         return from_dict(ModelConfig, table)
+    hints = get_type_hints(preset) | {"preset": str, "router": Any}
+    if wrong := [f"{key} = {value!r}" for key, value in table.items() if not fits(value, hints.get(key, Any))]:
+        raise ValueError(f"model.{wrong[0]} is of the wrong type")
     rest = {key: value for key, value in table.items() if key not in ("preset", "router")}
     return preset(table["preset"], router=from_dict(RouterConfig, table.get("router", {})), **rest)
 
