@@ -5,10 +5,12 @@ import os
 import shutil
 import signal
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from rich.console import Console
 from test_sweep import BASE, QUIET, study, study_file
 
 from mor.cli import main
@@ -45,7 +47,9 @@ def killed(run, times):
 
 def test_a_killed_worker_fails_no_other_run_and_is_tried_again_alone(tmp_path):
     always, once, whole = main_runs(study(tmp_path), tmp_path / "out", {})[0][:3]
-    outcomes = launch([killed(always, 1000), killed(once, 1), whole], Workers(jobs=2), QUIET, folder=tmp_path)
+    runs, console = [killed(always, 1000), killed(once, 1), replace(whole, row="[/b]")], Console(file=StringIO())
+    outcomes = launch(runs, Workers(jobs=2), console, folder=tmp_path)
+    assert "finished    main   [/b], seed" in console.file.getvalue()
     assert {o.run.config.out: (o.status, o.reason) for o in outcomes} == {
         always.config.out: ("failed", DIED),
         once.config.out: ("finished", ""),
@@ -99,6 +103,8 @@ def test_branches_outlive_the_checkpoints_they_began_with(tmp_path):
     assert run_one(branch, 1).status == "kept"
     assert "optim.lr 0.003, now 0.5" in run_one(other, 1).reason
     assert [row["status"] for row in collect(tmp_path / "out")] == ["failed", "finished"], "not what is asked for now"
+    assert run_one(branch, 1).status == "kept"
+    assert [row["status"] for row in collect(tmp_path / "out")] == ["finished", "finished"]
 
 
 @pytest.mark.parametrize("name", ["train.json", "study.json", "result.json"])
@@ -120,10 +126,18 @@ def test_damaged_files_are_named(name, tmp_path):
         collect(tmp_path)
 
 
-def test_files_are_written_whole_or_not_at_all(tmp_path):
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"a": 2, "b": object()})
+
+    def half(path, text):
+        with path.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError("no space left")
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", half)
+        with pytest.raises(OSError, match="no space"):
+            write_json(tmp_path / "a.json", {"a": 2})
     assert read_json(tmp_path / "a.json") == {"a": 1}
 
 
