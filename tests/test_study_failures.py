@@ -179,6 +179,9 @@ def test_a_study_that_cannot_run_is_refused_in_one_line(tmp_path, more, message)
         ("seeds = [0, 1]", "seeds = 3", "Study.seeds must be list.*, got 3"),
         ("seeds = [0, 1]", 'seeds = [0.5, "x"]', "Study.seeds must be"),
         ("seeds = [0, 1]", "seeds = [1, 1]", "seeds must differ"),
+        ("seeds = [0, 1]", "budgets = [1e7, 1e7]", "budgets must be positive and grow"),
+        ("seeds = [0, 1]", "budgets = [0, 1e7]", "budgets must be positive and grow"),
+        ("windows = 8", "windows = 0", "windows must be at least 1"),
     ],
 )
 def test_settings_of_the_study_itself_are_checked(tmp_path, before, after, message):

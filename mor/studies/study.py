@@ -101,8 +101,10 @@ class Study:
         if self.tuning.seed in self.seeds:
             raise ValueError(f"tuning.seed={self.tuning.seed} is one of the seeds that count; choose another")
         _check_places(self)
-        if self.budgets and sorted(self.budgets) != list(self.budgets):
-            raise ValueError(f"budgets must grow, got {self.budgets}")
+        if sorted({0.0, *self.budgets}) != [0.0, *self.budgets]:
+            raise ValueError(f"budgets must be positive and grow, got {list(self.budgets)}")
+        if self.windows < 1:
+            raise ValueError(f"windows must be at least 1, got {self.windows}")
 
 
 @dataclass(frozen=True, kw_only=True)
