@@ -185,7 +185,7 @@ def _side_by_side(
 ) -> Iterator[Outcome]:
     """A process for every run, as many at a time as there are places: GPUs, or empty names."""
     context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    # What every run imports sooner or later is imported once; its process then starts in half a second, not in five.
+    # What every run imports sooner or later is imported once, not by each process anew: that takes seconds.
     multiprocessing.set_forkserver_preload([__name__, "mor.shares", "torch._dynamo"])
     left, free = deque(runs), deque(places)
     going: dict[Connection, tuple[Run, str, BaseProcess]] = {}
