@@ -108,12 +108,12 @@ def by_hops(model: Transformer, data: TaskData, seq_len: int, max_windows: int) 
     for start in range(0, count, 16):
         indices = range(start, min(start + 16, count))
         batch = data.problems(indices, seq_len)
-        output = model(batch.tokens_BT)
-        right_BT = (output.logits_BTV.argmax(-1) == batch.targets_BT).float()
+        output = model(batch.tokens_BT.to(model.embedding.weight.device))
+        right_BT = (output.logits_BTV.argmax(-1).cpu() == batch.targets_BT).float()
         for total, value_BT in (
             (asked, torch.ones_like(right_BT)),
             (right, right_BT),
-            (depth, output.routing.depth_BT),
+            (depth, output.routing.depth_BT.cpu()),
         ):
             total.index_add_(0, batch.hops_BT.flatten(), value_BT.flatten().float())
     return {

@@ -51,11 +51,18 @@ class Tokenizer:
         return hashlib.sha256(known.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Raises ValueError if the text cannot be written as UTF-8."""
+        return self._encoding(text).ids
+
+    def _encoding(self, text: str, *, add_special_tokens: bool = False) -> tokenizers.Encoding:
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError as error:  # a command line's bytes that are not UTF-8 come as lone surrogates
+            raise ValueError(f"the text is not valid UTF-8: {text[:40]!r}") from error
 
     def encode_prompt(self, text: str) -> list[int]:
         """Tokens of a text to continue, with the beginning-of-text token where the tokenizer puts one (Llama 2, 3)."""
-        return self.backend.encode(text).ids
+        return self._encoding(text, add_special_tokens=True).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -67,7 +74,7 @@ class Tokenizer:
     def encode_with_pieces(self, text: str) -> tuple[list[int], list[str]]:
         """Ids, and for each the piece of ``text`` it stands for, which together are the text, special tokens included;
         characters of several tokens appear with the last of them."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         spans = [*encoding.offsets, (len(text), len(text))]
         ends = [min(end, following) for (_, end), (following, _) in pairwise(spans)]
         bounds = [0, *ends[:-1], len(text)]

@@ -142,19 +142,24 @@ def test_groups_by_place_and_frequency():
     assert frequency_groups([1, 1, 5, 5, 9, 9]) == [*["rare (1–5)"] * 4, *["middle (9)"] * 2]
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say_even_when_tokens_of_a_block_are_alike():
-    generator, covered = np.random.default_rng(1), 0
-    for trial in range(200):
-        block = generator.normal(0, 1, 40)
-        values = np.repeat(block, 8) + generator.normal(0, 0.1, 320)
-        (mean,) = group_means(values, ["a"] * 320, np.repeat(np.arange(40), 8), samples=400, seed=trial)
+@pytest.mark.parametrize(("blocks", "rare"), [(3, False), (8, False), (40, False), (16, True)])
+def test_intervals_cover_the_truth_as_often_as_they_say_even_when_tokens_of_a_block_are_alike(blocks, rare):
+    """Blocks of 8 tokens that hardly differ; rare: the group has two tokens in one block and one in another."""
+    generator, covered, places = np.random.default_rng(1), 0, np.repeat(np.arange(blocks), 8)
+    groups = np.where(np.isin(np.arange(len(places)), [3, 5, 40]) | (not rare), "a", "b").tolist()
+    for _ in range(400):
+        values = generator.normal(0, 1, blocks)[places] + generator.normal(0, 0.1, len(places))
+        mean = next(found for found in group_means(values, groups, places) if found.group == "a")
         covered += mean.low <= 0 <= mean.high
-    assert 180 <= covered <= 198  # 95% nominal; taking tokens for independent would cover about half
+    assert 366 <= covered <= 393  # 95% nominal, 380, within three standard deviations
 
 
 def test_a_group_in_one_block_has_a_mean_and_no_interval():
-    found = group_means([1.0, 3.0, 5.0], ["a", "a", "b"], [0, 1, 1])
-    assert (found[0].mean, found[0].count) == (2.0, 2) and found[0].low == 1.0 and found[0].high == 3.0
+    # Sums 1 and 8 of 1 and 2 values: mean 3, residues -2 and 2, so the deviation is sqrt(2 / 1 * 8) / 3 = 4 / 3.
+    found = group_means([1.0, 3.0, 5.0, 5.0], ["a", "a", "a", "b"], [0, 1, 1, 1])
+    half = 12.706205 * 4 / 3
+    assert (found[0].mean, found[0].count) == (3.0, 3)
+    assert (found[0].low, found[0].high) == (pytest.approx(3 - half), pytest.approx(3 + half))
     assert (found[1].mean, found[1].low, found[1].high) == (5.0, None, None)
     assert group_means([], [], []) == []
 

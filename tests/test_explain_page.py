@@ -2,12 +2,15 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 
 import pytest
 from conftest import CHROMIUM, tiny
 
 from mor import checkpoint
-from mor.analysis.explain import explain
+from mor.analysis.explain import Explanation, explain
+from mor.analysis.intervals import GroupMean
 from mor.analysis.page import render
 from mor.cli import main
 from mor.config import RouterConfig
@@ -86,8 +89,37 @@ def test_the_command_writes_a_page_and_prints_json(checkpoints, tmp_path, capsys
     assert one["tokens"][0]["count"] == TEXT.encode().count(b"T") and len(two["tokens"]) < 40
     main(["explain", str(checkpoints / "bpe"), *source[:4], "--compare", str(checkpoints / "bytes"), "--json"])
     one, two = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["models"]
-    assert len(one["tokens"]) == 40 < len(two["tokens"]) and one["text"] == two["text"], "cut once, by the first"
+    assert len(one["tokens"]) < 40 == len(two["tokens"]) and one["text"] == two["text"], "no more of either model"
     assert list(tmp_path.glob("*.html")) == [out], "--json alone writes no page"
+
+
+def test_the_limit_holds_for_both_models(checkpoints, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT * 25)
+    arguments = ["explain", str(checkpoints / "bpe"), "--file", str(tmp_path / "text.txt")]
+    assert len(checkpoint.load(checkpoints / "bpe").tokenizer.encode(TEXT * 25)) < 2048
+    with pytest.raises(SystemExit):
+        main([*arguments, "--compare", str(checkpoints / "bytes")])
+    error = capsys.readouterr().err
+    assert (
+        "bytes are too many for a page; --max-tokens 2048" in error and f"{25 * len(TEXT.encode()):,} tokens" in error
+    )
+
+
+def test_names_are_printed_as_they_are(checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoints / "bytes", "[red]:smile:[/x]")
+    main(["explain", "[red]:smile:[/x]", "--text", "abc", "--out", "[b].html"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("[b].html: ") and second.startswith("[red]:smile:[/x]: 3 tokens")
+
+
+def test_answers_are_not_compared_with_next_tokens_or_other_answers():
+    tokenizer, length = byte_tokenizer(), len(TEXT.encode())
+    text, *tasks = (explanation("fixed", tokenizer, answers=a and [a] * length) for a in (None, 70, 71))
+    for two in ([text, tasks[0]], [tasks[0], text], tasks):
+        with pytest.raises(ValueError, match="compare runs on the same task, or runs on text"):
+            render(two)
+    assert len(data_of(render([tasks[0], tasks[0]]))["models"]) == 2
 
 
 def test_a_run_on_a_task_is_judged_by_its_answers(tmp_path, capsys):
@@ -116,6 +148,7 @@ def test_a_run_on_a_task_is_judged_by_its_answers(tmp_path, capsys):
         (["--text", "abc", "--max-tokens", "0"], "--max-tokens"),
         (["--text", "abc", "--out", "missing/page.html"], "is not a folder"),
         (["--file", "missing.txt"], "missing.txt"),
+        (["--text", "a\udcff"], "the text is not valid UTF-8"),
     ],
 )
 def test_mistakes_end_in_one_line_that_helps(checkpoints, arguments, words, capsys):
@@ -188,6 +221,21 @@ def test_answers_are_shown_in_place_of_next_tokens(show):
     assert "none here" in page.locator("#detail").inner_text()
     page.get_by_label("surprise", exact=True).check()
     assert page.locator(".prose .tok.none").count() == len(ids) // 2
+
+
+@pytest.mark.browser
+def test_intervals_wider_than_the_axis_end_at_it(show, monkeypatch):
+    wide = GroupMean(group="2", count=3, mean=1.5, low=-40.0, high=40.0)
+    monkeypatch.setattr(Explanation, "by_class", lambda self: {"kind": [wide]})
+    monkeypatch.setattr(
+        Explanation, "counterfactuals", lambda self: {"fewer": [wide], "more": [replace(wide, low=None)]}
+    )
+    page = show([explanation("expert_choice")])
+    lines = page.locator("line.interval")
+    assert lines.count() == 2 and page.locator("circle.mean").count() == 3
+    for line in lines.all():
+        axis = line.locator("xpath=..").locator("line.axis")
+        assert [line.get_attribute(x) for x in ("x1", "x2")] == [axis.get_attribute(x) for x in ("x1", "x2")]
 
 
 @pytest.mark.browser
@@ -265,6 +313,8 @@ def test_text_can_be_read_on_every_shade(show, scheme):
 def test_a_narrow_page_does_not_overflow_and_print_shows_everything(show):
     page = show([explanation("expert_choice"), explanation("fixed")], viewport={"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.locator("#bar").click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.emulate_media(media="print")
     assert not page.locator("#detail").is_visible()
     full = page.evaluate(
@@ -272,3 +322,26 @@ def test_a_narrow_page_does_not_overflow_and_print_shows_everything(show):
     )
     assert full, "nothing is cut off by a scrolling panel"
     assert page.pdf()[:4] == b"%PDF"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("size", [(1000, 800), (800, 600)])
+def test_on_a_narrow_page_the_detail_is_a_line_that_opens(show, size):
+    found, other = explanation("expert_choice"), explanation("fixed", name="other")
+    page = show([found, other], viewport=dict(width=size[0], height=size[1]))
+    bar, facts = page.locator("#bar"), page.locator("#facts")
+    top = bar.bounding_box()["y"]
+    for first in ("#t0-0", "#t1-0"):
+        box = page.locator(first).bounding_box()
+        assert box["y"] + box["height"] < top, "the text begins above the line"
+    page.locator("#t0-2").hover()
+    token = found.tokens[2]
+    said = f"depth {token.depth} of 3 → ␣ · log p {token.logprob:.2f}".replace("-", "−")
+    assert said in bar.inner_text() and not facts.is_visible()
+    bar.focus()
+    page.keyboard.press("Enter")
+    assert facts.is_visible() and bar.get_attribute("aria-expanded") == "true"
+    bar.click()
+    assert not facts.is_visible()
+    page.set_viewport_size(dict(width=1400, height=800))
+    assert facts.is_visible() and not bar.is_visible()

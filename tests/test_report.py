@@ -4,18 +4,23 @@ import csv
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import tiny
 from matplotlib import image
 from test_corpus_analysis import TEXT, WINDOW
 
 from mor import checkpoint
+from mor.analysis import figures
 from mor.analysis.report import ENTRIES, analyses, report_page, run_tables, write, write_table
 from mor.checkpoint import Checkpoint
 from mor.cli import main
 from mor.data import tokenize
 from mor.sources import Document
+from mor.studies import figures as study_figures
+from mor.studies.scaling import Optimum, Point
 from mor.tokenizer import byte_tokenizer
 
 ALL = ENTRIES.keys() - {"loss", "router_health"}
@@ -121,11 +126,65 @@ def test_the_command_reports_a_run_and_collects_again_without_analysing(tmp_path
     (tmp_path / "text.txt").write_text(TEXT * 6)
     main(["report", str(run), "--data", str(tmp_path / "text.txt"), "--seq-len", "24", "--max-windows", "4"])
     page = (run / "report.html").read_text()
-    assert all(f'id="{name}"' in page for name in ENTRIES) and "1.5500" in page
+    assert all(f'id="{name}"' in page for name in ENTRIES) and "1.5500" in page and "collapsed" not in page
     assert "report.html" in capsys.readouterr().out
     (run / "tables" / "extra.csv").write_text("a,b\n1,2\n")
     main(["report", str(run), "--no-analyse", "--out", str(tmp_path / "again.html")])
     assert 'id="extra"' in (tmp_path / "again.html").read_text()
+
+
+@pytest.mark.parametrize("length", [1, 24])
+def test_a_collapsed_router_is_reported_as_one(length, tmp_path):
+    model = tiny("expert_choice", vocab_size=257)
+    model.recursions.router.threshold_R.fill_(1)
+    checkpoint.save(tmp_path / "checkpoints" / "step-00000002", model, byte_tokenizer())
+    (tmp_path / "text.txt").write_text(TEXT * 2)
+    write_table([{"layer": 0}], tmp_path / "tables" / "kv_similarity.csv")
+    source = ["--data", str(tmp_path / "text.txt"), "--seq-len", str(length), "--max-windows", "4"]
+    main(["report", str(tmp_path), *source])
+    page = (tmp_path / "report.html").read_text()
+    assert "<dt>router collapsed</dt><dd>none of the" in page and "tokens takes recursion 2 or 3</dd>" in page
+    with (tmp_path / "tables" / "separation.csv").open(newline="") as file:
+        assert [row["recursion"] for row in csv.DictReader(file)] == ["2"], "nothing was scored for recursion 3"
+    assert 'id="score_histogram"' in page and 'id="kv_similarity"' not in page, "nothing is left of an older report"
+
+
+@pytest.mark.parametrize("broken", ["embedding.weight", "recursions.router"])
+def test_a_model_that_gives_no_numbers_is_refused(broken, tmp_path, capsys):
+    model = tiny("expert_choice", vocab_size=257)
+    with torch.no_grad():
+        [p for name, p in model.named_parameters() if name.startswith(broken)][-1].fill_(math.nan)
+    run = checkpoint.save(tmp_path / "checkpoints" / "step-00000002", model, byte_tokenizer()).parent.parent
+    (tmp_path / "text.txt").write_text(TEXT)
+    for command in (
+        ["report", "--seq-len", "24", "--data"],
+        ["explain", "--out", str(tmp_path / "page.html"), "--file"],
+    ):
+        with pytest.raises(SystemExit):
+            main([command[0], str(run), *command[1:], str(tmp_path / "text.txt")])
+        assert "gives values that are not finite" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_names_of_rows_and_families_stand_in_the_figures_as_they_are(tmp_path):
+    names = ["_hidden", r"$\foo$", "a $1 b"]
+    run = dict(validation_nll=1.0, answers_right_by_hops=[0.5, 1.0], mean_depth_by_hops=[1.0, 1.5, 2.0])
+    rows = [SimpleNamespace(row=n, nll=1.0, difference=0.1, difference_low=None, difference_high=None) for n in names]
+    points = [
+        Point(family=n, size=s, budget=1e12, tokens=1e6, nll=(s - 2e6) ** 2) for n in names for s in (1e6, 2e6, 4e6)
+    ]
+    bounds = dict.fromkeys(("size", "size_low", "size_high", "tokens", "tokens_low", "tokens_high"), 2e6)
+    best = [Optimum(family=name, budget=1e12, nll=0.0, inside=True, **bounds) for name in names]
+    runs = {name: {0: run} for name in names}
+    for kind, figure in {
+        "rows": study_figures.rows_figure(rows, runs),
+        "hops": study_figures.hops_figure(rows, runs),
+        "isoflop": study_figures.isoflop_figure(points, best, size_name="size"),
+        "paths": study_figures.paths_figure(best, size_name="size"),
+    }.items():
+        figures.save(figure, tmp_path, kind)
+        svg = (tmp_path / f"{kind}.svg").read_text()
+        assert all(f">{name}</text>" in svg for name in names), kind
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,8 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         ("[variants.x]\nmodel = 3", "TrainConfig.model must be ModelConfig, got 3"),
         ("[variants.x]\nmodel.router = 'random'", "RouterConfig is made of a table"),
         ("[variants.x]\nmodel.num_recursions = 'two'", "model.num_recursions = 'two' is of the wrong type"),
+        ("[variants.x]\nat = 3", "'at' is a table"),
+        ("[variants.x]\nat.z = {}", "no axis has the value 'z'"),
         ("[variants]\nx = 3", "Study.variants must be"),
         ("[axes]\nx = 3", "Study.axes must be"),
     ],

@@ -199,6 +199,14 @@ def test_budgets_share_a_stable_run_and_get_their_flops(tmp_path):
     assert rates == sorted(rates, reverse=True) and rates[0] <= config.optim.lr and rates[-1] < rates[0]
 
 
+def test_every_seed_draws_its_own_random_depths(tmp_path):
+    routed = study(tmp_path, '[variants.random]\nmodel = { num_recursions = 2, router = { kind = "random" } }\n')
+    runs = main_runs(routed, tmp_path / "out", {})[0]
+    drawn = [(run.config.seed, run.config.model.router.seed) for run in runs if run.row == "random"]
+    assert drawn == [(seed, seed) for seed in routed.seeds] and len(drawn) > 1
+    assert {run.config.model.router.seed for run in runs if run.row != "random"} == {0}
+
+
 def test_a_cluster_gets_the_same_runs(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
     runs = main_runs(study(tmp_path), tmp_path / "out", {})[0][:2]

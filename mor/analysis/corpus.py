@@ -54,7 +54,8 @@ class Reading:
 def read(model: Transformer, data: Windows, *, seq_len: int, max_windows: int = 32) -> Reading:
     """Read up to ``max_windows`` windows of ``seq_len`` tokens, spread evenly over the data.
 
-    Documents in a window are not masked from each other. Raises ValueError if the data is shorter than a window.
+    Documents in a window are not masked from each other. Raises ValueError if the data is shorter than a window, and
+    if the model gives NaN or infinity.
     """
     available = data.windows(seq_len)
     if available < 1:
@@ -66,7 +67,14 @@ def read(model: Transformer, data: Windows, *, seq_len: int, max_windows: int = 
     view, routings, caches, states = with_router(model, recorder), [], [], []
     for tokens_1T in tokens_BT.split(1):
         caches.append(KVCache(model.config, 1, device=weight.device, dtype=weight.dtype))
-        routings.append(view(tokens_1T, cache=caches[-1], logits="none").routing)
+        output = view(tokens_1T, cache=caches[-1], logits="last")
+        routing = output.routing
+        seen = (output.logits_BTV, routing.score_MR, *(step.causal_logit_C for step in routing.steps))
+        if not all(x is None or x.isfinite().all() for x in seen):
+            raise ValueError(
+                "the model gives values that are not finite; its weights are broken, take another checkpoint"
+            )
+        routings.append(routing)
         states.append(recorder.states_MD)
     return Reading(model, tokens_BT, targets_BT, routings, caches, states)
 
@@ -104,11 +112,12 @@ def depth_predictors(reading: Reading) -> Rows:
     """How much of the depth a lookup table would know: the share of its variance in the second half of the windows
     that the mean depth of equal tokens, previous tokens or positions in the first half explains (R², may be < 0).
 
-    Near 1 for the token alone: the router decides by what token it is. Empty for fewer than two windows.
+    Near 1 for the token alone: the router decides by what token it is. Empty for fewer than two windows and for
+    equal depths.
     """
     tokens_BT, depth_BT = reading.tokens_BT[:, 1:], reading.depth_BT[:, 1:].double()
     half = len(tokens_BT) // 2
-    if not half or float(depth_BT[half:].var(correction=0)) == 0:
+    if not half or len(depth_BT[half:].unique()) < 2:
         return []
     place_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
     looked_up = {"token": tokens_BT, "previous token": reading.tokens_BT[:, :-1], "position": place_BT}
@@ -165,7 +174,8 @@ def score_histogram(reading: Reading, bins: int = 20) -> Rows:
     """How far router scores are from being two-valued: counts by recursion, bin and decision.
 
     Expert-choice: sigmoid of the logit that the threshold looks at, over the candidates of each recursion that
-    selects. Token-choice: each depth's share of the scores. Empty for routers that score nothing.
+    selects; recursions without candidates are left out. Token-choice: each depth's share of the scores. Empty for
+    routers that score nothing.
     """
     rows: Rows = []
     for r, capacity in enumerate(reading.model.config.capacities):
@@ -180,7 +190,7 @@ def score_histogram(reading: Reading, bins: int = 20) -> Rows:
             elif step.causal_logit_C is not None and capacity < 1:
                 scores.append(step.causal_logit_C.sigmoid())
                 chosen.append(selected_M if step.candidate_C is None else selected_M[step.candidate_C])
-        if not scores:
+        if not sum(map(len, scores)):  # no token came as far
             continue
         score_C, chosen_C = torch.cat(scores), torch.cat(chosen)
         place_C = (score_C * bins).long().clamp(max=bins - 1)
@@ -291,7 +301,7 @@ def depth_scaling(
 
 
 def depth_by_token_class(reading: Reading, tokenizer: Tokenizer, counts: dict[int, int] | None = None) -> Rows:
-    """Mean depth by kind, position and frequency; 95% intervals from drawing windows anew."""
+    """Mean depth by kind, position and frequency; 95% intervals, for which a window is one observation."""
     tokens, kind = reading.tokens_BT.tolist(), []
     for ids in tokens:
         kind += kinds(tokenizer, ids, tokenizer.pieces(ids))
@@ -309,7 +319,8 @@ def depth_by_token_class(reading: Reading, tokenizer: Tokenizer, counts: dict[in
 
 def counterfactual_gains(reading: Reading) -> Rows:
     """Mean change of the target's log-probability, in nats, with one recursion fewer and one more for that token
-    alone, by the depth it took; 95% intervals from drawing windows anew. Tokens without a target do not count."""
+    alone, by the depth it took; 95% intervals, for which a window is one observation. Tokens without a target do
+    not count."""
     known: dict[str, list[tuple[float, str, int]]] = {"fewer": [], "more": []}
     for w, routing in enumerate(reading.routings):
         logp_RT = _exit_logprobs(reading, w, routing)

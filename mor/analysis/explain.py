@@ -190,7 +190,7 @@ def explain(
     that overlap by half, and each token is shown as in the window that gives it most context. counts:
     occurrences of token ids in a corpus (default: in the text). answers: of a model trained on a task, what is
     right at each token (see ``Task.answers``), in place of the next token. Raises ValueError for an empty text, a
-    window that does not fit the model and answers that do not fit the text.
+    window that does not fit the model, answers that do not fit the text and a model that gives NaN or infinity.
     """
     config, (ids, pieces) = model.config, tokenizer.encode_with_pieces(text)
     window = window or config.max_seq_len
@@ -216,8 +216,19 @@ def explain(
         i, start, end = len(tokens), end, end + len(pieces[len(tokens)])
         own = {key: values[i] for key, values in of_token.items()}
         tokens.append(TokenRecord(index=i, start=start, end=end, **own, **found))
+        if not _is_finite(tokens[-1]):
+            raise ValueError(
+                f"{name} gives values that are not finite (at token {i + 1}); its weights are broken, take another "
+                "checkpoint"
+            )
     asked: Literal["next token", "answer"] = "next token" if answers is None else "answer"
     return Explanation(name=name, text=text, model=describe(model), asked=asked, window=window, tokens=tokens)
+
+
+def _is_finite(token: TokenRecord) -> bool:
+    """Whether the model gave numbers for it: an entropy is NaN if any logit is NaN or infinite."""
+    found = [token.entropy, *(x for s in token.steps for x in (s.score, s.threshold, s.exit_entropy))]
+    return all(x is None or math.isfinite(x) for x in found)
 
 
 def describe(model: Transformer) -> dict[str, Any]:

@@ -52,6 +52,11 @@ def series(i: int) -> dict[str, Any]:
     return look | ({"markerfacecolor": "#ffffff", "linestyle": DASHES[(i + 1) % 6]} if i >= 6 else {})
 
 
+def literal(name: str) -> str:
+    """A user's name as a text of matplotlib, which takes what is between two $ for mathematics."""
+    return name.replace("$", r"\$")
+
+
 def _line(axes: Axes, x: Sequence, y: Sequence, i: int, label: str | None = None, marker: bool = True) -> None:
     axes.plot(x, y, **(series(i) | ({} if marker else {"marker": None})), label=label, linewidth=1.5)
 
@@ -179,7 +184,8 @@ def drift(rows: Rows) -> Figure:
     for r in rows:
         matrix[stages.index(r["earlier"]), stages.index(r["later"])] = r["cosine"]
         shade = "#ffffff" if r["cosine"] < 0.5 else "#000000"
-        left.text(stages.index(r["later"]), stages.index(r["earlier"]), f"{r['cosine']:.2f}", color=shade, ha="center")
+        place = (stages.index(r["later"]), stages.index(r["earlier"]))
+        left.text(*place, f"{r['cosine']:.2f}", color=shade, ha="center", va="center")
     left.imshow(matrix, cmap="gray", vmin=-0.2, vmax=1.1)
     left.set_xticks(range(len(stages)), stages)
     left.set_yticks(range(len(stages)), stages)

@@ -55,7 +55,7 @@ ENTRIES: dict[str, Entry] = {
     "depth_histogram": Entry(title="Depths taken", note="Threshold selection.", figure=figures.depth_histogram),
     "depth_by_class": Entry(
         title="Depth by class of token",
-        note="95% intervals from drawing windows anew. Frequency is counted in the text read.",
+        note="95% intervals, for which a window is one observation. Frequency is counted in the text read.",
         figure=figures.depth_by_class,
     ),
     "depth_predictors": Entry(
@@ -159,8 +159,18 @@ def analyses(loaded: Checkpoint, data: Windows, *, seq_len: int, max_windows: in
     return {name: rows for name, rows in found.items() if rows}
 
 
+def collapse(tables: dict[str, Rows]) -> str | None:
+    """What a reader must know of a router that sends nobody into a recursion; None for any other."""
+    dead = [str(row["recursion"]) for row in tables.get("dead_tokens", []) if row["dead_positions"] == 1]
+    read = sum(row["tokens"] for row in tables.get("depth_histogram", []))
+    return f"none of the {read:,} tokens takes recursion {' or '.join(dead)}" if dead else None
+
+
 def write(folder: Path, tables: dict[str, Rows]) -> None:
-    """tables/NAME.csv and figures/NAME.png and .svg for each table of ``ENTRIES``."""
+    """tables/NAME.csv and figures/NAME.png and .svg for each table of ``ENTRIES``; older files of others go."""
+    for name in ENTRIES:
+        for kind in ("tables/{}.csv", "figures/{}.png", "figures/{}.svg"):
+            (folder / kind.format(name)).unlink(missing_ok=True)
     for name, rows in tables.items():
         write_table(rows, folder / "tables" / f"{name}.csv")
         figure = ENTRIES[name].figure
@@ -176,7 +186,9 @@ def write_table(rows: Rows, path: Path) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for row in rows:
-            writer.writerow({n: json.dumps(v) if isinstance(v, list | dict) else v for n, v in row.items()})
+            writer.writerow(
+                {n: json.dumps(v, allow_nan=False) if isinstance(v, list | dict) else v for n, v in row.items()}
+            )
 
 
 def report_page(folder: Path, *, settings: dict[str, Any] | None = None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,10 +15,11 @@ from mor.cli.show import flag
 
 if TYPE_CHECKING:
     from mor.analysis.explain import Explanation
+    from mor.model import Transformer
     from mor.tokenizer import Tokenizer
     from mor.train_config import TrainConfig
 
-MAX_TOKENS = 2048  # about 2 MB of page
+MAX_TOKENS = 2048  # about 3 MB of page for each model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,8 @@ class Explain:
     window: int | None = None
     """Tokens that are read together. Default: the length the model was trained with."""
     max_tokens: int | None = None
-    """Read only the beginning of the text. Without it a text of more than 2,048 tokens is refused."""
+    """Read only the beginning of the text, so many tokens of either model. Without it a text of more than 2,048 tokens
+    is refused."""
     corpus: Path | None = None
     """Text or prepared data in which tokens are counted to tell rare from frequent ones. Default: the text itself."""
     guesses: int = 5
@@ -49,6 +50,7 @@ class Explain:
 
     def run(self, console: Console) -> None:
         from mor.analysis.page import render
+        from mor.checkpoint import load
 
         text = self._text()
         for name in ("guesses", "max_tokens"):
@@ -57,50 +59,46 @@ class Explain:
         out = self.out or (None if self.json else Path("explain.html"))
         if out and not out.parent.is_dir():
             raise ValueError(f"--out: {out.parent} is not a folder")
-        found = [self._explain(self.checkpoint, text, self._cut)]
-        if self.compare:
-            found.append(self._explain(self.compare, found[0].text, lambda text, tokenizer: text))
+        loaded = [(path, load(path)) for path in (self.checkpoint, self.compare) if path]
+        for path, (_, _, tokenizer) in loaded:
+            text = self._cut(text, tokenizer, path)
+        found = [self._explain(path, model, tokenizer, text) for path, (_, model, tokenizer) in loaded]
+        page = render(found)  # refuses models that cannot be compared
         if out:
-            page = render(found)
             out.write_text(page, encoding="utf-8")
-            console.print(f"{out}: {len(page.encode()) / 1e6:.2f} MB", highlight=False, soft_wrap=True)
+            console.out(f"{out}: {len(page.encode()) / 1e6:.2f} MB", highlight=False)
         for e in found:
             score = "" if e.nll is None else f" · {e.nll:.3f} nats per {'answer' if e.asked == 'answer' else 'token'}"
             line = f"{e.name}: {len(e.tokens):,} tokens · mean depth {e.mean_depth:.2f}{score}"
             if not self.json:
-                console.print(line, highlight=False, soft_wrap=True)
+                console.out(line, highlight=False)
         if self.json:
-            print(json.dumps({"models": [e.to_dict() for e in found]}))
+            print(json.dumps({"models": [e.to_dict() for e in found]}, allow_nan=False))
 
     def _text(self) -> str:
         if (self.text is None) == (self.file is None):
             raise ValueError("give the text to explain as --text TEXT or as --file FILE")
-        if self.text is not None:
-            return self.text
-        assert self.file is not None
+        if self.file is None:
+            return self.text or ""
         try:
             return self.file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.file} is not UTF-8 text: {error}") from error
+        except UnicodeError as error:
+            raise ValueError(f"{self.file} is not valid UTF-8: {error}") from error
 
-    def _cut(self, text: str, tokenizer: Tokenizer) -> str:
+    def _cut(self, text: str, tokenizer: Tokenizer, checkpoint: Path) -> str:
         """The text, or the beginning that --max-tokens asks for."""
-        ids = tokenizer.encode(text)
-        if self.max_tokens is None and len(ids) > MAX_TOKENS:
+        _, pieces = tokenizer.encode_with_pieces(text)
+        if self.max_tokens is None and len(pieces) > MAX_TOKENS:
             raise ValueError(
-                f"{len(ids):,} tokens are too many for a page; --max-tokens {MAX_TOKENS} reads the beginning, "
-                "mor report describes a whole corpus"
+                f"{len(pieces):,} tokens of {checkpoint} are too many for a page; --max-tokens {MAX_TOKENS} reads the "
+                "beginning, mor report describes a whole corpus"
             )
-        if self.max_tokens is None or len(ids) <= self.max_tokens:
-            return text
-        return tokenizer.decode(ids[: self.max_tokens]).rstrip("\ufffd")
+        return "".join(pieces[: self.max_tokens])
 
-    def _explain(self, checkpoint: Path, text: str, cut: Callable[[str, Tokenizer], str]) -> Explanation:
+    def _explain(self, checkpoint: Path, model: Transformer, tokenizer: Tokenizer, text: str) -> Explanation:
         from mor.analysis.explain import explain
-        from mor.checkpoint import load
 
-        _, model, tokenizer = load(checkpoint)
-        run, text = run_of(checkpoint), cut(text, tokenizer)
+        run = run_of(checkpoint)
         return explain(
             model,
             tokenizer,

@@ -43,10 +43,10 @@ class Report:
         settings = self._analyse() if is_run and self.analyse else {}
         out = self.out or self.folder / "report.html"
         out.write_text(report_page(self.folder, settings=settings), encoding="utf-8")
-        console.print(f"{out}: {out.stat().st_size / 1e6:.2f} MB", highlight=False, soft_wrap=True)
+        console.out(f"{out}: {out.stat().st_size / 1e6:.2f} MB", highlight=False)
 
     def _analyse(self) -> dict[str, Any]:
-        from mor.analysis.report import analyses, run_tables, write
+        from mor.analysis.report import analyses, collapse, run_tables, write
         from mor.checkpoint import load, resolve
 
         loaded = load(self.folder)
@@ -66,6 +66,8 @@ class Report:
             "text": str(self.data or "validation text of the run"),
             "windows": f"{min(self.max_windows, data.windows(length))} × {length} tokens",
         }
+        if found := collapse(tables):
+            settings |= {"router collapsed": found}
         if last:
             settings |= {"validation, nats per token (causal)": f"{last['validation_nll']:.4f}"}
         return settings | ({"seed": run.seed} if run else {})

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mor.analysis.views import TableRouter, with_router
 from mor.data import Windows
 from mor.hashing import hash_uniform
 from mor.loss import IGNORED
@@ -45,27 +46,39 @@ def _by_depth(model: Transformer, data: Windows, seq_len: int, max_windows: int)
     count = min(max_windows, available)
     chosen = [i * available // count for i in range(count)]
     R = model.config.num_recursions
-    nll, sure = [], []
+    nll: list[list[Tensor]] = [[] for _ in range(R)]
+    sure: list[list[Tensor]] = [[] for _ in range(R)]
     for start in range(0, count, 16):
         batch = data.batch(chosen[start : start + 16], seq_len)
-        asked_BT = batch.targets_BT != IGNORED
-        target_M1 = batch.targets_BT[asked_BT][:, None]
-        log_MRV = torch.stack(
-            [
-                model(batch.tokens_BT, capacities=(1.0,) * R, max_depth=r).logits_BTV[asked_BT].log_softmax(-1)
-                for r in range(1, R + 1)
-            ],
-            1,
-        )
-        nll.append(-log_MRV.gather(2, target_M1[:, None].expand(-1, R, 1))[..., 0])
-        sure.append(log_MRV.amax(-1).exp())
-    return torch.cat(nll).double(), torch.cat(sure).double()
+        tokens_BT, targets_BT = (x.to(model.embedding.weight.device) for x in (batch.tokens_BT, batch.targets_BT))
+        for r in range(R):  # one depth at a time: logits are large
+            nll_M, sure_M = _predictions(all_to_depth(model, tokens_BT, r + 1), targets_BT)
+            nll[r].append(nll_M.double().cpu())
+            sure[r].append(sure_M.double().cpu())
+    return torch.stack([torch.cat(x) for x in nll], 1), torch.stack([torch.cat(x) for x in sure], 1)
+
+
+def all_to_depth(model: Transformer, tokens_BT: Tensor, depth: int) -> Tensor:
+    """Logits (B, T, V) with every token in the first ``depth`` recursions, whatever the router would decide."""
+    wanted_R = torch.arange(model.config.num_recursions, device=tokens_BT.device) < depth
+    table_RM = wanted_R[:, None].expand(-1, tokens_BT.numel())
+    view = with_router(model, TableRouter(model.recursions.router, table_RM))
+    return view(tokens_BT, max_depth=depth).logits_BTV
+
+
+def _predictions(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """NLL of the target and probability of the likeliest token, where there is a target, (M,) each."""
+    asked_BT = targets_BT != IGNORED
+    logits_MV = logits_BTV[asked_BT].float()
+    total_M = logits_MV.logsumexp(-1)
+    target_M = logits_MV.gather(1, targets_BT[asked_BT][:, None])[:, 0]
+    return total_M - target_M, (logits_MV.amax(-1) - total_M).exp()
 
 
 def random_exits(nll_MR: Tensor, sure_MR: Tensor, mean_depth: float) -> Tensor:
     """After every recursion a token stays with the same probability, whatever it is."""
     M, R = nll_MR.shape
-    stay = _solve(lambda p: float(sum(p**r for r in range(R))) - mean_depth, 0.0, 1.0)
+    _, stay = _solve(lambda p: float(sum(p**r for r in range(R))) - mean_depth, 0.0, 1.0)
     share_R = torch.tensor([stay**r for r in range(R)], dtype=torch.float64)
     return (hash_uniform(0, torch.arange(M))[:, None] < share_R).sum(1)
 
@@ -78,8 +91,8 @@ def confident_exits(nll_MR: Tensor, sure_MR: Tensor, mean_depth: float) -> Tenso
         unsure_MR = (sure_MR[:, : last - 1] < limit).long()
         return 1 + unsure_MR.cumprod(1).sum(1)
 
-    limit = _solve(lambda x: float(depth_M(x).double().mean()) - mean_depth, 0.0, 1.0 + 1e-9)
-    return depth_M(limit)
+    below, above = _solve(lambda x: float(depth_M(x).double().mean()) - mean_depth, 0.0, 1.0 + 1e-6)
+    return _between(depth_M(below), depth_M(above), mean_depth)
 
 
 def oracle_exits(nll_MR: Tensor, sure_MR: Tensor, mean_depth: float) -> Tensor:
@@ -91,16 +104,25 @@ def oracle_exits(nll_MR: Tensor, sure_MR: Tensor, mean_depth: float) -> Tensor:
 
     if float(depth_M(0.0).double().mean()) <= mean_depth:  # deeper would only be worse
         return depth_M(0.0)
-    price = _solve(lambda p: mean_depth - float(depth_M(p).double().mean()), 0.0, float(nll_MR.max()) + 1)
-    return depth_M(price)
+    below, above = _solve(lambda p: mean_depth - float(depth_M(p).double().mean()), 0.0, float(nll_MR.max()) + 1)
+    return _between(depth_M(above), depth_M(below), mean_depth)
 
 
-def _solve(rising: Callable[[float], float], low: float, high: float) -> float:
-    """Where a rising (step) function passes 0, from above."""
+def _between(shallow_M: Tensor, deep_M: Tensor, mean_depth: float) -> Tensor:
+    """The mean depth where tokens are equal, and a limit takes all or none of them deep: as many as it needs go, in an
+    order that knows nothing of them."""
+    order_M = hash_uniform(1, torch.arange(len(deep_M))).argsort()
+    more_M = (deep_M - shallow_M)[order_M]
+    more_M[more_M.cumsum(0) > mean_depth * len(deep_M) - shallow_M.sum()] = 0
+    return shallow_M.index_add(0, order_M, more_M)
+
+
+def _solve(rising: Callable[[float], float], low: float, high: float) -> tuple[float, float]:
+    """Where a rising (step) function passes 0: the nearest places found below and above."""
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if rising(middle) >= 0 else (middle, high)
-    return high
+    return low, high
 
 
 POLICIES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mor.analysis.figures import GREYS, new_axes, series
+from mor.analysis.figures import GREYS, literal, new_axes, series
 from mor.studies.compare import Line
 from mor.studies.scaling import Optimum, Point, parabola
 
@@ -37,7 +37,7 @@ def rows_figure(lines: Sequence[Line], runs: Runs) -> Figure:
             if line.difference_low is not None and line.difference_high is not None:
                 right.plot([line.difference_low, line.difference_high], [place] * 2, "-", color=GREYS[0])
             right.plot([line.difference], [place], "s", color=GREYS[0], markersize=5)
-    left.set_yticks(range(len(lines)), [line.row for line in lines])
+    left.set_yticks(range(len(lines)), [literal(line.row) for line in lines])
     left.invert_yaxis()
     left.set_xlabel("validation NLL, nats (causal); bar: mean")
     right.axvline(0, color=GREYS[3], linestyle=":")
@@ -53,16 +53,18 @@ def hops_figure(lines: Sequence[Line], runs: Runs) -> Figure | None:
     if not known:
         return None
     figure, (left, right) = new_axes(10, 4.2, 2)
+    drawn = []
     for i, row in enumerate(known):
         answers, depth = (_mean_of(runs[row], name) for name in ("answers_right_by_hops", "mean_depth_by_hops"))
-        left.plot(range(1, len(answers) + 1), answers, **series(i), label=row)
+        drawn += left.plot(range(1, len(answers) + 1), answers, **series(i))
         right.plot(range(len(depth)), depth, **series(i))
     left.set(xlabel="hops asked for", ylabel="share of right answers (causal)", ylim=(0, 1.02))
     without = " (0: tokens that ask for nothing)" if np.isfinite(depth[0]) else ""
     right.set(xlabel="hops asked for" + without, ylabel="mean depth, recursions")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
+    names = [literal(row) for row in known]  # given outright: matplotlib by itself leaves out those that begin with _
+    figure.legend(drawn, names, frameon=False, fontsize=8, loc="outside right upper")
     return figure
 
 
@@ -82,7 +84,7 @@ def isoflop_figure(points: Sequence[Point], optima: Sequence[Optimum], *, size_n
         for best in (o for o in optima if o.family == family and math.isfinite(o.size)):
             face = "gold" if best.inside else "none"
             axes.plot([best.size], [best.nll], "*", markersize=14, markeredgecolor="black", markerfacecolor=face)
-        axes.set(xscale="log", xlabel=size_name, title=family)
+        axes.set(xscale="log", xlabel=size_name, title=literal(family))
         _readable(axes.xaxis)
     panels[0].set_ylabel("validation NLL, nats per token")
     panels[-1].legend(
@@ -102,15 +104,17 @@ def _isoflop_curve(axes: Axes, chosen: Sequence[Point], label: str, look: dict[s
 def paths_figure(optima: Sequence[Optimum], *, size_name: str) -> Figure:
     """Best size and best number of tokens over the budget, with intervals."""
     figure, panels = new_axes(9, 4, 2)
+    families = list(dict.fromkeys(o.family for o in optima))
     for axes, what, label in zip(panels, ("size", "tokens"), (size_name, "training tokens"), strict=True):
-        for i, family in enumerate(dict.fromkeys(o.family for o in optima)):
+        drawn = []
+        for i, family in enumerate(families):
             mine = [o for o in optima if o.family == family and math.isfinite(o.size)]
             low, best, high = (np.array([getattr(o, what + end) for o in mine]) for end in ("_low", "", "_high"))
             error = np.nan_to_num(np.stack([best - low, high - best])).clip(min=0)
-            axes.errorbar([o.budget for o in mine], best, yerr=error, **series(i), capsize=3, label=family)
+            drawn.append(axes.errorbar([o.budget for o in mine], best, yerr=error, **series(i), capsize=3))
         axes.set(xscale="log", yscale="log", xlabel="training budget, FLOPs", ylabel=f"best {label}")
         _readable(axes.yaxis)
         axes.set_xticks(sorted({o.budget for o in optima}), [f"{b:.3g}" for b in sorted({o.budget for o in optima})])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.legend(frameon=False)
+        axes.legend(drawn, [literal(family) for family in families], frameon=False)
     return figure

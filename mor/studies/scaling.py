@@ -1,7 +1,8 @@
 """Scaling fits: compute-optimal sizes from isoFLOP curves, and what one recursion is worth in parameters.
 
 Losses are NLL in nats, sizes are parameters, budgets are FLOPs. Intervals are 95% bootstrap intervals for noise as
-large as between seeds where there are several, else as large as the caller states.
+large as between seeds where there are several, else as large as the caller states. Noise multiplies the NLL: losses
+near 0 vary by little, and none falls below it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from numpy.typing import NDArray
 from mor.analysis.intervals import bootstrap_bounds
 
 Array = NDArray[np.float64]
+REACH = math.log(
+    1000
+)  # a minimum farther than this outside the measured log sizes is none: the curve is flat or a slope
+PHI_BOUND = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,12 @@ class Point:
 @dataclass(frozen=True, kw_only=True)
 class Optimum:
     """The best size for a budget, from a parabola in log size. inside: between the smallest and the largest size
-    measured, otherwise it is extrapolated and worth little. Bounds are NaN where too few resamples had a minimum."""
+    measured, otherwise it is extrapolated and worth little.
+
+    no_minimum: share of the resamples whose curve has no lowest point. They may be best at any size, so they count as
+    smaller and as larger than all others; where they are more than one in forty the bounds are NaN. NaN too for a size
+    that the measured curve does not have.
+    """
 
     family: str
     budget: float
@@ -51,11 +61,15 @@ class Optimum:
     tokens_high: float
     nll: float
     inside: bool
+    no_minimum: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Path:
-    """Best size ~ budget ** size_slope, best tokens ~ budget ** tokens_slope."""
+    """Best size ~ budget ** size_slope, best tokens ~ budget ** tokens_slope.
+
+    no_minimum: share of the resamples that lack the lowest point of some budget, and so a slope (see Optimum).
+    """
 
     family: str
     size_slope: float
@@ -64,13 +78,15 @@ class Path:
     tokens_slope: float
     tokens_low: float
     tokens_high: float
+    no_minimum: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrenceLaw:
     """NLL = floor + a * (once + loops ** phi * looped) ** -alpha + b * tokens ** -beta.
 
-    phi = 1: a recursion is worth as much as fresh layers; phi = 0: nothing. rms: of the residuals, nats.
+    phi = 1: a recursion is worth as much as fresh layers; phi = 0: nothing. A bound of phi is NaN where the resamples
+    reach the end of what the fit allows. rms: of the residuals, nats.
     """
 
     family: str
@@ -90,11 +106,12 @@ def parabola(points: Sequence[Point]) -> Array:
 
 
 def lowest_point(points: Sequence[Point]) -> tuple[float, float]:
-    """(log size, NLL) where the parabola is lowest; NaN for a curve that has no such point."""
+    """(log size, NLL) where the parabola is lowest; NaN for a curve that has no such point, or only beyond REACH."""
     curve = parabola(points)
-    if curve[0] <= 0:
+    best = -curve[1] / (2 * curve[0]) if curve[0] > 0 else math.nan
+    sizes = [math.log(p.size) for p in points]
+    if not min(sizes) - REACH <= best <= max(sizes) + REACH:
         return math.nan, math.nan
-    best = -curve[1] / (2 * curve[0])
     return float(best), float(np.polyval(curve, best))
 
 
@@ -108,20 +125,21 @@ def optima(points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000
             continue
         best, nll = lowest_point(chosen)
         drawn = np.array([lowest_point(sample)[0] for sample in _resamples(chosen, noise, resamples, seed)])
-        sizes = np.exp([best, *bootstrap_bounds(drawn)])
-        tokens = [_tokens_at(chosen, size) for size in sizes]
+        at = np.array([best, *bootstrap_bounds(drawn)])
+        sizes, tokens = np.exp(at).tolist(), np.exp(_log_tokens(chosen, at)).tolist()
         found.append(
             Optimum(
                 family=family,
                 budget=budget,
-                size=float(sizes[0]),
-                size_low=float(sizes[1]),
-                size_high=float(sizes[2]),
+                size=sizes[0],
+                size_low=sizes[1],
+                size_high=sizes[2],
                 tokens=tokens[0],
                 tokens_low=tokens[2],
                 tokens_high=tokens[1],
                 nll=nll,
                 inside=bool(min(p.size for p in chosen) <= sizes[0] <= max(p.size for p in chosen)),
+                no_minimum=float(np.isnan(drawn).mean()),
             )
         )
     return found
@@ -131,31 +149,31 @@ def _groups(points: Iterable[Point]) -> list[tuple[str, float]]:
     return list(dict.fromkeys((p.family, p.budget) for p in sorted(points, key=lambda p: p.budget)))
 
 
-def _tokens_at(points: Sequence[Point], size: float) -> float:
-    """Tokens that the budget buys at a size, along the straight line between log tokens and log size."""
-    if not math.isfinite(size):
-        return math.nan
+def _log_tokens(points: Sequence[Point], log_size: Any) -> Any:
+    """What the budget buys at a size, along the straight line between log tokens and log size."""
     line = np.polyfit(np.log([p.size for p in points]), np.log([p.tokens for p in points]), 1)
-    return float(np.exp(np.polyval(line, math.log(size))))
+    return np.polyval(line, log_size)
 
 
 def _resamples(points: Sequence[Point], noise: float, count: int, seed: int) -> Iterable[list[Point]]:
-    """The points with fresh noise (parametric bootstrap), as large as between seeds, else as stated."""
+    """The points with fresh noise (parametric bootstrap), as large as between seeds, else as stated in nats."""
     random = np.random.default_rng(seed)
     spread = _spread_of_seeds(points)
-    scale = noise if spread is None else spread
     for _ in range(count):
-        yield [replace(p, nll=p.nll + random.normal(0, scale)) for p in points]
+        yield [
+            replace(p, nll=p.nll * math.exp(random.normal(0, noise / p.nll if spread is None else spread)))
+            for p in points
+        ]
 
 
 def _spread_of_seeds(points: Sequence[Point]) -> float | None:
-    """Standard deviation of the NLL between seeds, pooled over all models; None where no model has two.
+    """Standard deviation of the log NLL between seeds, pooled over all models; None where no model has two.
 
     Pooled, because two or three seeds of one model tell next to nothing about its own spread.
     """
     models: dict[Any, list[float]] = {}
     for p in points:
-        models.setdefault((p.family, p.size, p.tokens), []).append(p.nll)
+        models.setdefault((p.family, p.size, p.tokens), []).append(math.log(p.nll))
     freedom = sum(len(nll) - 1 for nll in models.values())
     squares = sum((len(nll) - 1) * variance(nll) for nll in models.values() if len(nll) > 1)
     return math.sqrt(squares / freedom) if freedom else None
@@ -180,6 +198,7 @@ def paths(points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000,
                 tokens_slope=slopes[1],
                 tokens_low=tokens_low,
                 tokens_high=tokens_high,
+                no_minimum=float(np.isnan(drawn[:, 0]).mean()),
             )
         )
     return found
@@ -191,11 +210,11 @@ def _slopes(points: Sequence[Point]) -> tuple[float, float] | None:
         chosen = [p for p in points if p.budget == budget]
         if len({p.size for p in chosen}) < 3:
             continue
-        best = math.exp(lowest_point(chosen)[0])
+        best, _ = lowest_point(chosen)
         budgets.append(math.log(budget))
-        sizes.append(math.log(best))
-        tokens.append(math.log(_tokens_at(chosen, best)) if math.isfinite(best) else math.nan)
-    if len(budgets) < 2 or not np.isfinite([*sizes, *tokens]).all():
+        sizes.append(best)
+        tokens.append(_log_tokens(chosen, best))
+    if len(budgets) < 2 or np.isnan(sizes).any():
         return None
     return float(np.polyfit(budgets, sizes, 1)[0]), float(np.polyfit(budgets, tokens, 1)[0])
 
@@ -205,16 +224,24 @@ def recurrence_law(
 ) -> RecurrenceLaw:
     """Fit of the law to one looped family together with the points that loop nothing.
 
-    Raises ValueError for fewer points than the law has parameters, or none that loops.
+    Raises ValueError where phi is not determined: from fewer points than the law has parameters, from fewer than three
+    sizes that loop or three that do not, or where the best fit lies at the end of what phi may be.
     """
     chosen = [p for p in points if p.family == family or p.loops == 1]
-    if len(chosen) < 7 or not any(p.loops > 1 for p in chosen):
+    if len(chosen) < 7:
+        raise ValueError(f"the law has 6 parameters; {family!r} offers {len(chosen)} points, it takes 7")
+    looped, once = ({p.size for p in chosen if (p.loops > 1) is loops} for loops in (True, False))
+    if min(len(looped), len(once)) < 3:
         raise ValueError(
-            f"the law has 6 parameters; {family!r} offers {len(chosen)} points, it takes 7 and some that loop"
+            f"phi of {family!r} is not determined from {len(looped)} sizes that loop and {len(once)} that do not; it "
+            "takes three of each"
         )
     measured = _columns(chosen)
     solution = _fit_law(measured, None)
+    if _at_bound(solution[5]):
+        raise ValueError(f"phi of {family!r} is not determined: the best fit is at the end of [-3, 3]")
     drawn = np.array([_fit_law(_columns(s), solution)[5] for s in _resamples(chosen, noise, resamples, seed)])
+    drawn = np.where(_at_bound(drawn), np.copysign(math.inf, drawn), drawn)
     low, high = bootstrap_bounds(drawn)
     residual = _law(solution, measured) - measured["nll"]
     return RecurrenceLaw(
@@ -228,6 +255,10 @@ def recurrence_law(
         beta=float(solution[4]),
         rms=float(np.sqrt(np.mean(np.square(residual)))),
     )
+
+
+def _at_bound(phi: Any) -> Any:
+    return np.abs(phi) > 0.99 * PHI_BOUND
 
 
 def _columns(points: Sequence[Point]) -> dict[str, Array]:
@@ -245,7 +276,7 @@ def _fit_law(at: dict[str, Array], start: Array | None) -> Array:
     from scipy.optimize import least_squares
 
     lowest = at["nll"].min()
-    bounds = ([0, -20, 0.02, -20, 0.02, -3], [lowest, 40, 2.5, 60, 2.5, 3])
+    bounds = ([0, -20, 0.02, -20, 0.02, -PHI_BOUND], [lowest, 40, 2.5, 60, 2.5, PHI_BOUND])
     mid_size, mid_tokens = np.median(np.log(at["once"] + at["looped"])), np.median(np.log(at["tokens"]))
     starts: Iterable[Any] = [start]
     if start is None:

@@ -16,6 +16,7 @@
     [variants.paper]                                 # a shape, if any, and what the variant changes
     like = "mor"
     model.router.gate = "paper"
+    at.large = { model.num_layers = 4 }              # and what it changes at one value of an axis
 
     [axes]                                           # every variant with every value
     "model.router.alpha" = [0.1, 1.0]
@@ -162,8 +163,9 @@ def study_rows(study: Study) -> list[Row]:
     """Raises ValueError naming the variant whose settings do not fit together."""
     found = []
     for variant, labels, settings in _grid(study):
+        changes = study.variants[variant]
         try:
-            merged = merge(study.base, _shape(study, study.variants[variant]), *settings)
+            merged = merge(study.base, _shape(study, changes), *settings, *_there(study, changes, labels))
             found.append(Row(variant=variant, labels=labels, config=train_config(merged)))
         except ValueError as error:
             raise ValueError(f"variant {variant!r} {labels or ''}: {error}") from None
@@ -198,13 +200,23 @@ def _check_places(study: Study) -> None:
 
 def _shape(study: Study, changes: Mapping[str, Any]) -> dict[str, Any]:
     """A variant's settings with those of the shape that it is like."""
-    own = {key: value for key, value in changes.items() if key != "like"}
+    own = {key: value for key, value in changes.items() if key not in ("like", "at")}
     like = changes.get("like")
     if like is None:
         return own
     if not isinstance(like, str) or like not in study.shapes:
         raise ValueError(f"like={like!r} is no shape; there are {', '.join(study.shapes) or 'none'}")
     return merge(study.shapes[like], own)
+
+
+def _there(study: Study, changes: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What a variant changes at these values of the axes alone."""
+    at = changes.get("at", {})
+    if not fits(at, dict[str, dict[str, Any]]):
+        raise ValueError(f"'at' is a table of what changes at each value of an axis, got {at!r}")
+    if unknown := set(at) - {label for _, all_labels, _ in _grid(study) for label in all_labels.values()}:
+        raise ValueError(f"no axis has the value {min(unknown)!r} that it names in 'at'")
+    return [at[label] for label in labels.values() if label in at]
 
 
 def _values(axis: str, values: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -267,6 +279,14 @@ def with_budget(config: TrainConfig, flops: float | None) -> TrainConfig:
     return config if flops is None else replace(config, flops=flops)
 
 
+def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
+    """A seed of its own for weights, data order and, where depths are drawn, for the draw."""
+    router = config.model.router
+    if router.kind == "random":
+        config = replace(config, model=config.model.replace(router=replace(router, seed=router.seed + seed)))
+    return replace(config, seed=seed)
+
+
 def main_runs(study: Study, out: Path, rates: Mapping[str, float]) -> list[list[Run]]:
     """The runs that count, in stages: those of a stage need the ones before. rates: learning rates by row."""
     first, branches = [], []
@@ -275,7 +295,7 @@ def main_runs(study: Study, out: Path, rates: Mapping[str, float]) -> list[list[
         if row.name in rates:
             config = replace(config, optim=replace(config.optim, lr=rates[row.name]))
         for seed in study.seeds:
-            seeded = replace(config, seed=seed)
+            seeded = with_seed(config, seed)
             place = out / "runs" / folder_name(row.name)
             if not study.budgets:
                 first.append(_run(study, row, "main", seeded, place / f"seed-{seed}"))

@@ -77,6 +77,12 @@ function one(m, i) {
   );
 }
 
+const line = (m, i) => {
+  const t = m.tokens[i],
+    said = t.target === null ? "" : ` → ${visible(t.target)} · log p ${num(t.logprob)}`;
+  return el("span", {}, `${label(t)} · depth ${t.depth} of ${m.model.num_recursions}${said}`);
+};
+
 function twin(k, i, other) {
   const t = models[k].tokens[i],
     tokens = models[other].tokens;
@@ -104,7 +110,8 @@ function choose(k, i, scroll) {
       .querySelectorAll(`[data-model="${other}"] .stroke[data-i="${j}"]`)
       .forEach((node) => node.classList.add("now"));
   });
-  document.getElementById("detail").replaceChildren(...models.map((m, other) => one(m, state.at[other])));
+  document.getElementById("bar").replaceChildren(...models.map((m, other) => line(m, state.at[other])));
+  document.getElementById("facts").replaceChildren(...models.map((m, other) => one(m, state.at[other])));
 }
 // Scrolls the panel, not the page.
 function reveal(box, node) {

@@ -22,10 +22,12 @@ function axis(x, from, to, y, title) {
     svg("text", { class: "soft", x: (x(from) + x(to)) / 2, y: y + 31, "text-anchor": "middle" }, title),
   ];
 }
-function interval(x, y, g) {
+// Of few stretches an interval can be wider than the axis, where it then ends; the table has its numbers.
+function interval(x, y, g, from, to) {
+  const at = (v) => x(Math.max(from, Math.min(to, v)));
   return [
-    g.low === null ? null : svg("line", { class: "interval", x1: x(g.low), x2: x(g.high), y1: y, y2: y }),
-    svg("circle", { class: "mean", cx: x(g.mean), cy: y, r: 4.5 }),
+    g.low === null ? null : svg("line", { class: "interval", x1: at(g.low), x2: at(g.high), y1: y, y2: y }),
+    svg("circle", { class: "mean", cx: at(g.mean), cy: y, r: 4.5 }),
   ];
 }
 const range = (g, digits = 2) => (g.low === null ? "no interval" : `${num(g.low, digits)} to ${num(g.high, digits)}`);
@@ -86,7 +88,7 @@ function counterfactuals(m) {
           y2: y + 9,
         }),
       ),
-      interval(x, y, r.g),
+      interval(x, y, r.g, -most, most),
       svg("text", { x: right + 12, y: y + 4 }, `${signed(r.g.mean)} nats`),
     ];
   });
@@ -139,7 +141,7 @@ function classes(m) {
     return [
       svg("text", { x: 22, y: y + 4 }, g.group),
       svg("text", { class: "soft", x: left - 14, y: y + 4, "text-anchor": "end" }, count(g.count)),
-      interval(x, y, g),
+      interval(x, y, g, 1, most),
       svg("text", { class: "soft", x: right + 14, y: y + 4 }, num(g.mean)),
     ];
   });

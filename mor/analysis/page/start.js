@@ -66,7 +66,7 @@ part("classes", classes);
 part("flow", flow);
 if (!models.some(routed))
   document
-    .querySelectorAll('[data-section="scores"], [data-section="classes"], [data-section="flow"]')
+    .querySelectorAll('.routed, [data-section="scores"], [data-section="classes"], [data-section="flow"]')
     .forEach((s) => s.remove());
 if (!models.some(looped)) document.querySelectorAll('[data-section="counterfactuals"]').forEach((s) => s.remove());
 modes();
@@ -85,3 +85,5 @@ document.addEventListener("click", (event) => {
   }
 });
 document.addEventListener("keydown", key);
+const bar = document.getElementById("bar");
+bar.addEventListener("click", () => bar.setAttribute("aria-expanded", bar.getAttribute("aria-expanded") === "false"));
