@@ -11,7 +11,8 @@ import difflib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 RouterKind = Literal["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
 KVStrategyName = Literal["recursion_wise", "shared", "hybrid"]
@@ -306,8 +307,13 @@ def preset(
 
 
 def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
-    """A (nested) frozen dataclass from plain values; unknown keys raise ValueError with a suggestion."""
-    known = {f.name: f for f in fields(cls)}
+    """A (nested) frozen dataclass from plain values, lists for tuples.
+
+    Raises ValueError for an unknown key, with a suggestion, for a missing one and for a value of another type.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{cls.__name__} is made of a table of settings, got {values!r}")
+    known, hints = {f.name: f for f in fields(cls)}, get_type_hints(cls)
     made = {}
     for key, value in values.items():
         if key not in known:
@@ -316,7 +322,31 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
         if nested is not None and isinstance(value, Mapping):
             value = from_dict(nested, value)
         made[key] = tuple(value) if isinstance(value, list) else value
+        if not fits(made[key], hints[key]):
+            raise ValueError(
+                f"{cls.__name__}.{key} must be {str(known[key].type).replace('tuple', 'list')}, got {value!r}"
+            )
+    if missing := [name for name, f in known.items() if name not in made and _is_required(f)]:
+        raise ValueError(f"{cls.__name__} needs {' and '.join(missing)}")
     return cls(**made)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type, as far as settings go: whole numbers are floats, Literals check themselves."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if kind is tuple:
+        return isinstance(value, tuple) and all(fits(v, parts[0]) for v in value)
+    if kind is dict:
+        return isinstance(value, Mapping) and all(fits(v, parts[1]) for v in value.values())
+    if kind is Literal or hint is Any:
+        return True
+    return isinstance(value, float | int if hint is float else kind or hint)
+
+
+def _is_required(f: dataclasses.Field) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 
 
 def _nested_type(f: dataclasses.Field) -> type | None:

@@ -76,6 +76,7 @@ def run_demo(out: Path, *, flops: float, seed: int, console: Console) -> list[De
         f"{corpus.validation.describe()} held out.",
         f"[bold]Budget[/bold]: {flops:.1e} training FLOPs for each of four models.\n",
         sep="\n",
+        markup=True,
         highlight=False,
     )
     rows, curves, mor = [], {}, None
@@ -114,6 +115,7 @@ def run_demo(out: Path, *, flops: float, seed: int, console: Console) -> list[De
     console.print(
         f"\n[bold]Written[/bold] to {out}/: loss_over_flops.png, results.json, and for each model metrics.jsonl, "
         f"train.json and checkpoints. Go on with:\n  mor generate {out}/mor --prompt 'Return the' --show-depth",
+        markup=True,
         highlight=False,
         soft_wrap=True,
     )
@@ -223,7 +225,7 @@ def _show_sample(model: Transformer, corpus: Corpus, console: Console, prompt: s
     ids = corpus.tokenizer.encode(prompt)
     params = SamplingParams(max_new_tokens=110, temperature=0.7, top_p=0.9, seed=1)
     result = generate(model, [ids], params)[0]
-    console.print("\n[bold]Sample from the MoR model[/bold], coloured by recursion depth")
+    console.print("\n[bold]Sample from the MoR model[/bold], coloured by recursion depth", markup=True)
     console.print(depth_legend(model.config.num_recursions, console))
     console.print(depth_text(corpus.tokenizer, result, console))
     console.print(f"mean depth {result.mean_depth:.2f}", highlight=False)

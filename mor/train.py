@@ -6,7 +6,6 @@ text -> batches -> forward (top-k selection) -> LM loss + auxiliary losses -> st
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import signal
 import time
@@ -27,6 +26,7 @@ from mor.attention import preferred_kernels
 from mor.data import Batch, Corpus, DataState, load_corpus
 from mor.distributed import Ranks, reducing, reshard, spread, whole
 from mor.evaluate import evaluate
+from mor.files import write_json
 from mor.metrics import MetricsLog, ProgressLine, health_text, router_health
 from mor.model import Output, Transformer
 from mor.optim import build_optimizers, learning_rate
@@ -188,15 +188,18 @@ def train(
     the loss stays not finite or a checkpoint cannot be written, ValueError if the newest one is damaged or another
     process trains in ``config.out``.
     """
-    with distributed.ranks(config.device) as ranks, _alone_in(Path(config.out), ranks):
+    with distributed.ranks(config.device) as ranks, alone_in(Path(config.out), ranks):
         shown = (console or Console()) if ranks.is_first else Console(quiet=True)
         return _train(config, ranks, resume, corpus, shown, label)
 
 
 @contextmanager
-def _alone_in(out: Path, ranks: Ranks) -> Iterator[None]:
-    """A lock on the run directory, which goes with the process however that ends."""
-    lock, taken = FileLock(out / ".lock", blocking=False), False
+def alone_in(out: Path, ranks: Ranks) -> Iterator[None]:
+    """A lock on the run directory, which goes with the process however that ends. Who holds it may take it again.
+
+    Raises ValueError if another process holds it.
+    """
+    lock, taken = FileLock(out / ".lock", blocking=False, is_singleton=True), False
     if ranks.is_first:
         out.mkdir(parents=True, exist_ok=True)
         try:
@@ -236,7 +239,7 @@ def _train(
         out / "metrics.jsonl", truncate_to=state.step if resume else None, active=ranks.is_first, tracker=tracker
     )
     if ranks.is_first:
-        (out / "train.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+        write_json(out / "train.json", dataclasses.asdict(config))
     total = total_steps(config, ranks.size)
     with (
         ProgressLine(console, total, state.step, label) as progress,
@@ -407,7 +410,8 @@ def _save(config: TrainConfig, state: TrainState, corpus: Corpus, total: int) ->
             + "make room and continue with --resume"
         ) from error
     if config.keep and state.ranks.is_first:
-        for old in sorted(folder.glob("step-*"))[: -config.keep]:
+        spared = {f"step-{step:08d}" for step in config.keep_steps}
+        for old in [path for path in sorted(folder.glob("step-*")) if path.name not in spared][: -config.keep]:
             checkpoint.remove(old)
     return path
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from mor import checkpoint, costs
 from mor.config import ModelConfig, check_choices, from_dict, preset
 from mor.data import DataConfig
 from mor.distributed import Parallel
+from mor.files import read_json
 from mor.optim import OptimConfig
 from mor.trackers import TrackerName
 
@@ -41,6 +41,8 @@ class TrainConfig:
     """Steps between checkpoints; 0 saves at the end only."""
     keep: int = 2
     """Checkpoints that are kept; 0 keeps all."""
+    keep_steps: tuple[int, ...] = ()
+    """Steps whose checkpoints are kept besides, such as those that other runs branch off."""
     max_skipped: int = 5
     """Steps in a row whose loss or gradient is not finite before the run stops; each one is skipped."""
     branch_from: str | None = None
@@ -115,11 +117,19 @@ def branch(start: str | Path, *, cooldown_steps: int, out: str) -> TrainConfig:
         )
     if cooldown_steps < 1:
         raise ValueError(f"cooldown_steps must be at least 1, got {cooldown_steps}")
-    steps = step + cooldown_steps
+    return dataclasses.replace(cooled(config, folder, step + cooldown_steps, cooldown_steps), out=out)
+
+
+def cooled(config: TrainConfig, start: Path, steps: int, cooldown_steps: int) -> TrainConfig:
+    """A run's settings, from a checkpoint of it to an end at ``steps``; see :func:`branch`."""
     optim = dataclasses.replace(config.optim, warmup=0.0, cooldown=cooldown_steps / steps)
-    return dataclasses.replace(config, out=out, steps=steps, flops=None, optim=optim, branch_from=str(folder))
+    return dataclasses.replace(config, steps=steps, flops=None, optim=optim, branch_from=str(start))
 
 
 def load_config(path: Path) -> TrainConfig:
     """A run's train.json."""
-    return from_dict(TrainConfig, json.loads(path.read_text()))
+    values = read_json(path)
+    try:
+        return from_dict(TrainConfig, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

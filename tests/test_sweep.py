@@ -20,7 +20,7 @@ from mor.model import Transformer
 from mor.optim import learning_rate
 from mor.studies import compare
 from mor.studies.exits import POLICIES, confident_exits, early_exits, oracle_exits, random_exits
-from mor.studies.launch import launch, run_one, visible_gpus, with_trunk
+from mor.studies.launch import launch, run_one, visible_gpus
 from mor.studies.results import collect, tuned_rates
 from mor.studies.settings import Workers
 from mor.studies.study import load_study, main_runs, merge, study_rows, tuning_runs
@@ -171,8 +171,11 @@ def test_learning_rates_are_tuned_on_short_runs_of_another_seed(tmp_path):
     assert len(runs) == 4 and {(r.config.steps, r.config.seed, r.stage) for r in runs} == {(2, 1000, "tuning")}
     for run in runs:
         assert run_one(run, 1).status == "finished"
-    rates = tuned_rates(collect(tmp_path / "out"))
+    rates = tuned_rates(collect(tmp_path / "out"), (1e-6, 1e-2))
     assert rates == {"recursive": 1e-2, "one pass": 1e-2}, "a rate of 1e-6 learns nothing"
+    assert set(tuned_rates(collect(tmp_path / "out"), (1e-6,)).values()) == {1e-6}, (
+        "rates no longer in the file do not count"
+    )
 
 
 BUDGETS = "budgets = [5e7, 1e8, 1.5e8]\n" + BASE
@@ -191,7 +194,7 @@ def test_budgets_share_a_stable_run_and_get_their_flops(tmp_path):
     for run in (*trunks, *branches):
         result = json.loads((Path(run.config.out) / "result.json").read_text())
         assert abs(result["train_flops"] - run.budget) <= step / 2
-    config = with_trunk(branches[0])
+    config = branches[0].config
     rates = [learning_rate(config.optim, s, config.steps) for s in range(branches[0].branch_step, config.steps)]
     assert rates == sorted(rates, reverse=True) and rates[0] <= config.optim.lr and rates[-1] < rates[0]
 

@@ -40,7 +40,7 @@ Command = (
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Mistakes of the user end in one line and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    console = Console()
+    console = Console(markup=False)  # titles, names and paths may hold brackets
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         if arguments[:1] == ["train"]:

@@ -42,6 +42,8 @@ class Sweep:
     """Of the bootstrap behind the intervals of fits."""
 
     def run(self, console: Console) -> None:
+        if self.resamples < 1:
+            raise ValueError(f"--resamples must be at least 1, got {self.resamples}")
         if self.fit is not None:
             self._fit(self.fit, console)
             return
@@ -56,7 +58,7 @@ class Sweep:
         chosen = replace(chosen, seeds=self.seeds) if self.seeds else chosen
         name = self.study.stem + (f"-{self.size.stem}" if self.size else "")
         out = self.out or Path("runs/studies") / name
-        console.print(f"[bold]{study.title}[/bold] → {out}", highlight=False, soft_wrap=True)
+        console.print(f"{study.title} → {out}", highlight=False, soft_wrap=True)
         if self.dry_run:
             _show_plan(chosen, out, console)
             return
@@ -74,7 +76,7 @@ class Sweep:
         found = load_published(path)
         out = self.out or Path("runs/studies") / f"fit-{path.stem}"
         what = f"{len(found.points)} losses, noise {found.noise:g} nats"
-        console.print(f"[bold]{found.title}[/bold]: {what}", highlight=False)
+        console.print(f"{found.title}: {what}", highlight=False)
         write_summary(out, {"fit": found.title, "points": what})
         size = "unique parameters without embeddings"
         report_scaling(found.points, out, console, size_name=size, noise=found.noise, resamples=self.resamples)

@@ -6,7 +6,6 @@ on where it stopped; one that fails leaves ``error.txt`` and stops no other.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -14,10 +13,12 @@ import signal
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,14 +26,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mor.distributed import ALONE
+from mor.files import write_json
 from mor.metrics import read_metrics
 from mor.studies.results import collect, flat, measure, tuned_rates
 from mor.studies.settings import Workers
 from mor.studies.study import ABOUT, ERROR, RESULT, Run, Study, main_runs, study_rows, tuning_runs
-from mor.train import train
+from mor.train import alone_in, train
 from mor.train_config import TrainConfig, branch, load_config, step_flops, total_steps
 
 Status = Literal["finished", "kept", "interrupted", "failed"]
+DIED = "its process died: killed from outside or out of memory"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,19 +50,25 @@ def run_study(study: Study, out: Path, workers: Workers, console: Console) -> li
     """Every run of a study that is not finished. A stage waits for the one before it: tuning, then the runs that count,
     then those that branch off them."""
     stages = main_runs(study, out, {})  # what does not fit together is said before anything runs
-    outcomes = launch(tuning_runs(study, out), workers, console, folder=out)
-    if study.tuning.rates:
-        rates = tuned_rates(collect(out))
-        missing = [row.name for row in study_rows(study) if row.name not in rates]
-        if missing or interrupted(outcomes):
-            missed = f" ({', '.join(missing)} have none that finished)" if missing else ""
-            raise ValueError(f"the learning rates are not all tuned yet{missed}; start the study again to go on")
+    tuning = tuning_runs(study, out)
+    outcomes = launch(tuning, workers, console, folder=out)
+    if tuning:
+        if untried := dict.fromkeys(run.row for run in tuning if not was_tried(Path(run.config.out))):
+            raise ValueError(f"rates of {', '.join(untried)} are still to be tried; start the study again to go on")
+        rates = tuned_rates(collect(out), study.tuning.rates)
+        if failed := [row.name for row in study_rows(study) if row.name not in rates]:
+            raise ValueError(f"of {', '.join(failed)} every learning rate failed; see tuning/*/*/{ERROR}")
         stages = main_runs(study, out, rates)
     for runs in stages:
         outcomes += launch(runs, workers, console, folder=out)
         if interrupted(outcomes):
             raise ValueError("the study was interrupted; start it again to go on")
     return outcomes
+
+
+def was_tried(path: Path) -> bool:
+    """Whether a run finished or failed by itself: interrupted or killed, it says nothing about its settings."""
+    return (path / RESULT).is_file() or (path / ERROR).is_file()
 
 
 def interrupted(outcomes: Sequence[Outcome]) -> bool:
@@ -70,57 +80,61 @@ def run_one(run: Run, threads: int) -> Outcome:
     torch.set_num_threads(threads)
     path = Path(run.config.out)
     try:
-        config = with_trunk(run)
-        if is_done(path, config):
-            return Outcome(run=run, status="kept")
-        finished = _train_and_measure(run, config, path)
-    except Exception as error:  # whatever it is, the other runs go on, and the reason is kept
-        path.mkdir(parents=True, exist_ok=True)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        (path / ERROR).write_text(f"{reason}\n\n{traceback.format_exc()}")
-        return Outcome(run=run, status="failed", reason=reason)
+        with alone_in(path, ALONE):  # before anything is written: another sweep may be at work on it
+            return Outcome(run=run, status=_run_alone(run, path))
+    except Exception as error:  # whatever it is, the other runs go on
+        return Outcome(run=run, status="failed", reason=_reason(error))
+
+
+def _run_alone(run: Run, path: Path) -> Status:
     (path / ERROR).unlink(missing_ok=True)
-    return Outcome(run=run, status="finished" if finished else "interrupted")
+    try:
+        done = is_done(path, run.config)
+        write_json(path / ABOUT, {k: v for k, v in asdict(run).items() if k != "config"})
+        if done:
+            return "kept"
+        check_trunk(run)
+        result = train(run.config, resume=True, console=Console(quiet=True))
+        if result.finished:
+            write_json(path / RESULT, measure(run, result))
+        return "finished" if result.finished else "interrupted"
+    except Exception as error:
+        (path / ERROR).write_text(f"{_reason(error)}\n\n{traceback.format_exc()}")
+        raise
 
 
-def _train_and_measure(run: Run, config: TrainConfig, path: Path) -> bool:
-    path.mkdir(parents=True, exist_ok=True)
-    about = {k: v for k, v in asdict(run).items() if k != "config"}
-    (path / ABOUT).write_text(json.dumps(about, indent=2))
-    result = train(config, resume=True, console=Console(quiet=True))
-    if not result.finished:
-        return False
-    found = measure(run, result)
-    unfinished = path / f".{RESULT}.tmp"
-    unfinished.write_text(json.dumps(found, indent=2))
-    unfinished.replace(path / RESULT)
-    return True
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def with_trunk(run: Run) -> TrainConfig:
-    """The run's settings; of a branch, with the checkpoint that it starts from."""
-    if run.trunk is None:
-        return run.config
-    start = Path(run.trunk) / "checkpoints" / f"step-{run.branch_step:08d}"
-    if not start.is_dir():
+def check_trunk(run: Run) -> None:
+    """Raises ValueError if there is nothing to branch off, or what is there was trained with other settings."""
+    if run.config.branch_from is None or (Path(run.config.out) / "train.json").is_file():
+        return
+    if not Path(run.config.branch_from).is_dir():
         raise ValueError(f"{run.trunk} has no checkpoint of step {run.branch_step} to branch off; did it finish?")
     cooldown = run.config.steps - run.branch_step
-    return replace(branch(start, cooldown_steps=cooldown, out=run.config.out), save_every=0)
+    found = branch(run.config.branch_from, cooldown_steps=cooldown, out=run.config.out)
+    _check_settings(found, run.config, f"{run.trunk} holds")
 
 
 def is_done(path: Path, config: TrainConfig) -> bool:
     """Whether this run is finished. Raises ValueError if another one lies in its place."""
     if not (path / "train.json").is_file():
         return False
-    saved = load_config(path / "train.json")
-    wanted = replace(config, model=config.model.replace(vocab_size=saved.model.vocab_size), out=saved.out)
-    if wanted.branch_from and saved.branch_from:  # the study's folder may have moved
-        wanted = replace(wanted, branch_from=saved.branch_from)
-    if wanted != saved:
-        raise ValueError(
-            f"{path} holds a run with other settings ({_difference(saved, wanted)}); delete it or use --out"
-        )
+    _check_settings(load_config(path / "train.json"), config, f"{path} holds")
     return (path / RESULT).is_file()
+
+
+# Where a run lies (the study's folder may have moved), and what changes nothing that is measured.
+FREE = ("out", "branch_from", "save_every", "keep", "keep_steps")
+
+
+def _check_settings(saved: TrainConfig, wanted: TrainConfig, holds: str) -> None:
+    same = {name: getattr(saved, name) for name in FREE}
+    wanted = replace(wanted, model=wanted.model.replace(vocab_size=saved.model.vocab_size), **same)
+    if wanted != saved:
+        raise ValueError(f"{holds} a run with other settings ({_difference(saved, wanted)}); delete it or use --out")
 
 
 def _difference(saved: TrainConfig, wanted: TrainConfig) -> str:
@@ -152,28 +166,52 @@ def _check_gpus(runs: Sequence[Run], wanted: int) -> None:
 
 
 def _in_processes(runs: Sequence[Run], workers: Workers, idle: Callable[[], None]) -> Iterator[Outcome]:
-    """idle: called about every second while runs go on."""
-    context = multiprocessing.get_context("spawn")
+    """idle: called about every second while runs go on. A run whose process dies is tried once more, alone: what killed
+    it may have been the memory that the others took."""
     os.environ["OMP_NUM_THREADS"] = str(workers.threads)
-    devices = context.SimpleQueue()
-    for gpu in visible_gpus(workers.gpus):
-        devices.put(gpu)
-    pool = ProcessPoolExecutor(
-        workers.gpus or workers.jobs, context, _begin_worker, (devices if workers.gpus else None,)
-    )
+    places = visible_gpus(workers.gpus) if workers.gpus else [""] * workers.jobs
+    died = []
+    for outcome in _side_by_side(runs, places, workers.threads, idle):
+        if outcome.reason == DIED and len(places) > 1:
+            died.append(outcome.run)
+        else:
+            yield outcome
+    for run in died:
+        yield from _side_by_side([run], places[:1], workers.threads, idle)
+
+
+def _side_by_side(
+    runs: Sequence[Run], places: Sequence[str], threads: int, idle: Callable[[], None]
+) -> Iterator[Outcome]:
+    """A process for every run, as many at a time as there are places: GPUs, or empty names."""
+    context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    # What every run imports sooner or later is imported once, not by each process anew: that takes seconds.
+    multiprocessing.set_forkserver_preload([__name__, "mor.shares", "torch._dynamo"])
+    left, free = deque(runs), deque(places)
+    going: dict[Connection, tuple[Run, str, BaseProcess]] = {}
     try:
-        waiting: dict[Future[Outcome], Run] = {pool.submit(_run_in_worker, run, workers.threads): run for run in runs}
-        while waiting:
-            finished, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-            idle()
-            for future in finished:
-                run = waiting.pop(future)
+        while left or going:
+            while left and free:
+                run, place = left.popleft(), free.popleft()
+                answer, end = context.Pipe(duplex=False)
+                process = context.Process(target=_run_in_process, args=(run, threads, place, end))
+                process.start()
+                end.close()  # so that the answer ends with the process
+                going[answer] = run, place, process
+            ready = wait(going, timeout=1.0)
+            for answer in [answer for answer in going if answer in ready]:
+                run, place, process = going.pop(answer)
                 try:
-                    yield future.result()
-                except BrokenProcessPool:  # killed from outside, out of memory: this pool takes no more work
-                    yield Outcome(run=run, status="failed", reason="its process died; start the study again to go on")
+                    outcome = answer.recv()
+                except (EOFError, OSError):
+                    outcome = Outcome(run=run, status="failed", reason=DIED)
+                process.join()
+                free.append(place)
+                yield outcome
+            idle()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for _, _, process in going.values():
+            process.join()
 
 
 def visible_gpus(count: int) -> list[str]:
@@ -182,10 +220,13 @@ def visible_gpus(count: int) -> list[str]:
     return (given.split(",") if given else [str(gpu) for gpu in range(count)])[:count]
 
 
-def _begin_worker(devices: Any) -> None:
-    if devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()
+def _run_in_process(run: Run, threads: int, gpu: str, answer: Connection) -> None:
+    if gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     threading.Thread(target=_stop_with_parent, daemon=True).start()
+    outcome = run_one(run, threads)
+    with suppress(BrokenPipeError):  # the study is gone
+        answer.send(outcome)
 
 
 def _stop_with_parent() -> None:
@@ -194,14 +235,6 @@ def _stop_with_parent() -> None:
     assert parent is not None
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _run_in_worker(run: Run, threads: int) -> Outcome:
-    outcome = run_one(run, threads)
-    parent = multiprocessing.parent_process()
-    if parent is None or not parent.is_alive():
-        os._exit(1)
-    return outcome
 
 
 def _on_cluster(runs: Sequence[Run], workers: Workers, folder: Path, idle: Callable[[], None]) -> Iterator[Outcome]:
@@ -238,14 +271,14 @@ def _outcome(job: Any, run: Run, submitit: Any) -> Outcome:
     try:
         return job.result()
     except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
-        return Outcome(run=run, status="failed", reason=f"job {job.job_id}: {str(error).strip().splitlines()[0]}")
+        return Outcome(run=run, status="failed", reason=f"job {job.job_id}: {_reason(error)}")
 
 
 class _Bar:
     """Progress in FLOPs over all runs, read from their metrics, with the time left."""
 
     def __init__(self, runs: Sequence[Run], console: Console) -> None:
-        self.flops = {run.config.out: flops_of(run) for run in runs}
+        self.flops = [(run, flops_of(run)) for run in runs]
         self.console, self.left, self.looked = console, len(runs), 0.0
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -257,7 +290,7 @@ class _Bar:
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task(f"{len(runs)} runs", total=sum(self.flops.values()))
+        self.task = self.bar.add_task(f"{len(runs)} runs", total=sum(flops for _, flops in self.flops))
 
     def __enter__(self) -> _Bar:
         self.bar.start()
@@ -277,10 +310,11 @@ class _Bar:
             return
         run = outcome.run
         text = f"{outcome.status:<11} {run.stage:<6} {run.row}, {_which(run)}"
-        self.console.print(f"{text}: {outcome.reason}" if outcome.reason else text, highlight=False, soft_wrap=True)
+        text += f": {outcome.reason}" if outcome.reason else ""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _done(self) -> float:
-        return sum(flops * _share(Path(out)) for out, flops in self.flops.items())
+        return sum(flops * _share(run) for run, flops in self.flops)
 
 
 def _which(run: Run) -> str:
@@ -295,15 +329,11 @@ def flops_of(run: Run) -> float:
     return steps * step_flops(run.config, run.config.capacity_warmup_steps)
 
 
-def _share(path: Path) -> float:
+def _share(run: Run) -> float:
     """How much of a run is done, from 0 to 1."""
+    path = Path(run.config.out)
     if (path / RESULT).is_file():
         return 1.0
-    if not (path / "metrics.jsonl").is_file() or not (path / "train.json").is_file():
-        return 0.0
-    rows = read_metrics(path / "metrics.jsonl")
-    if not rows:
-        return 0.0
-    config = load_config(path / "train.json")
-    first = rows[0]["step"] if config.branch_from else 0
-    return min(1.0, (rows[-1]["step"] - first) / max(1, total_steps(config) - first))
+    rows = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else []
+    done = rows[-1]["step"] - run.branch_step if rows else 0
+    return min(1.0, done / max(1, total_steps(run.config) - run.branch_step))

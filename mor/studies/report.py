@@ -15,7 +15,7 @@ from rich.table import Table
 from mor.analysis import report as analysis
 from mor.analysis.figures import save
 from mor.analysis.intervals import paired
-from mor.analysis.report import SUMMARY
+from mor.analysis.report import STUDY_ENTRIES, SUMMARY
 from mor.studies import compare, figures, scaling
 from mor.studies.results import TABLE, collect, finished, tuned_rates, write_table
 from mor.studies.study import Study
@@ -38,6 +38,8 @@ class Exit:
 def report(study: Study, folder: Path, console: Console, *, resamples: int = 1000) -> None:
     """Write FOLDER/results.sqlite, summary.json, tables/*.csv, figures/*.png and *.svg, and print what they say."""
     rows = collect(folder)
+    if not rows:
+        raise ValueError(f"{folder} holds no runs yet; start the study without --report")
     write_table(rows, folder / TABLE)
     runs = finished(rows, "main", "branch")
     verdict = compare.depth_verdict(study, runs)
@@ -60,8 +62,11 @@ def report(study: Study, folder: Path, console: Console, *, resamples: int = 100
 
 
 def write_summary(folder: Path, texts: dict[str, str]) -> None:
-    """What ``mor report`` says at the top of the page."""
+    """What ``mor report`` says at the top of the page. Tables and figures of an earlier report go."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name in STUDY_ENTRIES:
+        for old in (*folder.glob(f"tables/{name}.csv"), *folder.glob(f"figures/{name}.*")):
+            old.unlink()
     (folder / SUMMARY).write_text(json.dumps({name: text for name, text in texts.items() if text}, indent=2))
 
 
@@ -89,7 +94,7 @@ def _write_csv(found: Sequence[Any], path: Path) -> None:
 def _print_edges(study: Study, rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Say where the best learning rate is the smallest or largest tried: the true one may lie beyond."""
     ends = {f"{r:g}" for r in (min(study.tuning.rates), max(study.tuning.rates))} if study.tuning.rates else set()
-    edge = [f"{name} ({rate:g})" for name, rate in tuned_rates(rows).items() if f"{rate:g}" in ends]
+    edge = [f"{name} ({rate:g})" for name, rate in tuned_rates(rows, study.tuning.rates).items() if f"{rate:g}" in ends]
     if edge:
         console.print(f"The best learning rate is at the end of its grid for {', '.join(edge)}.", highlight=False)
 
@@ -168,7 +173,7 @@ def report_scaling(
     """IsoFLOP fits: best sizes, their paths, the recurrence law; tables and figures. noise: see scaling.optima."""
     best = scaling.optima(points, noise=noise, resamples=resamples)
     slopes = scaling.paths(points, noise=noise, resamples=resamples)
-    laws = _laws(points, console, noise=noise, resamples=resamples // 5)
+    laws = _laws(points, console, noise=noise, resamples=max(1, resamples // 5))
     titles = {"optima": f"Best size for a budget: {size_name}", "paths": "Slopes of the optimal paths"}
     titles |= {"recurrence_law": "Recurrence law"}
     for name, found in (("optima", best), ("paths", slopes), ("recurrence_law", laws)):
@@ -224,9 +229,10 @@ def _cell(value: Any) -> str:
         return str(value)
     if isinstance(value, int) or math.isnan(value):
         return str(value)
-    if abs(value) >= 1e14:
+    rounded = float(f"{value:.3g}")
+    if abs(rounded) >= 1e15:
         return f"{value:.3g}"
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(rounded) >= size:
+            return f"{rounded / size:.3g}{unit}"
     return f"{value:.3f}"

@@ -15,6 +15,7 @@ from mor import costs
 from mor.config import ModelConfig
 from mor.data import TaskData, Windows
 from mor.evaluate import by_hops, evaluate
+from mor.files import read_json
 from mor.metrics import read_metrics
 from mor.model import Transformer
 from mor.studies.exits import early_exits
@@ -23,6 +24,9 @@ from mor.train import TrainResult
 from mor.train_config import load_config
 
 TABLE = "results.sqlite"
+NEEDED = (  # of a result, by tables, figures and fits
+    *("validation_nll", "mean_depth", "family", "params", "looped_params", "tokens", "train_flops", "train_s"),
+)
 HEALTH = ("dead_positions", "agreement", "max_violation", "depth_entropy")
 
 
@@ -93,22 +97,39 @@ def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def collect(study: Path) -> list[dict[str, Any]]:
-    """A row for every run directory of a study: settings, place in the study, status, numbers."""
-    return [_row(path.parent) for path in sorted(study.glob(f"*/**/{ABOUT}"))]
+    """A row for every run directory of a study: settings, place in the study, status, numbers.
+
+    Raises ValueError for a damaged file, and for two directories that hold the same run.
+    """
+    rows = [_row(path.parent) for path in sorted(study.glob(f"*/**/{ABOUT}"))]
+    taken: dict[tuple[Any, ...], str] = {}
+    for row in [row for row in rows if row["stage"] != "tuning"]:
+        other = taken.setdefault((row["row"], row["seed"], row["budget"]), row["path"])
+        if other != row["path"]:
+            raise ValueError(f"{other} and {row['path']} hold the same run; move one out of the study's folder")
+    return rows
 
 
 def _row(path: Path) -> dict[str, Any]:
-    about = json.loads((path / ABOUT).read_text())
+    about = known(path / ABOUT, "row", "variant", "stage", "seed", "budget", "labels")
     row: dict[str, Any] = {"path": str(path), "status": "unfinished", "reason": None}
-    if (path / ERROR).is_file():
-        row |= {"status": "failed", "reason": (path / ERROR).read_text().splitlines()[0]}
-    row |= {name: about[name] for name in ("row", "variant", "stage", "seed", "budget")}
-    row |= {f"label_{name}": label for name, label in about["labels"].items()}
-    if (path / "train.json").is_file():
+    labels = about["labels"].items()
+    row |= {k: about[k] for k in ("row", "variant", "stage", "seed", "budget")} | {f"label_{k}": v for k, v in labels}
+    if (path / "train.json").is_file() or (path / RESULT).is_file():
         row |= {f"config_{k.replace('.', '_')}": v for k, v in flat(asdict(load_config(path / "train.json"))).items()}
     if (path / RESULT).is_file():
-        row |= {"status": "finished", "reason": None} | json.loads((path / RESULT).read_text())
+        row |= {"status": "finished"} | known(path / RESULT, *NEEDED)
+    if (path / ERROR).is_file():  # of a finished one, too: the study now asks for another run in its place
+        row |= {"status": "failed", "reason": next(iter((path / ERROR).read_text().splitlines()), "unknown")}
     return row
+
+
+def known(path: Path, *names: str) -> dict[str, Any]:
+    """A JSON file that has these entries. Raises ValueError if it has not."""
+    values = read_json(path)
+    if missing := [name for name in names if name not in values]:
+        raise ValueError(f"{path} has no {', '.join(missing)}; delete it and start the study again to have it anew")
+    return values
 
 
 def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -143,10 +164,12 @@ def finished(rows: Iterable[dict[str, Any]], *stages: str) -> list[dict[str, Any
     return [row for row in done if math.isfinite(row["validation_nll"])]
 
 
-def tuned_rates(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """By row of the study: the rate whose short run has the lowest causal validation NLL."""
+def tuned_rates(rows: Iterable[dict[str, Any]], rates: Sequence[float]) -> dict[str, float]:
+    """By row of the study: the one of these rates whose short run has the lowest causal validation NLL."""
     best: dict[str, dict[str, Any]] = {}
     for row in finished(rows, "tuning"):
+        if row.get("config_optim_lr") not in rates:  # of an earlier version of the file
+            continue
         if row["row"] not in best or row["validation_nll"] < best[row["row"]]["validation_nll"]:
             best[row["row"]] = row
     return {name: row["config_optim_lr"] for name, row in best.items()}

@@ -36,11 +36,11 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from mor.config import ModelConfig, RouterConfig, from_dict, preset
+from mor.config import ModelConfig, RouterConfig, fits, from_dict, preset
 from mor.data import vocab_size
-from mor.train_config import TrainConfig, total_steps
+from mor.train_config import TrainConfig, cooled, total_steps
 
 # What a study adds to a run directory: the numbers of a finished run, why a run failed, its place in the study.
 RESULT, ERROR, ABOUT = "result.json", "error.txt", "study.json"
@@ -72,9 +72,9 @@ class Study:
     title: str
     question: str = ""
     base: dict[str, Any] = field(default_factory=dict)
-    shapes: dict[str, Any] = field(default_factory=dict)
-    variants: dict[str, Any] = field(default_factory=dict)
-    axes: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    axes: dict[str, list[Any] | dict[str, dict[str, Any]]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     reference: str = ""
     depth_pays: DepthPays = field(default_factory=DepthPays)
@@ -89,6 +89,8 @@ class Study:
     def __post_init__(self) -> None:
         if not self.variants:
             raise ValueError("a study needs at least one [variants.NAME]; an empty table takes the base as it is")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must differ, got {list(self.seeds)}")
         if not self.seeds:
             raise ValueError("a study needs at least one seed; three or more for a claim")
         control = self.depth_pays
@@ -99,8 +101,11 @@ class Study:
                 )
         if self.tuning.seed in self.seeds:
             raise ValueError(f"tuning.seed={self.tuning.seed} is one of the seeds that count; choose another")
-        if self.budgets and sorted(self.budgets) != list(self.budgets):
-            raise ValueError(f"budgets must grow, got {self.budgets}")
+        _check_places(self)
+        if sorted({0.0, *self.budgets}) != [0.0, *self.budgets]:
+            raise ValueError(f"budgets must be positive and grow, got {list(self.budgets)}")
+        if self.windows < 1:
+            raise ValueError(f"windows must be at least 1, got {self.windows}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +118,11 @@ class Row:
 
     @property
     def name(self) -> str:
-        return ", ".join([self.variant, *(f"{axis} {label}" for axis, label in self.labels.items())])
+        return row_name(self.variant, self.labels)
+
+
+def row_name(variant: str, labels: Mapping[str, str]) -> str:
+    return ", ".join([variant, *(f"{axis} {label}" for axis, label in labels.items())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +152,8 @@ def load_study(path: Path, *, size: Path | None = None) -> Study:
     """
     values = tomllib.loads(path.read_text())
     named = values.pop("size", None)
+    if not isinstance(named, str | None):
+        raise ValueError(f"size names a file such as 'sizes/small.toml', got {named!r}")
     if size is None and named is not None:
         size = path.parent / named
     return from_dict(Study, merge(tomllib.loads(size.read_text()) if size else {}, values))
@@ -151,20 +162,40 @@ def load_study(path: Path, *, size: Path | None = None) -> Study:
 def study_rows(study: Study) -> list[Row]:
     """Raises ValueError naming the variant whose settings do not fit together."""
     found = []
-    axes = [list(_values(name, values)) for name, values in study.axes.items()]
-    places = {label for axis in axes for _, label, _ in axis}
-    for variant, changes in study.variants.items():
-        if unknown := set(changes.get("at", {})) - places:
-            raise ValueError(f"variant {variant!r}: no axis has the value {min(unknown)!r} that it names in 'at'")
-        for choice in itertools.product(*axes):
-            labels = {axis.rpartition(".")[2]: label for axis, label, _ in choice}
-            try:
-                there = (changes.get("at", {}).get(label, {}) for label in labels.values())
-                settings = merge(study.base, _shape(study, changes), *(s for _, _, s in choice), *there)
-                found.append(Row(variant=variant, labels=labels, config=train_config(settings)))
-            except ValueError as error:
-                raise ValueError(f"variant {variant!r} {dict(labels) or ''}: {error}") from None
+    for variant, labels, settings in _grid(study):
+        changes = study.variants[variant]
+        try:
+            merged = merge(study.base, _shape(study, changes), *settings, *_there(study, changes, labels))
+            found.append(Row(variant=variant, labels=labels, config=train_config(merged)))
+        except ValueError as error:
+            raise ValueError(f"variant {variant!r} {labels or ''}: {error}") from None
     return found
+
+
+def _grid(study: Study) -> Iterator[tuple[str, dict[str, str], list[dict[str, Any]]]]:
+    """Every variant with every value of every axis: labels by axis, and what each value sets."""
+    for variant in study.variants:
+        for choice in itertools.product(*(_values(name, values) for name, values in study.axes.items())):
+            yield variant, {_label(axis): label for axis, label, _ in choice}, [s for _, _, s in choice]
+
+
+def _label(axis: str) -> str:
+    return axis.rpartition(".")[2]
+
+
+def _check_places(study: Study) -> None:
+    """Every row needs a folder of its own, every axis a column of the table, whose names know no case."""
+    columns = {_label(axis).lower(): axis for axis in study.axes}
+    if twins := [axis for axis in study.axes if columns[_label(axis).lower()] != axis]:
+        raise ValueError(f"axes {twins[0]!r} and {columns[_label(twins[0]).lower()]!r} have the same label; rename one")
+    taken: dict[str, str] = {}
+    for name in (row_name(variant, labels) for variant, labels, _ in _grid(study)):
+        folder = folder_name(name)
+        if not folder or folder.startswith("."):
+            raise ValueError(f"the row {name!r} gets no folder of that name; begin with one of A-Z, a-z, 0-9, + and -")
+        if folder in taken:
+            raise ValueError(f"the rows {taken[folder]!r} and {name!r} would share the folder {folder!r}; rename one")
+        taken[folder] = name
 
 
 def _shape(study: Study, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,9 +204,19 @@ def _shape(study: Study, changes: Mapping[str, Any]) -> dict[str, Any]:
     like = changes.get("like")
     if like is None:
         return own
-    if like not in study.shapes:
+    if not isinstance(like, str) or like not in study.shapes:
         raise ValueError(f"like={like!r} is no shape; there are {', '.join(study.shapes) or 'none'}")
     return merge(study.shapes[like], own)
+
+
+def _there(study: Study, changes: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What a variant changes at these values of the axes alone."""
+    at = changes.get("at", {})
+    if not fits(at, dict[str, dict[str, Any]]):
+        raise ValueError(f"'at' is a table of what changes at each value of an axis, got {at!r}")
+    if unknown := set(at) - {label for _, all_labels, _ in _grid(study) for label in all_labels.values()}:
+        raise ValueError(f"no axis has the value {min(unknown)!r} that it names in 'at'")
+    return [at[label] for label in labels.values() if label in at]
 
 
 def _values(axis: str, values: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -203,7 +244,9 @@ def merge(*tables: Mapping[str, Any]) -> dict[str, Any]:
 def train_config(settings: Mapping[str, Any]) -> TrainConfig:
     """A run's settings; the model's may be those of :func:`mor.config.preset`."""
     values = dict(settings)
-    if "model" in values:
+    if dotted := [key for key in values if "." in key]:
+        raise ValueError(f"write {dotted[0]} without quotes: with them it is one name, not a path")
+    if isinstance(values.get("model"), Mapping):
         values["model"] = _model(values["model"])
     config = from_dict(TrainConfig, values)
     # What a budget buys depends on the vocabulary, which the data brings along.
@@ -213,6 +256,9 @@ def train_config(settings: Mapping[str, Any]) -> TrainConfig:
 def _model(table: Mapping[str, Any]) -> ModelConfig:
     if "preset" not in table:
         return from_dict(ModelConfig, table)
+    hints = get_type_hints(preset) | {"preset": str, "router": Any}
+    if wrong := [f"{key} = {value!r}" for key, value in table.items() if not fits(value, hints.get(key, Any))]:
+        raise ValueError(f"model.{wrong[0]} is of the wrong type")
     rest = {key: value for key, value in table.items() if key not in ("preset", "router")}
     return preset(table["preset"], router=from_dict(RouterConfig, table.get("router", {})), **rest)
 
@@ -263,7 +309,7 @@ def main_runs(study: Study, out: Path, rates: Mapping[str, float]) -> list[list[
     ]  # a whole seed, then the next
 
 
-BRANCH_POINTS = 4  # checkpoints of the stable run up to the first budget's cool-down
+BRANCH_POINTS = 4  # steps of the stable run to branch off, up to the first budget's cool-down
 
 
 def _budget_runs(study: Study, row: Row, config: TrainConfig, place: Path) -> Iterator[Run]:
@@ -273,18 +319,19 @@ def _budget_runs(study: Study, row: Row, config: TrainConfig, place: Path) -> It
     every = max(1, round(steps[0] * stable / BRANCH_POINTS))
     # The warm-up is that of the smallest budget; it must not be longer for the run they share.
     optim = replace(config.optim, warmup=config.optim.warmup * steps[0] / steps[-1])
-    trunk = replace(config, optim=optim, steps=steps[-1], flops=None, save_every=every, keep=0)
+    points = [round(total * stable / every) * every for total in steps[:-1]]
+    trunk = replace(config, optim=optim, steps=steps[-1], flops=None, save_every=every, keep_steps=tuple(points))
     names = [place / f"flops-{budget:g}" / f"seed-{config.seed}" for budget in study.budgets]
     yield replace(_run(study, row, "main", trunk, names[-1]), budget=study.budgets[-1])
-    for budget, total, name in zip(study.budgets[:-1], steps, names, strict=False):
-        at = round(total * stable / every) * every
+    for budget, total, at, name in zip(study.budgets, steps, points, names, strict=False):
         last = steps[-1] - round(steps[-1] * config.optim.cooldown)
         if not 0 < at <= min(last, total - 1):
             raise ValueError(
                 f"{row.name}: a budget of {budget:g} FLOPs is {total} steps, too near the largest one "
                 f"({steps[-1]} steps) to branch off its stable phase; leave it out or lower optim.cooldown"
             )
-        made = _run(study, row, "branch", replace(config, steps=total, flops=None), name)
+        start = names[-1] / "checkpoints" / f"step-{at:08d}"
+        made = _run(study, row, "branch", cooled(trunk, start, total, total - at), name)
         yield replace(made, budget=budget, trunk=str(names[-1]), branch_step=at)
 
 
