@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -212,6 +213,8 @@ def alone_in(out: Path, ranks: Ranks) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if ranks.is_first and [file.name for file in out.iterdir()] == [".lock"]:  # nothing was begun
+            shutil.rmtree(out)
 
 
 def _train(
