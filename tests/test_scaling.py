@@ -174,6 +174,15 @@ def test_runs_of_a_study_become_points():
     (point,) = points_of([run, run | {"budget": None}], lambda run: run["params"])
     assert (point.family, point.size, point.once, point.looped, point.loops) == ("MoR", 100, 40, 60, 4)
     assert (point.budget, point.tokens, point.nll, point.seed) == (1e12, 5e6, 0.5, 2)
+    grid = [
+        run | {"params": params, "label_size": f"d{params}", "label_alpha": alpha, "seed": seed}
+        for params in (100, 200)
+        for alpha in ("0.1", "1")
+        for seed in (0, 1)
+    ]
+    points = points_of(grid, lambda run: run["params"])
+    of_one_size = ["MoR, alpha 0.1"] * 2 + ["MoR, alpha 1"] * 2
+    assert [p.family for p in points] == of_one_size * 2, "sizes are one family, alphas are not"
 
 
 def test_the_papers_table_is_whole_and_its_best_models_are_where_it_says():

@@ -19,7 +19,7 @@ from mor.files import read_json
 from mor.metrics import read_metrics
 from mor.model import Transformer
 from mor.studies.exits import early_exits
-from mor.studies.study import ABOUT, ERROR, RESULT, Run
+from mor.studies.study import ABOUT, ERROR, LABEL, RESULT, Run
 from mor.train import TrainResult
 from mor.train_config import load_config
 
@@ -114,7 +114,7 @@ def _row(path: Path) -> dict[str, Any]:
     about = known(path / ABOUT, "row", "variant", "stage", "seed", "budget", "labels")
     row: dict[str, Any] = {"path": str(path), "status": "unfinished", "reason": None}
     labels = about["labels"].items()
-    row |= {k: about[k] for k in ("row", "variant", "stage", "seed", "budget")} | {f"label_{k}": v for k, v in labels}
+    row |= {k: about[k] for k in ("row", "variant", "stage", "seed", "budget")} | {LABEL + k: v for k, v in labels}
     if (path / "train.json").is_file() or (path / RESULT).is_file():
         row |= {f"config_{k.replace('.', '_')}": v for k, v in flat(asdict(load_config(path / "train.json"))).items()}
     if (path / RESULT).is_file():

@@ -8,6 +8,7 @@ near 0 vary by little, and none falls below it.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import variance
@@ -17,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mor.analysis.intervals import bootstrap_bounds
+from mor.studies.study import LABEL, row_name
 
 Array = NDArray[np.float64]
-REACH = math.log(
-    1000
-)  # a minimum farther than this outside the measured log sizes is none: the curve is flat or a slope
+REACH = math.log(1000)  # a minimum farther outside the measured log sizes is none: the curve is flat or a slope
 PHI_BOUND = 3.0
 
 
@@ -306,10 +306,13 @@ def _inside(bounds: Any) -> tuple[Array, Array]:
 
 
 def points_of(runs: Iterable[dict[str, Any]], size: Callable[[dict[str, Any]], float]) -> list[Point]:
-    """Finished runs of a study with budgets as points. size: what counts as a model's size."""
+    """Finished runs of a study with budgets as points. size: what counts as a model's size; an axis along which it does
+    not change, such as one of alphas, makes families of its own."""
+    runs = [run for run in runs if run["budget"]]
+    others = [axis for axis in labels_of(runs) if not _changes(runs, axis, size)]
     return [
         Point(
-            family=run["variant"],
+            family=row_name(run["variant"], {axis.removeprefix(LABEL): run[axis] for axis in others if axis in run}),
             size=size(run),
             budget=run["budget"],
             tokens=run["tokens"],
@@ -320,5 +323,18 @@ def points_of(runs: Iterable[dict[str, Any]], size: Callable[[dict[str, Any]], f
             loops=run["config_model_num_recursions"],
         )
         for run in runs
-        if run["budget"]
     ]
+
+
+def labels_of(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """The columns that say which value of an axis a run has."""
+    return list(dict.fromkeys(name for run in runs for name in run if name.startswith(LABEL)))
+
+
+def _changes(runs: Sequence[dict[str, Any]], axis: str, size: Callable[[dict[str, Any]], float]) -> bool:
+    """Whether runs that differ only in this axis differ in size."""
+    sizes: dict[tuple[Any, ...], set[float]] = defaultdict(set)
+    for run in runs:
+        rest = tuple(run.get(other) for other in labels_of(runs) if other != axis)
+        sizes[(run["variant"], run["seed"], run["budget"], rest)].add(size(run))
+    return any(len(found) > 1 for found in sizes.values())

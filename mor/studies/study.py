@@ -44,6 +44,7 @@ from mor.train_config import TrainConfig, cooled, total_steps
 
 # What a study adds to a run directory: the numbers of a finished run, why a run failed, its place in the study.
 RESULT, ERROR, ABOUT = "result.json", "error.txt", "study.json"
+LABEL = "label_"  # begins the names of axes in tables
 
 
 @dataclass(frozen=True, kw_only=True)
