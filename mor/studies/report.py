@@ -217,6 +217,8 @@ def _bounded(row: dict[str, Any], name: str) -> str:
     low, high = (row.get(f"{stem}_{end}") for end in ("low", "high"))
     if low is None or high is None:
         return _cell(row[name])
+    if math.isnan(low) or math.isnan(high):
+        return f"{_cell(row[name])} [none]"
     return f"{_cell(row[name])} [{_cell(low)}, {_cell(high)}]"
 
 
@@ -235,4 +237,4 @@ def _cell(value: Any) -> str:
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(rounded) >= size:
             return f"{rounded / size:.3g}{unit}"
-    return f"{value:.3f}"
+    return f"{rounded:g}" if abs(rounded) >= 1 else f"{value:.3f}"
