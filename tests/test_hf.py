@@ -416,7 +416,7 @@ def test_lora_on_the_shared_blocks(tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("router", ["fixed", "expert_choice"])
+@pytest.mark.parametrize("router", [pytest.param("fixed", marks=pytest.mark.slow), "expert_choice"])
 def test_a_compiled_forward_gives_the_same_values(backend, router):
     torch._dynamo.reset()
     model = wrapped(tiny(router)).train()
