@@ -212,9 +212,9 @@ def alone_in(out: Path, ranks: Ranks) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
         if ranks.is_first and [file.name for file in out.iterdir()] == [".lock"]:  # nothing was begun
-            shutil.rmtree(out)
+            shutil.rmtree(out)  # before the lock is free, so that it is nobody else's folder
+        lock.release()
 
 
 def _train(

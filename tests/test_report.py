@@ -195,3 +195,8 @@ def test_mistakes_end_in_one_line_that_helps(arguments, words, tmp_path, monkeyp
     with pytest.raises(SystemExit):
         main(["report", *arguments])
     assert words in capsys.readouterr().err
+
+
+def test_every_line_of_a_large_study_has_its_own_look():
+    looks = [tuple(sorted((name, str(value)) for name, value in figures.series(i).items())) for i in range(24)]
+    assert len(set(looks)) == 24

@@ -47,9 +47,14 @@ def new_axes(
 
 
 def series(i: int) -> dict[str, Any]:
-    """Look of the i-th line: lightness, dash and marker all differ. From the seventh on the marker is hollow."""
-    look: dict[str, Any] = dict(color=GREYS[i % 6], linestyle=DASHES[i % 6], marker=MARKERS[i % 6], markersize=4.5)
-    return look | ({"markerfacecolor": "#ffffff", "linestyle": DASHES[(i + 1) % 6]} if i >= 6 else {})
+    """Look of the i-th line: lightness, dash and marker all differ. Every second six have hollow markers."""
+    turn = i // 6
+    marker = dict(marker=MARKERS[(i + turn // 2) % 6], markersize=4.5)
+    return (
+        dict(color=GREYS[i % 6], linestyle=DASHES[(i + turn) % 6])
+        | marker
+        | ({"markerfacecolor": "#ffffff"} if turn % 2 else {})
+    )
 
 
 def literal(name: str) -> str:

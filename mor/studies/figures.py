@@ -39,9 +39,9 @@ def rows_figure(lines: Sequence[Line], runs: Runs) -> Figure:
             right.plot([line.difference], [place], "s", color=GREYS[0], markersize=5)
     left.set_yticks(range(len(lines)), [literal(line.row) for line in lines])
     left.invert_yaxis()
-    left.set_xlabel("validation NLL, nats (causal); bar: mean")
+    left.set_xlabel("validation NLL, nats (causal)\nbar: mean")
     right.axvline(0, color=GREYS[3], linestyle=":")
-    right.set_xlabel("difference from the reference, nats; line: 95% interval")
+    right.set_xlabel("difference from the reference, nats\nline: 95% interval")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(6))
     return figure
