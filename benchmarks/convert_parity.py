@@ -1,4 +1,5 @@
-"""Does a converted model compute what transformers computes? Logits and greedy text on real text, and the way back.
+"""Does a converted model compute what transformers computes? Logits and greedy text on real text,
+and the way back.
 
 python benchmarks/convert_parity.py SOURCE VALIDATION [--windows 8] [--seq-len 512] [--threads 1]
 
@@ -16,12 +17,16 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mor import checkpoint
-from mor.convert import convert
-from mor.data import tokenize
-from mor.generate import SamplingParams, generate
-from mor.sources import read_documents
+from mor.conversion.convert import convert
+from mor.data.sources import read_documents
+from mor.data.stream import tokenize
+from mor.generation import SamplingParams, generate
 
-QUESTIONS = ("What is the capital of France?", "Why is the sky blue?", "Name three uses of a paper clip.")
+QUESTIONS = (
+    "What is the capital of France?",
+    "Why is the sky blue?",
+    "Name three uses of a paper clip.",
+)
 
 
 def read_theirs(source):
@@ -33,7 +38,9 @@ def read_theirs(source):
 
 @torch.inference_mode()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path)
     parser.add_argument("validation", type=Path)
     parser.add_argument("--windows", type=int, default=8)
@@ -83,10 +90,13 @@ def main():
         "largest_logit": torch.stack(scale).max().item(),
         "max_abs_difference": torch.stack(there).max().item(),
         "max_abs_difference_after_the_way_back": torch.stack(back_again).max().item(),
-        "weights_bit_equal_after_the_way_back": all(torch.equal(w, weights[n]) for n, w in theirs.state_dict().items()),
+        "weights_bit_equal_after_the_way_back": all(
+            torch.equal(w, weights[n]) for n, w in theirs.state_dict().items()
+        ),
         "greedy_prompts_equal": f"{same} of {len(prompts)}, {options.new_tokens} tokens each",
         "chat_template_equal": all(
-            their_tokenizer.apply_chat_template(t, tokenize=False) == template.apply_chat_template(t, tokenize=False)
+            their_tokenizer.apply_chat_template(t, tokenize=False)
+            == template.apply_chat_template(t, tokenize=False)
             for t in turns
         ),
         "documents_with_other_ids_than_transformers": sum(
@@ -96,7 +106,11 @@ def main():
     }
     for name, value in found.items():
         print(f"{name.replace('_', ' '):45} {value}")
-    machine = {"threads": options.threads, "torch": torch.__version__, "transformers": transformers.__version__}
+    machine = {
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     print(json.dumps(found | {"machine": machine | {"python": platform.python_version()}}))
 
 

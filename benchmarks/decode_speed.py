@@ -1,12 +1,14 @@
-"""How fast the engine decodes: against its own vanilla, its other modes, transformers, and under a load.
+"""How fast the engine decodes: against its own vanilla, its other modes, transformers, and under a
+load.
 
-    python benchmarks/decode_speed.py                       # everything, under ten minutes on two cores
-    python benchmarks/decode_speed.py --parts batching --lengths.mean 256
+    python benchmarks/decode_speed.py                       # everything, under ten minutes on two
+    cores python benchmarks/decode_speed.py --parts batching --lengths.mean 256
     python benchmarks/decode_speed.py --checkpoint runs/mor3 --baseline runs/vanilla --parts models
 
 Within a part everything takes turns in one process; speeds are medians. JSON in the last line.
-Parts: models (MoR-2/3/4 against vanilla of the same depth, depths drawn uniformly by a random router, or a trained
-checkpoint), batching (depth-wise, lock-step, static), transformers, overhead, latency.
+Parts: models (MoR-2/3/4 against vanilla of the same depth, depths drawn uniformly by a random
+router, or a trained checkpoint), batching (depth-wise, lock-step, static), transformers, overhead,
+latency.
 """
 
 import json
@@ -21,11 +23,11 @@ import torch
 import tyro
 
 from mor import checkpoint
-from mor.config import RouterConfig, preset
-from mor.convert import to_llama
+from mor.conversion.convert import to_llama
 from mor.engine import Engine, EngineConfig, SamplingParams
 from mor.engine.bench import Lengths, decode_rows, load_for, measure_machine, take_turns
-from mor.model import Transformer
+from mor.model.config import RouterConfig, preset
+from mor.model.transformer import Transformer
 
 PROMPT = 16  # tokens, where latency is measured
 PARTS = ("models", "batching", "transformers", "overhead", "latency")
@@ -35,10 +37,11 @@ PARTS = ("models", "batching", "transformers", "overhead", "latency")
 class Settings:
     preset: str = "smollm-135m"
     num_layers: int = 26
-    """Effective depth of every model; 2, 3 and 4 recursions must divide it less the two own layers."""
+    """Effective depth of every model; 2, 3 and 4 recursions must divide it less the two own
+    layers."""
     checkpoint: Path | None = None
-    """A trained MoR for the part `models`, instead of random routers; with the baseline to compare it with. The other
-    parts have random weights in the shape of the preset all the same."""
+    """A trained MoR for the part `models`, instead of random routers; with the baseline to compare
+    it with. The other parts have random weights in the shape of the preset all the same."""
     baseline: Path | None = None
     batches: tuple[int, ...] = (1, 8, 32)
     lengths: Lengths = field(default_factory=Lengths)
@@ -57,7 +60,9 @@ class Settings:
 
 def make(settings, recursions):
     kind = RouterConfig(kind="fixed" if recursions == 1 else "random")
-    config = preset(settings.preset, num_recursions=recursions, num_layers=settings.num_layers, router=kind)
+    config = preset(
+        settings.preset, num_recursions=recursions, num_layers=settings.num_layers, router=kind
+    )
     return placed(settings, Transformer(config).init_weights())
 
 
@@ -69,11 +74,16 @@ def models(settings):
     if settings.checkpoint:
         _, trained, _ = checkpoint.load(settings.checkpoint)
         _, baseline, _ = checkpoint.load(settings.baseline)
-        baseline, tested = placed(settings, baseline), {settings.checkpoint.name: placed(settings, trained)}
+        baseline, tested = (
+            placed(settings, baseline),
+            {settings.checkpoint.name: placed(settings, trained)},
+        )
     else:
         baseline, tested = make(settings, 1), {f"mor-{r}": make(settings, r) for r in (2, 3, 4)}
     machine = measure_machine(torch.device(settings.device), getattr(torch, settings.dtype))
-    common = dict(lengths=settings.lengths, machine=machine, rounds=settings.rounds, seconds=settings.seconds)
+    common = dict(
+        lengths=settings.lengths, machine=machine, rounds=settings.rounds, seconds=settings.seconds
+    )
     rows = []
     for batch in settings.batches:
         rows += decode_rows(baseline, tested, batch=batch, slots=2 * batch, **common)
@@ -87,20 +97,26 @@ def batching(settings):
     loads = [
         load_for("depth-wise, 64 slots", model, batch=32, slots=64, lengths=settings.lengths),
         load_for("depth-wise, 32 slots", model, batch=32, slots=32, lengths=settings.lengths),
-        load_for("lock-step", model, batch=32, slots=32, lengths=settings.lengths, batching="lock_step"),
+        load_for(
+            "lock-step", model, batch=32, slots=32, lengths=settings.lengths, batching="lock_step"
+        ),
         load_for("static", model, batch=32, slots=32, lengths=settings.lengths, batching="static"),
     ]
     take_turns(loads, rounds=settings.rounds, seconds=2 * settings.seconds)
     slowest = median(loads[2].tokens_per_s)
     return [
-        dict(batching=x.name, tokens_per_s=median(x.tokens_per_s), over_lock_step=median(x.tokens_per_s) / slowest)
+        dict(
+            batching=x.name,
+            tokens_per_s=median(x.tokens_per_s),
+            over_lock_step=median(x.tokens_per_s) / slowest,
+        )
         for x in loads
     ]
 
 
 def transformers(settings):
-    """Vanilla at the preset's own depth in this engine, in transformers' generate (static batches of 32) and in its
-    continuous batching, which is slow here and runs once."""
+    """Vanilla at the preset's own depth in this engine, in transformers' generate (static batches
+    of 32) and in its continuous batching, which is slow here and runs once."""
     model = Transformer(preset(settings.preset)).init_weights()
     llama = placed(settings, to_llama(model))
     model = placed(settings, model)
@@ -116,14 +132,22 @@ def transformers(settings):
         found["continuous"].append(continuous_speed(llama, lengths))
         speed = {k: median(v) for k, v in found.items()}
         rows += [
-            dict(lengths=name, who=k, tokens_per_s=v, engine_over=speed["engine"] / v, runs=len(found[k]))
+            dict(
+                lengths=name,
+                who=k,
+                tokens_per_s=v,
+                engine_over=speed["engine"] / v,
+                runs=len(found[k]),
+            )
             for k, v in speed.items()
         ]
     return rows
 
 
 def engine_speed(model, lengths):
-    engine = Engine(model, config=EngineConfig(max_num_seqs=32, prefix_caching=False, max_len=1 + max(lengths)))
+    engine = Engine(
+        model, config=EngineConfig(max_num_seqs=32, prefix_caching=False, max_len=1 + max(lengths))
+    )
     params = [SamplingParams(max_new_tokens=n, temperature=0) for n in lengths]
     start = time.perf_counter()
     engine.generate([[i + 1] for i in range(len(lengths))], params)
@@ -135,7 +159,9 @@ def generate_speed(llama, lengths):
     elapsed = 0.0
     for at in range(0, len(lengths), 32):
         longest = max(lengths[at : at + 32])
-        prompts = torch.arange(at + 1, at + 1 + len(lengths[at : at + 32]), device=llama.device)[:, None]
+        prompts = torch.arange(at + 1, at + 1 + len(lengths[at : at + 32]), device=llama.device)[
+            :, None
+        ]
         start = time.perf_counter()
         llama.generate(
             prompts,
@@ -153,9 +179,13 @@ def generate_speed(llama, lengths):
 def continuous_speed(llama, lengths):
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(lengths))
+    greedy = GenerationConfig(
+        do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(lengths)
+    )
     limits = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64, max_requests_per_batch=32)
-    manager = llama.init_continuous_batching(generation_config=greedy, continuous_batching_config=limits)
+    manager = llama.init_continuous_batching(
+        generation_config=greedy, continuous_batching_config=limits
+    )
     manager.start()
     start = time.perf_counter()
     for i, length in enumerate(lengths):
@@ -170,7 +200,8 @@ def continuous_speed(llama, lengths):
 
 
 def overhead(settings):
-    """Time of a step outside layers, routers and head; and how the steps of the last turn divide into parts."""
+    """Time of a step outside layers, routers and head; and how the steps of the last turn divide
+    into parts."""
     model, rows = make(settings, 3), []
     for slots in (1, 8, 32, 128, 512):
         load = load_for("", model, batch=slots, slots=slots, lengths=Lengths(mean=8, deviation=2))
@@ -178,12 +209,17 @@ def overhead(settings):
         host, step = median(load.host_s), median(load.step_s)
         whole = sum(load.engine.seconds.values())
         parts = {part: seconds / whole for part, seconds in load.engine.seconds.items()}
-        rows.append(dict(slots=slots, host_us=1e6 * host, step_us=1e6 * step, share=host / step, parts=parts))
+        rows.append(
+            dict(
+                slots=slots, host_us=1e6 * host, step_us=1e6 * step, share=host / step, parts=parts
+            )
+        )
     return rows
 
 
 def latency(settings):
-    """Poisson arrivals at 70% of the throughput of depth-wise batching, for it and for lock-step (sequence-wise)."""
+    """Poisson arrivals at 70% of the throughput of depth-wise batching, for it and for lock-step
+    (sequence-wise)."""
     model = make(settings, 3)
     lengths = Lengths(mean=settings.lengths.mean / 2, deviation=settings.lengths.deviation / 2)
     full = load_for("", model, batch=32, slots=32, lengths=lengths, prompt=PROMPT, prefill_chunk=32)
@@ -197,7 +233,10 @@ def arrivals(model, mode, rate, lengths, seconds=25.0):
     gaps = torch.empty(int(2 * rate * seconds) + 1).exponential_(rate, generator=generator)
     due = [t for t in gaps.cumsum(0).tolist() if t < seconds]
     new = lengths.draw(len(due), generator)
-    engine = Engine(model, config=EngineConfig(max_num_seqs=32, prefill_chunk=32, batching=mode, prefix_caching=False))
+    engine = Engine(
+        model,
+        config=EngineConfig(max_num_seqs=32, prefill_chunk=32, batching=mode, prefix_caching=False),
+    )
     first, between, last, sent = [], [], {}, 0
     start = time.perf_counter()
     while sent < len(due) or engine.has_unfinished:
@@ -205,7 +244,9 @@ def arrivals(model, mode, rate, lengths, seconds=25.0):
         while sent < len(due) and due[sent] <= now:
             prompt_ids = torch.randint(0, 40_000, (PROMPT,), generator=generator).tolist()
             engine.add_request(
-                prompt_ids, SamplingParams(max_new_tokens=new[sent], temperature=0), request_id=str(sent)
+                prompt_ids,
+                SamplingParams(max_new_tokens=new[sent], temperature=0),
+                request_id=str(sent),
             )
             sent += 1
         if not engine.has_unfinished:
@@ -226,7 +267,9 @@ def arrivals(model, mode, rate, lengths, seconds=25.0):
 def main():
     settings = tyro.cli(Settings, description=__doc__)
     if (settings.checkpoint is None) != (settings.baseline is None):
-        raise SystemExit("--checkpoint and --baseline go together: a speedup needs something to compare with")
+        raise SystemExit(
+            "--checkpoint and --baseline go together: a speedup needs something to compare with"
+        )
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     found = {}
@@ -237,7 +280,11 @@ def main():
         if settings.json:
             continue
         for row in made["rows"] if isinstance(made, dict) else made:
-            print(part, {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            print(
+                part,
+                {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()},
+                flush=True,
+            )
         print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
     machine = dict(
         device=torch.cuda.get_device_name() if settings.device == "cuda" else platform.machine(),

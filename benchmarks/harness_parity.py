@@ -1,9 +1,11 @@
-"""The same lm-eval items through two checkpoints, such as a Llama and what `mor convert` makes of it.
+"""The same lm-eval items through two checkpoints, such as a Llama and what `mor convert` makes of
+it.
 
     mor convert smol smol-llama --to llama
     python benchmarks/harness_parity.py smol-llama smol --task-data DIR --limit 50
 
-Prints both scores of every task and the largest difference of a log-likelihood; JSON in the last line.
+Prints both scores of every task and the largest difference of a log-likelihood; JSON in the last
+line.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ from pathlib import Path
 
 import torch
 
-from mor.harness import TASK_NAMES, HarnessResult, evaluate_tasks, load_model
+from mor.evaluation.harness import TASK_NAMES, HarnessResult, evaluate_tasks, load_model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("first")
     parser.add_argument("second")
     parser.add_argument("--task-data", type=Path, action="append", default=[])
@@ -29,27 +33,52 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     found = []
-    for checkpoint, batch_size in zip((options.first, options.second), options.batch_sizes, strict=True):
+    for checkpoint, batch_size in zip(
+        (options.first, options.second), options.batch_sizes, strict=True
+    ):
         model, tokenizer = load_model(checkpoint)
         tasks, data = options.tasks.split(","), options.task_data
-        result = evaluate_tasks(model, tokenizer, tasks, limit=options.limit, batch_size=batch_size, task_data=data)
+        result = evaluate_tasks(
+            model, tokenizer, tasks, limit=options.limit, batch_size=batch_size, task_data=data
+        )
         found.append(result)
     rows = []
     print(f"{'task':12} {'items':>6} {'first':>8} {'second':>8}")
     for a, b in zip(found[0].tasks, found[1].tasks, strict=True):
-        rows.append({"task": a.task, "metric": a.metric, "items": a.items, "first": a.score, "second": b.score})
+        rows.append(
+            {
+                "task": a.task,
+                "metric": a.metric,
+                "items": a.items,
+                "first": a.score,
+                "second": b.score,
+            }
+        )
         print(f"{a.task:12} {a.items:6} {a.score:8.4f} {b.score:8.4f}")
     difference = max(abs(x - y) for x, y in zip(*map(loglikelihoods, found), strict=True))
     print(f"largest difference of a log-likelihood: {difference:.2e}")
     averages = [result.average for result in found]
-    print(json.dumps({"rows": rows, "averages": averages, "largest_difference": difference, "limit": options.limit}))
+    print(
+        json.dumps(
+            {
+                "rows": rows,
+                "averages": averages,
+                "largest_difference": difference,
+                "limit": options.limit,
+            }
+        )
+    )
 
 
 def loglikelihoods(result: HarnessResult) -> list[float]:
     """Of every request, in a fixed order."""
     samples = result.full["samples"]
     answers = [(name, s["doc_id"], s["resps"]) for name in samples for s in samples[name]]
-    return [float(response[0][0]) for _, _, responses in sorted(answers, key=lambda a: a[:2]) for response in responses]
+    return [
+        float(response[0][0])
+        for _, _, responses in sorted(answers, key=lambda a: a[:2])
+        for response in responses
+    ]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Time and peak memory of head and cross-entropy, forward and backward: in chunks, all logits at once, torch's own.
+"""Time and peak memory of head and cross-entropy, forward and backward: in chunks, all logits at
+once, torch's own.
 
-python benchmarks/head_loss.py                      # 2048 tokens, d 576, vocabulary 49,152, one thread
+python benchmarks/head_loss.py                      # 2048 tokens, d 576, vocabulary 49,152, one
+thread
 """
 
 import json
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 import tyro
 from train_speed import allocated_peak
 
-from mor.loss import linear_cross_entropy
+from mor.model.loss import linear_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,10 @@ def main():
                 seconds[name].append(elapsed_s)
     rows = []
     for name, loss in losses.items():
-        peak, median = allocated_peak(lambda loss=loss: step(loss)), statistics.median(seconds[name])
+        peak, median = (
+            allocated_peak(lambda loss=loss: step(loss)),
+            statistics.median(seconds[name]),
+        )
         rows.append(dict(loss=name, seconds=median, peak_mb=peak / 1e6))
         print(f"{name:10} {median:7.3f} s {peak / 1e6:8.1f} MB")
     print(json.dumps(dict(rows=rows, torch=torch.__version__)))

@@ -1,4 +1,5 @@
-"""NLL and bits per byte, before any training, of recursive and MoR models that start from a pretrained one.
+"""NLL and bits per byte, before any training, of recursive and MoR models that start from a
+pretrained one.
 
 python benchmarks/init_nll.py SOURCE VALIDATION [--windows 64] [--seq-len 512] [--threads 2]
 
@@ -12,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from mor.config import RouterConfig, layout
-from mor.convert import count, fitting_depth, read_source, recursive_init
-from mor.data import tokenize
-from mor.evaluate import evaluate
-from mor.sources import read_documents
+from mor.conversion.convert import count, fitting_depth, read_source, recursive_init
+from mor.data.sources import read_documents
+from mor.data.stream import tokenize
+from mor.evaluation.nll import evaluate
+from mor.model.config import RouterConfig, layout
 
 INITS = ("stepwise", "average", "lower", "upper", "random")
 ROUTERS = {
@@ -47,7 +48,9 @@ def measure(model, data, settings, **labels):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source")
     parser.add_argument("validation", type=Path)
     parser.add_argument("--windows", type=int, default=64, help="spread evenly over the text")
@@ -60,7 +63,10 @@ def main():
     model = source.model.float()
     data = tokenize(read_documents(options.validation), source.tokenizer)
     settings = {"seq_len": options.seq_len, "max_windows": options.windows}
-    print(f"{options.windows} windows of {options.seq_len} tokens of {options.validation.name}; causal selection")
+    print(
+        f"{options.windows} windows of {options.seq_len} tokens of {options.validation.name}; "
+        "causal selection"
+    )
     print(f"{'model':30} {'init':9} layers  params      NLL  bits/byte mean depth")
     rows = [measure(model, data, settings, kind="source", recursions=1, init="")]
     for kind, recursions in KINDS:
@@ -69,9 +75,17 @@ def main():
         for init in INITS:
             made = recursive_init(model, config, init)
             rows.append(measure(made, data, settings, kind=kind, recursions=recursions, init=init))
-    machine = {"threads": options.threads, "torch": torch.__version__, "python": platform.python_version()}
+    machine = {
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     text = {"file": options.validation.name, "windows": options.windows, "seq_len": options.seq_len}
-    print(json.dumps({"rows": rows, "text": text, "source": Path(options.source).name, "machine": machine}))
+    print(
+        json.dumps(
+            {"rows": rows, "text": text, "source": Path(options.source).name, "machine": machine}
+        )
+    )
 
 
 if __name__ == "__main__":

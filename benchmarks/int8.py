@@ -1,8 +1,10 @@
 """What int8 weights cost in NLL and gain in speed when serving on a CPU.
 
-    python benchmarks/int8.py CHECKPOINT TEXT        # text: a file, folder or prepared data; JSON in the last line
+    python benchmarks/int8.py CHECKPOINT TEXT        # text: a file, folder or prepared data; JSON
+    in the last line
 
-NLL by a causal evaluation of both; tokens per second of the engine with 1, 8 and 32 requests, taking turns.
+NLL by a causal evaluation of both; tokens per second of the engine with 1, 8 and 32 requests,
+taking turns.
 """
 
 import json
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 import tyro
 
 from mor import checkpoint
-from mor.data import load_tokens
+from mor.data.stream import load_tokens
 from mor.engine.bench import Lengths, load_for, take_turns
 from mor.engine.weights import for_decoding
 
@@ -34,7 +36,8 @@ class Settings:
 
 @torch.inference_mode()
 def nll(model, data, settings):
-    """Nats per token over windows spread evenly, causal; from logits, since an int8 head has no weight matrix."""
+    """Nats per token over windows spread evenly, causal; from logits, since an int8 head has no
+    weight matrix."""
     available = data.windows(settings.seq_len)
     total = 0.0
     for i in range(settings.windows):
@@ -54,7 +57,10 @@ def main():
         print(f"{name}: {found['nll'][name]:.4f} nats", flush=True)
     for batch in settings.batches:
         common = dict(batch=batch, slots=batch, lengths=Lengths(mean=48, deviation=12))
-        loads = [load_for("float32", model, **common), load_for("int8", model, quantize="int8", **common)]
+        loads = [
+            load_for("float32", model, **common),
+            load_for("int8", model, quantize="int8", **common),
+        ]
         take_turns(loads, rounds=settings.rounds, seconds=settings.seconds)
         speeds = {load.name: median(load.tokens_per_s) for load in loads}
         row = dict(batch=batch, **speeds, speedup=speeds["int8"] / speeds["float32"])

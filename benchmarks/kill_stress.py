@@ -1,4 +1,5 @@
-"""Kill a training run with SIGKILL again and again, resume it, and compare its end with an undisturbed run.
+"""Kill a training run with SIGKILL again and again, resume it, and compare its end with an
+undisturbed run.
 
     python benchmarks/kill_stress.py --kills 20
 
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 from mor import checkpoint
-from mor.optim import OptimConfig, build_optimizers
+from mor.training.optim import OptimConfig, build_optimizers
 
 SETTINGS = """
 steps = {steps}
@@ -59,14 +60,23 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill-stress-"))
     data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps({"text": f"The square of {i} is {i * i}. " * 6}) + "\n" for i in range(200)))
+    data.write_text(
+        "".join(
+            json.dumps({"text": f"The square of {i} is {i * i}. " * 6}) + "\n" for i in range(200)
+        )
+    )
     (folder / "run.toml").write_text(SETTINGS.format(steps=options.steps, data=data))
 
     whole = folder / "whole"
-    subprocess.run(command("--config", folder / "run.toml", "--out", whole), check=True, capture_output=True)
+    subprocess.run(
+        command("--config", folder / "run.toml", "--out", whole), check=True, capture_output=True
+    )
     found = disturb(folder, options.kills, random.Random(options.seed))
     same = identical(whole, folder / "killed")
-    print(f"{found['kills']} kills, {found['in_checkpoint']} of them while a checkpoint was being written")
+    print(
+        f"{found['kills']} kills, {found['in_checkpoint']} of them while a checkpoint was being "
+        "written"
+    )
     print(f"final weights and optimizer state equal to the undisturbed run bit for bit: {same}")
     print(json.dumps({**found, "steps": options.steps, "identical": same}))
     shutil.rmtree(folder)
@@ -83,7 +93,9 @@ def disturb(folder: Path, kills: int, draw: random.Random) -> dict[str, int]:
     out, done, in_checkpoint = folder / "killed", 0, 0
     start = command("--config", folder / "run.toml", "--out", out)
     while True:
-        process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            start, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         if done < kills:
             wait_for_progress(process, out)
             time.sleep(draw.uniform(0, 0.25))
@@ -124,7 +136,9 @@ def everything(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
     optimizers = build_optimizers(model, OptimConfig())
     checkpoint.load_optimizers(run, model, optimizers)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    moments = {f"{names[p]} {k}": v for p, state in optimizers[0].state.items() for k, v in state.items()}
+    moments = {
+        f"{names[p]} {k}": v for p, state in optimizers[0].state.items() for k, v in state.items()
+    }
     return model.state_dict() | moments, checkpoint.load_progress(run)
 
 

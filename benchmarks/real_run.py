@@ -1,10 +1,12 @@
-"""Vanilla, recursive-3, MoR-2 and MoR-3 of equal depth at equal training FLOPs on a prepared corpus.
+"""Vanilla, recursive-3, MoR-2 and MoR-3 of equal depth at equal training FLOPs on a prepared
+corpus.
 
     mor data prepare CORPUS --out DATA --tokenizer TOKENIZER
     python benchmarks/real_run.py DATA --out runs/real
 
-Learning rates are tuned first, for each model alone, on a share of the budget; then each model trains
-once with its best rate. Run it again after an interruption: finished runs are kept. Causal validation.
+Learning rates are tuned first, for each model alone, on a share of the budget; then each model
+trains once with its best rate. Run it again after an interruption: finished runs are kept. Causal
+validation.
 """
 
 import json
@@ -16,18 +18,26 @@ import torch
 import tyro
 from rich.console import Console
 
-from mor import checkpoint, costs
-from mor.config import RouterConfig, preset
-from mor.data import DataConfig, load_corpus
-from mor.demo import plot_curves, step_flops
-from mor.evaluate import evaluate
-from mor.metrics import read_metrics
-from mor.optim import OptimConfig
-from mor.train import train
-from mor.train_config import TrainConfig
+from mor import checkpoint
+from mor.costs import flops as costs
+from mor.data.stream import DataConfig, load_corpus
+from mor.evaluation.nll import evaluate
+from mor.model.config import RouterConfig, preset
+from mor.studies.demo import plot_curves, step_flops
+from mor.training.config import TrainConfig
+from mor.training.loop import train
+from mor.training.metrics import read_metrics
+from mor.training.optim import OptimConfig
 
 SHAPE = dict(
-    dim=128, num_heads=4, num_kv_heads=2, head_dim=32, ffn_dim=344, max_seq_len=256, num_layers=14, init_std=0.08
+    dim=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    ffn_dim=344,
+    max_seq_len=256,
+    num_layers=14,
+    init_std=0.08,
 )
 
 
@@ -58,7 +68,9 @@ def models():
 
 def data_config(settings):
     validation = settings.validation
-    return DataConfig(path=str(settings.data), validation_path=None if validation is None else str(validation))
+    return DataConfig(
+        path=str(settings.data), validation_path=None if validation is None else str(validation)
+    )
 
 
 def run(settings, corpus, model, lr, flops, folder):
@@ -75,11 +87,15 @@ def run(settings, corpus, model, lr, flops, folder):
         seed=settings.seed,
         device="cpu",
     )
-    per_step = step_flops(replace(config, model=model.replace(vocab_size=corpus.tokenizer.vocab_size)))
+    per_step = step_flops(
+        replace(config, model=model.replace(vocab_size=corpus.tokenizer.vocab_size))
+    )
     every = max(1, round(flops / per_step / 8))
     config = replace(config, eval_every=every, save_every=every)
     if not (folder / "done").exists():
-        result = train(config, resume=folder.exists(), corpus=corpus, console=Console(), label=folder.name)
+        result = train(
+            config, resume=folder.exists(), corpus=corpus, console=Console(), label=folder.name
+        )
         if not result.finished:
             raise SystemExit("interrupted; run it again to go on")
         (folder / "done").touch()
@@ -95,7 +111,9 @@ def main():
         found = {}
         for lr in settings.lrs:
             folder = settings.out / "tuning" / f"{name}-lr{lr:g}"
-            found[lr] = run(settings, corpus, model, lr, settings.tuning_flops, folder)[-1]["validation_nll"]
+            found[lr] = run(settings, corpus, model, lr, settings.tuning_flops, folder)[-1][
+                "validation_nll"
+            ]
         tuned[name] = found
     rows, curves = [], {}
     for name, model in models().items():
@@ -119,7 +137,9 @@ def main():
         )
         print({k: v for k, v in rows[-1].items() if k != "tuning_nll"}, flush=True)
     plot_curves(curves, settings.out / "loss_over_flops.png")
-    machine = dict(threads=settings.threads, torch=torch.__version__, python=platform.python_version())
+    machine = dict(
+        threads=settings.threads, torch=torch.__version__, python=platform.python_version()
+    )
     print(json.dumps(dict(rows=rows, seed=settings.seed, machine=machine)))
 
 

@@ -1,11 +1,12 @@
-"""Time of a training step against the FLOPs it does: vanilla, recursive and MoR models of equal depth, interleaved.
+"""Time of a training step against the FLOPs it does: vanilla, recursive and MoR models of equal
+depth, interleaved.
 
-    python benchmarks/train_speed.py                      # CPU: d 192, 14 layers, 4x512 tokens, fp32
-    python benchmarks/train_speed.py --size 360m --compile  # a GPU: 16x2048 tokens, bf16
+    python benchmarks/train_speed.py                      # CPU: d 192, 14 layers, 4x512 tokens,
+    fp32 python benchmarks/train_speed.py --size 360m --compile  # a GPU: 16x2048 tokens, bf16
 
-Every model makes a step in turn, round after round, every other round in reverse order, because a step finds the
-memory that the one before it left; times are medians, ratios are medians of the ratios to vanilla's step of the same
-round. FLOPs are exact, of the tokens that were really routed.
+Every model makes a step in turn, round after round, every other round in reverse order, because a
+step finds the memory that the one before it left; times are medians, ratios are medians of the
+ratios to vanilla's step of the same round. FLOPs are exact, of the tokens that were really routed.
 """
 
 import json
@@ -21,12 +22,12 @@ import torch
 import tyro
 from torch.profiler import ProfilerActivity, profile
 
-from mor import costs
-from mor.attention import preferred_kernels
-from mor.config import preset
-from mor.loss import linear_cross_entropy
-from mor.model import Transformer
-from mor.optim import OptimConfig, build_optimizers
+from mor.costs import flops as costs
+from mor.device import preferred_kernels
+from mor.model.config import preset
+from mor.model.loss import linear_cross_entropy
+from mor.model.transformer import Transformer
+from mor.training.optim import OptimConfig, build_optimizers
 
 SIZES = {
     "192": dict(preset="mini", num_layers=14, max_seq_len=512),
@@ -52,7 +53,8 @@ class Settings:
     json: bool = False
     """Only the result for programs."""
     out: Path | None = None
-    """Add the result there, a line of JSON: a large size can be measured in pieces, each beside vanilla."""
+    """Add the result there, a line of JSON: a large size can be measured in pieces, each beside
+    vanilla."""
 
 
 def configs(size):
@@ -112,7 +114,9 @@ class Llama:
 
     def loss(self, tokens, targets):
         hidden = self.model(input_ids=tokens, use_cache=False).last_hidden_state
-        return linear_cross_entropy(hidden.flatten(0, 1), self.model.embed_tokens.weight, targets.flatten())
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), self.model.embed_tokens.weight, targets.flatten()
+        )
 
     def flops(self):
         return None
@@ -143,7 +147,9 @@ class Trainer:
         config = made.config
         batch = options.batch or (16 if options.size == "360m" else 4)
         shape = (batch, config.max_seq_len + 1)
-        lines = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
+        lines = torch.randint(
+            config.vocab_size, shape, generator=torch.Generator().manual_seed(0)
+        ).to(device)
         self.tokens, self.targets = lines[:, :-1], lines[:, 1:]
 
     def step(self):
@@ -176,7 +182,13 @@ class Trainer:
         return allocated_peak(self.step) + self.resident_bytes()
 
     def resident_bytes(self):
-        moments = [v for o in self.optimizers for s in o.state.values() for v in s.values() if torch.is_tensor(v)]
+        moments = [
+            v
+            for o in self.optimizers
+            for s in o.state.values()
+            for v in s.values()
+            if torch.is_tensor(v)
+        ]
         return sum(t.nbytes for t in (*self.made.model.parameters(), *moments))
 
 
@@ -185,7 +197,8 @@ def allocated_peak(step):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
     held = peak = 0
-    for event in seen.profiler.kineto_results.events():  # events() leaves out what belongs to an operation
+    # events() leaves out what belongs to an operation
+    for event in seen.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
@@ -223,7 +236,11 @@ class Sections:
         """Seconds of each section in one step."""
         self.stamps = []
         optimize, trainer = self.trainer.optimize, self.trainer
-        trainer.optimize = lambda: (self.stamp("optimizer", 1), optimize(), self.stamp("optimizer", -1))
+        trainer.optimize = lambda: (
+            self.stamp("optimizer", 1),
+            optimize(),
+            self.stamp("optimizer", -1),
+        )
         self.stamp("step", 1)
         trainer.step()
         self.stamp("step", -1)
@@ -250,7 +267,9 @@ def section(open_):
 
 def measure(options, device):
     made = {
-        name: Ours(config, options, device) for name, config in configs(options.size).items() if wanted(options, name)
+        name: Ours(config, options, device)
+        for name, config in configs(options.size).items()
+        if wanted(options, name)
     }
     if wanted(options, "llama"):
         made["llama"] = Llama(configs(options.size)["vanilla"], options, device)
@@ -261,7 +280,9 @@ def measure(options, device):
         for round_ in range(options.rounds):
             for trainer in list(trainers.values())[:: -1 if round_ % 2 else 1]:
                 trainer.timed_step()
-        return [row(name, trainer, trainers["vanilla"], options) for name, trainer in trainers.items()]
+        return [
+            row(name, trainer, trainers["vanilla"], options) for name, trainer in trainers.items()
+        ]
 
 
 def wanted(options, name):
@@ -278,7 +299,9 @@ def row(name, trainer, vanilla, options):
     )
     if trainer.made.flops() is not None:
         flops = trainer.made.flops() / vanilla.made.flops()
-        found |= dict(flop_ratio=flops, time_over_flops=ratio / flops, mean_depth=mean_depth(trainer))
+        found |= dict(
+            flop_ratio=flops, time_over_flops=ratio / flops, mean_depth=mean_depth(trainer)
+        )
         found["split"] = split(trainer) if not options.compile else None
     return found
 
@@ -296,23 +319,43 @@ def split(trainer, steps=3):
 
 
 def show(rows):
-    print(f"{'model':14} {'us/token':>9} {'peak MB':>8} {'time':>6} {'FLOPs':>6} {'time/FLOPs':>10}  split of a step")
+    print(
+        f"{'model':14} {'us/token':>9} {'peak MB':>8} {'time':>6} {'FLOPs':>6} {'time/FLOPs':>10}  "
+        "split of a step"
+    )
     for r in rows:
-        flops = f"{r['flop_ratio']:6.3f} {r['time_over_flops']:10.3f}" if "flop_ratio" in r else " " * 17
-        parts = "  ".join(f"{name} {100 * share:.1f}%" for name, share in (r.get("split") or {}).items())
-        print(f"{r['model']:14} {r['us_per_token']:9.2f} {r['peak_mb']:8.1f} {r['time_ratio']:6.3f} {flops}  {parts}")
+        flops = (
+            f"{r['flop_ratio']:6.3f} {r['time_over_flops']:10.3f}"
+            if "flop_ratio" in r
+            else " " * 17
+        )
+        parts = "  ".join(
+            f"{name} {100 * share:.1f}%" for name, share in (r.get("split") or {}).items()
+        )
+        print(
+            f"{r['model']:14} {r['us_per_token']:9.2f} {r['peak_mb']:8.1f} {r['time_ratio']:6.3f} "
+            f"{flops}  {parts}"
+        )
 
 
 def main():
     options = tyro.cli(Settings, description=__doc__)
     torch.set_num_threads(options.threads)
-    kind = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    kind = (
+        options.device
+        if options.device != "auto"
+        else "cuda"
+        if torch.cuda.is_available()
+        else "cpu"
+    )
     device = torch.device(kind)
     rows = measure(options, device)
     if not options.json:
         show(rows)
     machine = dict(
-        device=torch.cuda.get_device_name() if kind == "cuda" else platform.processor() or platform.machine(),
+        device=torch.cuda.get_device_name()
+        if kind == "cuda"
+        else platform.processor() or platform.machine(),
         threads=options.threads,
         torch=torch.__version__,
         python=platform.python_version(),

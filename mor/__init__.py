@@ -1,45 +1,57 @@
-"""Mixture-of-Recursions language models in PyTorch."""
+"""Mixture-of-Recursions language models in PyTorch.
+
+The names below are the public interface; they load when they are first used, so ``import mor``
+costs nothing. ``import mor.hub`` makes the models known to transformers.
+"""
 
 import importlib
-import importlib.util
-import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mor.analysis.explain import explain
+    from mor.checkpoint import load
+    from mor.engine import Engine, EngineConfig
+    from mor.evaluation.nll import evaluate
+    from mor.generation import SamplingParams, generate
+    from mor.model import Transformer
+    from mor.model.config import ModelConfig, RouterConfig, preset
 
 __version__ = "0.1.0"
 
+_HOME = {
+    "preset": "mor.model.config",
+    "ModelConfig": "mor.model.config",
+    "RouterConfig": "mor.model.config",
+    "Transformer": "mor.model",
+    "load": "mor.checkpoint",
+    "generate": "mor.generation",
+    "SamplingParams": "mor.generation",
+    "Engine": "mor.engine",
+    "EngineConfig": "mor.engine",
+    "evaluate": "mor.evaluation.nll",
+    "explain": "mor.analysis.explain",
+}
 
-class _AutoClasses(MetaPathFinder):
-    """Registers mor's classes when transformers' Auto classes are imported, and costs nothing before."""
-
-    REGISTER = {  # noqa: RUF012
-        "transformers.models.auto.configuration_auto": "mor.hf_config",
-        "transformers.models.auto.modeling_auto": "mor.hf",
-    }
-
-    def __init__(self) -> None:
-        self.looking_up = False
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name not in self.REGISTER or self.looking_up:
-            return None
-        self.looking_up = True
-        spec = importlib.util.find_spec(name)
-        self.looking_up = False
-        if spec is None or spec.loader is None:
-            return None
-        run = spec.loader.exec_module
-
-        def run_and_register(module: Any) -> None:
-            run(module)
-            importlib.import_module(self.REGISTER[name])
-
-        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "ModelConfig",
+    "RouterConfig",
+    "SamplingParams",
+    "Transformer",
+    "evaluate",
+    "explain",
+    "generate",
+    "load",
+    "preset",
+]
 
 
-for _theirs, _ours in _AutoClasses.REGISTER.items():
-    if _theirs in sys.modules:
-        importlib.import_module(_ours)
-sys.meta_path.insert(0, _AutoClasses())
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mor' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

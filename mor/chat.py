@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mor.tokenizer import Tokenizer
+from mor.data.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 
@@ -20,10 +20,13 @@ class Chat:
         try:
             self.theirs = tokenizer.to_transformers()
         except ImportError as error:
-            raise ValueError('chat needs transformers: pip install "mixture-of-recursions[hf]"') from error
+            raise ValueError(
+                'chat needs transformers: pip install "mixture-of-recursions[hf]"'
+            ) from error
         if not self.theirs.chat_template:
             raise ValueError(
-                "this checkpoint's tokenizer has no chat template; it was not trained to chat, so leave out --chat"
+                "this checkpoint's tokenizer has no chat template; it was not trained to chat, so "
+                "leave out --chat"
             )
         self.tokenizer = tokenizer
         self.stop_token_ids = tuple({tokenizer.end_of_text_id, *self._end_of_answer()})
@@ -41,9 +44,14 @@ class Chat:
         )
 
     def _end_of_answer(self) -> list[int]:
-        """The special token that follows an answer, which need not be end-of-text (Llama 3: <|eot_id|>)."""
+        """The special token that follows an answer, which need not be end-of-text (Llama 3:
+        <|eot_id|>)."""
         marker = "8d1f"
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
         after = self._render(turns, add_generation_prompt=False).rpartition(marker)[2]
-        special = {i for i, token in self.tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+        special = {
+            i
+            for i, token in self.tokenizer.backend.get_added_tokens_decoder().items()
+            if token.special
+        }
         return [i for i in self.tokenizer.encode(after) if i in special][:1]

@@ -1,8 +1,8 @@
 """A checkpoint is a directory: config.json, model.safetensors, tokenizer files, training_state/.
 
 transformers reads and writes the same directories (see hf.py), and so names of weights carry its
-prefix. It is written under a temporary name and renamed when complete, so a crash leaves no broken one;
-checksums.json tells one that was damaged later.
+prefix. It is written under a temporary name and renamed when complete, so a crash leaves no broken
+one; checksums.json tells one that was damaged later.
 """
 
 from __future__ import annotations
@@ -20,16 +20,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
-from mor.config import ModelConfig
-from mor.distributed import ALONE, Ranks
-from mor.model import Transformer
-from mor.tokenizer import Tokenizer
+from mor.data.tokenizer import Tokenizer
+from mor.model.config import ModelConfig
+from mor.model.transformer import Transformer
+from mor.training.distributed import ALONE, Ranks
 
 _PROGRESS = Path("training_state") / "progress.json"
 _OPTIMIZER = Path("training_state") / "optimizer"
 _CHECKSUMS = "checksums.json"
 _PREFIX = "model."  # MoRForCausalLM holds the Transformer under this name
-_OUR_EXTRAS = {"model_type", "architectures", "eos_token_id", "auto_map"}  # in config.json beside the ModelConfig
+# in config.json beside the ModelConfig
+_OUR_EXTRAS = {
+    "model_type",
+    "architectures",
+    "eos_token_id",
+    "auto_map",
+}
 
 
 class Checkpoint(NamedTuple):
@@ -47,12 +53,13 @@ def save(
     optimizers: Sequence[Optimizer] = (),
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Write a checkpoint directory, replacing one of the same name only when the new one is complete.
+    """Write a checkpoint directory, replacing one of the same name only when the new one is
+    complete.
 
-    progress: plain values for resuming. optimizers: theirs is written with it, by every rank its share; the
-    weights are always written whole.
+    progress: plain values for resuming. optimizers: theirs is written with it, by every rank its
+    share; the weights are always written whole.
     """
-    from mor import shares
+    from mor.training import sharded_state as shares
 
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
@@ -74,9 +81,17 @@ def save(
 
 
 def _write_rest(
-    folder: Path, model: Transformer, state: dict[str, Any], tokenizer: Tokenizer, progress: dict[str, Any] | None
+    folder: Path,
+    model: Transformer,
+    state: dict[str, Any],
+    tokenizer: Tokenizer,
+    progress: dict[str, Any] | None,
 ) -> None:
-    extras = {"model_type": "mor", "architectures": ["MoRForCausalLM"], "eos_token_id": tokenizer.end_of_text_id}
+    extras = {
+        "model_type": "mor",
+        "architectures": ["MoRForCausalLM"],
+        "eos_token_id": tokenizer.end_of_text_id,
+    }
     (folder / "config.json").write_text(json.dumps(extras | model.config.to_dict(), indent=2))
     save_file(
         {_PREFIX + name: tensor.detach().contiguous() for name, tensor in state.items()},
@@ -94,7 +109,8 @@ def _write_rest(
 
 
 def open_weights(folder: Path) -> None:
-    """Let whoever may read config.json read the weights: safetensors writes them for their owner alone."""
+    """Let whoever may read config.json read the weights: safetensors writes them for their owner
+    alone."""
     for weights in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", weights)
 
@@ -118,14 +134,17 @@ def _checksum(file: Path) -> str:
 
 
 def verify(path: Path) -> None:
-    """Raise ValueError naming the first file of a checkpoint that is missing or not as it was written."""
+    """Raise ValueError naming the first file of a checkpoint that is missing or not as it was
+    written."""
     if not (path / _CHECKSUMS).is_file():
         raise ValueError(f"{path} has no {_CHECKSUMS}: it was not written by mor or not to its end")
     for name, expected in json.loads((path / _CHECKSUMS).read_text()).items():
         if not (path / name).is_file():
             raise ValueError(f"{path / name} is missing")
         if _checksum(path / name) != expected:
-            raise ValueError(f"{path / name} is damaged: its checksum is not the one it was written with")
+            raise ValueError(
+                f"{path / name} is damaged: its checksum is not the one it was written with"
+            )
 
 
 def newest_intact(run: Path) -> Path | None:
@@ -145,15 +164,19 @@ def newest_intact(run: Path) -> Path | None:
             return path
         doomed = " ".join(str(p) for p in problems)
         raise ValueError(
-            f"{problems[found[-1]]}; {path} is intact: to go on from there, delete what is damaged (rm -r {doomed})"
+            f"{problems[found[-1]]}; {path} is intact: to go on from there, delete what is damaged "
+            f"(rm -r {doomed})"
         ) from problems[found[-1]]
     if problems:
-        raise ValueError(f"{problems[found[-1]]}; no checkpoint of {run} is intact") from problems[found[-1]]
+        raise ValueError(f"{problems[found[-1]]}; no checkpoint of {run} is intact") from problems[
+            found[-1]
+        ]
     return None
 
 
 def tidy(folder: Path) -> None:
-    """Undo what a killed process left in a folder of checkpoints: halves of new ones, old ones set aside."""
+    """Undo what a killed process left in a folder of checkpoints: halves of new ones, old ones set
+    aside."""
     for left in folder.glob(".*.tmp"):
         shutil.rmtree(left)
     for aside in folder.glob(".*.old"):
@@ -179,20 +202,27 @@ def resolve(path: str | Path) -> Path:
         return path
     found = sorted(path.glob("checkpoints/step-*/config.json"))
     if not found:
-        raise ValueError(f"{path} is neither a checkpoint (no config.json) nor a run with checkpoints in it")
+        raise ValueError(
+            f"{path} is neither a checkpoint (no config.json) nor a run with checkpoints in it"
+        )
     return found[-1].parent
 
 
 def load(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read a checkpoint or the newest one of a run. Raises ValueError saying what is wrong with it."""
+    """Read a checkpoint or the newest one of a run. Raises ValueError saying what is wrong with
+    it."""
     folder = resolve(path)
     config = read_config(folder)
     model = Transformer(config)
     try:
         state = load_file(folder / "model.safetensors")
-        model.load_state_dict({name.removeprefix(_PREFIX): tensor for name, tensor in state.items()})
+        model.load_state_dict(
+            {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
+        )
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{folder / 'model.safetensors'} is damaged or belongs to another config: {error}") from error
+        raise ValueError(
+            f"{folder / 'model.safetensors'} is damaged or belongs to another config: {error}"
+        ) from error
     return Checkpoint(config, model.to(device).eval(), Tokenizer.load(folder))
 
 
@@ -202,30 +232,37 @@ def read_config(folder: Path) -> ModelConfig:
     values = json.loads(file.read_text())
     if values.get("model_type") != "mor":
         raise ValueError(f"{file} does not describe a mor model (model_type is not 'mor')")
-    theirs = "transformers_version" in values  # written by transformers, which adds settings of its own
+    # written by transformers, which adds settings of its own
+    theirs = "transformers_version" in values
     ignored = values.keys() - ModelConfig.__dataclass_fields__.keys() if theirs else _OUR_EXTRAS
-    return ModelConfig.from_dict({name: value for name, value in values.items() if name not in ignored})
+    return ModelConfig.from_dict(
+        {name: value for name, value in values.items() if name not in ignored}
+    )
 
 
 def load_progress(path: str | Path) -> dict[str, Any]:
     """What ``save`` was given as progress. Raises ValueError if the checkpoint has none."""
     file = resolve(path) / _PROGRESS
     if not file.is_file():
-        raise ValueError(f"{resolve(path)} was saved without training state and cannot be continued")
+        raise ValueError(
+            f"{resolve(path)} was saved without training state and cannot be continued"
+        )
     return json.loads(file.read_text())
 
 
 def load_optimizers(
     path: str | Path, model: Transformer, optimizers: Sequence[Optimizer], *, ranks: Ranks = ALONE
 ) -> None:
-    """Fill the optimizers of ``model`` from a checkpoint; it may have been written by another number of ranks."""
-    from mor import shares
+    """Fill the optimizers of ``model`` from a checkpoint; it may have been written by another
+    number of ranks."""
+    from mor.training import sharded_state as shares
 
     shares.load_optimizers(resolve(path) / _OPTIMIZER, model, optimizers, ranks)
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; it disappears from view first, so that an interruption leaves no half of it."""
+    """Delete a checkpoint; it disappears from view first, so that an interruption leaves no half of
+    it."""
     doomed = path.with_name(f".{path.name}.removed.old")
     path.rename(doomed)
     shutil.rmtree(doomed)

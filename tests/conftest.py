@@ -7,17 +7,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from mor.config import ModelConfig, RouterConfig, layout
-from mor.model import Transformer
+from mor.model.config import ModelConfig, RouterConfig, layout
+from mor.model.transformer import Transformer
 
 torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests that take more than a minute")
+    parser.addoption(
+        "--slow", action="store_true", help="also run the tests that take more than a minute"
+    )
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -37,11 +41,21 @@ def own_cache_folder(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
-def tiny(router="expert_choice", *, num_recursions=3, sharing="middle_cycle", num_layers=None, seed=0, **overrides):
+def tiny(
+    router="expert_choice",
+    *,
+    num_recursions=3,
+    sharing="middle_cycle",
+    num_layers=None,
+    seed=0,
+    **overrides,
+):
     """A model small enough for slow references, with odd sizes and routers that really decide."""
     num_layers = num_layers or (2 if sharing.startswith("middle") else 0) + 2 * num_recursions
     router = RouterConfig(kind=router) if isinstance(router, str) else router
-    settings = dict(vocab_size=37, dim=24, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=40, max_seq_len=64)
+    settings = dict(
+        vocab_size=37, dim=24, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=40, max_seq_len=64
+    )
     settings |= layout(num_layers, num_recursions, sharing) | overrides
     model = Transformer(ModelConfig(router=router, **settings)).init_weights(seed)
     with torch.no_grad():  # larger than at initialisation, so that every path shows in the logits
@@ -52,11 +66,14 @@ def tiny(router="expert_choice", *, num_recursions=3, sharing="middle_cycle", nu
 
 
 def cases():
-    """Every router with every KV strategy and every sharing scheme that it allows: (id, model maker)."""
+    """Every router with every KV strategy and every sharing scheme that it allows: (id, model
+    maker)."""
     routers = {
         "fixed": RouterConfig(),
         "expert": RouterConfig(kind="expert_choice"),
-        "expert-aux-router": RouterConfig(kind="expert_choice", causal_selection="aux_router", gate="residual"),
+        "expert-aux-router": RouterConfig(
+            kind="expert_choice", causal_selection="aux_router", gate="residual"
+        ),
         "expert-flat": RouterConfig(kind="expert_choice", hierarchical=False, score="tanh"),
         "token": RouterConfig(kind="token_choice"),
         "token-every": RouterConfig(kind="token_choice", combination="every", score="sigmoid"),
@@ -66,7 +83,9 @@ def cases():
     }
     found = []
     for name, router in routers.items():
-        schemes = ["cycle", "middle_cycle"] + (["sequence", "middle_sequence"] if name == "fixed" else [])
+        schemes = ["cycle", "middle_cycle"] + (
+            ["sequence", "middle_sequence"] if name == "fixed" else []
+        )
         for sharing in schemes:
             for kv in ("recursion_wise", "shared", "hybrid"):
                 found.append(

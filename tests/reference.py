@@ -36,10 +36,14 @@ class Reference:
         return [(i, [layer]) for layer in range(n) for i in range(r)]
 
     def block(self, name, states, keys_of, write):
-        """One layer over ``states`` {position: vector}. keys_of(position, own) -> [(k, v)] that it may see."""
+        """One layer over ``states`` {position: vector}. keys_of(position, own) -> [(k, v)] that it
+        may see."""
         c, w = self.c, self.w
         own = {}
-        normed = {p: rms_norm(x, w[f"{name}.attention_norm.weight"], c.norm_eps) for p, x in states.items()}
+        normed = {
+            p: rms_norm(x, w[f"{name}.attention_norm.weight"], c.norm_eps)
+            for p, x in states.items()
+        }
         for p, x in normed.items():
             k = (w[f"{name}.attention.k_proj.weight"] @ x).view(c.num_kv_heads, c.head_dim)
             v = (w[f"{name}.attention.v_proj.weight"] @ x).view(c.num_kv_heads, c.head_dim)
@@ -60,13 +64,18 @@ class Reference:
             y = rms_norm(h, w[f"{name}.feed_forward_norm.weight"], c.norm_eps)
             gate = w[f"{name}.feed_forward.gate_proj.weight"] @ y
             up = w[f"{name}.feed_forward.up_proj.weight"] @ y
-            out[p] = h + w[f"{name}.feed_forward.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
+            out[p] = h + w[f"{name}.feed_forward.down_proj.weight"] @ (
+                gate * torch.sigmoid(gate) * up
+            )
         return out
 
     def own_layers(self, kind, count, states):
         for i in range(count):
             states = self.block(
-                f"{kind}.{i}", states, lambda p, own: [own[j] for j in sorted(own) if j <= p], lambda own: None
+                f"{kind}.{i}",
+                states,
+                lambda p, own: [own[j] for j in sorted(own) if j <= p],
+                lambda own: None,
             )
         return states
 
@@ -92,7 +101,10 @@ class Reference:
                     first[layer] = own
 
             states = self.block(
-                f"recursions.shared_blocks.{layer}", states, self.keys_for(recursion, layer, first), write
+                f"recursions.shared_blocks.{layer}",
+                states,
+                self.keys_for(recursion, layer, first),
+                write,
             )
         return states
 
@@ -119,12 +131,18 @@ class Reference:
         c = self.c
         states = {p: self.w["embedding.weight"][i] for p, i in enumerate(ids)}
         states = self.own_layers("prelude", c.prelude_layers, states)
-        run = {"fixed": self.fixed, "expert_choice": self.expert_choice, "token_choice": self.token_choice}
+        run = {
+            "fixed": self.fixed,
+            "expert_choice": self.expert_choice,
+            "token_choice": self.token_choice,
+        }
         states, losses, depth = run[c.router.kind](states, selection)
         states = self.own_layers("coda", c.coda_layers, states)
         head = self.w.get("head.weight", self.w["embedding.weight"])
         final = self.w["final_norm.weight"]
-        logits = torch.stack([head @ rms_norm(states[p], final, c.norm_eps) for p in sorted(states)])
+        logits = torch.stack(
+            [head @ rms_norm(states[p], final, c.norm_eps) for p in sorted(states)]
+        )
         return logits, losses, depth
 
     def fixed(self, states, selection):
@@ -157,7 +175,9 @@ class Reference:
             bce = 0.0
             for p in candidates:
                 probability = torch.sigmoid(causal[p])
-                bce = bce - torch.log(probability if p in selected else 1 - probability) / len(candidates)
+                bce = bce - torch.log(probability if p in selected else 1 - probability) / len(
+                    candidates
+                )
                 z_sum = z_sum + logit[p] ** 2 / len(candidates)
             bce_sum = bce_sum + bce
             if not selected:
@@ -193,7 +213,9 @@ class Reference:
         if r.balancing == "loss":
             n = c.num_recursions
             share = [sum(d == i + 1 for d in depth) / len(depth) * n for i in range(n)]
-            mean = [sum(scores[p][i] / scores[p].sum() for p in scores) / len(depth) for i in range(n)]
+            mean = [
+                sum(scores[p][i] / scores[p].sum() for p in scores) / len(depth) for i in range(n)
+            ]
             losses["balancing"] = sum(f * m for f, m in zip(share, mean, strict=True))
         if r.z_loss_weight:
             losses["z_loss"] = sum(torch.logsumexp(x, 0) ** 2 for x in logits.values()) / len(depth)

@@ -1,4 +1,5 @@
-"""The scripts behind published numbers run as printed, and their figures are right where these can be known."""
+"""The scripts behind published numbers run as printed, and their figures are right where these can
+be known."""
 
 import json
 import runpy
@@ -9,9 +10,9 @@ import pytest
 from test_convert import chat_tokenizer, llama
 from test_harness import FLAT
 
-from mor import costs
 from mor.cli import main
-from mor.config import preset
+from mor.costs import flops as costs
+from mor.model.config import preset
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -25,7 +26,9 @@ def folder(tmp_path_factory):
     main(["convert", str(path / "llama"), str(path / "mor")])
     texts = (f"The square of {i} is {i * i}. " * 4 for i in range(30))
     (path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (path / "piqa_val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in FLAT["piqa_val"]))
+    (path / "piqa_val.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in FLAT["piqa_val"])
+    )
     return path
 
 
@@ -41,7 +44,16 @@ def run(monkeypatch, capsys):
 
 
 def test_convert_parity_finds_what_is_equal_and_what_is_not(folder, run, monkeypatch):
-    arguments = [folder / "llama", folder / "text.jsonl", "--windows", 2, "--seq-len", 40, "--new-tokens", 5]
+    arguments = [
+        folder / "llama",
+        folder / "text.jsonl",
+        "--windows",
+        2,
+        "--seq-len",
+        40,
+        "--new-tokens",
+        5,
+    ]
     found = run("convert_parity.py", *arguments)
     assert found["max_abs_difference"] < 1e-4 and found["weights_bit_equal_after_the_way_back"]
     assert found["greedy_prompts_equal"].startswith("8 of 8") and found["tokens"] == 80
@@ -60,22 +72,46 @@ def test_convert_parity_finds_what_is_equal_and_what_is_not(folder, run, monkeyp
 def test_init_nll_measures_every_start(folder, run):
     arguments = ["--windows", 2, "--seq-len", 40, "--threads", 1]
     rows = run("init_nll.py", folder / "mor", folder / "text.jsonl", *arguments)["rows"]
-    assert len(rows) == 26 and {row["init"] for row in rows[1:6]} == {"stepwise", "average", "lower", "upper", "random"}
+    assert len(rows) == 26 and {row["init"] for row in rows[1:6]} == {
+        "stepwise",
+        "average",
+        "lower",
+        "upper",
+        "random",
+    }
     assert rows[0]["kind"] == "source" and rows[0]["layers"] == 8
     assert len({row["nll"] for row in rows}) > 20
 
 
 def test_harness_parity_compares_two_checkpoints(folder, run):
-    arguments = ["--task-data", folder, "--tasks", "piqa", "--limit", 4, "--batch-sizes", 3, 2, "--threads", 1]
+    arguments = [
+        "--task-data",
+        folder,
+        "--tasks",
+        "piqa",
+        "--limit",
+        4,
+        "--batch-sizes",
+        3,
+        2,
+        "--threads",
+        1,
+    ]
     found = run("harness_parity.py", folder / "llama", folder / "mor", *arguments)
     (row,) = found["rows"]
-    assert row["first"] == row["second"] and row["items"] == 4 and 0 <= found["largest_difference"] < 1e-4
+    assert (
+        row["first"] == row["second"]
+        and row["items"] == 4
+        and 0 <= found["largest_difference"] < 1e-4
+    )
 
 
 def test_data_prepare_measures_both_sides(folder, run):
     arguments = ["--tokenizer", folder / "llama", "--megabytes", 0.001, "--rounds", 1]
     found = run("data_prepare.py", folder / "text.jsonl", *arguments)
-    assert min(found["tokens_per_s"], found["bare_tokens_per_s"]) > 0 and found["peak_memory_mb"] > 10
+    assert (
+        min(found["tokens_per_s"], found["bare_tokens_per_s"]) > 0 and found["peak_memory_mb"] > 10
+    )
 
 
 def test_train_speed_counts_the_flops_of_what_was_routed(run, tmp_path):
@@ -98,34 +134,70 @@ def test_train_speed_counts_the_flops_of_what_was_routed(run, tmp_path):
 
 def test_head_loss_sees_that_chunks_take_less_memory(run):
     vocab = 80_000
-    chunked, whole, *_ = run("head_loss.py", "--tokens", 1000, "--dim", 8, "--vocab", vocab, "--rounds", 1)["rows"]
+    chunked, whole, *_ = run(
+        "head_loss.py", "--tokens", 1000, "--dim", 8, "--vocab", vocab, "--rounds", 1
+    )["rows"]
     assert whole["peak_mb"] > 2 * 4 * 1000 * vocab / 1e6 > chunked["peak_mb"]
 
 
-SHORT = ["--preset", "tiny", "--num-layers", 14, "--lengths.mean", 6, "--lengths.deviation", 2, "--rounds", 1]
+SHORT = [
+    "--preset",
+    "tiny",
+    "--num-layers",
+    14,
+    "--lengths.mean",
+    6,
+    "--lengths.deviation",
+    2,
+    "--rounds",
+    1,
+]
 
 
 def test_decode_speed_compares_models_of_equal_depth(run, tmp_path):
-    parts = ["--parts", "models", "batching", "overhead", "--batches", 2, "--seconds", 0.05, "--json"]
+    parts = [
+        "--parts",
+        "models",
+        "batching",
+        "overhead",
+        "--batches",
+        2,
+        "--seconds",
+        0.05,
+        "--json",
+    ]
     found = run("decode_speed.py", *SHORT, *parts, "--out", tmp_path / "speed.json")
     assert json.loads((tmp_path / "speed.json").read_text()) == found
     rows = found["rows"]
     assert [row["model"] for row in rows] == ["vanilla", "mor-2", "mor-3", "mor-4"] * 2
-    assert [row["batch"] for row in rows[:4]] == [2] * 4 and [row["slots"] for row in rows[:5]] == [4, 4, 4, 4, 2]
+    assert [row["batch"] for row in rows[:4]] == [2] * 4 and [row["slots"] for row in rows[:5]] == [
+        4,
+        4,
+        4,
+        4,
+        2,
+    ]
     assert rows[0]["speedup"] == rows[0]["limit"] == rows[4]["speedup"] == 1
     for recursions, row in enumerate(rows[1:4], start=2):
         shape = preset("tiny", num_recursions=recursions, num_layers=14, router="random")
         assert row["kv_bytes_per_token"] == costs.kv_bytes(shape, 1, shape.capacities, 4)
-        assert row["limit"] > 1 and row["share_of_limit"] == pytest.approx(row["speedup"] / row["limit"])
+        assert row["limit"] > 1 and row["share_of_limit"] == pytest.approx(
+            row["speedup"] / row["limit"]
+        )
     for row in rows[5:]:  # as many slots as the bytes of the baseline's two hold
         assert row["slots"] == int(2 * rows[4]["kv_bytes_per_token"] / row["kv_bytes_per_token"])
     assert [row["batching"] for row in found["batching"]][2:] == ["lock-step", "static"]
     assert [row["slots"] for row in found["overhead"]] == [1, 8, 32, 128, 512]
-    assert all(0 < row["share"] < 1 and sum(row["parts"].values()) == pytest.approx(1) for row in found["overhead"])
+    assert all(
+        0 < row["share"] < 1 and sum(row["parts"].values()) == pytest.approx(1)
+        for row in found["overhead"]
+    )
 
 
 def test_decode_speed_runs_the_same_requests_in_transformers(run):
-    rows = run("decode_speed.py", *SHORT, "--parts", "transformers", "--lengths.mean", 16)["transformers"]
+    rows = run("decode_speed.py", *SHORT, "--parts", "transformers", "--lengths.mean", 16)[
+        "transformers"
+    ]
     assert [row["who"] for row in rows] == ["engine", "generate", "continuous"] * 2
     assert all(row["tokens_per_s"] > 0 for row in rows)
 

@@ -5,7 +5,8 @@ import torch
 from conftest import cases, random_tokens, tiny
 
 
-# Kernels differ by length, so fp32 shows their noise; fp64 shows that nothing smaller hides behind it.
+# Kernels differ by length, so fp32 shows their noise; fp64 shows that nothing smaller hides behind
+# it.
 @pytest.mark.parametrize(("dtype", "noise"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 @pytest.mark.parametrize("make", cases())
 def test_future_tokens_change_no_earlier_logit(make, dtype, noise):
@@ -16,10 +17,14 @@ def test_future_tokens_change_no_earlier_logit(make, dtype, noise):
         noise = noise * before.logits_BTV.abs().max()
         for cut in (1, 6, 16):
             changed = tokens.clone()
-            changed[:, cut:] = (changed[:, cut:] + 1 + random_tokens(3, 17 - cut, seed=cut, vocab=35)) % 37
+            changed[:, cut:] = (
+                changed[:, cut:] + 1 + random_tokens(3, 17 - cut, seed=cut, vocab=35)
+            ) % 37
             after, shorter = model(changed), model(tokens[:, :cut])
             for other in (after, shorter):
-                assert torch.equal(before.routing.depth_BT[:, :cut], other.routing.depth_BT[:, :cut])
+                assert torch.equal(
+                    before.routing.depth_BT[:, :cut], other.routing.depth_BT[:, :cut]
+                )
                 assert (before.logits_BTV[:, :cut] - other.logits_BTV[:, :cut]).abs().max() <= noise
             assert (before.logits_BTV[:, cut:] - after.logits_BTV[:, cut:]).abs().max() > 1e-3
 
@@ -30,12 +35,14 @@ def test_topk_selection_leaks_the_future():
     changed = tokens.clone()
     changed[:, 9:] = (changed[:, 9:] + 5) % 37
     with torch.no_grad():
-        leak = model(tokens, selection="topk").logits_BTV - model(changed, selection="topk").logits_BTV
+        leak = (
+            model(tokens, selection="topk").logits_BTV - model(changed, selection="topk").logits_BTV
+        )
     assert leak[:, :9].abs().max() > 1e-3
 
 
 def test_topk_cannot_decode():
-    from mor.kv_cache import KVCache
+    from mor.model.kv_cache import KVCache
 
     model = tiny("expert_choice")
     with pytest.raises(ValueError, match="threshold"):

@@ -15,16 +15,31 @@ from mor.cli import main
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     (folder / "a.jsonl").write_text(
-        "".join(json.dumps({"text": f"The square of {i} is {i * i}. " * 6}) + "\n" for i in range(120))
+        "".join(
+            json.dumps({"text": f"The square of {i} is {i * i}. " * 6}) + "\n" for i in range(120)
+        )
     )
     config = folder / "run.toml"
     config.write_text(
-        f'steps = 6\nbatch_size = 4\nseq_len = 32\n[data]\npath = "{folder}/a.jsonl"\nvocab_size = 300\n'
-        "[model]\nnum_recursions = 2\nprelude_layers = 1\nshared_layers = 1\ncoda_layers = 1\ndim = 32\n"
-        'num_heads = 2\nnum_kv_heads = 1\nhead_dim = 16\nffn_dim = 64\n[model.router]\nkind = "expert_choice"\n'
+        f'steps = 6\nbatch_size = 4\nseq_len = 32\n[data]\npath = "{folder}/a.jsonl"\nvocab_size = '
+        "300\n"
+        "[model]\nnum_recursions = 2\nprelude_layers = 1\nshared_layers = 1\ncoda_layers = 1\ndim "
+        "= 32\n"
+        "num_heads = 2\nnum_kv_heads = 1\nhead_dim = 16\nffn_dim = 64\n[model.router]\nkind = "
+        '"expert_choice"\n'
     )
     main(
-        ["train", "--config", str(config), "--out", str(folder / "run"), "--steps", "8", "--model.router.alpha", "0.2"]
+        [
+            "train",
+            "--config",
+            str(config),
+            "--out",
+            str(folder / "run"),
+            "--steps",
+            "8",
+            "--model.router.alpha",
+            "0.2",
+        ]
     )
     return folder
 
@@ -91,7 +106,10 @@ def test_eval_prints_json_by_depth_and_labels_topk(run, capsys):
     main(["eval", str(run / "run"), "--routing", "topk", "--json"])
     topk, causal = last_json(capsys)
     assert topk["causal"] is False and causal["causal"] is True
-    assert topk["leak_nats"] == pytest.approx(causal["nll"] - topk["nll"]) and causal["leak_nats"] is None
+    assert (
+        topk["leak_nats"] == pytest.approx(causal["nll"] - topk["nll"])
+        and causal["leak_nats"] is None
+    )
     assert causal["perplexity"] == pytest.approx(math.exp(causal["nll"]))
     main(["eval", str(run / "run"), "--routing", "topk"])
     shown = capsys.readouterr().out
@@ -107,24 +125,37 @@ def test_generate_streams_or_shows_depths(run, capsys):
     main([*common, "--json"])
     found = last_json(capsys)
     assert streamed == "The square" + found["text"] + "\n"
-    assert set(found["depths"]) <= {1, 2} and found["mean_depth"] == sum(found["depths"]) / len(found["depths"])
+    assert set(found["depths"]) <= {1, 2} and found["mean_depth"] == sum(found["depths"]) / len(
+        found["depths"]
+    )
     main([*common, "--show-depth"])
     shown = capsys.readouterr().out
-    assert "depth" in shown and "mean depth" in shown and "¹" in shown, "without colours depths are digits"
+    assert "depth" in shown and "mean depth" in shown and "¹" in shown, (
+        "without colours depths are digits"
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["costs", "--preset", "smollm-36m"], "did you mean 'smollm-360m'"),
-        (["costs", "--preset", "tiny", "--num-recursions", "3", "--num-layers", "9"], "nearest valid: 8 or 11"),
+        (
+            ["costs", "--preset", "tiny", "--num-recursions", "3", "--num-layers", "9"],
+            "nearest valid: 8 or 11",
+        ),
         (["eval", "nowhere"], "neither a checkpoint"),
         (["train", "--branch-from", "x"], "go together"),
-        (["train", "--branch-from", "x", "--cooldown-steps", "3", "--optim.lr", "1"], "leave out --optim.lr"),
+        (
+            ["train", "--branch-from", "x", "--cooldown-steps", "3", "--optim.lr", "1"],
+            "leave out --optim.lr",
+        ),
         (["train", "--branch-from", "x", "--cooldown-steps", "3"], "neither a checkpoint"),
         (["generate", "nowhere", "--prompt", "x"], "neither a checkpoint"),
         (["convert", "nowhere", "out", "--to", "remote-code"], "neither a checkpoint"),
-        (["convert", "nowhere", "out", "--to", "remote-code", "--init", "lower"], "leave out --init"),
+        (
+            ["convert", "nowhere", "out", "--to", "remote-code", "--init", "lower"],
+            "leave out --init",
+        ),
         (["train", "--config", "nowhere.toml"], "nowhere.toml"),
         (["train", "--resume", "--out", "nowhere"], "no run to resume"),
         (["train", "--resume", "--out", "nowhere", "--steps", "9"], "leave out --steps"),
@@ -137,7 +168,9 @@ def test_mistakes_end_in_one_line_and_no_traceback(arguments, words, capsys, tmp
         main(arguments)
     printed = capsys.readouterr()
     assert stopped.value.code == 2
-    assert printed.err.startswith("error: ") and words in printed.err and printed.err.count("\n") == 1
+    assert (
+        printed.err.startswith("error: ") and words in printed.err and printed.err.count("\n") == 1
+    )
     assert not (tmp_path / "never").exists()
 
 
@@ -155,9 +188,15 @@ def test_demo_end_to_end_at_a_toy_budget(tmp_path, capsys):
     spent = [row["train_flops"] for row in rows]
     assert max(spent) / min(spent) < 1.2
     by_name = {row["name"]: row for row in rows}
-    assert by_name["mor"]["params_non_embedding"] - by_name["single pass"]["params_non_embedding"] == 3 * 64, "routers"
+    assert (
+        by_name["mor"]["params_non_embedding"] - by_name["single pass"]["params_non_embedding"]
+        == 3 * 64
+    ), "routers"
     assert by_name["vanilla"]["effective_layers"] == by_name["mor"]["effective_layers"] == 8
-    assert by_name["mor"]["bits_per_byte_topk"] is not None and by_name["vanilla"]["bits_per_byte_topk"] is None
+    assert (
+        by_name["mor"]["bits_per_byte_topk"] is not None
+        and by_name["vanilla"]["bits_per_byte_topk"] is None
+    )
     assert (tmp_path / "demo" / "loss_over_flops.png").stat().st_size > 10_000
     with pytest.raises(SystemExit):
         main(["demo", "--out", str(tmp_path), "--flops", "2e10"])
@@ -166,12 +205,37 @@ def test_demo_end_to_end_at_a_toy_budget(tmp_path, capsys):
 
 def test_bench_decode(run, capsys):
     short = ["--rounds", "1", "--seconds", "0.05", "--batches", "2", "--lengths.mean", "6"]
-    main(["bench", "decode", "--preset", "tiny", "--num-layers", "6", "--recursions", "2", *short, "--json"])
+    main(
+        [
+            "bench",
+            "decode",
+            "--preset",
+            "tiny",
+            "--num-layers",
+            "6",
+            "--recursions",
+            "2",
+            *short,
+            "--json",
+        ]
+    )
     found = last_json(capsys)
     assert [row["model"] for row in found["rows"]] == ["vanilla", "mor-2"] * 2
-    assert {"tokens_per_s", "speedup", "limit", "mean_depth", "block_only_speedup"} <= found["rows"][1].keys()
+    assert {"tokens_per_s", "speedup", "limit", "mean_depth", "block_only_speedup"} <= found[
+        "rows"
+    ][1].keys()
     assert found["machine"]["threads"] >= 1
-    main(["bench", "decode", "--checkpoint", str(run / "run"), "--baseline", str(run / "run"), *short])
+    main(
+        [
+            "bench",
+            "decode",
+            "--checkpoint",
+            str(run / "run"),
+            "--baseline",
+            str(run / "run"),
+            *short,
+        ]
+    )
     shown = capsys.readouterr().out
     assert "speedup" in shown and max(map(len, shown.splitlines())) <= 80
     with pytest.raises(SystemExit):
@@ -182,8 +246,18 @@ def test_bench_decode(run, capsys):
 def test_explaining_does_not_load_what_takes_a_second_to_import(run, tmp_path):
     code = (
         "import sys; from mor.cli import main; main(sys.argv[1:]); "
-        "print(sorted({'torch._dynamo', 'torch.distributed.checkpoint', 'sympy', 'transformers'} & set(sys.modules)))"
+        "print(sorted({'torch._dynamo', 'torch.distributed.checkpoint', 'sympy', 'transformers'} & "
+        "set(sys.modules)))"
     )
-    command = ["explain", str(run / "run"), "--text", "The square of 3 is", "--out", str(tmp_path / "page.html")]
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    command = [
+        "explain",
+        str(run / "run"),
+        "--text",
+        "The square of 3 is",
+        "--out",
+        str(tmp_path / "page.html"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, check=True
+    )
     assert (tmp_path / "page.html").is_file() and done.stdout.splitlines()[-1] == "[]"

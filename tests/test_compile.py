@@ -1,4 +1,5 @@
-"""Compiled layers: one graph each side of attention, for any number of tokens, same values; waits for the device."""
+"""Compiled layers: one graph each side of attention, for any number of tokens, same values; waits
+for the device."""
 
 import pytest
 import torch
@@ -6,8 +7,8 @@ from conftest import random_tokens, tiny
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
-from mor import attention
-from mor.config import RouterConfig
+from mor.model import attention
+from mor.model.config import RouterConfig
 
 WARM_UP = [(1.0, 1.0, 1.0), (1.0, 0.9, 0.8), (1.0, 0.8, 0.6), (1.0, 2 / 3, 1 / 3)]
 
@@ -16,7 +17,9 @@ def gradients(model, tokens, capacities):
     model.zero_grad()
     output = model(tokens, targets_BT=tokens, selection="topk", capacities=capacities)
     (output.nll + output.routing.weighted_loss).backward()
-    return [output.nll.detach()] + [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return [output.nll.detach()] + [
+        p.grad.clone() for p in model.parameters() if p.grad is not None
+    ]
 
 
 @pytest.mark.parametrize("kv", ["recursion_wise", "shared"])
@@ -38,10 +41,11 @@ def test_no_graph_breaks_and_no_recompiling_in_the_capacity_warm_up(router, kv):
         found, expected = gradients(model, tokens, capacities), gradients(plain, tokens, capacities)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
         counts.append(len(compiled))
-    parts = (
-        2 + (kv == "shared") + (router == "token_choice")
-    )  # also without keys; also after attention over ragged rows
-    assert counts == [parts] * 4, "once each, in the first step, for all layers, recursions and capacities"
+    # also without keys; also after attention over ragged rows
+    parts = 2 + (kv == "shared") + (router == "token_choice")
+    assert counts == [parts] * 4, (
+        "once each, in the first step, for all layers, recursions and capacities"
+    )
     gradients(model, random_tokens(3, 41), None)
     assert len(compiled) == parts, "nor for another batch size or length"
 
@@ -49,7 +53,19 @@ def test_no_graph_breaks_and_no_recompiling_in_the_capacity_warm_up(router, kv):
 class Waits(TorchFunctionMode):
     """Operations whose result the host must have before it goes on."""
 
-    NAMES = frozenset(["tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "bincount", "cpu"])
+    NAMES = frozenset(
+        [
+            "tolist",
+            "item",
+            "__bool__",
+            "__int__",
+            "__float__",
+            "__index__",
+            "nonzero",
+            "bincount",
+            "cpu",
+        ]
+    )
 
     def __init__(self):
         super().__init__()
@@ -73,7 +89,8 @@ class Waits(TorchFunctionMode):
     ],
 )
 def test_how_often_a_training_forward_waits_for_the_device(router, kv, expected):
-    """Token-choice needs two shapes for each recursion after the first: how many tokens, and how many in each row."""
+    """Token-choice needs two shapes for each recursion after the first: how many tokens, and how
+    many in each row."""
     model = tiny(RouterConfig(kind=router), kv_strategy=kv)
     tokens = random_tokens(2, 30)
     with Waits() as waits:
@@ -84,7 +101,9 @@ def test_how_often_a_training_forward_waits_for_the_device(router, kv, expected)
 def test_cudnn_comes_first_on_hopper_only(monkeypatch):
     usual = torch._C._get_sdp_priority_order()
     for major, first in {9: SDPBackend.CUDNN_ATTENTION.value, 8: usual[0]}.items():
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda device, major=major: (major, 0)
+        )
         with attention.preferred_kernels(torch.device("cuda")):
             assert torch._C._get_sdp_priority_order()[0] == first
     with attention.preferred_kernels(torch.device("cpu")):

@@ -1,11 +1,13 @@
 import pytest
 import torch
 
-from mor.config import PRESET_NAMES, ModelConfig, RouterConfig, layout, preset
-from mor.model import Transformer
+from mor.model.config import PRESET_NAMES, ModelConfig, RouterConfig, layout, preset
+from mor.model.transformer import Transformer
 
 
-@pytest.mark.parametrize(("recursions", "expected"), [(2, (1, 15, 1)), (3, (1, 10, 1)), (4, (1, 8, 1))])
+@pytest.mark.parametrize(
+    ("recursions", "expected"), [(2, (1, 15, 1)), (3, (1, 10, 1)), (4, (1, 8, 1))]
+)
 def test_360m_preset_has_the_papers_layouts(recursions, expected):
     config = preset("smollm-360m", num_recursions=recursions)
     assert (config.prelude_layers, config.shared_layers, config.coda_layers) == expected
@@ -45,16 +47,35 @@ def test_impossible_depths_are_refused_with_the_nearest_valid_ones():
             dict(num_recursions=2, router=dict(kind="expert_choice", capacities=(1.0,))),
             "1 entries for num_recursions=2",
         ),
-        (dict(num_recursions=2, router=dict(kind="expert_choice", capacities=(0.5, 1.0))), "must not grow"),
-        (dict(num_recursions=2, router=dict(kind="expert_choice", capacities=(1.0, 0.0))), r"\(0, 1\]"),
         (
-            dict(num_recursions=2, kv_strategy="shared", router=dict(kind="random", capacities=(0.5, 0.5))),
+            dict(num_recursions=2, router=dict(kind="expert_choice", capacities=(0.5, 1.0))),
+            "must not grow",
+        ),
+        (
+            dict(num_recursions=2, router=dict(kind="expert_choice", capacities=(1.0, 0.0))),
+            r"\(0, 1\]",
+        ),
+        (
+            dict(
+                num_recursions=2,
+                kv_strategy="shared",
+                router=dict(kind="random", capacities=(0.5, 0.5)),
+            ),
             "first capacity must be 1",
         ),
-        (dict(num_recursions=2, router=dict(kind="expert_choice", score="softmax")), "token_choice"),
-        (dict(num_recursions=2, router=dict(kind="token_choice", score="tanh")), "no probabilities"),
         (
-            dict(num_recursions=2, router=dict(kind="token_choice", combination="every", gate="residual")),
+            dict(num_recursions=2, router=dict(kind="expert_choice", score="softmax")),
+            "token_choice",
+        ),
+        (
+            dict(num_recursions=2, router=dict(kind="token_choice", score="tanh")),
+            "no probabilities",
+        ),
+        (
+            dict(
+                num_recursions=2,
+                router=dict(kind="token_choice", combination="every", gate="residual"),
+            ),
             "no residual form",
         ),
         (dict(num_recursions=2, router=dict(kind="random", alpha=0.0)), "alpha must be positive"),
@@ -88,12 +109,18 @@ def test_a_setting_without_effect_is_a_warning(settings):
 
 
 def test_dict_round_trip():
-    config = preset("tiny", num_recursions=3, router=RouterConfig(kind="expert_choice", capacities=(1, 0.5, 0.25)))
+    config = preset(
+        "tiny",
+        num_recursions=3,
+        router=RouterConfig(kind="expert_choice", capacities=(1, 0.5, 0.25)),
+    )
     assert ModelConfig.from_dict(config.to_dict()) == config
 
 
 def test_init_weights_is_seeded_and_misses_nothing():
-    config = preset("tiny", num_recursions=2, router=RouterConfig(kind="expert_choice", architecture="mlp"))
+    config = preset(
+        "tiny", num_recursions=2, router=RouterConfig(kind="expert_choice", architecture="mlp")
+    )
     a, b, c = (
         Transformer(config).init_weights(1),
         Transformer(config).init_weights(1),
@@ -102,7 +129,9 @@ def test_init_weights_is_seeded_and_misses_nothing():
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert not torch.equal(a.embedding.weight, c.embedding.weight)
     assert all((p == 1).all() for n, p in a.named_parameters() if "norm" in n)
-    assert all(abs(p.std() - 0.02) < 4e-3 for p in a.parameters() if p.ndim == 2 and p.numel() > 500)
+    assert all(
+        abs(p.std() - 0.02) < 4e-3 for p in a.parameters() if p.ndim == 2 and p.numel() > 500
+    )
     a.recursions.extra = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(RuntimeError, match=r"recursions\.extra"):
         a.init_weights(0)

@@ -20,8 +20,7 @@ from transformers import (
 
 from mor import checkpoint
 from mor.cli import main
-from mor.config import RouterConfig, layout
-from mor.convert import (
+from mor.conversion.convert import (
     convert,
     fitting_depth,
     from_llama,
@@ -31,9 +30,10 @@ from mor.convert import (
     stored_blocks,
     to_llama,
 )
-from mor.generate import SamplingParams, generate
-from mor.model import Transformer
-from mor.tokenizer import Tokenizer, byte_tokenizer
+from mor.data.tokenizer import Tokenizer, byte_tokenizer
+from mor.generation import SamplingParams, generate
+from mor.model.config import RouterConfig, layout
+from mor.model.transformer import Transformer
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -115,7 +115,9 @@ def test_logits_are_the_same_both_ways_and_weights_return_bit_for_bit(tied):
     again = to_llama(ours)
     close(again(ids).logits, expected)
     state, before = again.state_dict(), theirs.state_dict()
-    assert state.keys() == before.keys() and all(torch.equal(state[name], before[name]) for name in before)
+    assert state.keys() == before.keys() and all(
+        torch.equal(state[name], before[name]) for name in before
+    )
     assert (again.lm_head.weight is again.model.embed_tokens.weight) is tied
     for name in SIZES.keys() - {"bos_token_id", "eos_token_id", "pad_token_id"}:
         assert getattr(again.config, name) == getattr(theirs.config, name), name
@@ -124,7 +126,9 @@ def test_logits_are_the_same_both_ways_and_weights_return_bit_for_bit(tied):
 def test_greedy_text_is_the_same():
     theirs = llama()
     prompt = tokens(1, 9)
-    expected = theirs.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=None)[0, 9:].tolist()
+    expected = theirs.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=None)[
+        0, 9:
+    ].tolist()
     params = SamplingParams(max_new_tokens=40, temperature=0)
     assert generate(from_llama(theirs), [prompt[0].tolist()], params)[0].token_ids == expected
 
@@ -151,8 +155,14 @@ def test_a_recursive_model_unrolls_into_a_llama_of_the_same_function():
         (LlamaConfig(attention_bias=True), "attention_bias=True"),
         (LlamaConfig(mlp_bias=True), "mlp_bias=True"),
         (LlamaConfig(hidden_act="gelu"), "hidden_act='gelu'"),
-        (LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope_parameters="),
-        (LlamaConfig(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "rope_parameters="),
+        (
+            LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+            "rope_parameters=",
+        ),
+        (
+            LlamaConfig(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+            "rope_parameters=",
+        ),
         (MistralConfig(sliding_window=4096), "sliding_window=4096"),
         (LlamaConfig(quantization_config={"quant_method": "gptq"}), "quantized"),
     ],
@@ -180,11 +190,14 @@ def test_models_that_llama_cannot_express_are_refused(settings, words):
 
 
 def initialised(source, recursions, sharing, init, num_layers=None, **changes):
-    config = source.config.replace(**layout(num_layers or source.config.num_layers, recursions, sharing), **changes)
+    config = source.config.replace(
+        **layout(num_layers or source.config.num_layers, recursions, sharing), **changes
+    )
     return recursive_init(source, config, init)
 
 
-POOL_INDEX = {  # METHOD of the paper: shared layer of unrolled layer i, for L layers and R recursions
+# METHOD of the paper: shared layer of unrolled layer i, for L layers and R recursions
+POOL_INDEX = {
     "cycle": lambda i, L, R: i % (L // R),
     "sequence": lambda i, L, R: i // R,
     "middle_cycle": lambda i, L, R: (i - 1) % ((L - 2) // R) + 1,
@@ -239,15 +252,21 @@ def test_random_keeps_only_what_is_not_shared(sharing):
     if sharing == "middle_cycle":
         for block, i in [(made.prelude[0], 0), (made.coda[0], 7)]:
             own = source.recursions.shared_blocks[i].state_dict()
-            assert all(torch.equal(weight, own[name]) for name, weight in block.state_dict().items())
+            assert all(
+                torch.equal(weight, own[name]) for name, weight in block.state_dict().items()
+            )
 
 
 def test_routers_start_as_init_weights_makes_them():
     source = from_llama(llama())
-    made = initialised(source, 3, "middle_cycle", "upper", router=RouterConfig(kind="expert_choice"))
+    made = initialised(
+        source, 3, "middle_cycle", "upper", router=RouterConfig(kind="expert_choice")
+    )
     fresh = Transformer(made.config).init_weights(0).recursions.router.state_dict()
     found = made.recursions.router.state_dict()
-    assert found.keys() == fresh.keys() and all(torch.equal(found[name], fresh[name]) for name in fresh)
+    assert found.keys() == fresh.keys() and all(
+        torch.equal(found[name], fresh[name]) for name in fresh
+    )
 
 
 @pytest.mark.parametrize("sharing", POOL_INDEX)
@@ -271,7 +290,9 @@ def test_where_all_layers_are_equal_sharing_them_changes_nothing(init, sharing):
         (9, 28, [0, 3, 7, 10, 14, 17, 20, 24, 27]),
     ],
 )
-def test_stepwise_takes_regular_intervals_with_both_ends_and_rounds_halves_up(shared, source, expected):
+def test_stepwise_takes_regular_intervals_with_both_ends_and_rounds_halves_up(
+    shared, source, expected
+):
     config = llama_config(LlamaConfig(**SIZES)).replace(shared_layers=shared, num_recursions=2)
     assert layer_sources(config, source, "stepwise") == [(i,) for i in expected]
 
@@ -285,7 +306,9 @@ def test_average_uses_every_source_layer_once_at_every_depth(num_layers, sharing
     groups = layer_sources(config, num_layers, "average")
     assert all(groups) and sorted(i for group in groups for i in group) == list(range(num_layers))
     if sharing.endswith("sequence"):
-        assert [i for group in groups for i in group] == list(range(num_layers)), "neighbours stay together"
+        assert [i for group in groups for i in group] == list(range(num_layers)), (
+            "neighbours stay together"
+        )
 
 
 @pytest.mark.parametrize(
@@ -301,7 +324,9 @@ def test_average_uses_every_source_layer_once_at_every_depth(num_layers, sharing
         (7, 1, "middle_cycle", 7),
     ],
 )
-def test_the_nearest_depth_is_chosen_and_of_two_the_deeper(num_layers, recursions, sharing, expected):
+def test_the_nearest_depth_is_chosen_and_of_two_the_deeper(
+    num_layers, recursions, sharing, expected
+):
     assert fitting_depth(num_layers, recursions, sharing) == expected
     layout(expected, recursions, sharing)  # it fits
 
@@ -328,27 +353,42 @@ def test_there_and_back_through_directories(dtype, folder, tmp_path):
     convert(str(tmp_path / "mor"), tmp_path / "llama", to="llama")
     before = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype="auto")
-    assert type(after) is LlamaForCausalLM and after.dtype == before.dtype == getattr(torch, dtype or "float32")
+    assert type(after) is LlamaForCausalLM and after.dtype == before.dtype == getattr(
+        torch, dtype or "float32"
+    )
     state = after.state_dict()
     assert all(torch.equal(weight, state[name]) for name, weight in before.state_dict().items())
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(after.generation_config, name) == SIZES[name]
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "nothing unfinished is left"
-    assert len({file.stat().st_mode for out in ("mor", "llama") for file in (tmp_path / out).iterdir()}) == 1
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], (
+        "nothing unfinished is left"
+    )
+    assert (
+        len(
+            {file.stat().st_mode for out in ("mor", "llama") for file in (tmp_path / out).iterdir()}
+        )
+        == 1
+    )
 
 
 def test_the_tokenizer_keeps_all_that_transformers_needs(folder, tmp_path):
     convert(str(folder), tmp_path / "mor")
     loaded = checkpoint.load(tmp_path / "mor")
     checkpoint.save(tmp_path / "again", loaded.model, loaded.tokenizer)
-    before, after = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(tmp_path / "again")
+    before, after = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(tmp_path / "again"),
+    )
     text, turns = "né <|im_end|> 12", [{"role": "user", "content": "hé"}]
     assert before(text).input_ids == after(text).input_ids == loaded.tokenizer.encode(text)
     for flag in (True, False):
         assert before.apply_chat_template(turns, tokenize=False, add_generation_prompt=flag) == (
             after.apply_chat_template(turns, tokenize=False, add_generation_prompt=flag)
         )
-    assert (before.special_tokens_map, before.model_max_length) == (after.special_tokens_map, after.model_max_length)
+    assert (before.special_tokens_map, before.model_max_length) == (
+        after.special_tokens_map,
+        after.model_max_length,
+    )
     assert after.model_max_length == 99 and loaded.tokenizer.end_of_text == "<|im_end|>"
 
 
@@ -356,7 +396,9 @@ def test_named_templates_and_old_special_token_files_are_kept(tmp_path):
     theirs = chat_tokenizer()
     theirs.chat_template = {"default": TEMPLATE, "tool_use": "{{ 'tools' }}"}
     theirs.save_pretrained(tmp_path / "a")
-    (tmp_path / "a" / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    (tmp_path / "a" / "special_tokens_map.json").write_text(
+        '{"eos_token": {"content": "<|im_end|>"}}'
+    )
     settings = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())
     del settings["eos_token"]
     (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -387,7 +429,8 @@ def write_gguf(path, model, pre="smollm", scaling=None):
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list([*(token for token, _ in vocabulary), "he", "hi"])
-    writer.add_token_types([3 if 256 <= i < 259 else 1 for i in range(261)])  # 3: control, 1: normal
+    # 3: control, 1: normal
+    writer.add_token_types([3 if 256 <= i < 259 else 1 for i in range(261)])
     writer.add_token_merges(["h e", "h i"])  # transformers 5.17 misreads a list of one
     writer.add_bos_token_id(257)
     writer.add_eos_token_id(258)
@@ -399,7 +442,9 @@ def write_gguf(path, model, pre="smollm", scaling=None):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
     for name, weight in model.named_parameters():
         if ".q_proj" in name or ".k_proj" in name:
-            weight = reordered(weight, c.num_attention_heads if ".q_proj" in name else c.num_key_value_heads)
+            weight = reordered(
+                weight, c.num_attention_heads if ".q_proj" in name else c.num_key_value_heads
+            )
         writer.add_tensor(names.get_name(name, (".weight",)), weight.detach().contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -415,7 +460,10 @@ def test_a_gguf_file_is_read_with_its_tokenizer(tmp_path):
     ids = tokens(2, 40)
     with torch.inference_mode():
         close(ours(ids).logits_BTV, theirs(ids).logits)
-    assert tokenizer.end_of_text == "<|im_end|>" and tokenizer.files["chat_template.jinja"].strip() == TEMPLATE
+    assert (
+        tokenizer.end_of_text == "<|im_end|>"
+        and tokenizer.files["chat_template.jinja"].strip() == TEMPLATE
+    )
     cut = [piece for piece, _ in tokenizer.backend.pre_tokenizer.pre_tokenize_str("in 1999")]
     assert cut == ["in", "Ġ", "1", "9", "9", "9"], "SmolLM cuts digits apart"
 
@@ -437,13 +485,37 @@ def last_json(capsys):
 
 
 def test_convert_prints_where_layers_came_from(folder, tmp_path, capsys):
-    main(["convert", str(folder), str(tmp_path / "a"), "--num-recursions", "4", "--gate", "residual", "--alpha", "1"])
+    main(
+        [
+            "convert",
+            str(folder),
+            str(tmp_path / "a"),
+            "--num-recursions",
+            "4",
+            "--gate",
+            "residual",
+            "--alpha",
+            "1",
+        ]
+    )
     shown = capsys.readouterr().out
-    assert "MoR model in float32, written for mor" in shown and "1 + 2 x 4 + 1 = 10 effective" in shown
+    assert (
+        "MoR model in float32, written for mor" in shown and "1 + 2 x 4 + 1 = 10 effective" in shown
+    )
     assert "shared 1   <- source layer 6" in shown and "coda 0     <- source layer 7" in shown
     router = checkpoint.load(tmp_path / "a").config.router
     assert (router.kind, router.gate, router.alpha) == ("expert_choice", "residual", 1.0)
-    common = ["--num-recursions", "2", "--router", "fixed", "--init", "average", "--sharing", "sequence", "--json"]
+    common = [
+        "--num-recursions",
+        "2",
+        "--router",
+        "fixed",
+        "--init",
+        "average",
+        "--sharing",
+        "sequence",
+        "--json",
+    ]
     main(["convert", str(folder), str(tmp_path / "b"), *common])
     found = last_json(capsys)
     assert found["family"] == "recursive" and found["layers"]["shared 3"] == [6, 7]
@@ -456,10 +528,19 @@ def test_convert_prints_where_layers_came_from(folder, tmp_path, capsys):
     ("arguments", "words"),
     [
         (["{source}", "{full}"], "exists; choose another directory"),
-        (["{source}", "{out}", "--num-recursions", "3", "--num-layers", "9"], "nearest valid: 8 or 11"),
-        (["{source}", "{out}", "--num-recursions", "2", "--sharing", "sequence"], "needs shared_order='cycle'"),
+        (
+            ["{source}", "{out}", "--num-recursions", "3", "--num-layers", "9"],
+            "nearest valid: 8 or 11",
+        ),
+        (
+            ["{source}", "{out}", "--num-recursions", "2", "--sharing", "sequence"],
+            "needs shared_order='cycle'",
+        ),
         (["{source}", "{out}", "--init", "lower"], "add --num-recursions"),
-        (["{source}", "{out}", "--to", "llama", "--num-recursions", "2"], "leave out num_recursions"),
+        (
+            ["{source}", "{out}", "--to", "llama", "--num-recursions", "2"],
+            "leave out num_recursions",
+        ),
         (["{full}", "{out}"], "neither a checkpoint"),
         (["/no/such/place", "{out}"], "does not exist"),
         (["{source}/config.json", "{out}"], "no .gguf"),
@@ -487,7 +568,10 @@ def test_chat_sends_the_template_and_prints_the_answer_alone(chatty, capsys, mon
     common = ["generate", str(chatty), "--chat", "--max-new-tokens", "12", "--seed", "3"]
     main([*common, "--prompt", "hé", "--system", "Be brief.", "--json"])
     found = last_json(capsys)
-    sent = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhé<|im_end|>\n<|im_start|>assistant\n"
+    sent = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhé<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
     assert found["prompt_ids"] == Tokenizer.load(chatty).encode(sent)
     main([*common, "--prompt", "hé", "--system", "Be brief."])
     answer = capsys.readouterr().out
@@ -504,20 +588,34 @@ def test_a_chat_remembers_and_stops_at_the_end_of_an_answer(tmp_path):
     theirs.eos_token = "<|endoftext|>"  # as in Llama 3, turns end with another token than texts
     chat = Chat(Tokenizer.from_transformers(theirs))
     assert sorted(chat.stop_token_ids) == [256, 258]
-    turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
-    assert chat.prompt(turns) == theirs.apply_chat_template(turns, add_generation_prompt=True).input_ids
+    turns = [
+        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))
+    ]
+    assert (
+        chat.prompt(turns)
+        == theirs.apply_chat_template(turns, add_generation_prompt=True).input_ids
+    )
 
 
 def test_a_prompt_begins_as_transformers_lets_it_begin(folder, chatty, tmp_path, capsys):
     theirs = chat_tokenizer()
-    beginning = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 257)])
+    beginning = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 257)]
+    )
     theirs.backend_tokenizer.post_processor = beginning
-    checkpoint.save(tmp_path / "c", checkpoint.load(chatty).model, Tokenizer.from_transformers(theirs))
-    for path, expected in [(tmp_path / "c", theirs), (chatty, AutoTokenizer.from_pretrained(folder))]:
+    checkpoint.save(
+        tmp_path / "c", checkpoint.load(chatty).model, Tokenizer.from_transformers(theirs)
+    )
+    for path, expected in [
+        (tmp_path / "c", theirs),
+        (chatty, AutoTokenizer.from_pretrained(folder)),
+    ]:
         main(["generate", str(path), "--prompt", "hé", "--max-new-tokens", "3", "--json"])
         assert last_json(capsys)["prompt_ids"] == expected("hé").input_ids
     tokenizer = Tokenizer.load(tmp_path / "c")
-    assert tokenizer.encode_prompt("hé")[0] == 257 and 257 not in tokenizer.encode("hé"), "documents have no beginning"
+    assert tokenizer.encode_prompt("hé")[0] == 257 and 257 not in tokenizer.encode("hé"), (
+        "documents have no beginning"
+    )
 
 
 def test_chat_needs_a_template_and_a_prompt_where_lines_are_not_read(chatty, tmp_path, capsys):

@@ -10,13 +10,13 @@ from conftest import tiny
 from mor.analysis import corpus
 from mor.analysis.branches import exits_plain, taken
 from mor.analysis.views import extended
-from mor.config import RouterConfig
-from mor.data import tokenize
-from mor.evaluate import evaluate
-from mor.loss import IGNORED
-from mor.metrics import router_health
-from mor.sources import Document
-from mor.tokenizer import byte_tokenizer
+from mor.data.sources import Document
+from mor.data.stream import tokenize
+from mor.data.tokenizer import byte_tokenizer
+from mor.evaluation.nll import evaluate
+from mor.model.config import RouterConfig
+from mor.model.loss import IGNORED
+from mor.training.metrics import router_health
 
 WINDOW = 24
 TEXT = "The cat sat on the mat, and 12 naïve dogs watched it; then 7 left. "
@@ -54,15 +54,21 @@ def test_depth_histogram_and_dead_tokens_count_what_was_taken(data):
     assert sum(r["share"] for r in rows) == pytest.approx(1)
     for r in corpus.dead_tokens(reading):
         took_BT = reading.depth_BT >= r["recursion"]  # expert-choice: who is out stays out
-        assert r["dead_positions"] == pytest.approx(sum(not column.any() for column in took_BT.T) / WINDOW)
+        assert r["dead_positions"] == pytest.approx(
+            sum(not column.any() for column in took_BT.T) / WINDOW
+        )
         seen = reading.tokens_BT.flatten().tolist()
         common = {i for i in seen if seen.count(i) >= 5}
         dead = common - set(reading.tokens_BT[took_BT].tolist())
-        assert r["types"] == len(common) and r["dead_types"] == pytest.approx(len(dead) / len(common))
+        assert r["types"] == len(common) and r["dead_types"] == pytest.approx(
+            len(dead) / len(common)
+        )
 
 
 def test_a_lookup_table_knows_depths_that_the_token_or_the_position_decides():
-    mixed = [torch.randperm(WINDOW, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+    mixed = [
+        torch.randperm(WINDOW, generator=torch.Generator().manual_seed(seed)) for seed in range(6)
+    ]
     tokens_BT, place_BT = torch.stack(mixed), torch.arange(WINDOW).expand(6, -1)
 
     def explained(depth_BT):
@@ -85,10 +91,14 @@ def test_agreement_is_that_of_the_training_log_split_by_recursion(data, causal_s
     assert [r["recursion"] for r in rows] == [2, 3]
     with torch.no_grad():
         top = [reading.model(t, selection="topk").routing for t in reading.tokens_BT.split(1)]
-    total = sum(r["same_decision"] * r["candidates"] for r in rows) / sum(r["candidates"] for r in rows)
+    total = sum(r["same_decision"] * r["candidates"] for r in rows) / sum(
+        r["candidates"] for r in rows
+    )
     assert total == pytest.approx(router_health(reading.model.recursions.router, top)["agreement"])
     depth_BT = torch.cat([t.depth_BT for t in top])
-    assert rows[0]["same_depth"] == pytest.approx(float((depth_BT == reading.depth_BT).float().mean()))
+    assert rows[0]["same_depth"] == pytest.approx(
+        float((depth_BT == reading.depth_BT).float().mean())
+    )
     assert rows[0]["share_topk_non_causal"] == pytest.approx(int(WINDOW * 2 / 3) / WINDOW)
     assert corpus.agreement(reading_of(data, "token_choice")) == []
 
@@ -99,7 +109,9 @@ def test_score_histograms_hold_every_scored_token_on_its_side_of_the_threshold(d
     for recursion in (2, 3):
         own = [r for r in rows if r["recursion"] == recursion]
         assert sum(r["tokens"] for r in own) == int((reading.depth_BT >= recursion - 1).sum())
-        assert sum(r["tokens"] for r in own if r["taken"]) == int((reading.depth_BT >= recursion).sum())
+        assert sum(r["tokens"] for r in own if r["taken"]) == int(
+            (reading.depth_BT >= recursion).sum()
+        )
         assert all(r["tokens"] == 0 for r in own if r["taken"] != (r["low"] >= 0.5 - 1e-9))
     chosen = [r for r in corpus.score_histogram(reading_of(data, "token_choice")) if r["taken"]]
     assert sum(r["tokens"] for r in chosen) == 5 * WINDOW
@@ -107,29 +119,47 @@ def test_score_histograms_hold_every_scored_token_on_its_side_of_the_threshold(d
 
 
 def test_separation_is_the_share_of_scores_near_0_or_1():
-    rows = [dict(recursion=2, taken=low > 0.4, low=low / 10, high=low / 10 + 0.1, tokens=n) for low, n in
-            ((0, 3), (5, 2), (9, 5))]  # fmt: skip
+    rows = [
+        dict(recursion=2, taken=low > 0.4, low=low / 10, high=low / 10 + 0.1, tokens=n)
+        for low, n in ((0, 3), (5, 2), (9, 5))
+    ]
     (found,) = corpus.separation(rows)
-    assert (found["scored"], found["near_0"], found["near_1"], found["binary"]) == (10, 0.3, 0.5, 0.8)
+    assert (found["scored"], found["near_0"], found["near_1"], found["binary"]) == (
+        10,
+        0.3,
+        0.5,
+        0.8,
+    )
 
 
 def test_drift_compares_the_states_that_capped_models_end_with(data):
     reading = reading_of(data)
     ends = []
-    hook = reading.model.recursions.register_forward_hook(lambda module, inputs, out: ends.extend([inputs[0], out]))
+    hook = reading.model.recursions.register_forward_hook(
+        lambda module, inputs, out: ends.extend([inputs[0], out])
+    )
     with torch.no_grad():
         for cap in (1, 2, 3):
             reading.model(reading.tokens_BT, max_depth=cap)
     hook.remove()
     states, depth_M = [ends[0], ends[1], ends[3], ends[5]], reading.depth_BT.flatten()
     rows = corpus.drift(reading)
-    assert [(r["earlier"], r["later"]) for r in rows] == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    assert [(r["earlier"], r["later"]) for r in rows] == [
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (1, 2),
+        (1, 3),
+        (2, 3),
+    ]
     for row in rows:
         x, y = (states[row[name]][depth_M >= row["later"]] for name in ("earlier", "later"))
         assert row["tokens"] == len(x)
         cosine = ((x * y).sum(1) / x.norm(dim=1) / y.norm(dim=1)).mean()
         assert row["cosine"] == pytest.approx(float(cosine), abs=1e-5)
-        assert row["relative_change"] == pytest.approx(float(((y - x).norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-4)
+        assert row["relative_change"] == pytest.approx(
+            float(((y - x).norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("kv", ["recursion_wise", "hybrid"])
@@ -144,7 +174,9 @@ def test_kv_similarity_pairs_the_entries_of_the_same_token(data, kv):
         places = {int(p): s for s, p in enumerate(one.position_BS[0][: int(one.length_B)])}
         for s, p in enumerate(two.position_BS[0][: int(two.length_B)].tolist()):
             x, y = one.v[layer][0, places[p]], two.v[layer][0, s]
-            cosines += [float(torch.dot(g, h) / g.norm() / h.norm()) for g, h in zip(x, y, strict=True)]
+            cosines += [
+                float(torch.dot(g, h) / g.norm() / h.norm()) for g, h in zip(x, y, strict=True)
+            ]
     assert row["tokens"] == len(cosines) / 2  # two key/value heads
     assert row["cosine_values"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
 
@@ -157,7 +189,13 @@ def test_shared_entries_leave_nothing_to_compare(data):
 def test_depth_scaling_is_evaluation_at_every_cap_and_labels_what_was_never_trained(data, kind):
     model = model_for(kind)
     rows = corpus.depth_scaling(model, data, seq_len=WINDOW, max_windows=4)
-    assert [(r["max_depth"], r["extrapolated"]) for r in rows] == [(1, 0), (2, 0), (3, 0), (4, 1), (5, 1)]
+    assert [(r["max_depth"], r["extrapolated"]) for r in rows] == [
+        (1, 0),
+        (2, 0),
+        (3, 0),
+        (4, 1),
+        (5, 1),
+    ]
     for row in rows:
         used = model if row["max_depth"] <= 3 else extended(model, row["max_depth"])
         found = evaluate(used, data, seq_len=WINDOW, max_windows=4, max_depth=row["max_depth"])
@@ -174,7 +212,9 @@ def test_counterfactual_gains_are_means_of_one_run_per_token(data, asked):
     changes: dict = {}
     for w, routing in enumerate(reading.routings):
         ids, depth_T = reading.tokens_BT[w].tolist(), routing.depth_BT[0].tolist()
-        logp = [exits_plain(reading.model, ids, taken(routing), d).log_softmax(-1) for d in (1, 2, 3)]
+        logp = [
+            exits_plain(reading.model, ids, taken(routing), d).log_softmax(-1) for d in (1, 2, 3)
+        ]
         for t, depth in enumerate(depth_T):
             target = int(reading.targets_BT[w, t])
             for name, other in (("fewer", depth - 1), ("more", depth + 1)):
@@ -187,7 +227,9 @@ def test_counterfactual_gains_are_means_of_one_run_per_token(data, asked):
         expected = changes[row["change"], row["depth"]]
         assert row["count"] == len(expected)
         assert row["mean"] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
-        assert row["better"] == pytest.approx(sum(x > 0 for x in expected) / len(expected), abs=0.02)
+        assert row["better"] == pytest.approx(
+            sum(x > 0 for x in expected) / len(expected), abs=0.02
+        )
         assert row["low"] is None or row["low"] <= row["mean"] <= row["high"]
 
 

@@ -5,8 +5,7 @@ import torch
 from conftest import cases, random_tokens, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from mor.config import RouterConfig, preset
-from mor.costs import (
+from mor.costs.flops import (
     Machine,
     Workload,
     costs,
@@ -19,7 +18,8 @@ from mor.costs import (
     sequence_workload,
     unique_params,
 )
-from mor.kv_cache import KVCache
+from mor.model.config import RouterConfig, preset
+from mor.model.kv_cache import KVCache
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,9 @@ def count_flops(run):
         result = run()
     counts = counter.get_flop_counts()["Global"]
     total = sum(counts.values())
-    assert any("attention" in str(op) or "bmm" in str(op) for op in counts), "attention was not counted"
+    assert any("attention" in str(op) or "bmm" in str(op) for op in counts), (
+        "attention was not counted"
+    )
     return total, result
 
 
@@ -135,24 +137,31 @@ def test_flops_of_a_training_batch_are_those_of_costs(make):
     tokens = random_tokens(batch, length)
     forward, output = count_flops(lambda: model(tokens, selection="topk"))
     routing = output.routing
-    if model.config.router.kind == "token_choice":  # depths differ by row: attention pads to the fullest
+    # depths differ by row: attention pads to the fullest
+    if model.config.router.kind == "token_choice":
         kept = routing.tokens_per_recursion()
         fullest = [int(s.tokens.count_B.max()) for s in routing.steps]
         lanes = [int((s.tokens.count_B > 0).sum()) for s in routing.steps]
         keys = fullest if model.config.kv_strategy == "recursion_wise" else [length] * 3
-        own, pairs = batch * length**2, [a * k * s for a, k, s in zip(lanes, fullest, keys, strict=True)]
+        own, pairs = (
+            batch * length**2,
+            [a * k * s for a, k, s in zip(lanes, fullest, keys, strict=True)],
+        )
     else:
         per_row = kept_per_recursion(model.config, length)
         kept = [batch * k for k in per_row]
         assert routing.tokens_per_recursion() == kept
         own, pairs = kernel_pairs(model.config, batch, length, per_row)
-    work = Workload(tokens=batch * length, kept=kept, own_pairs=own, pairs=pairs, logits=batch * length)
+    work = Workload(
+        tokens=batch * length, kept=kept, own_pairs=own, pairs=pairs, logits=batch * length
+    )
     assert forward == forward_flops(model.config, work)
 
 
 @pytest.mark.parametrize("make", cases())
 def test_padding_and_early_exits_cost_no_linear_flops(make):
-    """Threshold selection, ragged rows, padding on the left: linear layers see only the tokens that take part."""
+    """Threshold selection, ragged rows, padding on the left: linear layers see only the tokens that
+    take part."""
     model = make()
     tokens, mask = random_tokens(4, 16), torch.zeros(4, 16, dtype=torch.bool)
     for row, length in enumerate((16, 9, 3, 1)):
@@ -160,7 +169,10 @@ def test_padding_and_early_exits_cost_no_linear_flops(make):
     total, output = count_flops(lambda: model(tokens, mask_BT=mask))
     kept = output.routing.tokens_per_recursion()
     steps = [s.tokens for s in output.routing.steps]
-    lanes, fullest = [int((t.count_B > 0).sum()) for t in steps], [int(t.count_B.max()) for t in steps]
+    lanes, fullest = (
+        [int((t.count_B > 0).sum()) for t in steps],
+        [int(t.count_B.max()) for t in steps],
+    )
     # a row's keys of the first recursion are padded to the longest row's 16
     keys = fullest if model.config.kv_strategy == "recursion_wise" else [16, 16, 16]
     pairs = [a * k * s for a, k, s in zip(lanes, fullest, keys, strict=True)]
@@ -206,31 +218,43 @@ def test_decoding_a_token_costs_what_its_depth_asks_for():
 def test_causal_pairs_of_a_sequence():
     config = tiny("expert_choice").config
     work = sequence_workload(config, 12)
-    assert list(work.kept) == [12, 8, 4] and work.own_pairs == 78 and list(work.pairs) == [78, 36, 10]
+    assert (
+        list(work.kept) == [12, 8, 4] and work.own_pairs == 78 and list(work.pairs) == [78, 36, 10]
+    )
     shared = sequence_workload(config.replace(kv_strategy="shared"), 12)
     assert list(shared.pairs) == [78, 52, 26]
 
 
 def test_router_options_enter_the_count():
     plain, aux = (
-        tiny(RouterConfig(kind="expert_choice", causal_selection=c)).config for c in ("aux_loss", "aux_router")
+        tiny(RouterConfig(kind="expert_choice", causal_selection=c)).config
+        for c in ("aux_loss", "aux_router")
     )
-    difference = forward_flops(aux, sequence_workload(aux, 12)) - forward_flops(plain, sequence_workload(plain, 12))
+    difference = forward_flops(aux, sequence_workload(aux, 12)) - forward_flops(
+        plain, sequence_workload(plain, 12)
+    )
     assert difference == 2 * plain.dim * (12 + 12 + 8)
 
 
 @pytest.mark.parametrize("kv", ["recursion_wise", "shared", "hybrid"])
 def test_decoding_is_bound_by_flops_or_by_bytes(kv):
-    """With endless memory speed the count of a forward over one token, with endless FLOPs the bytes that move."""
+    """With endless memory speed the count of a forward over one token, with endless FLOPs the bytes
+    that move."""
     config = preset("tiny", num_recursions=3, router="random", kv_strategy=kv)
     context, shares = 30, (1.0, 0.5, 0.25)
     seen = [context * s if kv == "recursion_wise" else context for s in shares]
     work = Workload(
-        tokens=1, kept=shares, own_pairs=context, pairs=[s * n for s, n in zip(shares, seen, strict=True)], logits=1
+        tokens=1,
+        kept=shares,
+        own_pairs=context,
+        pairs=[s * n for s, n in zip(shares, seen, strict=True)],
+        logits=1,
     )
     common = dict(batch=4, context=context, shares=shares, dtype_bytes=4)
     fast_memory = Machine(flops_per_s=1.0, bytes_per_s=float("inf"))
-    assert decode_seconds(config, fast_memory, **common) == pytest.approx(forward_flops(config, work))
+    assert decode_seconds(config, fast_memory, **common) == pytest.approx(
+        forward_flops(config, work)
+    )
     fast_products = Machine(flops_per_s=float("inf"), bytes_per_s=1.0)
     block = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176
     read = 2 * (context + 1) + 2 * sum(s * n for s, n in zip(shares, seen, strict=True))

@@ -6,8 +6,8 @@ from conftest import cases, random_tokens, tiny
 
 from mor.analysis.branches import at_depth, exits, exits_plain, taken
 from mor.analysis.views import StateRecorder, TableRouter, extended, with_router
-from mor.config import RouterConfig
-from mor.kv_cache import KVCache
+from mor.model.config import RouterConfig
+from mor.model.kv_cache import KVCache
 
 
 def read(model, ids):
@@ -25,7 +25,9 @@ def test_all_counterfactuals_at_once_equal_one_run_of_the_whole_sequence_each(ma
     changed = False
     for depth in range(1, model.config.num_recursions + 1):
         fast = torch.cat(list(exits(model, ids, taken_RM, depth, cache)))
-        torch.testing.assert_close(fast, exits_plain(model, ids, taken_RM, depth), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            fast, exits_plain(model, ids, taken_RM, depth), atol=1e-4, rtol=1e-4
+        )
         same_M = (at_depth(taken_RM, depth) == taken_RM).all(0)
         torch.testing.assert_close(fast[same_M], output.logits_BTV[0][same_M], atol=1e-4, rtol=1e-4)
         changed |= bool((fast[~same_M] - output.logits_BTV[0][~same_M]).abs().gt(1e-2).any())
@@ -57,7 +59,9 @@ def test_recorded_states_are_those_the_model_went_through(kind):
     view.recursions.register_forward_hook(lambda module, inputs, out: seen.extend([inputs[0], out]))
     torch.testing.assert_close(view(tokens).logits_BTV, model(tokens).logits_BTV)
     assert len(recorder.states_MD) == 4
-    assert torch.equal(recorder.states_MD[0], seen[0]) and torch.equal(recorder.states_MD[-1], seen[1])
+    assert torch.equal(recorder.states_MD[0], seen[0]) and torch.equal(
+        recorder.states_MD[-1], seen[1]
+    )
     for r in range(3):
         moved_M = (recorder.states_MD[r] != recorder.states_MD[r + 1]).any(1)
         assert torch.equal(moved_M, model(tokens).routing.selected_M(r))
@@ -68,7 +72,9 @@ def test_an_extended_model_capped_at_its_trained_depth_is_the_model(make):
     model, tokens = make(), random_tokens(2, 11)
     longer = extended(model, 5)
     torch.testing.assert_close(longer(tokens, max_depth=3).logits_BTV, model(tokens).logits_BTV)
-    assert {id(p) for p in longer.parameters()} == {id(p) for p in model.parameters()}, "no weight is copied"
+    assert {id(p) for p in longer.parameters()} == {id(p) for p in model.parameters()}, (
+        "no weight is copied"
+    )
 
 
 def test_further_recursions_decide_as_the_last_trained_one():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mor.data import (
+from mor.data.sources import python_documents, read_documents, without_repeats
+from mor.data.stream import (
     DataConfig,
     DataState,
     Document,
@@ -15,8 +16,7 @@ from mor.data import (
     load_corpus,
     split_documents,
 )
-from mor.sources import python_documents, read_documents, without_repeats
-from mor.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from mor.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 TEXT = "Recursion, n.: see recursion. Größe ☃ 日本語\n\n\tdef f(x): return x\n"
 
@@ -59,8 +59,15 @@ def test_the_default_corpus_is_pythons_own_prose(tmp_path, monkeypatch):
 
 def test_no_paragraph_stands_in_two_documents():
     long = "a paragraph that is certainly longer than forty characters"
-    documents = [Document("a", f"{long}\n\nshort"), Document("b", f"short\n\n{long}\n\nown"), Document("c", long)]
-    assert without_repeats(documents) == [Document("a", f"{long}\n\nshort"), Document("b", "short\n\nown")]
+    documents = [
+        Document("a", f"{long}\n\nshort"),
+        Document("b", f"short\n\n{long}\n\nown"),
+        Document("c", long),
+    ]
+    assert without_repeats(documents) == [
+        Document("a", f"{long}\n\nshort"),
+        Document("b", "short\n\nown"),
+    ]
 
 
 def test_validation_documents_stay_when_others_are_added():
@@ -83,7 +90,9 @@ def test_batches_are_a_function_of_seed_and_position():
         assert torch.equal(batch.tokens_BT, other.tokens_BT) and state == other_state
     rows = torch.cat([batch.tokens_BT for batch, _ in seen])
     assert torch.equal(rows[:, 1:], torch.cat([batch.targets_BT for batch, _ in seen])[:, :-1])
-    assert sorted(rows[:10, 0].tolist()) == list(range(0, 100, 10)), "an epoch visits every window once"
+    assert sorted(rows[:10, 0].tolist()) == list(range(0, 100, 10)), (
+        "an epoch visits every window once"
+    )
     assert rows[:10, 0].tolist() != rows[10:20, 0].tolist(), "epochs differ in order"
 
 
@@ -99,7 +108,9 @@ def test_files_of_text_and_jsonl(tmp_path):
     with pytest.raises(ValueError, match=r"a.jsonl:1 has no field 'text'; it has body, id"):
         read_documents(lines)
     lines.write_text("{broken\n")
-    with pytest.raises(ValueError, match=r"holds no text; 1 broken record.*a.jsonl:1 is not valid JSON"):
+    with pytest.raises(
+        ValueError, match=r"holds no text; 1 broken record.*a.jsonl:1 is not valid JSON"
+    ):
         read_documents(lines)
     with pytest.raises(ValueError, match=r"give a .txt, .jsonl"):
         read_documents(tmp_path / "missing.txt")

@@ -1,18 +1,21 @@
-"""Documents that share a line of the batch behave as if each were alone; recomputed activations change nothing."""
+"""Documents that share a line of the batch behave as if each were alone; recomputed activations
+change nothing."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import cases, random_tokens, tiny
 
-from mor.kv_cache import KVCache
+from mor.model.kv_cache import KVCache
 
 LENGTHS = [[5, 1, 9, 2], [17], [3, 3, 3, 8]]  # three lines of 17 tokens
 
 
 def lines():
     tokens_BT = random_tokens(len(LENGTHS), 17)
-    documents_BT = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in LENGTHS])
+    documents_BT = torch.stack(
+        [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in LENGTHS]
+    )
     return tokens_BT, documents_BT
 
 
@@ -32,13 +35,19 @@ def test_a_document_does_not_see_its_neighbours(make, selection):
     together = model(tokens_BT, documents_BT=documents_BT, selection=selection)
     for line, place in pieces():
         alone = model(tokens_BT[line : line + 1, place], selection=selection)
-        torch.testing.assert_close(together.logits_BTV[line, place], alone.logits_BTV[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            together.logits_BTV[line, place], alone.logits_BTV[0], atol=1e-5, rtol=1e-5
+        )
         assert torch.equal(together.routing.depth_BT[line, place], alone.routing.depth_BT[0])
     apart = model(tokens_BT, selection=selection)
-    assert not torch.allclose(together.logits_BTV, apart.logits_BTV, atol=1e-3), "the documents do matter"
+    assert not torch.allclose(together.logits_BTV, apart.logits_BTV, atol=1e-3), (
+        "the documents do matter"
+    )
 
 
-@pytest.mark.parametrize("router", ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"])
+@pytest.mark.parametrize(
+    "router", ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
+)
 def test_gradients_of_documents_are_the_sum_over_documents(router):
     model = tiny(router).double()
     tokens_BT, documents_BT = lines()
@@ -52,9 +61,14 @@ def test_gradients_of_documents_are_the_sum_over_documents(router):
     def nll(output, target):
         return F.cross_entropy(output.logits_BTV.flatten(0, 1), target.flatten(), reduction="sum")
 
-    together = gradients(nll(model(tokens_BT, documents_BT=documents_BT, selection="topk"), target_BT))
+    together = gradients(
+        nll(model(tokens_BT, documents_BT=documents_BT, selection="topk"), target_BT)
+    )
     alone = gradients(
-        sum(nll(model(tokens_BT[b : b + 1, s], selection="topk"), target_BT[b : b + 1, s]) for b, s in pieces())
+        sum(
+            nll(model(tokens_BT[b : b + 1, s], selection="topk"), target_BT[b : b + 1, s])
+            for b, s in pieces()
+        )
     )
     assert together.keys() == alone.keys()
     for name in together:
@@ -68,9 +82,16 @@ def test_documents_with_padding_and_equal_numbers_on_different_lines():
     mask_BT = torch.ones(2, 9, dtype=torch.bool)
     mask_BT[0, 0] = mask_BT[1, 6] = False
     output = model(tokens_BT, documents_BT=documents_BT, mask_BT=mask_BT)
-    for line, columns in [(0, [1, 2, 3]), (0, [4, 5, 6, 7, 8]), (1, [0, 1, 2, 3, 4]), (1, [5, 7, 8])]:
+    for line, columns in [
+        (0, [1, 2, 3]),
+        (0, [4, 5, 6, 7, 8]),
+        (1, [0, 1, 2, 3, 4]),
+        (1, [5, 7, 8]),
+    ]:
         alone = model(tokens_BT[line : line + 1, columns])
-        torch.testing.assert_close(output.logits_BTV[line, columns], alone.logits_BTV[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            output.logits_BTV[line, columns], alone.logits_BTV[0], atol=1e-5, rtol=1e-5
+        )
     assert not output.logits_BTV[~mask_BT].any()
 
 
@@ -94,7 +115,9 @@ def test_recomputed_activations_give_the_same_gradients(make):
         output = model(tokens_BT, selection="topk", recompute=recompute)
         loss = F.cross_entropy(output.logits_BTV.flatten(0, 1), random_tokens(51, seed=1))
         (loss + output.routing.weighted_loss).backward()
-        found.append([loss.item()] + [p.grad.clone() for p in model.parameters() if p.grad is not None])
+        found.append(
+            [loss.item()] + [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        )
     assert found[0][0] == found[1][0] and len(found[0]) == len(found[1]) > 5
     for plain, recomputed in zip(found[0][1:], found[1][1:], strict=True):
         torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-5)

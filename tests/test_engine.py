@@ -1,4 +1,5 @@
-"""The engine against generate.py: the same tokens and depths under every schedule, and nothing leaks."""
+"""The engine against generate.py: the same tokens and depths under every schedule, and nothing
+leaks."""
 
 import random
 
@@ -8,14 +9,14 @@ from conftest import cases, random_tokens, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mor.config import RouterConfig
 from mor.engine import Engine, EngineConfig, SamplingParams, Status
 from mor.engine.attention import gathered_attention
 from mor.engine.bench import Lengths, load_for
-from mor.engine.block_manager import PagePool, PrefixCache, Segment
+from mor.engine.pages import PagePool, PrefixCache, Segment
 from mor.engine.sampling import SamplingRows, logprob_rows, sample_rows
 from mor.engine.weights import FewRowsLinear, for_decoding
-from mor.generate import generate, logprob, sample
+from mor.generation import generate, logprob, sample
+from mor.model.config import RouterConfig
 
 SCHEDULES = {
     "default": {},
@@ -31,12 +32,17 @@ MODES = [{}, {}, dict(loop="device"), dict(batching="lock_step"), dict(batching=
 
 
 def draw_requests(count, *, seed=0, longest_prompt=20, longest_output=12, temperature=0.0):
-    """Prompts and settings of random lengths; some greedy, some sampled if ``temperature`` is not 0."""
+    """Prompts and settings of random lengths; some greedy, some sampled if ``temperature`` is not
+    0."""
     draw = random.Random(seed)
-    prompts = [[draw.randrange(37) for _ in range(draw.randint(1, longest_prompt))] for _ in range(count)]
+    prompts = [
+        [draw.randrange(37) for _ in range(draw.randint(1, longest_prompt))] for _ in range(count)
+    ]
     params = [
         SamplingParams(
-            max_new_tokens=draw.randint(1, longest_output), temperature=draw.choice([0.0, temperature]), seed=i
+            max_new_tokens=draw.randint(1, longest_output),
+            temperature=draw.choice([0.0, temperature]),
+            seed=i,
         )
         for i in range(count)
     ]
@@ -63,7 +69,10 @@ def small_pool(model, tokens, page_size):
     """Bytes that hold one request of ``tokens`` tokens at full depth, and little more."""
 
     def pools(num_bytes):
-        return Engine(model, config=EngineConfig(page_size=page_size, max_num_seqs=8, kv_cache_memory=num_bytes)).kv
+        return Engine(
+            model,
+            config=EngineConfig(page_size=page_size, max_num_seqs=8, kv_cache_memory=num_bytes),
+        ).kv
 
     largest = pools(1 << 30)
     pages = largest.pages_for(tokens)
@@ -91,7 +100,9 @@ def test_preemption_in_a_tiny_pool(make_model):
     prompts, params = draw_requests(8, seed=2, longest_prompt=8, longest_output=20)
     budget = small_pool(model, 28, page_size=2)
     for batching in ("depth_wise", "lock_step"):
-        config = EngineConfig(max_num_seqs=8, page_size=2, kv_cache_memory=budget, prefill_chunk=3, batching=batching)
+        config = EngineConfig(
+            max_num_seqs=8, page_size=2, kv_cache_memory=budget, prefill_chunk=3, batching=batching
+        )
         engine = Engine(model, config=config)
         same(engine.generate(prompts, params), generate(model, prompts, params))
         assert engine.scheduler.preemptions > 0
@@ -105,8 +116,11 @@ def test_prefix_cache_hits(make_model):
     prompts = [shared[:n] + random_tokens(3, seed=n).tolist() for n in (17, 17, 12, 5, 16)]
     want = generate(model, prompts, SamplingParams(max_new_tokens=9, temperature=0))
     engine = Engine(model, config=EngineConfig(page_size=4, prefill_chunk=7))
-    for prompt, generation in zip(prompts, want, strict=True):  # one after another, so that each can hit
-        same(engine.generate([prompt], SamplingParams(max_new_tokens=9, temperature=0)), [generation])
+    # one after another, so that each can hit
+    for prompt, generation in zip(prompts, want, strict=True):
+        same(
+            engine.generate([prompt], SamplingParams(max_new_tokens=9, temperature=0)), [generation]
+        )
     assert engine.prefix_cache.hits >= 3
     same(engine.generate(prompts, SamplingParams(max_new_tokens=9, temperature=0)), want)
     all_memory_is_back(engine)
@@ -119,7 +133,8 @@ def test_prefix_hits_are_not_read_again():
     engine.generate([prompt], params)
     read = engine.tokens["read"]
     (again,) = engine.generate([prompt], params)
-    assert read == 19 and again.num_cached == 16 and engine.tokens["read"] == 22  # the last one is decoded
+    # the last one is decoded
+    assert read == 19 and again.num_cached == 16 and engine.tokens["read"] == 22
 
 
 @pytest.mark.parametrize("batch", [1, 2, 33, 64])
@@ -139,7 +154,9 @@ def test_odd_prefill_chunks(chunk):
 
 
 @pytest.mark.parametrize("max_depth", [1, 2])
-@pytest.mark.parametrize("router", ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"])
+@pytest.mark.parametrize(
+    "router", ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
+)
 def test_capped_depth(router, max_depth):
     model = tiny(router)
     prompts, params = draw_requests(5)
@@ -164,11 +181,13 @@ def test_tokens_of_different_depths_share_a_pass():
     prompts, _ = draw_requests(16)
     engine.generate(prompts, SamplingParams(max_new_tokens=16, temperature=0))
     passes = engine.tokens["block"] / engine.passes["block"]
-    assert engine.passes["block"] < 16 * 3 and passes > 12  # far fewer passes than tokens times depth
+    # far fewer passes than tokens times depth
+    assert engine.passes["block"] < 16 * 3 and passes > 12
 
 
 def test_full_lanes_come_before_coda():
-    """With more slots than lanes every pass is full, and coda sees the exits of several passes together."""
+    """With more slots than lanes every pass is full, and coda sees the exits of several passes
+    together."""
     model, lanes = tiny(RouterConfig(kind="random")), 8
     engine = Engine(model, config=EngineConfig(max_num_seqs=24, lanes=lanes))
     prompts, _ = draw_requests(24)
@@ -186,8 +205,12 @@ def test_logprobs():
     prompts, _ = draw_requests(3)
     got, want = Engine(model).generate(prompts, params), generate(model, prompts, params)
     for request, generation in zip(got, want, strict=True):
-        torch.testing.assert_close(torch.tensor(request.logprobs), torch.tensor(generation.logprobs))
-    full = model(torch.tensor([prompts[0] + got[0].token_ids])).logits_BTV[0].log_softmax(-1).detach()
+        torch.testing.assert_close(
+            torch.tensor(request.logprobs), torch.tensor(generation.logprobs)
+        )
+    full = (
+        model(torch.tensor([prompts[0] + got[0].token_ids])).logits_BTV[0].log_softmax(-1).detach()
+    )
     for i, (token, value) in enumerate(zip(got[0].token_ids, got[0].logprobs, strict=True)):
         assert abs(float(full[len(prompts[0]) + i - 1, token]) - value) < 1e-4
 
@@ -196,13 +219,17 @@ def test_stop_tokens_and_stream():
     model = tiny()
     prompts, _ = draw_requests(4)
     free = generate(model, prompts, SamplingParams(max_new_tokens=12, temperature=0))
-    params = SamplingParams(max_new_tokens=12, temperature=0, stop_token_ids=(free[0].token_ids[3],))
+    params = SamplingParams(
+        max_new_tokens=12, temperature=0, stop_token_ids=(free[0].token_ids[3],)
+    )
     engine = Engine(model)
     outputs = list(engine.stream(prompts, params))
     for i, generation in enumerate(generate(model, prompts, params)):
         own = [output for output in outputs if output.request.request_id == str(i)]
         assert [output.token_id for output in own] == generation.token_ids
-        assert [output.finish_reason for output in own] == [None] * (len(own) - 1) + [generation.finish_reason]
+        assert [output.finish_reason for output in own] == [None] * (len(own) - 1) + [
+            generation.finish_reason
+        ]
     stream = engine.stream(prompts, params)
     next(stream)
     stream.close()  # a reader that goes away leaves nothing behind
@@ -261,8 +288,9 @@ def test_bad_requests_are_refused_while_others_go_on():
 
 
 def test_memory_per_token_is_what_costs_says():
-    """With pages of one token nothing is rounded up, so the bytes in use are those of the entries."""
-    from mor import costs
+    """With pages of one token nothing is rounded up, so the bytes in use are those of the
+    entries."""
+    from mor.costs import flops as costs
 
     model = tiny("fixed")
     engine = Engine(model, config=EngineConfig(page_size=1, prefix_caching=False))
@@ -280,11 +308,16 @@ def test_memory_per_token_is_what_costs_says():
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_schedules(data):
-    """Arrivals, aborts, lengths and sizes at random: exact, nothing shared wrongly, everything comes back."""
+    """Arrivals, aborts, lengths and sizes at random: exact, nothing shared wrongly, everything
+    comes back."""
     choose = data.draw
     kv = choose(st.sampled_from(["recursion_wise", "shared", "hybrid"]))
     model = tiny(
-        choose(st.sampled_from(["fixed", "expert_choice", "token_choice", "random", "position", "frequency"])),
+        choose(
+            st.sampled_from(
+                ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
+            )
+        ),
         kv_strategy=kv,
     )
     page_size = choose(st.integers(1, 5))
@@ -306,7 +339,9 @@ def test_random_schedules(data):
             prompt = beginnings[choose(st.integers(0, 2))][: choose(st.integers(1, 8))]
             prompt = prompt + random_tokens(choose(st.integers(0, 5)), seed=len(requests)).tolist()
             requests.append(
-                engine.add_request(prompt, SamplingParams(max_new_tokens=choose(st.integers(1, 11)), temperature=0))
+                engine.add_request(
+                    prompt, SamplingParams(max_new_tokens=choose(st.integers(1, 11)), temperature=0)
+                )
             )
         engine.step()
         steps += 1
@@ -328,10 +363,15 @@ def check_pages(engine):
         streams = slice(0, 1) if kind == 0 else slice(1, None)
         writing = []
         for request in engine.scheduler.running:
-            for stream, pages in enumerate(engine.kv.pages[request.slot][streams], start=streams.start):
+            for stream, pages in enumerate(
+                engine.kv.pages[request.slot][streams], start=streams.start
+            ):
                 for page in pages:
                     held[page] += 1
-                if engine.kv.reserved[request.slot, stream] > engine.kv.count[request.slot, stream] and pages:
+                if (
+                    engine.kv.reserved[request.slot, stream] > engine.kv.count[request.slot, stream]
+                    and pages
+                ):
                     row = request.slot * engine.kv.num_streams + stream
                     next_place = engine.kv.table_RL[row, engine.kv.count[request.slot, stream]]
                     writing.append(int(next_place) // engine.kv.page_size)
@@ -348,12 +388,16 @@ def test_soak():
     import gc
 
     model = tiny(num_recursions=2, sharing="cycle", num_layers=2)
-    engine = Engine(model, config=EngineConfig(max_num_seqs=32, page_size=4, kv_cache_memory=300_000))
+    engine = Engine(
+        model, config=EngineConfig(max_num_seqs=32, page_size=4, kv_cache_memory=300_000)
+    )
     draw, number, objects = random.Random(0), 0, []
     while number < 2000 or engine.has_unfinished:
         while number < 2000 and len(engine.requests) < 48:
             prompt = [draw.randrange(37) for _ in range(draw.randint(1, 12))]
-            engine.add_request(prompt, SamplingParams(max_new_tokens=draw.randint(1, 12), seed=number))
+            engine.add_request(
+                prompt, SamplingParams(max_new_tokens=draw.randint(1, 12), seed=number)
+            )
             number += 1
             if number % 500 == 0:
                 gc.collect()
@@ -375,11 +419,18 @@ def test_compiled_attention(heads):
         pytest.skip(str(error))
     N, G, H = heads
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(n, g, H, generator=generator) * 3 for n, g in ((7, N), (100, G), (100, G)))
+    q, k, v = (
+        torch.randn(n, g, H, generator=generator) * 3 for n, g in ((7, N), (100, G), (100, G))
+    )
     table = torch.stack([torch.randperm(100, generator=generator)[:50] for _ in range(5)]).int()
-    row, seen = torch.tensor([0, 4, 2, 2, 1, 3, 0]).int(), torch.tensor([1, 50, 17, 32, 2, 40, 33]).int()
+    row, seen = (
+        torch.tensor([0, 4, 2, 2, 1, 3, 0]).int(),
+        torch.tensor([1, 50, 17, 32, 2, 40, 33]).int(),
+    )
     args = (q, k, v, table, row, seen)
-    torch.testing.assert_close(compiled_attention(*args, longest=50), gathered_attention(*args, longest=50))
+    torch.testing.assert_close(
+        compiled_attention(*args, longest=50), gathered_attention(*args, longest=50)
+    )
 
 
 def test_without_a_compiler_the_fallback_is_announced(monkeypatch):
@@ -416,11 +467,16 @@ KV = ["recursion_wise", "shared", "hybrid"]
 
 @pytest.mark.parametrize("kv_strategy", KV)
 @pytest.mark.parametrize("page_size,longest", [(16, 31), (16, 47), (8, 31), (5, 24)])
-def test_the_device_loop_takes_no_more_pages_than_a_request_may_need(kv_strategy, page_size, longest):
+def test_the_device_loop_takes_no_more_pages_than_a_request_may_need(
+    kv_strategy, page_size, longest
+):
     model, prompt = tiny(kv_strategy=kv_strategy), [1, 2, 3]
     params = SamplingParams(max_new_tokens=longest - 3, temperature=0)
     engine = Engine(
-        model, config=EngineConfig(loop="device", max_num_seqs=1, lanes=8, max_len=longest, page_size=page_size)
+        model,
+        config=EngineConfig(
+            loop="device", max_num_seqs=1, lanes=8, max_len=longest, page_size=page_size
+        ),
     )
     same(engine.generate([prompt], params), generate(model, [prompt], params))
     assert engine.scheduler.preemptions == 0
@@ -429,7 +485,9 @@ def test_the_device_loop_takes_no_more_pages_than_a_request_may_need(kv_strategy
 
 @pytest.mark.parametrize("loop", ["host", "device"])
 @pytest.mark.parametrize("kv_strategy", KV)
-@pytest.mark.parametrize("model", [("fixed", "sequence"), ("fixed", "middle_sequence"), ("token_choice", "cycle")])
+@pytest.mark.parametrize(
+    "model", [("fixed", "sequence"), ("fixed", "middle_sequence"), ("token_choice", "cycle")]
+)
 def test_a_request_that_just_fits_is_never_preempted(model, kv_strategy, loop):
     kind, sharing = model
     if loop == "device" and sharing != "cycle":
@@ -438,7 +496,9 @@ def test_a_request_that_just_fits_is_never_preempted(model, kv_strategy, loop):
     params = SamplingParams(max_new_tokens=20, temperature=0)
     for page_size in (2, 3, 4):
         budget = small_pool(model, 24, page_size)
-        engine = Engine(model, config=EngineConfig(page_size=page_size, kv_cache_memory=budget, loop=loop))
+        engine = Engine(
+            model, config=EngineConfig(page_size=page_size, kv_cache_memory=budget, loop=loop)
+        )
         request = engine.add_request(prompt, params)
         for _ in range(200):
             engine.step()
@@ -519,7 +579,12 @@ def test_rows_are_sampled_as_each_alone():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 37, generator=generator) * 3
     params = [
-        SamplingParams(temperature=(0.0, 0.7, 1.5)[i % 3], top_k=(0, 1, 5)[i % 4 % 3], top_p=(1.0, 0.5)[i % 2], seed=i)
+        SamplingParams(
+            temperature=(0.0, 0.7, 1.5)[i % 3],
+            top_k=(0, 1, 5)[i % 4 % 3],
+            top_p=(1.0, 0.5)[i % 2],
+            seed=i,
+        )
         for i in range(40)
     ]
     rows = SamplingRows.of(params, list(range(40)), logits.device)
@@ -541,7 +606,10 @@ def test_device_loop_stops_where_it_should():
     assert {g.finish_reason for g in want} == {"stop", "length"}
     budget = small_pool(model, 28, page_size=2)
     engine = Engine(
-        model, config=EngineConfig(loop="device", max_num_seqs=8, lanes=4, page_size=2, kv_cache_memory=budget)
+        model,
+        config=EngineConfig(
+            loop="device", max_num_seqs=8, lanes=4, page_size=2, kv_cache_memory=budget
+        ),
     )
     got = engine.generate(prompts, params)
     same(got, want)

@@ -1,4 +1,5 @@
-"""Evaluation against its definition: the mean over windows of what each token costs, by selection and depth."""
+"""Evaluation against its definition: the mean over windows of what each token costs, by selection
+and depth."""
 
 import math
 
@@ -8,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from conftest import random_tokens, tiny
 
-from mor.config import RouterConfig
-from mor.data import Part, TokenData
-from mor.evaluate import evaluate, leak
+from mor.data.stream import Part, TokenData
+from mor.evaluation.nll import evaluate, leak
+from mor.model.config import RouterConfig
 
 DATA = TokenData([Part(random_tokens(100).numpy(), np.array([30, 71, 100]))], 3, 250)
 
@@ -32,8 +33,12 @@ def cost_of_each_token(model, *, windows, **settings):
 def test_every_figure_is_what_its_definition_gives(router, max_depth):
     model = tiny(router)
     for selection in ("threshold", "topk"):
-        found = evaluate(model, DATA, seq_len=9, batch_size=4, max_depth=max_depth, selection=selection)
-        nats = cost_of_each_token(model, windows=range(11), max_depth=max_depth, selection=selection)
+        found = evaluate(
+            model, DATA, seq_len=9, batch_size=4, max_depth=max_depth, selection=selection
+        )
+        nats = cost_of_each_token(
+            model, windows=range(11), max_depth=max_depth, selection=selection
+        )
         assert found.tokens == len(nats) == 99 and found.max_depth == max_depth
         assert found.nll == pytest.approx(nats.mean().item(), rel=1e-5)
         assert found.perplexity == pytest.approx(math.exp(found.nll))

@@ -1,4 +1,5 @@
-"""Records of what the model did: they say what the model says, and their classes and intervals are right."""
+"""Records of what the model did: they say what the model says, and their classes and intervals are
+right."""
 
 import json
 import math
@@ -10,10 +11,10 @@ from conftest import tiny
 
 from mor.analysis.classes import frequency_groups, kinds, place_groups
 from mor.analysis.explain import explain, windows
-from mor.analysis.intervals import group_means
-from mor.config import RouterConfig
-from mor.loss import IGNORED
-from mor.tokenizer import END_OF_TEXT, byte_tokenizer, train_bpe
+from mor.data.tokenizer import END_OF_TEXT, byte_tokenizer, train_bpe
+from mor.model.config import RouterConfig
+from mor.model.loss import IGNORED
+from mor.statistics import group_means
 
 TEXT = "Größe: 12 naïve cats—日本 ate it.\n\n  The end, isn't it?"
 ROUTERS = {
@@ -46,9 +47,13 @@ def test_records_say_what_the_model_says(tokenizer, router):
     for t, token in enumerate(found.tokens[:-1]):
         assert token.logprob == pytest.approx(float(logp_TV[t, ids[t + 1]]), abs=1e-4)
         assert token.rank == 1 + int((logp_TV[t] > logp_TV[t, ids[t + 1]]).sum())
-        assert token.entropy == pytest.approx(-float((logp_TV[t].exp() * logp_TV[t]).sum()), abs=1e-4)
+        assert token.entropy == pytest.approx(
+            -float((logp_TV[t].exp() * logp_TV[t]).sum()), abs=1e-4
+        )
     assert found.tokens[-1].logprob is None and found.tokens[-1].rank is None
-    assert found.nll == pytest.approx(-float(sum(t.logprob for t in found.tokens[:-1])) / (len(ids) - 1))
+    assert found.nll == pytest.approx(
+        -float(sum(t.logprob for t in found.tokens[:-1])) / (len(ids) - 1)
+    )
     size = len(TEXT.encode()) - len(found.tokens[0].piece.encode())
     assert found.bits_per_byte == pytest.approx(found.nll * (len(ids) - 1) / size / math.log(2))
 
@@ -58,7 +63,9 @@ def test_the_exit_at_the_depth_taken_is_the_models_own_prediction(tokenizer, rou
     found = explain(model_for(tokenizer, router), tokenizer, TEXT)
     for token in found.tokens:
         steps = token.steps
-        assert [s.recursion for s in steps] == [1, 2, 3] and sum(s.taken for s in steps) == token.depth
+        assert [s.recursion for s in steps] == [1, 2, 3] and sum(
+            s.taken for s in steps
+        ) == token.depth
         own = steps[token.depth - 1]
         assert own.exit_entropy == pytest.approx(token.entropy, abs=1e-4)
         if token.logprob is None:
@@ -82,7 +89,9 @@ def test_scores_decide_as_the_router_did(tokenizer):
         scores = [s.score for s in token.steps]
         assert sum(scores) == pytest.approx(1) and token.depth == 1 + int(np.argmax(scores))
     for name in ("fixed", "random"):
-        steps = [s for t in explain(model_for(tokenizer, name), tokenizer, TEXT).tokens for s in t.steps]
+        steps = [
+            s for t in explain(model_for(tokenizer, name), tokenizer, TEXT).tokens for s in t.steps
+        ]
         assert all(s.score is s.threshold is s.gate is None for s in steps)
 
 
@@ -110,7 +119,9 @@ def test_special_tokens_in_the_text_shift_no_span_and_have_no_bytes(tokenizer):
     special = next(t for t in found.tokens if t.kind == "special")
     assert text[special.start : special.end] == special.piece == END_OF_TEXT
     size = len("One é Two".encode()) - len(found.tokens[0].piece.encode())
-    assert found.bits_per_byte == pytest.approx(found.nll * (len(found.tokens) - 1) / size / math.log(2))
+    assert found.bits_per_byte == pytest.approx(
+        found.nll * (len(found.tokens) - 1) / size / math.log(2)
+    )
 
 
 def test_a_long_text_is_read_in_windows_and_every_token_as_in_the_one_with_most_context(tokenizer):
@@ -124,15 +135,32 @@ def test_a_long_text_is_read_in_windows_and_every_token_as_in_the_one_with_most_
             for t in range(first, stop):
                 assert found.tokens[t].depth == int(output.routing.depth_BT[0, t - start])
                 assert found.tokens[t].position == t - start
-    assert sum(t.logprob is None for t in found.tokens) == 1, "the token after a window's end is known"
+    assert sum(t.logprob is None for t in found.tokens) == 1, (
+        "the token after a window's end is known"
+    )
 
 
 def test_kinds_of_tokens():
     tokenizer = byte_tokenizer()
     pieces = ["The", " cat", "s", ",", " 12", "3", "\n", " don", "'", "t", "", "é", "日"]
     assert kinds(tokenizer, [0] * len(pieces), pieces) == [
-        *("word start", "word start", "word continuation", "punctuation", "digit", "digit", "space", "word start"),
-        *("punctuation", "word start", "part of a character", "word continuation", "word continuation"),
+        *(
+            "word start",
+            "word start",
+            "word continuation",
+            "punctuation",
+            "digit",
+            "digit",
+            "space",
+            "word start",
+        ),
+        *(
+            "punctuation",
+            "word start",
+            "part of a character",
+            "word continuation",
+            "word continuation",
+        ),
     ]
     assert kinds(tokenizer, [tokenizer.end_of_text_id], [""]) == ["special"]
 
@@ -143,8 +171,11 @@ def test_groups_by_place_and_frequency():
 
 
 @pytest.mark.parametrize(("blocks", "rare"), [(3, False), (8, False), (40, False), (16, True)])
-def test_intervals_cover_the_truth_as_often_as_they_say_even_when_tokens_of_a_block_are_alike(blocks, rare):
-    """Blocks of 8 tokens that hardly differ; rare: the group has two tokens in one block and one in another."""
+def test_intervals_cover_the_truth_as_often_as_they_say_even_when_tokens_of_a_block_are_alike(
+    blocks, rare
+):
+    """Blocks of 8 tokens that hardly differ; rare: the group has two tokens in one block and one in
+    another."""
     generator, covered, places = np.random.default_rng(1), 0, np.repeat(np.arange(blocks), 8)
     groups = np.where(np.isin(np.arange(len(places)), [3, 5, 40]) | (not rare), "a", "b").tolist()
     for _ in range(400):
@@ -155,7 +186,8 @@ def test_intervals_cover_the_truth_as_often_as_they_say_even_when_tokens_of_a_bl
 
 
 def test_a_group_in_one_block_has_a_mean_and_no_interval():
-    # Sums 1 and 8 of 1 and 2 values: mean 3, residues -2 and 2, so the deviation is sqrt(2 / 1 * 8) / 3 = 4 / 3.
+    # Sums 1 and 8 of 1 and 2 values: mean 3, residues -2 and 2, so the deviation is sqrt(2 / 1 * 8)
+    # / 3 = 4 / 3.
     found = group_means([1.0, 3.0, 5.0, 5.0], ["a", "a", "a", "b"], [0, 1, 1, 1])
     half = 12.706205 * 4 / 3
     assert (found[0].mean, found[0].count) == (3.0, 3)
@@ -168,7 +200,11 @@ def test_tidy_rows_and_plain_values(tokenizer):
     found = explain(model_for(tokenizer), tokenizer, TEXT, name="a")
     rows = found.records()
     assert len(rows) == 3 * len(found.tokens) and len({frozenset(row) for row in rows}) == 1
-    assert rows[4]["index"] == 1 and rows[4]["recursion"] == 2 and isinstance(rows[4]["exit_guess"], str)
+    assert (
+        rows[4]["index"] == 1
+        and rows[4]["recursion"] == 2
+        and isinstance(rows[4]["exit_guess"], str)
+    )
     plain = json.loads(json.dumps(found.to_dict()))
     assert plain["summary"]["causal"] is True and plain["tokens"][3]["steps"][0]["exit_guesses"]
     assert sum(f["tokens"] for f in plain["flow"] if f["recursion"] == 1) == len(found.tokens)
@@ -182,7 +218,11 @@ def test_counts_may_come_from_a_corpus(tokenizer):
 
 @pytest.mark.parametrize(
     ("text", "settings", "words"),
-    [("", {}, "text is empty"), ("abc", dict(window=65), "2..64"), ("abc", dict(window=1), "window must lie")],
+    [
+        ("", {}, "text is empty"),
+        ("abc", dict(window=65), "2..64"),
+        ("abc", dict(window=1), "window must lie"),
+    ],
 )
 def test_bad_input_is_refused(tokenizer, text, settings, words):
     with pytest.raises(ValueError, match=words):
@@ -197,13 +237,27 @@ def test_answers_of_a_task_stand_in_place_of_next_tokens(tokenizer):
     with torch.no_grad():
         logp_TV = model(torch.tensor([ids[:9]])).logits_BTV[0].log_softmax(-1)
     for t, (token, same) in enumerate(zip(found.tokens, plain.tokens, strict=True)):
-        assert (token.depth, token.entropy, same.target_id) == (same.depth, same.entropy, [*ids[1:], None][t])
+        assert (token.depth, token.entropy, same.target_id) == (
+            same.depth,
+            same.entropy,
+            [*ids[1:], None][t],
+        )
         if answers[t] == IGNORED:
-            assert token.target_id is token.target is token.logprob is token.rank is token.more is token.fewer is None
+            assert (
+                token.target_id
+                is token.target
+                is token.logprob
+                is token.rank
+                is token.more
+                is token.fewer
+                is None
+            )
         elif t < 9:
             assert token.logprob == pytest.approx(float(logp_TV[t, answers[t]]), abs=1e-4)
             assert token.rank == 1 + int((logp_TV[t] > logp_TV[t, answers[t]]).sum())
-            assert token.steps[token.depth - 1].exit_logprob == pytest.approx(token.logprob, abs=1e-4)
+            assert token.steps[token.depth - 1].exit_logprob == pytest.approx(
+                token.logprob, abs=1e-4
+            )
     with pytest.raises(ValueError, match="give one for each"):
         explain(model, tokenizer, TEXT, answers=answers[:-1])
 

@@ -1,4 +1,5 @@
-"""The page of `mor explain`: one file, everything in it, and it does in a browser what it promises."""
+"""The page of `mor explain`: one file, everything in it, and it does in a browser what it
+promises."""
 
 import json
 import re
@@ -10,16 +11,25 @@ from conftest import CHROMIUM, tiny
 
 from mor import checkpoint
 from mor.analysis.explain import Explanation, explain
-from mor.analysis.intervals import GroupMean
 from mor.analysis.page import render
 from mor.cli import main
-from mor.config import RouterConfig
-from mor.loss import IGNORED
-from mor.tasks import StateTracking
-from mor.tokenizer import byte_tokenizer, train_bpe
+from mor.data.problems import StateTracking
+from mor.data.tokenizer import byte_tokenizer, train_bpe
+from mor.model.config import RouterConfig
+from mor.model.loss import IGNORED
+from mor.statistics import GroupMean
 
-TEXT = "The cat </script> sat on 12 mats; naïve 日本 & <b>two</b> dogs\nwatched.\n\nThen they left, one by one."
-ROUTERS = {"expert_choice": {}, "token_choice": {}, "random": {}, "fixed": {}, "vanilla": {"num_recursions": 1}}
+TEXT = (
+    "The cat </script> sat on 12 mats; naïve 日本 & <b>two</b> dogs\nwatched.\n\n"
+    "Then they left, one by one."
+)
+ROUTERS = {
+    "expert_choice": {},
+    "token_choice": {},
+    "random": {},
+    "fixed": {},
+    "vanilla": {"num_recursions": 1},
+}
 
 
 def explanation(kind, tokenizer=None, name="model", **settings):
@@ -30,7 +40,9 @@ def explanation(kind, tokenizer=None, name="model", **settings):
 
 
 def data_of(page):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1]
+    )
 
 
 def test_the_page_holds_all_that_the_explanation_says_and_calls_for_nothing():
@@ -38,7 +50,9 @@ def test_the_page_holds_all_that_the_explanation_says_and_calls_for_nothing():
     page = render([found])
     (model,) = data_of(page)["models"]
     assert model["text"] == TEXT and len(model["tokens"]) == len(found.tokens)
-    assert model["tokens"][5]["steps"][1]["exit_logprob"] == round(found.tokens[5].steps[1].exit_logprob, 4)
+    assert model["tokens"][5]["steps"][1]["exit_logprob"] == round(
+        found.tokens[5].steps[1].exit_logprob, 4
+    )
     assert not re.search(
         r"(src|href)=[\"']?(?![\"'#]|data:)[a-z/.]|(src|href)=[\"'](?!#|data:)|@import|url\(|fetch\(|XMLHttpRequest",
         page,
@@ -82,14 +96,41 @@ def test_the_command_writes_a_page_and_prints_json(checkpoints, tmp_path, capsys
     main(["explain", str(checkpoints / "bytes"), "--text", TEXT, "--out", str(out)])
     assert "mean depth" in capsys.readouterr().out and len(data_of(out.read_text())["models"]) == 1
     (tmp_path / "text.txt").write_text(TEXT)
-    source = ["--file", str(tmp_path / "text.txt"), "--max-tokens", "40", "--corpus", str(tmp_path / "text.txt")]
-    main(["explain", str(checkpoints / "bytes"), *source, "--compare", str(checkpoints / "bpe"), "--json"])
+    source = [
+        "--file",
+        str(tmp_path / "text.txt"),
+        "--max-tokens",
+        "40",
+        "--corpus",
+        str(tmp_path / "text.txt"),
+    ]
+    main(
+        [
+            "explain",
+            str(checkpoints / "bytes"),
+            *source,
+            "--compare",
+            str(checkpoints / "bpe"),
+            "--json",
+        ]
+    )
     one, two = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["models"]
     assert len(one["tokens"]) == 40 and one["text"] == two["text"] == TEXT[: len(one["text"])]
     assert one["tokens"][0]["count"] == TEXT.encode().count(b"T") and len(two["tokens"]) < 40
-    main(["explain", str(checkpoints / "bpe"), *source[:4], "--compare", str(checkpoints / "bytes"), "--json"])
+    main(
+        [
+            "explain",
+            str(checkpoints / "bpe"),
+            *source[:4],
+            "--compare",
+            str(checkpoints / "bytes"),
+            "--json",
+        ]
+    )
     one, two = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["models"]
-    assert len(one["tokens"]) < 40 == len(two["tokens"]) and one["text"] == two["text"], "no more of either model"
+    assert len(one["tokens"]) < 40 == len(two["tokens"]) and one["text"] == two["text"], (
+        "no more of either model"
+    )
     assert list(tmp_path.glob("*.html")) == [out], "--json alone writes no page"
 
 
@@ -101,7 +142,8 @@ def test_the_limit_holds_for_both_models(checkpoints, tmp_path, capsys):
         main([*arguments, "--compare", str(checkpoints / "bytes")])
     error = capsys.readouterr().err
     assert (
-        "bytes are too many for a page; --max-tokens 2048" in error and f"{25 * len(TEXT.encode()):,} tokens" in error
+        "bytes are too many for a page; --max-tokens 2048" in error
+        and f"{25 * len(TEXT.encode()):,} tokens" in error
     )
 
 
@@ -115,7 +157,9 @@ def test_names_are_printed_as_they_are(checkpoints, tmp_path, capsys, monkeypatc
 
 def test_answers_are_not_compared_with_next_tokens_or_other_answers():
     tokenizer, length = byte_tokenizer(), len(TEXT.encode())
-    text, *tasks = (explanation("fixed", tokenizer, answers=a and [a] * length) for a in (None, 70, 71))
+    text, *tasks = (
+        explanation("fixed", tokenizer, answers=a and [a] * length) for a in (None, 70, 71)
+    )
     for two in ([text, tasks[0]], [tasks[0], text], tasks):
         with pytest.raises(ValueError, match="compare runs on the same task, or runs on text"):
             render(two)
@@ -124,7 +168,18 @@ def test_answers_are_not_compared_with_next_tokens_or_other_answers():
 
 def test_a_run_on_a_task_is_judged_by_its_answers(tmp_path, capsys):
     task = "task:state-tracking?states=4&moves=3"
-    setting = ["--preset", "tiny", "--num-recursions", "3", "--data.path", task, "--steps", "1", "--seq-len", "16"]
+    setting = [
+        "--preset",
+        "tiny",
+        "--num-recursions",
+        "3",
+        "--data.path",
+        task,
+        "--steps",
+        "1",
+        "--seq-len",
+        "16",
+    ]
     main(["train", *setting, "--batch-size", "2", "--out", str(tmp_path / "run")])
     main(["explain", str(tmp_path / "run"), "--text", "p0 =3 =1 p2", "--json"])
     (found,) = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["models"]
@@ -166,14 +221,17 @@ def test_mistakes_end_in_one_line_that_helps(checkpoints, arguments, words, caps
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        started = running.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
         yield started
         started.close()
 
 
 @pytest.fixture
 def show(browser, tmp_path):
-    """Opens the page of some explanations; fails for anything on the console and any request but the page's own."""
+    """Opens the page of some explanations; fails for anything on the console and any request but
+    the page's own."""
     problems, opened = [], []
 
     def open_page(explanations, **settings):
@@ -181,7 +239,12 @@ def show(browser, tmp_path):
         page = browser.new_page(**settings)
         page.on("console", lambda message: problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: problems.append(request.url) if "page.html" not in request.url else None)
+        page.on(
+            "request",
+            lambda request: (
+                problems.append(request.url) if "page.html" not in request.url else None
+            ),
+        )
         page.goto((tmp_path / "page.html").as_uri())
         opened.append(page)
         return page
@@ -202,10 +265,14 @@ def test_every_family_draws_what_it_has(show, kind):
     routed, looped = kind not in ("fixed", "vanilla"), kind != "vanilla"
     assert page.locator(".scores .col[data-i]").count() == (len(found.tokens) if routed else 0)
     assert page.locator(".exits .cell.chosen").count() == len(found.tokens)
-    changes = sum(t.more is not None for t in found.tokens) + sum(t.fewer is not None for t in found.tokens)
+    changes = sum(t.more is not None for t in found.tokens) + sum(
+        t.fewer is not None for t in found.tokens
+    )
     assert page.locator(".stroke").count() == (changes if looped else 0)
     assert page.locator("[data-section=flow] svg").count() == routed
-    assert page.locator("[data-section=classes] .mean").count() == (sum(map(len, found.by_class().values())) * routed)
+    assert page.locator("[data-section=classes] .mean").count() == (
+        sum(map(len, found.by_class().values())) * routed
+    )
 
 
 @pytest.mark.browser
@@ -228,14 +295,18 @@ def test_intervals_wider_than_the_axis_end_at_it(show, monkeypatch):
     wide = GroupMean(group="2", count=3, mean=1.5, low=-40.0, high=40.0)
     monkeypatch.setattr(Explanation, "by_class", lambda self: {"kind": [wide]})
     monkeypatch.setattr(
-        Explanation, "counterfactuals", lambda self: {"fewer": [wide], "more": [replace(wide, low=None)]}
+        Explanation,
+        "counterfactuals",
+        lambda self: {"fewer": [wide], "more": [replace(wide, low=None)]},
     )
     page = show([explanation("expert_choice")])
     lines = page.locator("line.interval")
     assert lines.count() == 2 and page.locator("circle.mean").count() == 3
     for line in lines.all():
         axis = line.locator("xpath=..").locator("line.axis")
-        assert [line.get_attribute(x) for x in ("x1", "x2")] == [axis.get_attribute(x) for x in ("x1", "x2")]
+        assert [line.get_attribute(x) for x in ("x1", "x2")] == [
+            axis.get_attribute(x) for x in ("x1", "x2")
+        ]
 
 
 @pytest.mark.browser
@@ -268,7 +339,10 @@ def test_keys_and_pointer_choose_a_token_and_enter_holds_it(show):
 
 @pytest.mark.browser
 def test_two_models_are_aligned_by_characters(show):
-    left, right = explanation("expert_choice", name="a"), explanation("token_choice", train_bpe([TEXT * 3], 280), "b")
+    left, right = (
+        explanation("expert_choice", name="a"),
+        explanation("token_choice", train_bpe([TEXT * 3], 280), "b"),
+    )
     page = show([left, right])
     page.locator("#t0-30").hover()
     twin = right.tokens[int(page.locator("[data-model='1'] .prose .now").get_attribute("data-i"))]
@@ -277,7 +351,9 @@ def test_two_models_are_aligned_by_characters(show):
     page.get_by_label("against the other model").check()
     first = min({t.end for t in left.tokens} & {t.end for t in right.tokens})
     unpredicted = sum(t.end <= first for e in (left, right) for t in e.tokens)
-    assert page.locator(".prose .tok.none").count() == unpredicted, "every stretch but the first is compared"
+    assert page.locator(".prose .tok.none").count() == unpredicted, (
+        "every stretch but the first is compared"
+    )
 
 
 CONTRAST = """
@@ -311,14 +387,17 @@ def test_text_can_be_read_on_every_shade(show, scheme):
 
 @pytest.mark.browser
 def test_a_narrow_page_does_not_overflow_and_print_shows_everything(show):
-    page = show([explanation("expert_choice"), explanation("fixed")], viewport={"width": 390, "height": 800})
+    page = show(
+        [explanation("expert_choice"), explanation("fixed")], viewport={"width": 390, "height": 800}
+    )
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.locator("#bar").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.emulate_media(media="print")
     assert not page.locator("#detail").is_visible()
     full = page.evaluate(
-        "(() => { const c = document.querySelector('.columns'); return c.scrollHeight <= c.clientHeight + 1; })()"
+        "(() => { const c = document.querySelector('.columns'); return c.scrollHeight <= "
+        "c.clientHeight + 1; })()"
     )
     assert full, "nothing is cut off by a scrolling panel"
     assert page.pdf()[:4] == b"%PDF"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import cases, random_tokens, tiny
 
-from mor.generate import SamplingParams, generate, sample, stream
+from mor.generation import SamplingParams, generate, sample, stream
 
 GREEDY = SamplingParams(max_new_tokens=10, temperature=0)
 
@@ -30,12 +30,17 @@ def test_greedy_decoding_equals_repeated_full_forwards_token_by_token_and_depth_
 def test_a_seeded_request_draws_the_same_alone_and_in_a_crowd():
     model = tiny("expert_choice")
     prompts = [random_tokens(n, seed=n).tolist() for n in (4, 7, 2)]
-    params = [SamplingParams(max_new_tokens=n, temperature=0.9, top_k=20, top_p=0.95, seed=n) for n in (12, 5, 9)]
+    params = [
+        SamplingParams(max_new_tokens=n, temperature=0.9, top_k=20, top_p=0.95, seed=n)
+        for n in (12, 5, 9)
+    ]
     together = generate(model, prompts, params)
     for prompt, p, crowd in zip(prompts, params, together, strict=True):
         alone = generate(model, [prompt], p)[0]
         assert alone.token_ids == crowd.token_ids and len(alone.token_ids) == p.max_new_tokens
-        other = generate(model, [prompt], SamplingParams(max_new_tokens=p.max_new_tokens, seed=99))[0]
+        other = generate(model, [prompt], SamplingParams(max_new_tokens=p.max_new_tokens, seed=99))[
+            0
+        ]
         assert other.token_ids != alone.token_ids
 
 
@@ -78,10 +83,11 @@ def test_max_depth_caps_every_token():
 
 def test_sampling_follows_the_distribution_that_its_settings_leave():
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
+    # 0.56 + 0.21 >= 0.75
     settings = {
         SamplingParams(temperature=0.7): (logits / 0.7).softmax(0),
         SamplingParams(top_k=2): torch.cat([logits[:2].softmax(0), torch.zeros(3)]),
-        SamplingParams(top_p=0.75): torch.cat([logits[:2].softmax(0), torch.zeros(3)]),  # 0.56 + 0.21 >= 0.75
+        SamplingParams(top_p=0.75): torch.cat([logits[:2].softmax(0), torch.zeros(3)]),
     }
     for params, expected in settings.items():
         draws = torch.tensor([sample(logits, params, counter) for counter in range(4000)])

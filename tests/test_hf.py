@@ -1,4 +1,5 @@
-"""transformers, PEFT and Trainer: a MoR model behaves there like any other causal language model."""
+"""transformers, PEFT and Trainer: a MoR model behaves there like any other causal language
+model."""
 
 import json
 import subprocess
@@ -11,17 +12,19 @@ from conftest import cases, random_tokens, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from mor import checkpoint
-from mor.config import PRESET_NAMES, ModelConfig, RouterConfig, preset
-from mor.generate import SamplingParams, generate
-from mor.hf import MoRCache, MoRConfig, MoRForCausalLM
-from mor.hf_trainer import LoadBalancing
-from mor.tokenizer import byte_tokenizer
+from mor.data.tokenizer import byte_tokenizer
+from mor.generation import SamplingParams, generate
+from mor.hub.modeling import MoRCache, MoRConfig, MoRForCausalLM
+from mor.hub.trainer import LoadBalancing
+from mor.model.config import PRESET_NAMES, ModelConfig, RouterConfig, preset
 
 ROUTERS = ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
 
 
 def wrapped(model=None, **choices):
-    return MoRForCausalLM.from_transformer(model or tiny("expert_choice", **choices), pad_token_id=0).eval()
+    return MoRForCausalLM.from_transformer(
+        model or tiny("expert_choice", **choices), pad_token_id=0
+    ).eval()
 
 
 # Configuration and checkpoints
@@ -29,12 +32,20 @@ def wrapped(model=None, **choices):
 
 def test_every_preset_makes_a_config_with_the_names_of_both_worlds():
     for name in PRESET_NAMES:
-        for router, recursions in [("fixed", 1), ("fixed", 3), ("expert_choice", 3), ("token_choice", 2)]:
+        for router, recursions in [
+            ("fixed", 1),
+            ("fixed", 3),
+            ("expert_choice", 3),
+            ("token_choice", 2),
+        ]:
             config = MoRConfig.from_preset(name, num_recursions=recursions, router=router)
             ours = preset(name, num_recursions=recursions, router=router)
             assert config.to_model_config() == ours
             assert config.hidden_size == ours.dim and config.num_hidden_layers == ours.num_layers
-            assert config.num_key_value_heads == ours.num_kv_heads and config.vocab_size == ours.vocab_size
+            assert (
+                config.num_key_value_heads == ours.num_kv_heads
+                and config.vocab_size == ours.vocab_size
+            )
     assert MoRConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2).dim == 64
 
 
@@ -49,14 +60,19 @@ def test_mistakes_in_a_config_are_named():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_save_and_load_are_bit_exact_in_both_directions(tied, tmp_path):
-    router = RouterConfig(kind="expert_choice", capacities=(1, 0.7, 0.2), causal_selection="aux_router", alpha=0.3)
+    router = RouterConfig(
+        kind="expert_choice", capacities=(1, 0.7, 0.2), causal_selection="aux_router", alpha=0.3
+    )
     model = wrapped(tiny(router, tie_embeddings=tied))
     model.model.recursions.router.threshold_R.copy_(torch.tensor([0.5, 0.4, 0.6]))
     model.save_pretrained(tmp_path / "theirs")
     byte_tokenizer().save(tmp_path / "theirs")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
     ours = checkpoint.load(tmp_path / "theirs")
-    assert type(again) is MoRForCausalLM and again.config.to_model_config() == ours.config == model.model.config
+    assert (
+        type(again) is MoRForCausalLM
+        and again.config.to_model_config() == ours.config == model.model.config
+    )
     checkpoint.save(tmp_path / "ours", ours.model, ours.tokenizer)
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     for other in (again.model, ours.model, final.model):
@@ -100,14 +116,14 @@ def test_unknown_keys_of_our_own_files_stay_errors(tmp_path):
 @pytest.mark.parametrize(
     "code",
     [
-        "import mor; from transformers import AutoConfig as A",
-        "import mor; from transformers import AutoModelForCausalLM as A",
-        "from transformers import AutoModelForCausalLM as A; import mor",
-        "import mor.hf; from transformers import AutoConfig as A",
-        "import mor; from transformers import AutoTokenizer, AutoConfig as A",
-        "import mor; from transformers import Trainer, AutoModelForCausalLM as A",
-        "import mor; from transformers import TrainingArguments, AutoModelForCausalLM as A",
-        "import mor; import peft; from transformers import AutoModelForCausalLM as A",
+        "import mor.hub; from transformers import AutoConfig as A",
+        "from transformers import AutoModelForCausalLM as A; import mor.hub",
+        "import mor.hub.modeling; from transformers import AutoModelForCausalLM as A",
+        "import mor.hub; from transformers import AutoTokenizer, AutoConfig as A",
+        "import mor.hub; from transformers import Trainer, AutoModelForCausalLM as A",
+        "from transformers import TrainingArguments, AutoModelForCausalLM as A; import mor.hub",
+        "import mor.hub; import peft; from transformers import AutoModelForCausalLM as A",
+        "import mor.hf; from transformers import AutoModelForCausalLM as A",
     ],
 )
 def test_auto_classes_know_mor_in_every_order_of_imports(code, tmp_path):
@@ -119,7 +135,10 @@ def test_auto_classes_know_mor_in_every_order_of_imports(code, tmp_path):
 
 def test_importing_mor_loads_neither_torch_nor_transformers():
     code = "import sys, mor; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "[]"
+    )
 
 
 # generate()
@@ -145,15 +164,26 @@ def test_greedy_generate_equals_our_decoder(make):
         )
         assert made.sequences[:, 7:].tolist() == [e.token_ids for e in expected]
     cached = theirs.generate(
-        ids, attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=None, return_dict_in_generate=True
+        ids,
+        attention_mask=mask,
+        max_new_tokens=9,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
     ).past_key_values
-    assert [[d for d in row if d] for row in cached.depth_BT.tolist()] == [e.depths for e in expected]
+    assert [[d for d in row if d] for row in cached.depth_BT.tolist()] == [
+        e.depths for e in expected
+    ]
 
 
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize(
     "settings",
-    [dict(do_sample=True, temperature=0.8, top_k=9), dict(num_beams=3), dict(num_beams=3, do_sample=True)],
+    [
+        dict(do_sample=True, temperature=0.8, top_k=9),
+        dict(num_beams=3),
+        dict(num_beams=3, do_sample=True),
+    ],
     ids=["sampling", "beams", "beam-sampling"],
 )
 def test_sampling_and_beams_do_not_depend_on_cache_padding_or_batch(router, settings):
@@ -165,7 +195,9 @@ def test_sampling_and_beams_do_not_depend_on_cache_padding_or_batch(router, sett
         ids = torch.tensor([[0] * (width - len(p)) + p for p in rows])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows])
         torch.manual_seed(0)
-        made = model.generate(ids, attention_mask=mask, max_new_tokens=8, eos_token_id=None, **settings, **more)
+        made = model.generate(
+            ids, attention_mask=mask, max_new_tokens=8, eos_token_id=None, **settings, **more
+        )
         return made[:, width:].tolist()
 
     both = texts(prompts)
@@ -174,7 +206,9 @@ def test_sampling_and_beams_do_not_depend_on_cache_padding_or_batch(router, sett
     if not settings.get("do_sample"):  # draws of a batch come from one generator
         assert both == [texts([p])[0] for p in prompts]
     torch.manual_seed(0)
-    unpadded = model.generate(torch.tensor(prompts[:1]), max_new_tokens=8, eos_token_id=None, **settings)
+    unpadded = model.generate(
+        torch.tensor(prompts[:1]), max_new_tokens=8, eos_token_id=None, **settings
+    )
     assert unpadded[:, 5:].tolist() == texts(prompts[:1])
 
 
@@ -183,7 +217,9 @@ def test_speculation_from_the_prompt_gives_the_same_text(router):
     model = wrapped(tiny(router))
     prompt = torch.tensor([[3, 1, 4, 1, 5, 9, 3, 1, 4, 1, 5, 9, 3, 1]])
     plain = model.generate(prompt, max_new_tokens=15, do_sample=False, eos_token_id=None)
-    fast = model.generate(prompt, max_new_tokens=15, do_sample=False, eos_token_id=None, prompt_lookup_num_tokens=4)
+    fast = model.generate(
+        prompt, max_new_tokens=15, do_sample=False, eos_token_id=None, prompt_lookup_num_tokens=4
+    )
     assert plain.tolist() == fast.tolist()
 
 
@@ -230,13 +266,17 @@ def test_the_loss_is_ours_with_auxiliary_losses_and_topk_only_in_training_steps(
     for training in (True, False):
         model.train(training)
         found = model(tokens, attention_mask=mask, labels=labels)
-        expected = model.model(tokens, mask_BT=mask.bool(), selection="topk" if training else "threshold")
+        expected = model.model(
+            tokens, mask_BT=mask.bool(), selection="topk" if training else "threshold"
+        )
         nll = F.cross_entropy(expected.logits_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         torch.testing.assert_close(found.loss, nll + expected.routing.weighted_loss)
         torch.testing.assert_close(found.aux_loss, expected.routing.weighted_loss)
         assert torch.equal(found.depths, expected.routing.depth_BT)
     model.train()
-    assert torch.equal(model(tokens).depths, model.model(tokens, selection="threshold").routing.depth_BT)
+    assert torch.equal(
+        model(tokens).depths, model.model(tokens, selection="threshold").routing.depth_BT
+    )
 
 
 def test_losses_of_accumulated_batches_add_up_to_their_mean():
@@ -244,12 +284,22 @@ def test_losses_of_accumulated_batches_add_up_to_their_mean():
     tokens, mask, labels = batch_and_labels()
     items = (labels[:, 1:] != -100).sum()
     parts = [
-        model(tokens[i : i + 1], attention_mask=mask[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=items)
+        model(
+            tokens[i : i + 1],
+            attention_mask=mask[i : i + 1],
+            labels=labels[i : i + 1],
+            num_items_in_batch=items,
+        )
         for i in range(3)
     ]
-    alone = [model(tokens[i : i + 1], attention_mask=mask[i : i + 1], labels=labels[i : i + 1]) for i in range(3)]
+    alone = [
+        model(tokens[i : i + 1], attention_mask=mask[i : i + 1], labels=labels[i : i + 1])
+        for i in range(3)
+    ]
     share = [(labels[i, 1:] != -100).sum() / items for i in range(3)]
-    torch.testing.assert_close(sum(p.loss for p in parts), sum(s * a.loss for s, a in zip(share, alone, strict=True)))
+    torch.testing.assert_close(
+        sum(p.loss for p in parts), sum(s * a.loss for s, a in zip(share, alone, strict=True))
+    )
 
 
 class Sequences(torch.utils.data.Dataset):
@@ -315,7 +365,9 @@ def test_trainer_takes_the_steps_that_a_plain_loop_takes(router, accumulate, tmp
 
 def test_loss_free_balancing_follows_the_load_of_each_step(tmp_path):
     def made():
-        return wrapped(tiny(RouterConfig(kind="token_choice", balancing="loss_free", bias_update_rate=0.02)))
+        return wrapped(
+            tiny(RouterConfig(kind="token_choice", balancing="loss_free", bias_update_rate=0.02))
+        )
 
     def trainer(model, *callbacks, steps=3):
         arguments = TrainingArguments(
@@ -328,7 +380,9 @@ def test_loss_free_balancing_follows_the_load_of_each_step(tmp_path):
             use_cpu=True,
             disable_tqdm=True,
         )
-        return Trainer(model=model, args=arguments, train_dataset=Sequences(4), callbacks=list(callbacks))
+        return Trainer(
+            model=model, args=arguments, train_dataset=Sequences(4), callbacks=list(callbacks)
+        )
 
     model = made()
     before = model.model.recursions.router.bias_R.clone()
@@ -336,7 +390,9 @@ def test_loss_free_balancing_follows_the_load_of_each_step(tmp_path):
         load = torch.bincount(model(Sequences(4).tokens).depths.flatten(), minlength=4)[1:].double()
     trainer(model, LoadBalancing(), steps=1).train()
     router = model.model.recursions.router
-    torch.testing.assert_close(router.bias_R, before + 0.02 * torch.sign(load.mean() - load).float())
+    torch.testing.assert_close(
+        router.bias_R, before + 0.02 * torch.sign(load.mean() - load).float()
+    )
     assert router.bias_R.abs().max() > 0
     model(Sequences(4).tokens)  # neither evaluation nor a later forward counts
     trainer(model, LoadBalancing()).train()
@@ -348,7 +404,9 @@ def test_loss_free_balancing_follows_the_load_of_each_step(tmp_path):
 
 
 def unbatch(batch):
-    return [{name: value[i] for name, value in batch.items()} for i in range(len(batch["input_ids"]))]
+    return [
+        {name: value[i] for name, value in batch.items()} for i in range(len(batch["input_ids"]))
+    ]
 
 
 def test_gradient_checkpointing_keeps_the_gradients_and_fewer_activations():
@@ -411,8 +469,13 @@ def test_lora_on_the_shared_blocks(tmp_path):
     torch.testing.assert_close(loaded(tokens, attention_mask=mask).logits, tuned)
     text = model.generate(tokens[:1], max_new_tokens=6, do_sample=False, eos_token_id=None).tolist()
     merged = model.merge_and_unload()
-    torch.testing.assert_close(merged(tokens, attention_mask=mask).logits, tuned, atol=1e-4, rtol=1e-4)
-    assert merged.generate(tokens[:1], max_new_tokens=6, do_sample=False, eos_token_id=None).tolist() == text
+    torch.testing.assert_close(
+        merged(tokens, attention_mask=mask).logits, tuned, atol=1e-4, rtol=1e-4
+    )
+    assert (
+        merged.generate(tokens[:1], max_new_tokens=6, do_sample=False, eos_token_id=None).tolist()
+        == text
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -2,8 +2,8 @@ import pytest
 import torch
 from conftest import cases, random_tokens, tiny
 
-from mor.attention import attention, plain_attention
-from mor.kv_cache import KVCache
+from mor.model.attention import attention, plain_attention
+from mor.model.kv_cache import KVCache
 
 
 @pytest.mark.parametrize("make", cases())
@@ -59,7 +59,9 @@ def test_attention_equals_its_plain_definition_in_values_and_gradients(heads, kv
     generator = torch.Generator().manual_seed(0)
     queries, keys = (7, 7) if causal else (5, 11)
     shapes = [(2, queries, heads, 6), (2, keys, kv_heads, 6), (2, keys, kv_heads, 6)]
-    inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    inputs = [
+        torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes
+    ]
     visible = None
     if not causal:
         visible = torch.rand(2, queries, keys, generator=generator) < 0.6

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from conftest import random_tokens, tiny
 
-import mor.loss as module
-from mor.loss import linear_cross_entropy
+import mor.model.loss as module
+from mor.model.loss import linear_cross_entropy
 
 
 @pytest.mark.parametrize("chunk", [1, 37 * 5, 10**9])
@@ -54,7 +54,9 @@ def test_the_model_gives_the_same_loss_and_gradients_with_targets(tied):
     assert found.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(found[name], parameter.grad, atol=1e-12, rtol=1e-10, msg=name)
+            torch.testing.assert_close(
+                found[name], parameter.grad, atol=1e-12, rtol=1e-10, msg=name
+            )
 
 
 def test_no_tensor_as_large_as_the_logits_is_made(monkeypatch):
@@ -76,4 +78,6 @@ def test_no_tensor_as_large_as_the_logits_is_made(monkeypatch):
         linear_cross_entropy(x, weight, random_tokens(400)).backward()
     with Largest() as whole:
         F.cross_entropy(F.linear(x, weight), random_tokens(400)).backward()
-    assert whole.seen == 400 * 37 and chunked.seen == 400 * 4, "the input is the largest that is left"
+    assert whole.seen == 400 * 37 and chunked.seen == 400 * 4, (
+        "the input is the largest that is left"
+    )

@@ -1,13 +1,14 @@
-"""The package's promise: one behaviour. Full forward = decoding = batched = padded = the definition."""
+"""The package's promise: one behaviour. Full forward = decoding = batched = padded = the
+definition."""
 
 import pytest
 import torch
 from conftest import cases, random_tokens, tiny
 from reference import Reference
 
-from mor.config import ModelConfig, RouterConfig
-from mor.kv_cache import KVCache
-from mor.model import Transformer
+from mor.model.config import ModelConfig, RouterConfig
+from mor.model.kv_cache import KVCache
+from mor.model.transformer import Transformer
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -56,7 +57,9 @@ def test_vanilla_equals_transformers_llama(tied, heads, kv_heads, theta):
     for name, tensor in ours.state_dict().items():
         for old, new in names.items():
             name = name.replace(old, new)
-        name = name.replace("recursions.shared_blocks", "model.layers").replace("embedding.", "model.embed_tokens.")
+        name = name.replace("recursions.shared_blocks", "model.layers").replace(
+            "embedding.", "model.embed_tokens."
+        )
         name = name.replace("final_norm", "model.norm")
         state["lm_head.weight" if name == "head.weight" else name] = tensor
     llama.load_state_dict(state)
@@ -102,18 +105,25 @@ def definition_cases():
 @pytest.mark.parametrize("selection", ["topk", "threshold"])
 @pytest.mark.parametrize(("router", "kv", "sharing"), definition_cases())
 def test_equals_the_per_token_definition_in_values_and_gradients(router, kv, sharing, selection):
-    model = tiny(RouterConfig(**router), kv_strategy=kv, sharing=sharing, tie_embeddings=False).double()
+    model = tiny(
+        RouterConfig(**router), kv_strategy=kv, sharing=sharing, tie_embeddings=False
+    ).double()
     if router["kind"] == "token_choice":
         model.recursions.router.bias_R += torch.tensor([0.0, 0.02, 0.04])
     tokens = random_tokens(1, 9)
-    weights = {n: t.detach().clone().requires_grad_(t.is_floating_point()) for n, t in model.state_dict().items()}
+    weights = {
+        n: t.detach().clone().requires_grad_(t.is_floating_point())
+        for n, t in model.state_dict().items()
+    }
     probe = torch.randn(9, 37, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     output = model(tokens, selection=selection)
     losses = {name: loss.value for name, loss in output.routing.losses.items()}
     ((output.logits_BTV[0] * probe).sum() + sum(losses.values())).backward()
 
-    logits, expected_losses, depth = Reference(weights, model.config).forward(tokens[0].tolist(), selection)
+    logits, expected_losses, depth = Reference(weights, model.config).forward(
+        tokens[0].tolist(), selection
+    )
     ((logits * probe).sum() + sum(expected_losses.values())).backward()
     assert output.routing.depth_BT[0].tolist() == depth
     assert (logits - output.logits_BTV[0]).abs().max() < 1e-5
@@ -125,13 +135,22 @@ def test_equals_the_per_token_definition_in_values_and_gradients(router, kv, sha
         if parameter.grad is None or expected is None:  # a recursion that no token took
             assert all(g is None or not g.any() for g in (parameter.grad, expected)), name
         else:
-            assert (parameter.grad - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max()), name
+            assert (parameter.grad - expected).abs().max() <= 1e-5 * max(
+                1.0, expected.abs().max()
+            ), name
 
 
 def test_one_recursion_is_the_plain_model():
     plain = tiny("fixed", num_recursions=1, num_layers=4)
-    split = tiny("fixed", num_recursions=1, prelude_layers=1, shared_layers=2, coda_layers=1, num_layers=4)
-    names = {"prelude.0": 0, "recursions.shared_blocks.0": 1, "recursions.shared_blocks.1": 2, "coda.0": 3}
+    split = tiny(
+        "fixed", num_recursions=1, prelude_layers=1, shared_layers=2, coda_layers=1, num_layers=4
+    )
+    names = {
+        "prelude.0": 0,
+        "recursions.shared_blocks.0": 1,
+        "recursions.shared_blocks.1": 2,
+        "coda.0": 3,
+    }
     state = plain.state_dict()
     for name in list(split.state_dict()):
         for part, layer in names.items():
@@ -145,7 +164,9 @@ def test_one_recursion_is_the_plain_model():
     assert plain.config.family == "vanilla"
 
 
-@pytest.mark.parametrize("kind", ["expert_choice", "token_choice", "random", "position", "frequency"])
+@pytest.mark.parametrize(
+    "kind", ["expert_choice", "token_choice", "random", "position", "frequency"]
+)
 @pytest.mark.parametrize("selection", ["topk", "threshold"])
 def test_mor_that_keeps_all_tokens_with_gate_one_is_recursive(kind, selection, monkeypatch):
     everything = {} if kind == "token_choice" else dict(capacities=(1.0, 1.0, 1.0))
@@ -198,7 +219,9 @@ def test_full_forward_equals_prefill_and_decoding(make):
             assert torch.equal(depth, full.routing.depth_BT)
             assert (logits - full.logits_BTV).abs().max() < 1e-4
     if model.config.family == "mor":
-        assert len(full.routing.depth_BT.unique()) > 1, "the test says nothing if all tokens go equally deep"
+        assert len(full.routing.depth_BT.unique()) > 1, (
+            "the test says nothing if all tokens go equally deep"
+        )
 
 
 @pytest.mark.parametrize("selection", ["threshold", "topk"])
@@ -211,8 +234,14 @@ def test_batch_equals_single_and_padding_changes_nothing(make, selection):
     for side in ("left", "right", "holes"):
         tokens, mask = random_tokens(4, width, seed=99), torch.zeros(4, width, dtype=torch.bool)
         for i, (n, row) in enumerate(zip(lengths, rows, strict=True)):
-            holes = torch.randperm(width, generator=torch.Generator().manual_seed(i))[:n].sort().values
-            place = {"left": torch.arange(width - n, width), "right": torch.arange(n), "holes": holes}[side]
+            holes = (
+                torch.randperm(width, generator=torch.Generator().manual_seed(i))[:n].sort().values
+            )
+            place = {
+                "left": torch.arange(width - n, width),
+                "right": torch.arange(n),
+                "holes": holes,
+            }[side]
             tokens[i, place], mask[i, place] = row[0], True
         batch = model(tokens, mask_BT=mask, selection=selection)
         for i, single in enumerate(alone):
@@ -240,7 +269,9 @@ def test_ragged_prompts_and_idle_rows_decode_like_single_sequences(make):
         sent = list(lengths)
         for step in range(9):  # row i rests whenever (step + i) % 3 == 0
             awake = torch.tensor([(step + i) % 3 != 0 for i in range(3)])[:, None]
-            column = torch.tensor([[rows[i][0, min(sent[i], lengths[i] + 5)].item()] for i in range(3)])
+            column = torch.tensor(
+                [[rows[i][0, min(sent[i], lengths[i] + 5)].item()] for i in range(3)]
+            )
             out = model(column, mask_BT=awake, cache=cache)
             for i in range(3):
                 if awake[i]:

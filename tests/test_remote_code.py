@@ -9,8 +9,8 @@ import torch
 from conftest import random_tokens, tiny
 
 from mor import checkpoint
-from mor.remote_code import export, modules
-from mor.tokenizer import byte_tokenizer
+from mor.conversion.remote_code import export, modules
+from mor.data.tokenizer import byte_tokenizer
 
 WITHOUT_MOR = """
 import sys
@@ -39,7 +39,14 @@ def test_an_export_needs_no_mor(kv, tmp_path):
     assert not (tmp_path / "out" / "checksums.json").exists(), "config.json is another one now"
     torch.save(tokens, tmp_path / "tokens.pt")
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_MOR, tmp_path / "out", tmp_path / "tokens.pt", tmp_path / "found.pt"],
+        [
+            sys.executable,
+            "-c",
+            WITHOUT_MOR,
+            tmp_path / "out",
+            tmp_path / "tokens.pt",
+            tmp_path / "found.pt",
+        ],
         capture_output=True,
         text=True,
         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""},
@@ -55,7 +62,9 @@ def test_an_export_needs_no_mor(kv, tmp_path):
 
 
 def test_an_export_takes_along_only_what_it_needs(tmp_path):
-    assert "model" in modules() and not {"train", "cli", "checkpoint", "tokenizer"} & set(modules())
+    names = [file.stem for file in modules()]
+    assert len(set(names)) == len(names), "an export holds all of them in one folder"
+    assert "transformer" in names and not {"loop", "cli", "checkpoint", "tokenizer"} & set(names)
     checkpoint.save(tmp_path / "c", tiny(), byte_tokenizer())
     with pytest.raises(ValueError, match="exists; choose another"):
         export(tmp_path / "c", tmp_path)

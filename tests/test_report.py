@@ -17,11 +17,11 @@ from mor.analysis import figures
 from mor.analysis.report import ENTRIES, analyses, report_page, run_tables, write, write_table
 from mor.checkpoint import Checkpoint
 from mor.cli import main
-from mor.data import tokenize
-from mor.sources import Document
+from mor.data.sources import Document
+from mor.data.stream import tokenize
+from mor.data.tokenizer import byte_tokenizer
 from mor.studies import figures as study_figures
 from mor.studies.scaling import Optimum, Point
-from mor.tokenizer import byte_tokenizer
 
 ALL = ENTRIES.keys() - {"loss", "router_health"}
 FITS = {
@@ -67,13 +67,18 @@ def test_the_same_tables_give_the_same_files(data, tmp_path):
     for folder in ("a", "b"):
         write(tmp_path / folder, tables)
     for file in (tmp_path / "a").rglob("*.*"):
-        assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes(), file.name
+        assert (
+            file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
+        ), file.name
 
 
 def test_tables_keep_every_column_and_value(tmp_path):
     write_table([{"a": 1, "b": [0.5, 1]}, {"a": None, "c": "x,y"}], tmp_path / "t.csv")
     with (tmp_path / "t.csv").open(newline="") as file:
-        assert list(csv.DictReader(file)) == [{"a": "1", "b": "[0.5, 1]", "c": ""}, {"a": "", "b": "", "c": "x,y"}]
+        assert list(csv.DictReader(file)) == [
+            {"a": "1", "b": "[0.5, 1]", "c": ""},
+            {"a": "", "b": "", "c": "x,y"},
+        ]
 
 
 def test_a_folder_is_collected_whatever_its_files_are_called(tmp_path):
@@ -83,12 +88,23 @@ def test_a_folder_is_collected_whatever_its_files_are_called(tmp_path):
     (tmp_path / "figures" / "my_curve.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     (tmp_path / "figures" / "my_curve.png").write_bytes(b"png")
     (tmp_path / "figures" / "only.png").write_bytes(b"png")
-    write_table([{"x": i, "y": math.pi * i, "label": "<b>"} for i in range(100)], tmp_path / "tables" / "my_curve.csv")
-    write_table([{"depth": 1, "tokens": 3, "share": 1.0}], tmp_path / "tables" / "depth_histogram.csv")
+    write_table(
+        [{"x": i, "y": math.pi * i, "label": "<b>"} for i in range(100)],
+        tmp_path / "tables" / "my_curve.csv",
+    )
+    write_table(
+        [{"depth": 1, "tokens": 3, "share": 1.0}], tmp_path / "tables" / "depth_histogram.csv"
+    )
     page = report_page(tmp_path, settings={"lr": "<1"})
-    assert page.index('id="depth_histogram"') < page.index('id="my_curve"') < page.index('id="only"')
-    assert page.count("<img") == 2 and page.count("data:image/svg+xml") == 1, "the drawing, not the picture of it"
-    assert "100 rows" in page and "314.2" not in page and "311" in page, "beginning and end of a long table"
+    assert (
+        page.index('id="depth_histogram"') < page.index('id="my_curve"') < page.index('id="only"')
+    )
+    assert page.count("<img") == 2 and page.count("data:image/svg+xml") == 1, (
+        "the drawing, not the picture of it"
+    )
+    assert "100 rows" in page and "314.2" not in page and "311" in page, (
+        "beginning and end of a long table"
+    )
     assert "<b>" not in page and "&lt;b&gt;" in page and "&lt;1" in page
     assert not re.search(r"(src|href)=[\"'](?!#|data:)|url\(|@import|<script", page)
 
@@ -103,13 +119,20 @@ def metrics(router):
     health = {"depth_entropy": 0.9, "agreement": 0.8, "dead_positions": 0.0} if router else {}
     shares = [1.0, 0.7, 0.3] if router else [1.0]
     for step in (1, 2):
-        yield {"step": step, "tokens": step * 10, "loss": 3.0 / step, "share_per_recursion": shares} | health
+        yield {
+            "step": step,
+            "tokens": step * 10,
+            "loss": 3.0 / step,
+            "share_per_recursion": shares,
+        } | health
         yield {"step": step, "tokens": step * 10, "validation_nll": 3.1 / step}
 
 
 def test_metrics_of_a_run_give_a_loss_curve_and_router_health_where_there_is_a_router(tmp_path):
     for router in (True, False):
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics(router)))
+        (tmp_path / "metrics.jsonl").write_text(
+            "".join(json.dumps(m) + "\n" for m in metrics(router))
+        )
         tables = run_tables(tmp_path)
         assert tables.keys() == ({"loss", "router_health"} if router else {"loss"})
         write(tmp_path / str(router), tables)
@@ -124,9 +147,24 @@ def test_the_command_reports_a_run_and_collects_again_without_analysing(tmp_path
     checkpoint.save(run / "checkpoints" / "step-00000002", model, byte_tokenizer())
     (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics(True)))
     (tmp_path / "text.txt").write_text(TEXT * 6)
-    main(["report", str(run), "--data", str(tmp_path / "text.txt"), "--seq-len", "24", "--max-windows", "4"])
+    main(
+        [
+            "report",
+            str(run),
+            "--data",
+            str(tmp_path / "text.txt"),
+            "--seq-len",
+            "24",
+            "--max-windows",
+            "4",
+        ]
+    )
     page = (run / "report.html").read_text()
-    assert all(f'id="{name}"' in page for name in ENTRIES) and "1.5500" in page and "collapsed" not in page
+    assert (
+        all(f'id="{name}"' in page for name in ENTRIES)
+        and "1.5500" in page
+        and "collapsed" not in page
+    )
     assert "report.html" in capsys.readouterr().out
     (run / "tables" / "extra.csv").write_text("a,b\n1,2\n")
     main(["report", str(run), "--no-analyse", "--out", str(tmp_path / "again.html")])
@@ -143,10 +181,17 @@ def test_a_collapsed_router_is_reported_as_one(length, tmp_path):
     source = ["--data", str(tmp_path / "text.txt"), "--seq-len", str(length), "--max-windows", "4"]
     main(["report", str(tmp_path), *source])
     page = (tmp_path / "report.html").read_text()
-    assert "<dt>router collapsed</dt><dd>none of the" in page and "tokens takes recursion 2 or 3</dd>" in page
+    assert (
+        "<dt>router collapsed</dt><dd>none of the" in page
+        and "tokens takes recursion 2 or 3</dd>" in page
+    )
     with (tmp_path / "tables" / "separation.csv").open(newline="") as file:
-        assert [row["recursion"] for row in csv.DictReader(file)] == ["2"], "nothing was scored for recursion 3"
-    assert 'id="score_histogram"' in page and 'id="kv_similarity"' not in page, "nothing is left of an older report"
+        assert [row["recursion"] for row in csv.DictReader(file)] == ["2"], (
+            "nothing was scored for recursion 3"
+        )
+    assert 'id="score_histogram"' in page and 'id="kv_similarity"' not in page, (
+        "nothing is left of an older report"
+    )
 
 
 @pytest.mark.parametrize("broken", ["embedding.weight", "recursions.router"])
@@ -154,7 +199,9 @@ def test_a_model_that_gives_no_numbers_is_refused(broken, tmp_path, capsys):
     model = tiny("expert_choice", vocab_size=257)
     with torch.no_grad():
         [p for name, p in model.named_parameters() if name.startswith(broken)][-1].fill_(math.nan)
-    run = checkpoint.save(tmp_path / "checkpoints" / "step-00000002", model, byte_tokenizer()).parent.parent
+    run = checkpoint.save(
+        tmp_path / "checkpoints" / "step-00000002", model, byte_tokenizer()
+    ).parent.parent
     (tmp_path / "text.txt").write_text(TEXT)
     for command in (
         ["report", "--seq-len", "24", "--data"],
@@ -168,13 +215,25 @@ def test_a_model_that_gives_no_numbers_is_refused(broken, tmp_path, capsys):
 
 def test_names_of_rows_and_families_stand_in_the_figures_as_they_are(tmp_path):
     names = ["_hidden", r"$\foo$", "a $1 b"]
-    run = dict(validation_nll=1.0, answers_right_by_hops=[0.5, 1.0], mean_depth_by_hops=[1.0, 1.5, 2.0])
-    rows = [SimpleNamespace(row=n, nll=1.0, difference=0.1, difference_low=None, difference_high=None) for n in names]
-    points = [
-        Point(family=n, size=s, budget=1e12, tokens=1e6, nll=(s - 2e6) ** 2) for n in names for s in (1e6, 2e6, 4e6)
+    run = dict(
+        validation_nll=1.0, answers_right_by_hops=[0.5, 1.0], mean_depth_by_hops=[1.0, 1.5, 2.0]
+    )
+    rows = [
+        SimpleNamespace(row=n, nll=1.0, difference=0.1, difference_low=None, difference_high=None)
+        for n in names
     ]
-    bounds = dict.fromkeys(("size", "size_low", "size_high", "tokens", "tokens_low", "tokens_high"), 2e6)
-    best = [Optimum(family=name, budget=1e12, nll=0.0, inside=True, no_minimum=0.0, **bounds) for name in names]
+    points = [
+        Point(family=n, size=s, budget=1e12, tokens=1e6, nll=(s - 2e6) ** 2)
+        for n in names
+        for s in (1e6, 2e6, 4e6)
+    ]
+    bounds = dict.fromkeys(
+        ("size", "size_low", "size_high", "tokens", "tokens_low", "tokens_high"), 2e6
+    )
+    best = [
+        Optimum(family=name, budget=1e12, nll=0.0, inside=True, no_minimum=0.0, **bounds)
+        for name in names
+    ]
     runs = {name: {0: run} for name in names}
     for kind, figure in {
         "rows": study_figures.rows_figure(rows, runs),
@@ -188,7 +247,8 @@ def test_names_of_rows_and_families_stand_in_the_figures_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"), [(["missing"], "not a folder"), ([".", "--max-windows", "0"], "at least 1")]
+    ("arguments", "words"),
+    [(["missing"], "not a folder"), ([".", "--max-windows", "0"], "at least 1")],
 )
 def test_mistakes_end_in_one_line_that_helps(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -198,5 +258,8 @@ def test_mistakes_end_in_one_line_that_helps(arguments, words, tmp_path, monkeyp
 
 
 def test_every_line_of_a_large_study_has_its_own_look():
-    looks = [tuple(sorted((name, str(value)) for name, value in figures.series(i).items())) for i in range(24)]
+    looks = [
+        tuple(sorted((name, str(value)) for name, value in figures.series(i).items()))
+        for i in range(24)
+    ]
     assert len(set(looks)) == 24

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import random_tokens, tiny
 
-from mor.config import RouterConfig
-from mor.hashing import hash_uniform
-from mor.packing import pack
+from mor.model.config import RouterConfig
+from mor.model.packing import pack
+from mor.model.random import hash_uniform
 
 
 def test_capacities_refer_to_the_full_length_and_selection_is_nested():
@@ -134,10 +134,14 @@ def test_the_frequency_router_sends_rare_tokens_deeper_and_meets_its_capacities(
     model = tiny("frequency")
     count_V = torch.arange(1, 38).flip(0)  # token 36 is the rarest
     model.recursions.router.set_counts(count_V)
-    tokens = torch.repeat_interleave(torch.arange(37), count_V)[None, hash_uniform(0, torch.arange(703)).argsort()]
+    tokens = torch.repeat_interleave(torch.arange(37), count_V)[
+        None, hash_uniform(0, torch.arange(703)).argsort()
+    ]
     routing = model.double()(tokens[:, :64].expand(2, -1)).routing
     order = tokens[0, :64].argsort()
-    assert (routing.depth_BT[0][order].diff() >= 0).all() and len(set(routing.depth_BT[0].tolist())) == 3
+    assert (routing.depth_BT[0][order].diff() >= 0).all() and len(
+        set(routing.depth_BT[0].tolist())
+    ) == 3
     need_V = model.recursions.router.need_V
     for capacity in (2 / 3, 1 / 3):
         taken = count_V[need_V >= 1 - capacity].sum() / count_V.sum()
@@ -146,7 +150,11 @@ def test_the_frequency_router_sends_rare_tokens_deeper_and_meets_its_capacities(
 
 def test_forward_changes_no_state():
     for kind in ("expert_choice", "token_choice", "random", "position", "frequency"):
-        model = tiny(RouterConfig(kind=kind, **({"balancing": "loss_free"} if kind == "token_choice" else {})))
+        model = tiny(
+            RouterConfig(
+                kind=kind, **({"balancing": "loss_free"} if kind == "token_choice" else {})
+            )
+        )
         before = {n: t.clone() for n, t in model.state_dict().items()}
         attributes = {id(m): set(vars(m)) for m in model.modules()}
         model(random_tokens(2, 9), selection="topk")
@@ -160,7 +168,10 @@ def test_hash_uniform_is_uniform_and_stateless():
     assert abs(draws.mean() - 0.5) < 5e-3 and abs(draws.var() - 1 / 12) < 2e-3
     assert torch.equal(draws[77], hash_uniform(3, 77))
     assert abs(torch.corrcoef(torch.stack([draws[:-1], draws[1:]]))[0, 1]) < 0.01
-    assert abs(torch.corrcoef(torch.stack([draws, hash_uniform(4, torch.arange(100_000))]))[0, 1]) < 0.01
+    assert (
+        abs(torch.corrcoef(torch.stack([draws, hash_uniform(4, torch.arange(100_000))]))[0, 1])
+        < 0.01
+    )
 
 
 def test_packing_round_trip_with_holes_and_empty_rows():
@@ -173,7 +184,9 @@ def test_packing_round_trip_with_holes_and_empty_rows():
     assert padded.shape == (3, 6) and padded[2].tolist() == [int(tokens[3, 5]), *[-1] * 5]
     assert torch.equal(packed.unpad(padded), packed.id_M)
     assert torch.equal(packed.unpack(packed.id_M, fill=-1), tokens.masked_fill(~mask, -1))
-    assert torch.equal(packed.id_M[packed.last_index()], torch.stack([tokens[0, 3], tokens[2, 5], tokens[3, 5]]))
+    assert torch.equal(
+        packed.id_M[packed.last_index()], torch.stack([tokens[0, 3], tokens[2, 5], tokens[3, 5]])
+    )
     with pytest.raises(ValueError, match="must be equal"):
         pack(tokens, mask[:, :3])
 

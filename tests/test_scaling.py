@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mor.analysis.intervals import bootstrap_bounds
+from mor.statistics import bootstrap_bounds
 from mor.studies.published import PAPER, load_published
 from mor.studies.scaling import Point, lowest_point, optima, paths, points_of, recurrence_law
 from mor.studies.scaling import _resamples as resamples_of
@@ -18,7 +18,9 @@ def test_a_parabola_has_its_minimum_and_a_hill_has_none():
         return [Point(family="", size=s, budget=1, tokens=1, nll=curve(math.log(s))) for s in sizes]
 
     best, lowest = lowest_point(points(lambda x: 0.1 * (x - math.log(5e6)) ** 2 + 2.5))
-    assert math.isclose(math.exp(best), 5e6, rel_tol=1e-6) and math.isclose(lowest, 2.5, rel_tol=1e-9)
+    assert math.isclose(math.exp(best), 5e6, rel_tol=1e-6) and math.isclose(
+        lowest, 2.5, rel_tol=1e-9
+    )
     assert math.isnan(lowest_point(points(lambda x: -((x - 15) ** 2)))[0])
     assert math.isnan(lowest_point(points(lambda x: 1e-6 * (x - 900) ** 2))[0]), "no size is e^900"
 
@@ -26,7 +28,8 @@ def test_a_parabola_has_its_minimum_and_a_hill_has_none():
 def test_resamples_without_a_figure_widen_its_interval():
     drawn = np.arange(1000.0)
     assert bootstrap_bounds(drawn) == pytest.approx((24.975, 974.025))
-    drawn[:10] = np.nan  # left out, the bounds were 34.7 and 974.3; anywhere, they are those of 10 more at either end
+    # left out, the bounds were 34.7 and 974.3; anywhere, they are those of 10 more at either end
+    drawn[:10] = np.nan
     assert bootstrap_bounds(drawn) == pytest.approx((24.975, 984.025))
     drawn[:30] = np.nan
     assert np.isnan(bootstrap_bounds(drawn)).all()
@@ -42,7 +45,14 @@ def test_flat_noisy_curves_have_no_interval_and_say_why():
             for seed in range(3):
                 nll = (0.3 + 0.02 * math.log(size / 1.2e5) ** 2) * math.exp(random.normal(0, 0.3))
                 points.append(
-                    Point(family="", size=size, budget=budget, tokens=budget / (6 * size), nll=nll, seed=seed)
+                    Point(
+                        family="",
+                        size=size,
+                        budget=budget,
+                        tokens=budget / (6 * size),
+                        nll=nll,
+                        seed=seed,
+                    )
                 )
     found = optima(points, resamples=300)
     assert any(o.no_minimum > 0.1 for o in found)
@@ -62,7 +72,11 @@ def made(exponent, seeds, noise, family="vanilla"):
             for seed in range(seeds):
                 nll = 3 + 0.08 * math.log(factor) ** 2 + random.normal(0, noise)
                 size, tokens = best * factor, budget / (6 * best * factor)
-                found.append(Point(family=family, size=size, budget=budget, tokens=tokens, nll=nll, seed=seed))
+                found.append(
+                    Point(
+                        family=family, size=size, budget=budget, tokens=tokens, nll=nll, seed=seed
+                    )
+                )
     return found
 
 
@@ -72,7 +86,10 @@ def test_the_slope_of_the_optimal_path_lies_in_its_interval(exponent):
     for best in optima(points, resamples=200):
         true = 20 * best.budget**exponent
         assert best.size_low < true * 1.05 and best.size_high > true / 1.05 and best.inside
-        assert best.size_low < best.size < best.size_high and best.tokens_low < best.tokens < best.tokens_high
+        assert (
+            best.size_low < best.size < best.size_high
+            and best.tokens_low < best.tokens < best.tokens_high
+        )
         assert math.isclose(best.tokens, best.budget / (6 * best.size), rel_tol=1e-6)
     (path,) = paths(points, resamples=200)
     assert path.size_low <= exponent <= path.size_high and path.size_high - path.size_low < 0.2
@@ -80,9 +97,17 @@ def test_the_slope_of_the_optimal_path_lies_in_its_interval(exponent):
 
 
 def test_noise_is_the_spread_of_the_log_between_seeds():
-    """Two models whose log losses differ by 0.2 and by 0.4: variances 0.02 and 0.08, pooled 0.05."""
+    """Two models whose log losses differ by 0.2 and by 0.4: variances 0.02 and 0.08, pooled
+    0.05."""
     points = [
-        Point(family="", size=size, budget=1.0, tokens=1.0, nll=nll * math.exp(seed * apart), seed=seed)
+        Point(
+            family="",
+            size=size,
+            budget=1.0,
+            tokens=1.0,
+            nll=nll * math.exp(seed * apart),
+            seed=seed,
+        )
         for size, nll, apart in ((1.0, 5.0, 0.2), (2.0, 0.01, 0.4))
         for seed in (0, 1)
     ]
@@ -97,7 +122,9 @@ def test_intervals_without_seeds_follow_the_noise_that_is_stated():
     points = made(0.5, seeds=1, noise=0.0)
     narrow, wide = (paths(points, noise=noise, resamples=200)[0] for noise in (0.002, 0.02))
     assert 5 < (wide.size_high - wide.size_low) / (narrow.size_high - narrow.size_low) < 20
-    assert optima(points, noise=0.0, resamples=20)[0].size_low == pytest.approx(optima(points)[0].size)
+    assert optima(points, noise=0.0, resamples=20)[0].size_low == pytest.approx(
+        optima(points)[0].size
+    )
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.45, 1.0])
@@ -169,10 +196,24 @@ def test_a_law_that_the_points_do_not_determine_is_refused():
 
 
 def test_runs_of_a_study_become_points():
-    run = dict(variant="MoR", budget=1e12, tokens=5e6, validation_nll=0.5, seed=2, params=100, looped_params=60)
+    run = dict(
+        variant="MoR",
+        budget=1e12,
+        tokens=5e6,
+        validation_nll=0.5,
+        seed=2,
+        params=100,
+        looped_params=60,
+    )
     run |= dict(config_model_num_recursions=4)
     (point,) = points_of([run, run | {"budget": None}], lambda run: run["params"])
-    assert (point.family, point.size, point.once, point.looped, point.loops) == ("MoR", 100, 40, 60, 4)
+    assert (point.family, point.size, point.once, point.looped, point.loops) == (
+        "MoR",
+        100,
+        40,
+        60,
+        4,
+    )
     assert (point.budget, point.tokens, point.nll, point.seed) == (1e12, 5e6, 0.5, 2)
     grid = [
         run | {"params": params, "label_size": f"d{params}", "label_alpha": alpha, "seed": seed}
@@ -187,8 +228,17 @@ def test_runs_of_a_study_become_points():
 
 def test_the_papers_table_is_whole_and_its_best_models_are_where_it_says():
     paper = load_published(PAPER)
-    assert len(paper.points) == 36 and {p.family for p in paper.points} == {"vanilla", "recursive", "MoR"}
-    assert {round(p.size / 1e6) for p in paper.points if p.family == "vanilla"} == {106, 315, 654, 1611}
+    assert len(paper.points) == 36 and {p.family for p in paper.points} == {
+        "vanilla",
+        "recursive",
+        "MoR",
+    }
+    assert {round(p.size / 1e6) for p in paper.points if p.family == "vanilla"} == {
+        106,
+        315,
+        654,
+        1611,
+    }
     assert math.isclose(sum(p.nll for p in paper.points), 117.0614, abs_tol=1e-3)
     best = {(o.family, o.budget): o for o in optima(paper.points, noise=paper.noise, resamples=50)}
     # At the largest budget the paper prints its best vanilla and MoR losses at 730M.

@@ -13,22 +13,34 @@ import pytest
 import torch
 from conftest import tiny
 
-from mor.data import DataConfig, DataState, Part, TokenData, load_corpus, load_tokens, open_shards
-from mor.shards import PrepareConfig, prepare, read_manifest
-from mor.sources import find_sources
-from mor.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from mor.data.shards import PrepareConfig, prepare, read_manifest
+from mor.data.sources import find_sources
+from mor.data.stream import (
+    DataConfig,
+    DataState,
+    Part,
+    TokenData,
+    load_corpus,
+    load_tokens,
+    open_shards,
+)
+from mor.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 TEXTS = [f"Document {i}: the square of {i} is {i * i}. é☃ " * (1 + i % 7) for i in range(150)]
 SMALL = PrepareConfig(tokenizer="bytes", chunk_megabytes=0.002, workers=1, validation_share=0.2)
 
 
 def write_jsonl(path, texts=TEXTS, **extra):
-    path.write_text("".join(json.dumps({"text": t} | extra) + "\n" for t in texts), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": t} | extra) + "\n" for t in texts), encoding="utf-8"
+    )
     return str(path)
 
 
 def content(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".npy")}
+    return {
+        p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".npy")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +102,16 @@ def test_a_finished_directory_is_left_alone_and_other_settings_are_refused(prepa
 
 SLOWED = """
 import sys, time
-import mor.shards as shards
+import mor.data.shards as shards
 real = shards._row
 def slow(*arguments):
     time.sleep(0.02)
     return real(*arguments)
 shards._row = slow
 if __name__ == "__main__":
-    config = shards.PrepareConfig(tokenizer="bytes", chunk_megabytes=0.002, workers=2, validation_share=0.2)
+    config = shards.PrepareConfig(
+        tokenizer="bytes", chunk_megabytes=0.002, workers=2, validation_share=0.2
+    )
     shards.prepare([sys.argv[1]], sys.argv[2], config)
 """
 
@@ -140,7 +154,7 @@ def test_two_processes_do_not_prepare_the_same_directory(prepared):
 
 
 def test_finished_files_are_not_read_again(tmp_path, monkeypatch):
-    import mor.shards as shards
+    import mor.data.shards as shards
 
     folder = tmp_path / "in"
     folder.mkdir()
@@ -159,10 +173,14 @@ def test_finished_files_are_not_read_again(tmp_path, monkeypatch):
         prepare([str(folder)], tmp_path / "out", SMALL)
     monkeypatch.setattr(shards, "_row", real)
     read = []
-    from mor.sources import FileSource
+    from mor.data.sources import FileSource
 
     original = FileSource.read
-    monkeypatch.setattr(FileSource, "read", lambda self, skip=0: read.append((self.name, skip)) or original(self, skip))
+    monkeypatch.setattr(
+        FileSource,
+        "read",
+        lambda self, skip=0: read.append((self.name, skip)) or original(self, skip),
+    )
     prepare([str(folder)], tmp_path / "out", SMALL)
     place = tuple(rows[-1]["next_place"])
     assert read[0] == (f"{place[0]}.jsonl", place[1]) and place > (0, 0)
@@ -186,10 +204,19 @@ def test_broken_and_empty_records_are_counted_and_named(tmp_path):
         b'{"text": "also good"}',
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    found = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", PrepareConfig(tokenizer="bytes", workers=1))
-    assert found["splits"]["train"]["documents"] == 2 and found["empty"] == 4 and found["broken"] == 5
+    found = prepare(
+        [str(tmp_path / "a.jsonl")], tmp_path / "out", PrepareConfig(tokenizer="bytes", workers=1)
+    )
+    assert (
+        found["splits"]["train"]["documents"] == 2 and found["empty"] == 4 and found["broken"] == 5
+    )
     named = " | ".join(found["problems"])
-    for place, why in [(2, "not valid JSON"), (6, "int in field"), (8, "not valid UTF-8"), (9, "not an object")]:
+    for place, why in [
+        (2, "not valid JSON"),
+        (6, "int in field"),
+        (8, "not valid UTF-8"),
+        (9, "not an object"),
+    ]:
         assert f"a.jsonl:{place} " in named and why in named
     assert "a.jsonl:10 is not valid Unicode" in named
 
@@ -197,14 +224,22 @@ def test_broken_and_empty_records_are_counted_and_named(tmp_path):
 def test_a_missing_field_lists_those_there_are(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS[:3], title="x")
     wrong = PrepareConfig(tokenizer="bytes", text_field="body", workers=1)
-    with pytest.raises(ValueError, match=r"a.jsonl:1 has no field 'body'; it has text, title: choose one with"):
+    with pytest.raises(
+        ValueError, match=r"a.jsonl:1 has no field 'body'; it has text, title: choose one with"
+    ):
         prepare([source], tmp_path / "out", wrong)
     assert not list((tmp_path / "out").glob("*.bin"))
     right = PrepareConfig(tokenizer="bytes", text_field="title", workers=1)
-    assert prepare([source], tmp_path / "out", right)["splits"]["train"]["bytes"] == 3, "the mistake left no trace"
+    assert prepare([source], tmp_path / "out", right)["splits"]["train"]["bytes"] == 3, (
+        "the mistake left no trace"
+    )
     (tmp_path / "b.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(ValueError, match="the sources hold no text: 1 empty"):
-        prepare([str(tmp_path / "b.jsonl")], tmp_path / "out2", PrepareConfig(tokenizer="bytes", workers=1))
+        prepare(
+            [str(tmp_path / "b.jsonl")],
+            tmp_path / "out2",
+            PrepareConfig(tokenizer="bytes", workers=1),
+        )
 
 
 def test_every_kind_of_file_gives_the_same_documents(tmp_path):
@@ -219,7 +254,9 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     frames = [zstandard.ZstdCompressor().compress(half) for half in (raw[:1000], raw[1000:])]
     (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))
     parquet.write_table(
-        arrow.table({"text": TEXTS, "id": range(len(TEXTS))}), tmp_path / "d.parquet", row_group_size=40
+        arrow.table({"text": TEXTS, "id": range(len(TEXTS))}),
+        tmp_path / "d.parquet",
+        row_group_size=40,
     )
 
     def texts(name, skip=0):
@@ -254,7 +291,9 @@ def test_folders_are_walked_in_order_and_tell_what_they_leave_out(tmp_path):
     (tmp_path / "in" / "readme.md").write_text("x")
     (tmp_path / "in" / ".hidden.jsonl").write_text("x")
     sources, left_out = find_sources([tmp_path / "in"])
-    assert [s.name for s in sources] == ["a.jsonl", "b/1.jsonl"] and [p[-9:] for p in left_out] == ["readme.md"]
+    assert [s.name for s in sources] == ["a.jsonl", "b/1.jsonl"] and [p[-9:] for p in left_out] == [
+        "readme.md"
+    ]
     with pytest.raises(ValueError, match=r"holds nothing to read, only .md"):
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "x.md").write_text("x")
@@ -278,12 +317,15 @@ def test_a_hub_data_set_streams(tmp_path, monkeypatch):
     table = arrow.table({"text": TEXTS, "id": [str(i) for i in range(len(TEXTS))]})
     parquet.write_table(table, folder / "train-00000.parquet")
     (tmp_path / "set" / "README.md").write_text(
-        "---\nconfigs:\n- config_name: fineweb-edu-dedup\n  data_files: fineweb-edu-dedup/*.parquet\n---\n"
+        "---\nconfigs:\n- config_name: fineweb-edu-dedup\n  data_files: "
+        "fineweb-edu-dedup/*.parquet\n---\n"
     )
     place = f"hub:{tmp_path / 'set'}"
     (source,), _ = find_sources([place], subset="fineweb-edu-dedup")
     assert [record.text for record, _ in source.read(140)] == TEXTS[140:]
-    hub = PrepareConfig(tokenizer="bytes", workers=1, subset="fineweb-edu-dedup", chunk_megabytes=0.01)
+    hub = PrepareConfig(
+        tokenizer="bytes", workers=1, subset="fineweb-edu-dedup", chunk_megabytes=0.01
+    )
     found = prepare([place], tmp_path / "out", hub)
     assert found["splits"]["train"]["documents"] == 150
     with pytest.raises(ValueError, match="cannot be read"):
@@ -295,9 +337,9 @@ def test_a_hub_data_set_streams(tmp_path, monkeypatch):
 def test_a_full_disk_leaves_no_half_shard(prepared, tmp_path):
     source, out, _ = prepared
     limited = (
-        "import resource, sys; from mor.shards import *\n"
+        "import resource, sys; from mor.data.shards import *\n"
         "if __name__ == '__main__':\n"
-        "    import mor.shards as s, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "    import mor.data.shards as s, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "    real = s._tokenize\n"
         "    def few(*a):\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); return real(*a)\n"
@@ -307,7 +349,9 @@ def test_a_full_disk_leaves_no_half_shard(prepared, tmp_path):
     )
     (tmp_path / "run.py").write_text(limited)
     done = subprocess.run([sys.executable, tmp_path / "run.py"], capture_output=True, text=True)
-    assert done.returncode != 0 and "make room and run the same command again" in done.stderr, done.stderr[-2000:]
+    assert done.returncode != 0 and "make room and run the same command again" in done.stderr, (
+        done.stderr[-2000:]
+    )
     assert not list((tmp_path / "out").glob(".*.tmp"))
     prepare([source], tmp_path / "out", SMALL)
     assert content(tmp_path / "out") == content(out)
@@ -323,7 +367,9 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
     (tmp_path / "tok").mkdir()
     Tokenizer(backend).save(tmp_path / "tok")
     source = write_jsonl(tmp_path / "a.jsonl", ["w69999 w5"])
-    found = prepare([source], tmp_path / "out", PrepareConfig(tokenizer=str(tmp_path / "tok"), workers=1))
+    found = prepare(
+        [source], tmp_path / "out", PrepareConfig(tokenizer=str(tmp_path / "tok"), workers=1)
+    )
     assert found["settings"]["dtype"] == "uint32"
     data = open_shards(tmp_path / "out", "train", Tokenizer.load(tmp_path / "out"))
     assert data.tokens(0, 3).tolist() == [69_999, 5, 70_000]
@@ -336,7 +382,11 @@ def test_a_trained_tokenizer_is_kept_and_can_be_used_again(tmp_path):
     prepare([source], tmp_path / "two", PrepareConfig(tokenizer=str(tmp_path / "one"), workers=1))
     assert content(tmp_path / "one") == content(tmp_path / "two")
     assert Tokenizer.load(tmp_path / "one").fingerprint == train_bpe(TEXTS, 300).fingerprint
-    assert train_bpe(TEXTS, 300).fingerprint != train_bpe(TEXTS, 301).fingerprint != byte_tokenizer().fingerprint
+    assert (
+        train_bpe(TEXTS, 300).fingerprint
+        != train_bpe(TEXTS, 301).fingerprint
+        != byte_tokenizer().fingerprint
+    )
 
 
 # Reading
@@ -361,7 +411,9 @@ def test_windows_cross_the_borders_of_shards():
         assert torch.equal(parts.tokens(start, stop), torch.arange(start, stop))
         a, b = whole.documents(start, stop), parts.documents(start, stop)
         assert torch.equal(a - a[0], b - b[0])
-    assert whole.documents(0, 12).tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2], "the end token begins the next one"
+    assert whole.documents(0, 12).tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2], (
+        "the end token begins the next one"
+    )
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -369,34 +421,48 @@ def test_ranks_together_see_what_one_process_sees(world_size):
     data = split_up(np.arange(200), np.array([50, 200]), [50])
     whole = data.batches(2 * world_size, 9, seed=5, state=DataState(4), documents=True)
     ranks = [
-        data.batches(2, 9, seed=5, state=DataState(4), rank=r, world_size=world_size, documents=True)
+        data.batches(
+            2, 9, seed=5, state=DataState(4), rank=r, world_size=world_size, documents=True
+        )
         for r in range(world_size)
     ]
     for _ in range(8):
         batch, state = next(whole)
         pieces = [next(r) for r in ranks]
         for name in batch._fields:
-            assert torch.equal(getattr(batch, name), torch.cat([getattr(b, name) for b, _ in pieces])), name
+            assert torch.equal(
+                getattr(batch, name), torch.cat([getattr(b, name) for b, _ in pieces])
+            ), name
         assert {s for _, s in pieces} == {state}
 
 
 def test_masked_training_on_shards_equals_each_document_alone(prepared):
-    """From text to loss: the batch's documents, each run alone as end-of-text plus text, give the same loss."""
+    """From text to loss: the batch's documents, each run alone as end-of-text plus text, give the
+    same loss."""
     _, out, _ = prepared
     tokenizer = Tokenizer.load(out)
     data = open_shards(out, "train", tokenizer)
     model = tiny("expert_choice", vocab_size=tokenizer.vocab_size, max_seq_len=256).double()
     batch = data.batch([0, 5], 200, documents=True)
-    together = model(batch.tokens_BT, targets_BT=batch.targets_BT, documents_BT=batch.documents_BT, selection="topk")
+    together = model(
+        batch.tokens_BT,
+        targets_BT=batch.targets_BT,
+        documents_BT=batch.documents_BT,
+        selection="topk",
+    )
     total = count = 0
     for row in range(2):
         changes = (batch.documents_BT[row].diff() != 0).nonzero()[:, 0] + 1
         for place in torch.arange(200).tensor_split(changes):
             tokens, targets = batch.tokens_BT[row, place], batch.targets_BT[row, place]
             if place[0] > 0:
-                assert tokens[0] == tokenizer.end_of_text_id, "a document begins with the end of the one before"
+                assert tokens[0] == tokenizer.end_of_text_id, (
+                    "a document begins with the end of the one before"
+                )
             assert tokenizer.end_of_text_id not in tokens[1:]
-            total += model(tokens[None], targets_BT=targets[None], selection="topk").nll * len(place)
+            total += model(tokens[None], targets_BT=targets[None], selection="topk").nll * len(
+                place
+            )
             count += len(place)
         assert len(changes) >= 1
     torch.testing.assert_close(together.nll, total / count)
@@ -406,8 +472,12 @@ def test_training_reads_prepared_data_and_names_what_does_not_fit(prepared, tmp_
     _, out, _ = prepared
     corpus = load_corpus(DataConfig(path=str(out)))
     assert corpus.train.num_documents + corpus.validation.num_documents == 150
-    assert corpus.tokenizer.fingerprint == read_manifest(out)["settings"]["tokenizer"]["fingerprint"]
-    with pytest.raises(ValueError, match=r"was prepared with the tokenizer 'bytes' \(\w+\), not with .*\(\w+\)"):
+    assert (
+        corpus.tokenizer.fingerprint == read_manifest(out)["settings"]["tokenizer"]["fingerprint"]
+    )
+    with pytest.raises(
+        ValueError, match=r"was prepared with the tokenizer 'bytes' \(\w+\), not with .*\(\w+\)"
+    ):
         load_corpus(DataConfig(path=str(out)), train_bpe(TEXTS, 300))
     source = write_jsonl(tmp_path / "a.jsonl")
     prepare([source], tmp_path / "all", PrepareConfig(tokenizer="bytes", workers=1))

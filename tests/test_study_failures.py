@@ -14,8 +14,9 @@ from rich.console import Console
 from test_sweep import BASE, QUIET, study, study_file
 
 from mor.cli import main
-from mor.config import ModelConfig, from_dict
 from mor.files import read_json, write_json
+from mor.model.config import ModelConfig
+from mor.settings import from_dict
 from mor.studies import launch as launch_module
 from mor.studies.launch import DIED, launch, run_one, run_study
 from mor.studies.report import _cell
@@ -47,7 +48,10 @@ def killed(run, times):
 
 def test_a_killed_worker_fails_no_other_run_and_is_tried_again_alone(tmp_path):
     always, once, whole = main_runs(study(tmp_path), tmp_path / "out", {})[0][:3]
-    runs, console = [killed(always, 1000), killed(once, 1), replace(whole, row="[/b]")], Console(file=StringIO())
+    runs, console = (
+        [killed(always, 1000), killed(once, 1), replace(whole, row="[/b]")],
+        Console(file=StringIO()),
+    )
     outcomes = launch(runs, Workers(jobs=2), console, folder=tmp_path)
     assert "finished    main   [/b], seed" in console.file.getvalue()
     assert {o.run.config.out: (o.status, o.reason) for o in outcomes} == {
@@ -64,7 +68,9 @@ def test_no_rate_is_chosen_from_half_a_grid(tmp_path, monkeypatch):
 
     def some_die(runs, *_, **__):
         ran.extend(runs)
-        return [run_one(run, 1) for run in runs if (run.stage, run.config.optim.lr) != ("tuning", 1e-2)]
+        return [
+            run_one(run, 1) for run in runs if (run.stage, run.config.optim.lr) != ("tuning", 1e-2)
+        ]
 
     monkeypatch.setattr(launch_module, "launch", some_die)
     with pytest.raises(ValueError, match="rates of recursive, one pass are still to be tried"):
@@ -85,24 +91,34 @@ def test_a_run_that_another_process_trains_is_left_as_it_is(tmp_path):
     with FileLock(path / ".lock"):
         outcome = run_one(run, 1)
     assert outcome.status == "failed" and "another process is training" in outcome.reason
-    assert [file.name for file in path.iterdir()] == [".lock"], "neither its place in the study nor an error"
+    assert [file.name for file in path.iterdir()] == [".lock"], (
+        "neither its place in the study nor an error"
+    )
 
 
 def test_branches_outlive_the_checkpoints_they_began_with(tmp_path):
     found = study(tmp_path, base="budgets = [4e7, 6e7]\n" + BASE)
     trunk, branch = (stage[0] for stage in main_runs(found, tmp_path / "out", {}))
     assert trunk.config.save_every < branch.branch_step
-    other = replace(branch, config=replace(branch.config, optim=replace(branch.config.optim, lr=0.5)))
+    other = replace(
+        branch, config=replace(branch.config, optim=replace(branch.config.optim, lr=0.5))
+    )
     assert run_one(trunk, 1).status == "finished"
-    assert f"{trunk.config.out} holds a run with other settings (optim.lr" in run_one(other, 1).reason
+    assert (
+        f"{trunk.config.out} holds a run with other settings (optim.lr" in run_one(other, 1).reason
+    )
     assert run_one(branch, 1).status == "finished"
     checkpoints = sorted(path.name for path in (Path(trunk.config.out) / "checkpoints").iterdir())
     kept = {f"step-{step:08d}" for step in (*trunk.config.keep_steps, trunk.config.steps)}
-    assert kept < set(checkpoints) and len(checkpoints) == len(kept) + 1, "those to branch off, and the newest two"
+    assert kept < set(checkpoints) and len(checkpoints) == len(kept) + 1, (
+        "those to branch off, and the newest two"
+    )
     shutil.rmtree(Path(trunk.config.out) / "checkpoints")
     assert run_one(branch, 1).status == "kept"
     assert "optim.lr 0.003, now 0.5" in run_one(other, 1).reason
-    assert [row["status"] for row in collect(tmp_path / "out")] == ["failed", "finished"], "not what is asked for now"
+    assert [row["status"] for row in collect(tmp_path / "out")] == ["failed", "finished"], (
+        "not what is asked for now"
+    )
     assert run_one(branch, 1).status == "kept"
     assert [row["status"] for row in collect(tmp_path / "out")] == ["finished", "finished"]
 
@@ -149,14 +165,20 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         ('[variants."λ"]', "'λ' gets no folder"),
         ('[variants.".."]', "'..' gets no folder"),
         ("[axes]\nsize = { s = {} }\nSize = { l = {} }", "'size' and 'Size' have the same label"),
-        ('[axes]\n"model.alpha" = [1]\n"router.alpha" = [1]', "'model.alpha' and 'router.alpha' have the same label"),
+        (
+            '[axes]\n"model.alpha" = [1]\n"router.alpha" = [1]',
+            "'model.alpha' and 'router.alpha' have the same label",
+        ),
         ("[tuning]\nrates = 3e-3", "Tuning.rates must be list.*, got 0.003"),
         ("[variants.x]\nlike = ['x']", "no shape"),
         ('[variants.x]\n"model.dim" = 32', "model.dim without quotes"),
         ("[variants.x]\nsteps = 'two'", "TrainConfig.steps must be int, got 'two'"),
         ("[variants.x]\nmodel = 3", "TrainConfig.model must be ModelConfig, got 3"),
         ("[variants.x]\nmodel.router = 'random'", "RouterConfig is made of a table"),
-        ("[variants.x]\nmodel.num_recursions = 'two'", "model.num_recursions = 'two' is of the wrong type"),
+        (
+            "[variants.x]\nmodel.num_recursions = 'two'",
+            "model.num_recursions = 'two' is of the wrong type",
+        ),
         ("[variants.x]\nat = 3", "'at' is a table"),
         ("[variants.x]\nat.z = {}", "no axis has the value 'z'"),
         ("[variants]\nx = 3", "Study.variants must be"),
@@ -201,7 +223,10 @@ def test_nothing_to_report_is_said_and_old_tables_go(tmp_path, capsys):
     path, out = study_file(tmp_path), tmp_path / "out"
     with pytest.raises(SystemExit):
         main(["sweep", str(path), "--out", str(out), "--report"])
-    assert capsys.readouterr().err == f"error: {out} holds no runs yet; start the study without --report\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {out} holds no runs yet; start the study without --report\n"
+    )
     for old in ("tables/recurrence_law.csv", "figures/isoflop.svg", "tables/mine.csv"):
         (out / old).parent.mkdir(parents=True, exist_ok=True)
         (out / old).write_text("old")
@@ -220,7 +245,10 @@ def test_brackets_in_names_are_shown_as_they_are(tmp_path, capsys):
         .replace("recursive", "a [red]")
         .replace("variants.a [red]", 'variants."a [red]"')
     )
-    path, out = study_file(tmp_path, '[variants."b [/b]"]\ndata.path = "[/b].txt"\n', base), tmp_path / "out"
+    path, out = (
+        study_file(tmp_path, '[variants."b [/b]"]\ndata.path = "[/b].txt"\n', base),
+        tmp_path / "out",
+    )
     main(["sweep", str(path), "--out", str(out), "--dry-run"])
     assert "a [red] (main)" in capsys.readouterr().out
     assert run_one(main_runs(load_study(path), out, {})[0][0], 1).status == "finished"
@@ -232,5 +260,12 @@ def test_brackets_in_names_are_shown_as_they_are(tmp_path, capsys):
 
 
 def test_large_numbers_have_their_unit():
-    shown = {1.6e12: "1.6T", 9.999e11: "1T", 4e11: "400B", 1234.0: "1.23k", 0.5: "0.500", 5e19: "5e+19"}
+    shown = {
+        1.6e12: "1.6T",
+        9.999e11: "1T",
+        4e11: "400B",
+        1234.0: "1.23k",
+        0.5: "0.500",
+        5e19: "5e+19",
+    }
     assert {value: _cell(value) for value in shown} == shown

@@ -1,4 +1,5 @@
-"""What a study says of its runs, against figures worked out by hand, by definition, or from the runs themselves."""
+"""What a study says of its runs, against figures worked out by hand, by definition, or from the
+runs themselves."""
 
 import shutil
 from dataclasses import replace
@@ -12,11 +13,10 @@ from rich.console import Console
 
 import mor.studies.launch as launch_module
 from mor import checkpoint
-from mor.config import RouterConfig, preset
-from mor.data import DataConfig, load_corpus
-from mor.evaluate import by_hops, evaluate
-from mor.metrics import read_metrics
-from mor.model import Transformer
+from mor.data.stream import DataConfig, load_corpus
+from mor.evaluation.nll import by_hops, evaluate
+from mor.model.config import RouterConfig, preset
+from mor.model.transformer import Transformer
 from mor.studies import compare
 from mor.studies.exits import all_to_depth, confident_exits, early_exits, oracle_exits
 from mor.studies.launch import flops_of, run_one, run_study
@@ -24,7 +24,8 @@ from mor.studies.report import exits
 from mor.studies.results import collect, finished, model_facts
 from mor.studies.settings import Workers
 from mor.studies.study import DepthPays, Study, load_study, main_runs, study_rows, tuning_runs
-from mor.train_config import load_config
+from mor.training.config import load_config
+from mor.training.metrics import read_metrics
 
 STUDY = """
 title = "Test"
@@ -67,12 +68,15 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """(study, its folder, rows of its runs): two variants, two budgets, two seeds and their tuning, in this process."""
+    """(study, its folder, rows of its runs): two variants, two budgets, two seeds and their tuning,
+    in this process."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "study.toml").write_text(STUDY)
     study, out = load_study(folder / "study.toml"), folder / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch_module, "launch", lambda runs, *_, **__: [run_one(run, 1) for run in runs])
+        patch.setattr(
+            launch_module, "launch", lambda runs, *_, **__: [run_one(run, 1) for run in runs]
+        )
         outcomes = run_study(study, out, Workers(), QUIET)
     assert {outcome.status for outcome in outcomes} == {"finished"}
     return study, out, collect(out)
@@ -96,7 +100,8 @@ def test_the_figure_that_counts_is_causal_and_top_k_has_its_own(ran):
         config = load_config(Path(path) / "train.json")
         data = load_corpus(config.data).validation
         causal, topk = (
-            evaluate(model, data, seq_len=16, max_windows=16, selection=name) for name in ("threshold", "topk")
+            evaluate(model, data, seq_len=16, max_windows=16, selection=name)
+            for name in ("threshold", "topk")
         )
         assert row["validation_nll"] == pytest.approx(causal.nll, abs=1e-6)
         assert row["mean_depth"] == pytest.approx(causal.mean_depth)
@@ -112,7 +117,9 @@ def test_router_health_is_that_of_the_last_tenth_of_training(ran):
         if row["variant"] == "MoR":
             log = [x for x in read_metrics(Path(row["path"]) / "metrics.jsonl") if "loss" in x]
             last = log[-(len(log) // 10) :]
-            assert len(log) >= 20 and row["depth_entropy"] == pytest.approx(fmean(x["depth_entropy"] for x in last))
+            assert len(log) >= 20 and row["depth_entropy"] == pytest.approx(
+                fmean(x["depth_entropy"] for x in last)
+            )
             assert row["agreement"] == pytest.approx(fmean(x["agreement"] for x in last))
             assert row["agreement"] != log[0]["agreement"], "or this test could not fail"
 
@@ -120,8 +127,13 @@ def test_router_health_is_that_of_the_last_tenth_of_training(ran):
 def test_parameters_are_those_of_the_model_and_its_shared_stack(ran):
     for row in of(ran[2], "main"):
         model = checkpoint.load(row["path"]).model
-        own, shared = (sum(p.numel() for p in part.parameters()) for part in (model, model.recursions.shared_blocks))
-        assert row["params"] == own - model.embedding.weight.numel() and row["looped_params"] == shared
+        own, shared = (
+            sum(p.numel() for p in part.parameters())
+            for part in (model, model.recursions.shared_blocks)
+        )
+        assert (
+            row["params"] == own - model.embedding.weight.numel() and row["looped_params"] == shared
+        )
     assert model_facts(preset("tiny"))["looped_params"] == 0, "one pass loops nothing"
 
 
@@ -130,10 +142,15 @@ def test_rates_are_tuned_at_the_smallest_budget_and_used(ran):
     _, branches = planned(ran)
     for run in tuning_runs(study, out):
         small = next(b for b in branches if b.row == run.row)
-        assert run.config.steps == round(small.config.steps * 0.5) and run.config.seed == study.tuning.seed
+        assert (
+            run.config.steps == round(small.config.steps * 0.5)
+            and run.config.seed == study.tuning.seed
+        )
         assert not run.exits
     assert {row["config_optim_lr"] for row in of(rows, "tuning")} == {1e-6, 1e-2}
-    assert {row["config_optim_lr"] for row in of(rows, "main", "branch")} == {1e-2}, "a rate of 1e-6 learns nothing"
+    assert {row["config_optim_lr"] for row in of(rows, "main", "branch")} == {1e-2}, (
+        "a rate of 1e-6 learns nothing"
+    )
 
 
 def test_branches_leave_where_their_cool_down_begins_and_cost_what_is_theirs(ran):
@@ -142,7 +159,10 @@ def test_branches_leave_where_their_cool_down_begins_and_cost_what_is_theirs(ran
     for run in branches:
         trunk = next(t for t in trunks if t.config.out == run.trunk)
         total, cooldown = run.config.steps, run.config.optim.cooldown
-        assert total >= 10 and abs(run.branch_step - (1 - cooldown) * total) <= trunk.config.save_every / 2
+        assert (
+            total >= 10
+            and abs(run.branch_step - (1 - cooldown) * total) <= trunk.config.save_every / 2
+        )
         assert flops_of(run) == pytest.approx(run.budget * (1 - run.branch_step / total), rel=0.1)
         assert flops_of(trunk) == pytest.approx(trunk.budget, rel=0.1)
         # The trunk warms up for as many steps as a run of the smallest budget would alone.
@@ -164,7 +184,9 @@ def test_a_moved_study_is_the_same_study_and_old_failures_are_forgotten(ran, tmp
         place = Path(again.config.out)
         (place / "result.json").unlink()
         (place / "error.txt").write_text("out of memory")
-        assert next(row for row in collect(moved) if row["path"] == str(place))["status"] == "failed"
+        assert (
+            next(row for row in collect(moved) if row["path"] == str(place))["status"] == "failed"
+        )
         assert run_one(again, 1).status == "finished" and not (place / "error.txt").exists()
     finally:
         (tmp_path / "gone").rename(ran[1])
@@ -179,8 +201,13 @@ def test_exits_are_measured_on_the_variants_asked_for_at_their_own_mean_depth(ra
         assert found["confidence"]["mean_depth"] == pytest.approx(2, abs=0.01)
         assert found["oracle"]["nll"] <= found["confidence"]["nll"] + 1e-6
     data = load_corpus(DataConfig(path="task:state-tracking?hops=3")).validation
-    for router, mean_depth in (("fixed", 2.0), (RouterConfig(kind="random", capacities=(1.0, 0.5, 0.25)), 1.75)):
-        assert early_exits(tiny(router, vocab_size=15), data, 16, 4)["mean_depth"] == pytest.approx(mean_depth)
+    for router, mean_depth in (
+        ("fixed", 2.0),
+        (RouterConfig(kind="random", capacities=(1.0, 0.5, 0.25)), 1.75),
+    ):
+        assert early_exits(tiny(router, vocab_size=15), data, 16, 4)["mean_depth"] == pytest.approx(
+            mean_depth
+        )
 
 
 def test_the_table_holds_the_figures_of_the_runs(ran):
@@ -188,28 +215,41 @@ def test_the_table_holds_the_figures_of_the_runs(ran):
     runs = finished(rows, "main", "branch")
     by = {(run["variant"], run["budget"], run["seed"]): run for run in runs}
     lines = {line.row: line for line in compare.lines(study, runs)}
-    assert list(lines) == [f"{v}, width narrow, {b} FLOPs" for v in ("recursive", "MoR") for b in ("6e+07", "1.2e+08")]
+    assert list(lines) == [
+        f"{v}, width narrow, {b} FLOPs" for v in ("recursive", "MoR") for b in ("6e+07", "1.2e+08")
+    ]
     line = lines["MoR, width narrow, 6e+07 FLOPs"]
     mine, other = ([by[v, 6e7, seed] for seed in (0, 1)] for v in ("MoR", "recursive"))
     assert line.nll == pytest.approx(fmean(run["validation_nll"] for run in mine))
     gaps = [a["validation_nll"] - b["validation_nll"] for a, b in zip(mine, other, strict=True)]
     assert line.difference == pytest.approx(fmean(gaps))
-    assert line.mean_depth == pytest.approx(fmean(run["mean_depth"] for run in mine)) and line.mean_depth != 1
+    assert (
+        line.mean_depth == pytest.approx(fmean(run["mean_depth"] for run in mine))
+        and line.mean_depth != 1
+    )
     assert lines["recursive, width narrow, 6e+07 FLOPs"].difference is None
 
 
 HAND = Study(
-    title="", variants={"a": {}, "ab": {}, "b": {}}, reference="a", depth_pays=DepthPays(deep="ab", shallow="b")
+    title="",
+    variants={"a": {}, "ab": {}, "b": {}},
+    reference="a",
+    depth_pays=DepthPays(deep="ab", shallow="b"),
 )
 
 
 def hand_runs():
-    """By size and budget: a, ab worse by 0.5, 0.51 and 0.52, and b worse by 1 at size s and better by 1 at size l."""
+    """By size and budget: a, ab worse by 0.5, 0.51 and 0.52, and b worse by 1 at size s and better
+    by 1 at size l."""
     for size, extra in (("s", 1.0), ("l", -1.0)):
         for budget in (1e3, 1e6):
             for seed in range(3):
                 base = 10 * (budget == 1e6) + 5 * (size == "l") + 0.1 * seed + 3
-                for variant, nll in (("a", base), ("ab", base + 0.5 + 0.01 * seed), ("b", base + 0.5 + extra)):
+                for variant, nll in (
+                    ("a", base),
+                    ("ab", base + 0.5 + 0.01 * seed),
+                    ("b", base + 0.5 + extra),
+                ):
                     yield dict(
                         row=f"{variant}, size {size}",
                         variant=variant,
@@ -228,13 +268,25 @@ def hand_runs():
 def test_rows_are_compared_with_the_reference_at_the_same_place():
     lines = {line.row: line for line in compare.lines(HAND, hand_runs())}
     assert len(lines) == 12
-    for place in ("size s, 1000 FLOPs", "size s, 1e+06 FLOPs", "size l, 1000 FLOPs", "size l, 1e+06 FLOPs"):
+    for place in (
+        "size s, 1000 FLOPs",
+        "size s, 1e+06 FLOPs",
+        "size l, 1000 FLOPs",
+        "size l, 1e+06 FLOPs",
+    ):
         worse = lines[f"ab, {place}"]
         half = 4.302653 * 0.01 / 3**0.5  # Student's t for 2 degrees of freedom
-        assert worse.difference == pytest.approx(0.51) and worse.mean_depth == 2 and worse.seeds == 3
-        assert (worse.difference_low, worse.difference_high) == (pytest.approx(0.51 - half), pytest.approx(0.51 + half))
+        assert (
+            worse.difference == pytest.approx(0.51) and worse.mean_depth == 2 and worse.seeds == 3
+        )
+        assert (worse.difference_low, worse.difference_high) == (
+            pytest.approx(0.51 - half),
+            pytest.approx(0.51 + half),
+        )
         assert lines[f"b, {place}"].difference == pytest.approx(1.5 if "size s" in place else -0.5)
-        assert lines[f"a, {place}"].difference is None and lines[f"a, {place}"].nll_sd == pytest.approx(0.1)
+        assert lines[f"a, {place}"].difference is None and lines[
+            f"a, {place}"
+        ].nll_sd == pytest.approx(0.1)
     assert lines["a, size l, 1e+06 FLOPs"].nll == pytest.approx(18.1)
 
 
@@ -251,13 +303,24 @@ def test_exits_are_compared_with_random_ones():
     runs = [
         dict(row="x", budget=None, seed=seed)
         | dict(
-            exits={name: dict(nll=nll + seed, mean_depth=2.0 + seed) for name, nll in (("random", 3.0), *known.items())}
+            exits={
+                name: dict(nll=nll + seed, mean_depth=2.0 + seed)
+                for name, nll in (("random", 3.0), *known.items())
+            }
         )
-        for seed, known in enumerate((dict(confidence=2.0, oracle=1.0), dict(confidence=2.2, oracle=1.1)))
+        for seed, known in enumerate(
+            (dict(confidence=2.0, oracle=1.0), dict(confidence=2.2, oracle=1.1))
+        )
     ]
     found = {line.policy: line for line in exits(runs)}
-    assert found["confidence"].difference == pytest.approx(-0.9) and found["oracle"].difference == pytest.approx(-1.95)
-    assert found["random"].difference is None and found["random"].nll == 3.5 and found["oracle"].mean_depth == 2.5
+    assert found["confidence"].difference == pytest.approx(-0.9) and found[
+        "oracle"
+    ].difference == pytest.approx(-1.95)
+    assert (
+        found["random"].difference is None
+        and found["random"].nll == 3.5
+        and found["oracle"].mean_depth == 2.5
+    )
 
 
 @torch.inference_mode()
@@ -268,9 +331,12 @@ def test_every_token_goes_as_deep_as_it_is_sent():
         for kind in ("fixed", "expert_choice", "random"):
             model = tiny(kind)
             expected = model(tokens, capacities=(1.0,) * 3, max_depth=depth).logits_BTV
-            torch.testing.assert_close(all_to_depth(model, tokens, depth), expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                all_to_depth(model, tokens, depth), expected, atol=1e-4, rtol=1e-4
+            )
         sent = all_to_depth(chosen, tokens, depth)
-        chosen.recursions.router.bias_R[:] = torch.where(torch.arange(3) == depth - 1, 99.0, 0.0)  # it gates nothing
+        # it gates nothing
+        chosen.recursions.router.bias_R[:] = torch.where(torch.arange(3) == depth - 1, 99.0, 0.0)
         expected = chosen(tokens)
         assert (expected.routing.depth_BT == depth).all()
         torch.testing.assert_close(sent, expected.logits_BTV, atol=1e-4, rtol=1e-4)
@@ -284,12 +350,20 @@ def test_equal_probabilities_are_shared_out_until_the_mean_depth_is_met():
     for mean_depth in (1.5, 2.5, 3.9):
         depth = confident_exits(nll, sure, mean_depth)
         assert depth.double().mean() == pytest.approx(mean_depth, abs=0.001)
-        assert depth.min() >= 1 and depth.max() <= 4 and torch.equal(depth, confident_exits(nll, sure, mean_depth))
-    assert (confident_exits(nll, sure, 2.5)[hard] == 4).all(), "sure tokens go deeper only when all others do"
+        assert (
+            depth.min() >= 1
+            and depth.max() <= 4
+            and torch.equal(depth, confident_exits(nll, sure, mean_depth))
+        )
+    assert (confident_exits(nll, sure, 2.5)[hard] == 4).all(), (
+        "sure tokens go deeper only when all others do"
+    )
     assert oracle_exits(nll, sure, 1.5).double().mean() == pytest.approx(1.5, abs=0.001)
 
 
-@pytest.mark.parametrize("measure", [lambda *a: early_exits(*a), lambda *a: by_hops(*a)], ids=["exits", "hops"])
+@pytest.mark.parametrize(
+    "measure", [lambda *a: early_exits(*a), lambda *a: by_hops(*a)], ids=["exits", "hops"]
+)
 def test_batches_go_where_the_model_is(measure, monkeypatch):
     def forward(self, tokens_BT, **settings):
         raise LookupError(tokens_BT.device.type)
@@ -322,17 +396,32 @@ def test_the_control_of_depth_has_the_parameters_of_the_deep_model(path):
         if study.budgets and size is not None:
             continue  # budgets and sizes belong together
         for row in study_rows(study):
-            params.setdefault(tuple(row.labels.items()), {})[row.variant] = model_facts(row.config.model)["params"]
+            params.setdefault(tuple(row.labels.items()), {})[row.variant] = model_facts(
+                row.config.model
+            )["params"]
         for place, by_variant in params.items():
-            assert by_variant[study.depth_pays.deep] == by_variant[study.depth_pays.shallow], (size, place)
+            assert by_variant[study.depth_pays.deep] == by_variant[study.depth_pays.shallow], (
+                size,
+                place,
+            )
 
 
 def test_a_variant_may_differ_at_one_value_of_an_axis_that_there_is(ran):
-    study = replace(ran[0], axes={"width": {"narrow": {"model": {"dim": 16}}, "wide": {"model": {"dim": 32}}}})
-    other = {**study.variants, "MoR": {**study.variants["MoR"], "at": {"wide": {"model": {"num_layers": 8}}}}}
-    layers = {row.name: row.config.model.shared_layers for row in study_rows(replace(study, variants=other))}
+    study = replace(
+        ran[0], axes={"width": {"narrow": {"model": {"dim": 16}}, "wide": {"model": {"dim": 32}}}}
+    )
+    other = {
+        **study.variants,
+        "MoR": {**study.variants["MoR"], "at": {"wide": {"model": {"num_layers": 8}}}},
+    }
+    layers = {
+        row.name: row.config.model.shared_layers
+        for row in study_rows(replace(study, variants=other))
+    }
     assert layers == {
-        f"{v}, width {w}": 1 + (v == "MoR" and w == "wide") for v in study.variants for w in study.axes["width"]
+        f"{v}, width {w}": 1 + (v == "MoR" and w == "wide")
+        for v in study.variants
+        for w in study.axes["width"]
     }
     other["MoR"]["at"] = {"huge": {}}
     with pytest.raises(ValueError, match="no axis has the value 'huge'"):
@@ -340,7 +429,9 @@ def test_a_variant_may_differ_at_one_value_of_an_axis_that_there_is(ran):
 
 
 def test_runs_of_moves_are_of_all_lengths_equally_often():
-    problems = load_corpus(DataConfig(path="task:state-tracking?hops=4")).train.problems(range(400), 40)
+    problems = load_corpus(DataConfig(path="task:state-tracking?hops=4")).train.problems(
+        range(400), 40
+    )
     hops = problems.hops_BT[:, :-1]
     ends = problems.hops_BT[:, 1:] == 1  # the next word sets the state anew
     share = torch.bincount(hops[ends], minlength=5)[1:] / ends.sum()

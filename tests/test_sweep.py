@@ -10,21 +10,21 @@ import pytest
 import torch
 from rich.console import Console
 
-import mor.train as train_module
-from mor.analysis.intervals import paired
+import mor.training.loop as train_module
 from mor.cli import main
-from mor.config import preset
-from mor.data import DataConfig, load_corpus
-from mor.evaluate import evaluate
-from mor.model import Transformer
-from mor.optim import learning_rate
+from mor.data.stream import DataConfig, load_corpus
+from mor.evaluation.nll import evaluate
+from mor.model.config import preset
+from mor.model.transformer import Transformer
+from mor.statistics import paired
 from mor.studies import compare
 from mor.studies.exits import POLICIES, confident_exits, early_exits, oracle_exits, random_exits
 from mor.studies.launch import launch, run_one, visible_gpus
 from mor.studies.results import collect, tuned_rates
 from mor.studies.settings import Workers
 from mor.studies.study import load_study, main_runs, merge, study_rows, tuning_runs
-from mor.train_config import step_flops
+from mor.training.config import step_flops
+from mor.training.optim import learning_rate
 
 BASE = """
 title = "Test"
@@ -42,7 +42,13 @@ eval_windows = 4
 log_every = 1
 device = "cpu"
 data.path = "task:state-tracking?hops=3"
-model = { preset = "tiny", dim = 16, num_heads = 2, num_kv_heads = 2, head_dim = 8, ffn_dim = 24, max_seq_len = 32 }
+model.preset = "tiny"
+model.dim = 16
+model.num_heads = 2
+model.num_kv_heads = 2
+model.head_dim = 8
+model.ffn_dim = 24
+model.max_seq_len = 32
 
 [variants.recursive]
 model = { num_layers = 4, num_recursions = 2 }
@@ -71,12 +77,23 @@ size = { s = { model.dim = 16 }, l = { model.dim = 32, batch_size = 3 } }
     rows = {row.name: row.config for row in study_rows(study(tmp_path, more))}
     assert len(rows) == 8
     config = rows["recursive, lr 0.002, size l"]
-    assert (config.optim.lr, config.model.dim, config.batch_size, config.model.num_recursions) == (2e-3, 32, 3, 2)
-    assert (config.model.prelude_layers, config.model.shared_layers, config.model.coda_layers) == (1, 1, 1)
+    assert (config.optim.lr, config.model.dim, config.batch_size, config.model.num_recursions) == (
+        2e-3,
+        32,
+        3,
+        2,
+    )
+    assert (config.model.prelude_layers, config.model.shared_layers, config.model.coda_layers) == (
+        1,
+        1,
+        1,
+    )
     assert rows["one pass, lr 0.001, size s"].model.family == "vanilla"
     runs = main_runs(study(tmp_path, more), tmp_path, {"recursive, lr 0.002, size l": 7e-3})[0]
     assert len(runs) == 16 and len({run.config.out for run in runs}) == 16
-    assert {run.config.optim.lr for run in runs if run.row == "recursive, lr 0.002, size l"} == {7e-3}
+    assert {run.config.optim.lr for run in runs if run.row == "recursive, lr 0.002, size l"} == {
+        7e-3
+    }
 
 
 def test_nested_tables_merge_and_inputs_stay_as_they_are():
@@ -104,9 +121,14 @@ def test_a_wrong_study_is_explained(tmp_path, more, message):
 
 
 def test_a_study_runs_keeps_what_is_finished_and_lists_what_failed(tmp_path, capsys):
-    path, out = study_file(tmp_path, "[variants.broken]\ndata.path = 'none.txt'\n"), tmp_path / "out"
+    path, out = (
+        study_file(tmp_path, "[variants.broken]\ndata.path = 'none.txt'\n"),
+        tmp_path / "out",
+    )
     runs = [run for run in main_runs(load_study(path), out, {})[0] if run.variant != "broken"]
-    assert [(run.variant, run.seed) for run in runs] == [(v, s) for s in (0, 1) for v in ("recursive", "one pass")]
+    assert [(run.variant, run.seed) for run in runs] == [
+        (v, s) for s in (0, 1) for v in ("recursive", "one pass")
+    ]
     for run in runs[:3]:
         assert run_one(run, 1).status == "finished"
     before = (out / "runs/recursive/seed-0/result.json").stat().st_mtime_ns
@@ -114,14 +136,20 @@ def test_a_study_runs_keeps_what_is_finished_and_lists_what_failed(tmp_path, cap
         main(["sweep", str(path), "--out", str(out), "--variants", "one pass", "broken"])
     printed = capsys.readouterr().out
     assert (out / "runs/recursive/seed-0/result.json").stat().st_mtime_ns == before
-    assert printed.count("finished ") == 1 and printed.count("none.txt") == 4  # while running, and in the report
-    assert printed.index("the same unique layers applied once") < printed.index("paired differences")
+    # while running, and in the report
+    assert printed.count("finished ") == 1 and printed.count("none.txt") == 4
+    assert printed.index("the same unique layers applied once") < printed.index(
+        "paired differences"
+    )
     assert all(
-        (out / f"figures/{name}").stat().st_size > 5000 for name in ("rows.png", "rows.svg", "hops.png", "hops.svg")
+        (out / f"figures/{name}").stat().st_size > 5000
+        for name in ("rows.png", "rows.svg", "hops.png", "hops.svg")
     )
 
     found = json.loads((out / "runs/one-pass/seed-1/result.json").read_text())
-    (out / "runs/one-pass/seed-1/result.json").write_text(json.dumps(found | {"validation_nll": float("nan")}))
+    (out / "runs/one-pass/seed-1/result.json").write_text(
+        json.dumps(found | {"validation_nll": float("nan")})
+    )
     (out / "results.sqlite").unlink()
     main(["sweep", str(path), "--out", str(out), "--report"])
     assert "left out, its NLL is no number" in capsys.readouterr().out
@@ -129,7 +157,8 @@ def test_a_study_runs_keeps_what_is_finished_and_lists_what_failed(tmp_path, cap
     page = (out / "report.html").read_text()
     assert page.index("the same unique layers applied once") < page.index("Rows of the study")
     with sqlite3.connect(out / "results.sqlite") as database:
-        query = "select row, seed, status, validation_nll, config_model_dim, share_per_recursion from runs"
+        columns = "row, seed, status, validation_nll, config_model_dim, share_per_recursion"
+        query = f"select {columns} from runs"
         rows = {row[:2]: row[2:] for row in database.execute(query)}
     assert len(rows) == 6 and rows["broken", 0][0] == "failed"
     status, nll, dim, share = rows["recursive", 1]
@@ -168,7 +197,9 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
 def test_learning_rates_are_tuned_on_short_runs_of_another_seed(tmp_path):
     found = study(tmp_path, "[tuning]\nrates = [1e-6, 1e-2]\nshare = 0.5\n")
     runs = tuning_runs(found, tmp_path / "out")
-    assert len(runs) == 4 and {(r.config.steps, r.config.seed, r.stage) for r in runs} == {(2, 1000, "tuning")}
+    assert len(runs) == 4 and {(r.config.steps, r.config.seed, r.stage) for r in runs} == {
+        (2, 1000, "tuning")
+    }
     for run in runs:
         assert run_one(run, 1).status == "finished"
     rates = tuned_rates(collect(tmp_path / "out"), (1e-6, 1e-2))
@@ -184,7 +215,9 @@ BUDGETS = "budgets = [5e7, 1e8, 1.5e8]\n" + BASE
 def test_budgets_share_a_stable_run_and_get_their_flops(tmp_path):
     found = study(tmp_path, base=BUDGETS)
     trunks, branches = main_runs(replace(found, seeds=(0,)), tmp_path / "out", {})
-    trunks, branches = ([r for r in stage if r.variant == "recursive"] for stage in (trunks, branches))
+    trunks, branches = (
+        [r for r in stage if r.variant == "recursive"] for stage in (trunks, branches)
+    )
     assert [r.budget for r in trunks] == [1.5e8] and [r.budget for r in branches] == [5e7, 1e8]
     early = run_one(branches[0], 1)
     assert early.status == "failed" and "did it finish?" in early.reason
@@ -195,12 +228,22 @@ def test_budgets_share_a_stable_run_and_get_their_flops(tmp_path):
         result = json.loads((Path(run.config.out) / "result.json").read_text())
         assert abs(result["train_flops"] - run.budget) <= step / 2
     config = branches[0].config
-    rates = [learning_rate(config.optim, s, config.steps) for s in range(branches[0].branch_step, config.steps)]
-    assert rates == sorted(rates, reverse=True) and rates[0] <= config.optim.lr and rates[-1] < rates[0]
+    rates = [
+        learning_rate(config.optim, s, config.steps)
+        for s in range(branches[0].branch_step, config.steps)
+    ]
+    assert (
+        rates == sorted(rates, reverse=True)
+        and rates[0] <= config.optim.lr
+        and rates[-1] < rates[0]
+    )
 
 
 def test_every_seed_draws_its_own_random_depths(tmp_path):
-    routed = study(tmp_path, '[variants.random]\nmodel = { num_recursions = 2, router = { kind = "random" } }\n')
+    routed = study(
+        tmp_path,
+        '[variants.random]\nmodel = { num_recursions = 2, router = { kind = "random" } }\n',
+    )
     runs = main_runs(routed, tmp_path / "out", {})[0]
     drawn = [(run.config.seed, run.config.model.router.seed) for run in runs if run.row == "random"]
     assert drawn == [(seed, seed) for seed in routed.seeds] and len(drawn) > 1
@@ -210,7 +253,9 @@ def test_every_seed_draws_its_own_random_depths(tmp_path):
 def test_a_cluster_gets_the_same_runs(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
     runs = main_runs(study(tmp_path), tmp_path / "out", {})[0][:2]
-    broken = replace(runs[1], config=replace(runs[1].config, data=replace(runs[1].config.data, path="none.txt")))
+    broken = replace(
+        runs[1], config=replace(runs[1].config, data=replace(runs[1].config.data, path="none.txt"))
+    )
     outcomes = launch([runs[0], broken], Workers(cluster="debug"), QUIET, folder=tmp_path)
     assert {o.run.config.out: o.status for o in outcomes} == {
         runs[0].config.out: "finished",
@@ -238,7 +283,8 @@ def test_gpus_that_are_not_there_or_would_stand_idle_are_refused(tmp_path, monke
 
 
 def test_paired_differences_and_their_intervals():
-    # Differences 0.1, 0.2, 0.3: mean 0.2, sd 0.1, and Student's t for 2 degrees of freedom is 4.303.
+    # Differences 0.1, 0.2, 0.3: mean 0.2, sd 0.1, and Student's t for 2 degrees of freedom is
+    # 4.303.
     found = paired({0: 1.1, 1: 2.2, 2: 3.3, 9: 7.0}, {0: 1.0, 1: 2.0, 2: 3.0, 8: 1.0})
     half = 4.302653 * 0.1 / 3**0.5
     assert found.count == 3 and abs(found.mean - 0.2) < 1e-9
@@ -249,7 +295,13 @@ def test_paired_differences_and_their_intervals():
 
 def runs_of(**nll):
     return [
-        dict(row=row.replace("_", " "), variant=row.replace("_", " "), budget=None, seed=seed, validation_nll=value)
+        dict(
+            row=row.replace("_", " "),
+            variant=row.replace("_", " "),
+            budget=None,
+            seed=seed,
+            validation_nll=value,
+        )
         for row, values in nll.items()
         for seed, value in enumerate(values)
     ]
@@ -257,9 +309,13 @@ def runs_of(**nll):
 
 def test_the_verdict_on_depth_follows_from_the_numbers(tmp_path):
     found = study(tmp_path)
-    pays = compare.depth_verdict(found, runs_of(recursive=[1.0, 1.1, 1.2], one_pass=[1.4, 1.5, 1.61]))
+    pays = compare.depth_verdict(
+        found, runs_of(recursive=[1.0, 1.1, 1.2], one_pass=[1.4, 1.5, 1.61])
+    )
     assert "depth pays" in pays and "+0.403" in pays
-    noisy = compare.depth_verdict(found, runs_of(recursive=[1.0, 1.1, 1.2], one_pass=[1.0, 1.5, 1.3]))
+    noisy = compare.depth_verdict(
+        found, runs_of(recursive=[1.0, 1.1, 1.2], one_pass=[1.0, 1.5, 1.3])
+    )
     assert "says nothing about routing" in noisy
     assert "one seed" in compare.depth_verdict(found, runs_of(recursive=[1.0], one_pass=[2.0]))
     assert "not finished" in compare.depth_verdict(found, runs_of(recursive=[1.0]))
@@ -267,18 +323,23 @@ def test_the_verdict_on_depth_follows_from_the_numbers(tmp_path):
 
 def test_exits_keep_the_mean_depth_and_an_oracle_knows_best():
     generator = torch.Generator().manual_seed(0)
-    nll = torch.rand(4000, 3, generator=generator, dtype=torch.float64).cumsum(1).flip(1)  # deeper is better
+    # deeper is better
+    nll = torch.rand(4000, 3, generator=generator, dtype=torch.float64).cumsum(1).flip(1)
     sure = (-nll).exp()
     losses = {}
     for name, policy in POLICIES.items():
         depth = policy(nll, sure, 2.0)
-        assert depth.min() >= 1 and depth.max() <= 3 and abs(depth.double().mean() - 2.0) < 0.03, name
+        assert depth.min() >= 1 and depth.max() <= 3 and abs(depth.double().mean() - 2.0) < 0.03, (
+            name
+        )
         losses[name] = nll.gather(1, depth[:, None] - 1).mean()
     assert losses["oracle"] < losses["confidence"] < losses["random"]
     # Where every further recursion hurts, an oracle stays at one.
     assert (oracle_exits(nll.flip(1), sure, 2.0) == 1).all()
     assert torch.equal(confident_exits(nll, sure, 3.0), torch.full((4000,), 3))
-    assert torch.equal(random_exits(nll, sure, 2.0), random_exits(-nll, sure + 1, 2.0)), "knows nothing of the tokens"
+    assert torch.equal(random_exits(nll, sure, 2.0), random_exits(-nll, sure + 1, 2.0)), (
+        "knows nothing of the tokens"
+    )
 
 
 def test_exits_are_measured_at_every_depth_of_the_model():
@@ -296,7 +357,11 @@ def test_published_losses_give_tables_and_figures(tmp_path, capsys):
     main(["sweep", "--fit", "paper", "--out", str(tmp_path), "--resamples", "20"])
     printed = capsys.readouterr().out
     assert "36 losses" in printed and "Recurrence law" in printed
-    assert {p.name for p in (tmp_path / "tables").iterdir()} == {"optima.csv", "paths.csv", "recurrence_law.csv"}
+    assert {p.name for p in (tmp_path / "tables").iterdir()} == {
+        "optima.csv",
+        "paths.csv",
+        "recurrence_law.csv",
+    }
     assert (tmp_path / "figures/isoflop.svg").stat().st_size > 10_000
 
 
@@ -309,7 +374,12 @@ def test_every_ready_study_can_be_planned_at_every_size(path, tmp_path):
     assert STUDIES
     for size in (None, *FOLDER.glob("sizes/*.toml")):
         found = load_study(path, size=size)
-        assert len(found.seeds) >= 3 and found.depth_pays.deep and found.depth_pays.shallow and found.reference
+        assert (
+            len(found.seeds) >= 3
+            and found.depth_pays.deep
+            and found.depth_pays.shallow
+            and found.reference
+        )
         if found.budgets and size is not None:
             continue  # budgets and sizes belong together
         runs = [run for stage in main_runs(found, tmp_path, {}) for run in stage]

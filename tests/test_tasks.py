@@ -5,14 +5,14 @@ import torch
 from rich.console import Console
 
 from mor import checkpoint
-from mor.config import RouterConfig, preset
-from mor.data import DataConfig, DataState, load_corpus
-from mor.evaluate import by_hops, evaluate
-from mor.loss import IGNORED
-from mor.model import Transformer
-from mor.tasks import StateTracking, parse_task
-from mor.train import train
-from mor.train_config import TrainConfig
+from mor.data.problems import StateTracking, parse_task
+from mor.data.stream import DataConfig, DataState, load_corpus
+from mor.evaluation.nll import by_hops, evaluate
+from mor.model.config import RouterConfig, preset
+from mor.model.loss import IGNORED
+from mor.model.transformer import Transformer
+from mor.training.config import TrainConfig
+from mor.training.loop import train
 
 PATHS = ["task:pointer-chasing?nodes=6&hops=4", "task:state-tracking?states=4&moves=3&hops=4"]
 
@@ -43,10 +43,15 @@ def chase(words):
 def track(words):
     """The same for a state that is set and moved."""
     after = StateTracking(states=4, moves=3).permutations().tolist()
-    assert all(sorted(row) == [0, 1, 2, 3] for row in after) and len({tuple(row) for row in after}) == 3
+    assert (
+        all(sorted(row) == [0, 1, 2, 3] for row in after)
+        and len({tuple(row) for row in after}) == 3
+    )
     found, state, hops = {}, None, None
     for i, word in enumerate(words):
-        state, hops = (int(word[1:]), 1) if word[0] == "=" else (after[int(word[1:])][state], hops + 1)
+        state, hops = (
+            (int(word[1:]), 1) if word[0] == "=" else (after[int(word[1:])][state], hops + 1)
+        )
         found[i] = str(state), hops
     return found
 
@@ -56,7 +61,9 @@ def test_every_answer_is_right_and_only_answers_have_targets(path, solve):
     found = corpus(path)
     problems = found.validation.problems(range(40), 28)
     batch = found.validation.batch(range(40), 28)
-    assert torch.equal(batch.tokens_BT, problems.tokens_BT) and torch.equal(batch.targets_BT, problems.targets_BT)
+    assert torch.equal(batch.tokens_BT, problems.tokens_BT) and torch.equal(
+        batch.targets_BT, problems.targets_BT
+    )
     hops = set()
     for tokens, targets, hops_T in zip(*(x.tolist() for x in problems), strict=True):
         assert parse_task(path).answers(tokens) == targets, "also worked out from the text alone"
@@ -108,13 +115,23 @@ def test_evaluation_counts_answers_only_and_hops_add_up_to_it():
     result = evaluate(model, found.validation, seq_len=30, max_windows=20)
     batch = found.validation.batch([i * 512 // 20 for i in range(20)], 30)
     logits = model(batch.tokens_BT).logits_BTV
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BT.flatten(), ignore_index=IGNORED)
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.targets_BT.flatten(), ignore_index=IGNORED
+    )
     assert abs(result.nll - expected) < 1e-5
     scores = by_hops(model, found.validation, 30, 16)
     first = found.validation.batch(range(16), 30)
-    right = (model(first.tokens_BT).logits_BTV.argmax(-1) == first.targets_BT)[first.targets_BT != IGNORED]
+    right = (model(first.tokens_BT).logits_BTV.argmax(-1) == first.targets_BT)[
+        first.targets_BT != IGNORED
+    ]
     assert abs(scores["answers_right"] - right.float().mean()) < 1e-6
-    assert len(scores["answers_right_by_hops"]) == 4 and scores["mean_depth_by_hops"] == [None, 1.0, 1.0, 1.0, 1.0]
+    assert len(scores["answers_right_by_hops"]) == 4 and scores["mean_depth_by_hops"] == [
+        None,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +159,12 @@ def test_training_tells_the_frequency_router_how_often_words_occur(tmp_path):
     router = RouterConfig(kind="frequency")
     model = preset("tiny", num_recursions=2, router=router, num_layers=4)
     config = TrainConfig(
-        model=model, data=DataConfig(path=PATHS[1]), out=str(tmp_path), steps=1, batch_size=2, seq_len=16
+        model=model,
+        data=DataConfig(path=PATHS[1]),
+        out=str(tmp_path),
+        steps=1,
+        batch_size=2,
+        seq_len=16,
     )
     trained = train(config, console=Console(quiet=True))
     loaded = checkpoint.load(trained.path).model.recursions.router

@@ -1,4 +1,5 @@
-"""Trackers get what metrics.jsonl gets, and histograms of the routing; a missing package names the extra."""
+"""Trackers get what metrics.jsonl gets, and histograms of the routing; a missing package names the
+extra."""
 
 import io
 import json
@@ -11,19 +12,23 @@ import pytest
 from conftest import random_tokens, tiny
 from rich.console import Console
 
-from mor.config import preset
-from mor.data import DataConfig
-from mor.trackers import flat_scalars, routing_histograms
-from mor.train import train
-from mor.train_config import TrainConfig
+from mor.data.stream import DataConfig
+from mor.model.config import preset
+from mor.training.config import TrainConfig
+from mor.training.loop import train
+from mor.training.trackers import flat_scalars, routing_histograms
 
 
 @pytest.fixture
 def config(tmp_path):
-    text = "".join(json.dumps({"text": f"The square of {i} is {i * i}. " * 6}) + "\n" for i in range(40))
+    text = "".join(
+        json.dumps({"text": f"The square of {i} is {i * i}. " * 6}) + "\n" for i in range(40)
+    )
     (tmp_path / "a.jsonl").write_text(text)
     return TrainConfig(
-        model=preset("tiny", num_recursions=2, router="expert_choice", num_layers=4, max_seq_len=64),
+        model=preset(
+            "tiny", num_recursions=2, router="expert_choice", num_layers=4, max_seq_len=64
+        ),
         data=DataConfig(path=str(tmp_path / "a.jsonl"), tokenizer="bytes"),
         out=str(tmp_path / "run"),
         steps=4,
@@ -45,13 +50,21 @@ def test_tensorboard_reads_back_what_metrics_jsonl_holds(config, tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(config, "tensorboard")
     events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     for name in ("loss", "agreement", "validation_nll"):
-        expected = [(row["step"], pytest.approx(row[name])) for row in rows if row.get(name) is not None]
+        expected = [
+            (row["step"], pytest.approx(row[name])) for row in rows if row.get(name) is not None
+        ]
         assert [(e.step, e.value) for e in events.Scalars(name)] == expected
     assert [e.value for e in events.Scalars("share_per_recursion/2")] == [0.5, 0.5]
     (depth,) = events.Histograms("routing/depth")
-    assert depth.step == 4 and depth.histogram_value.num == 64 and depth.histogram_value.sum == 32 + 2 * 32
+    assert (
+        depth.step == 4
+        and depth.histogram_value.num == 64
+        and depth.histogram_value.sum == 32 + 2 * 32
+    )
     assert "routing/logit/2" in events.Tags()["histograms"]
 
 
@@ -70,27 +83,47 @@ def test_trackers_with_the_interface_of_wandb(config, tmp_path, monkeypatch, nam
     assert settings["project"] == "mor" and settings["resume"] == "allow"
     assert settings["name"].endswith("-run") and settings["config"]["steps"] == 4
     assert [step for step, values in calls["log"] if "loss" in values] == [2, 4]
-    assert not any("step" in values for _, values in calls["log"]), "trackio keeps that name for itself"
+    assert not any("step" in values for _, values in calls["log"]), (
+        "trackio keeps that name for itself"
+    )
     assert [step for step, values in calls["log"] if "validation_nll" in values] == [4]
-    assert {step: v["routing/depth"] for step, v in calls["log"] if "routing/depth" in v}[4] == ("histogram", 64)
+    assert {step: v["routing/depth"] for step, v in calls["log"] if "routing/depth" in v}[4] == (
+        "histogram",
+        64,
+    )
     assert calls["finish"] == [True]
     run(config, name, resume=True)
     assert calls["init"][1]["name"] == settings["name"], "a resumed run goes on under its name"
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_missing_package_names_the_extra_before_anything_is_written(config, tmp_path, monkeypatch, name):
+def test_a_missing_package_names_the_extra_before_anything_is_written(
+    config, tmp_path, monkeypatch, name
+):
     for module in (name, "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=rf"tracker='{name}' needs the package {name}; .*\[track\]"):
+    with pytest.raises(
+        ValueError, match=rf"tracker='{name}' needs the package {name}; .*\[track\]"
+    ):
         run(config, name)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_numbers_and_histograms():
-    values = {"step": 3, "share": [1.0, 0.5], "nothing": None, "bad": float("nan"), "on": True, "name": "x"}
+    values = {
+        "step": 3,
+        "share": [1.0, 0.5],
+        "nothing": None,
+        "bad": float("nan"),
+        "on": True,
+        "name": "x",
+    }
     assert flat_scalars(values) == {"step": 3.0, "share/1": 1.0, "share/2": 0.5}
-    for router, logits in {"expert_choice": [24, 24, 16], "token_choice": [24, 24, 24], "fixed": []}.items():
+    for router, logits in {
+        "expert_choice": [24, 24, 16],
+        "token_choice": [24, 24, 24],
+        "fixed": [],
+    }.items():
         routing = tiny(router, num_recursions=3)(random_tokens(2, 12), selection="topk").routing
         found = routing_histograms([routing, routing])
         assert np.array_equal(found.pop("routing/depth"), routing.depth_M.repeat(2).numpy())

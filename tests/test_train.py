@@ -14,13 +14,13 @@ from filelock import FileLock
 from rich.console import Console
 
 from mor import checkpoint
-from mor.config import RouterConfig, preset
-from mor.data import DataConfig
-from mor.evaluate import evaluate
-from mor.metrics import router_health
-from mor.optim import OptimConfig, learning_rate
-from mor.train import TrainingError, collapse_message, train
-from mor.train_config import TrainConfig, branch, capacities_at, load_config, total_steps
+from mor.data.stream import DataConfig
+from mor.evaluation.nll import evaluate
+from mor.model.config import RouterConfig, preset
+from mor.training.config import TrainConfig, branch, capacities_at, load_config, total_steps
+from mor.training.loop import TrainingError, collapse_message, train
+from mor.training.metrics import router_health
+from mor.training.optim import OptimConfig, learning_rate
 
 LOSS_FREE = RouterConfig(kind="token_choice", balancing="loss_free")
 
@@ -36,7 +36,9 @@ def data(tmp_path_factory):
 def settings(data, out, router="expert_choice", **overrides):
     recursions = 1 if router == "fixed" else 2
     values = dict(
-        model=preset("tiny", num_recursions=recursions, router=router, num_layers=4, max_seq_len=64),
+        model=preset(
+            "tiny", num_recursions=recursions, router=router, num_layers=4, max_seq_len=64
+        ),
         data=data,
         out=str(out),
         steps=12,
@@ -56,7 +58,9 @@ def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("router", ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"])
+@pytest.mark.parametrize(
+    "router", ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
+)
 def test_every_family_learns(data, tmp_path, router):
     result = train(settings(data, tmp_path / "run", router, steps=60), console=quiet())
     log = metrics(tmp_path / "run")
@@ -73,7 +77,8 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(data, tmp_path, rou
     whole = train(settings(data, tmp_path / "whole", router, **common), console=quiet())
     part = settings(data, tmp_path / "part", router, **common)
     train(part, console=quiet())
-    checkpoint.remove(tmp_path / "part" / "checkpoints" / "step-00000012")  # as if killed after step 10
+    # as if killed after step 10
+    checkpoint.remove(tmp_path / "part" / "checkpoints" / "step-00000012")
     resumed = train(part, resume=True, console=quiet())
     ours, theirs = resumed.state.model.state_dict(), whole.state.model.state_dict()
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
@@ -86,8 +91,14 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(data, tmp_path, rou
 @pytest.mark.parametrize("router", ["expert_choice", LOSS_FREE])
 def test_accumulation_equals_one_large_batch(data, tmp_path, router):
     one = train(settings(data, tmp_path / "a", router, steps=4, batch_size=8), console=quiet())
-    two = train(settings(data, tmp_path / "b", router, steps=4, batch_size=4, accumulate=2), console=quiet())
-    ours, theirs = two.state.model.state_dict(), one.state.model.state_dict()  # with the bias that balances
+    two = train(
+        settings(data, tmp_path / "b", router, steps=4, batch_size=4, accumulate=2), console=quiet()
+    )
+    # with the bias that balances
+    ours, theirs = (
+        two.state.model.state_dict(),
+        one.state.model.state_dict(),
+    )
     for name, expected in theirs.items():
         assert (ours[name] - expected).abs().max() < 1e-4, name
     assert one.state.flops == two.state.flops
@@ -107,7 +118,9 @@ def test_checkpoints_round_trip_bit_for_bit_and_hold_no_tied_copy(data, tmp_path
 def test_a_failed_save_leaves_the_old_checkpoint_and_no_debris(data, tmp_path, monkeypatch):
     result = train(settings(data, tmp_path / "run", steps=3), console=quiet())
     before = (result.path / "model.safetensors").read_bytes()
-    monkeypatch.setattr(checkpoint, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        checkpoint, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save(result.path, result.state.model, result.corpus.tokenizer)
     assert (result.path / "model.safetensors").read_bytes() == before
@@ -116,7 +129,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_debris(data, tmp_path, m
 
 def test_ctrl_c_saves_and_the_run_can_go_on(data, tmp_path, monkeypatch):
     config = settings(data, tmp_path / "run")
-    import mor.train as module
+    import mor.training.loop as module
 
     real, steps = module.train_step, []
 
@@ -134,7 +147,7 @@ def test_ctrl_c_saves_and_the_run_can_go_on(data, tmp_path, monkeypatch):
 
 
 def test_sigterm_saves_as_ctrl_c_does(data, tmp_path, monkeypatch):
-    import mor.train as module
+    import mor.training.loop as module
 
     real = module.train_step
 
@@ -161,7 +174,7 @@ def test_a_run_without_a_checkpoint_yet_resumes_at_its_beginning(data, tmp_path)
 
 def poisoned(monkeypatch, steps):
     """Batches of these steps give a loss that is not finite."""
-    import mor.train as module
+    import mor.training.loop as module
 
     real = module.compute_loss
 
@@ -190,7 +203,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(data, tmp_path, monkey
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_although_its_loss_is(data, tmp_path, monkeypatch):
-    import mor.train as module
+    import mor.training.loop as module
 
     real, console = module.compute_loss, quiet()
 
@@ -204,15 +217,23 @@ def test_a_gradient_that_is_not_finite_is_skipped_although_its_loss_is(data, tmp
     loss.calls = 0
     monkeypatch.setattr(module, "compute_loss", loss)
     result = train(settings(data, tmp_path / "run", steps=4, log_every=1), console=console)
-    assert result.state.skipped == 1 and "step 3 is skipped: its gradient is not finite" in console.file.getvalue()
+    assert (
+        result.state.skipped == 1
+        and "step 3 is skipped: its gradient is not finite" in console.file.getvalue()
+    )
     rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
     assert rows[2]["loss"] is not None and rows[2]["grad_norm"] is None
     assert all(p.isfinite().all() for p in result.state.model.parameters())
 
 
-def test_steps_that_stay_not_finite_stop_the_run_with_the_last_good_checkpoint(data, tmp_path, monkeypatch):
+def test_steps_that_stay_not_finite_stop_the_run_with_the_last_good_checkpoint(
+    data, tmp_path, monkeypatch
+):
     poisoned(monkeypatch, range(6, 100))
-    with pytest.raises(TrainingError, match=r"3 steps in a row .* step 8: its loss .*; lower optim.lr .*step-00000004"):
+    with pytest.raises(
+        TrainingError,
+        match=r"3 steps in a row .* step 8: its loss .*; lower optim.lr .*step-00000004",
+    ):
         train(settings(data, tmp_path / "run", save_every=4, max_skipped=3), console=quiet())
     assert checkpoint.newest_intact(tmp_path / "run").name == "step-00000004"
 
@@ -231,7 +252,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(data, tmp_path
         file = newest / name
         whole = file.read_bytes()
         file.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
-        with pytest.raises(ValueError, match=rf"{name} is damaged.*step-00000008 is intact.*rm -r .*step-00000012\)"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{name} is damaged.*step-00000008 is intact.*rm -r .*step-00000012\)",
+        ):
             train(config, resume=True, console=quiet())
         file.write_bytes(whole)
     (newest / "tokenizer.json").unlink()
@@ -242,7 +266,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(data, tmp_path
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(data, tmp_path, monkeypatch):
-    """A limit on the size of files refuses writes as a full disk does: real errors of every library."""
+    """A limit on the size of files refuses writes as a full disk does: real errors of every
+    library."""
     config = settings(data, tmp_path / "run", save_every=4)
     folder, real = tmp_path / "run" / "checkpoints", checkpoint.save
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -256,7 +281,8 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(data, tmp_path, monke
         monkeypatch.setattr(checkpoint, "save", full)
         try:
             with pytest.raises(
-                TrainingError, match=r"could not write .*step-00000008.*last good checkpoint is .*step-00000004"
+                TrainingError,
+                match=r"could not write .*step-00000008.*last good checkpoint is .*step-00000004",
             ):
                 train(config, resume=folder.exists(), console=quiet())
         finally:
@@ -272,7 +298,8 @@ def test_what_a_killed_process_left_is_tidied(data, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     (folder / ".step-00000020.77.tmp").mkdir()
     (folder / ".step-00000004.removed.old").mkdir()
-    (folder / "step-00000012").rename(folder / ".step-00000012.77.old")  # killed between two renames
+    # killed between two renames
+    (folder / "step-00000012").rename(folder / ".step-00000012.77.old")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
         log.write('{"step": 99, "lo')
     assert train(config, resume=True, console=quiet()).state.step == 12
@@ -290,7 +317,9 @@ def test_a_branch_decays_from_the_stable_phase(data, tmp_path):
     rows = [row for row in metrics(tmp_path / "short") if "lr" in row]
     assert [row["step"] for row in rows] == [11, 12, 13, 14]
     assert [row["lr"] / stable.optim.lr for row in rows] == pytest.approx([1.0, 0.75, 0.5, 0.25])
-    direct = settings(data, tmp_path / "direct", steps=14, optim=OptimConfig(warmup=1 / 14, cooldown=4 / 14))
+    direct = settings(
+        data, tmp_path / "direct", steps=14, optim=OptimConfig(warmup=1 / 14, cooldown=4 / 14)
+    )
     same = train(direct, console=quiet())  # warms up over the same single step
     for a, b in zip(result.state.model.parameters(), same.state.model.parameters(), strict=True):
         torch.testing.assert_close(a, b)
@@ -313,12 +342,14 @@ def test_router_health_by_hand():
     model = tiny("expert_choice", num_recursions=3)
     routing = model(random_tokens(2, 12), selection="topk").routing
     found = router_health(model.recursions.router, [routing])
-    assert found["mean_depth"] == pytest.approx(2.0) and found["share_per_recursion"] == pytest.approx(
-        [1, 2 / 3, 1 / 3]
-    )
+    assert found["mean_depth"] == pytest.approx(2.0) and found[
+        "share_per_recursion"
+    ] == pytest.approx([1, 2 / 3, 1 / 3])
     assert found["depth_entropy"] == pytest.approx(1.0), "a third of the tokens at each depth"
     last = routing.selected_BT(2)
-    assert found["dead_positions"] == pytest.approx(sum(not (last[0, t] or last[1, t]) for t in range(12)) / 12)
+    assert found["dead_positions"] == pytest.approx(
+        sum(not (last[0, t] or last[1, t]) for t in range(12)) / 12
+    )
     same = [
         bool(routing.selected_BT(r)[b, t]) == bool(routing.logit_BT(r)[b, t] > 0)
         for r in (1, 2)
@@ -343,7 +374,7 @@ def test_router_health_by_hand():
 def test_a_collapsed_router_is_reported_in_plain_words(data, tmp_path, monkeypatch):
     console = quiet()
     config = settings(data, tmp_path / "run", steps=2, eval_every=1)
-    import mor.train as module
+    import mor.training.loop as module
 
     real = module.Transformer.init_weights
 
@@ -354,7 +385,9 @@ def test_a_collapsed_router_is_reported_in_plain_words(data, tmp_path, monkeypat
     monkeypatch.setattr(module.Transformer, "init_weights", collapsed)
     train(config, console=console)
     printed = console.file.getvalue()
-    assert printed.count("no validation token takes recursion 2: the router collapsed") == 1, "once, not at every step"
+    assert printed.count("no validation token takes recursion 2: the router collapsed") == 1, (
+        "once, not at every step"
+    )
     assert metrics(tmp_path / "run")[-1]["validation_share_per_recursion"] == [1.0, 0.0]
     assert collapse_message([1.0, 0.01, 0.001]) is None
 
@@ -381,13 +414,16 @@ def test_a_run_keeps_its_settings(data, tmp_path):
     config = settings(data, tmp_path / "run", steps=1)
     result = train(config, console=quiet())
     kept = load_config(tmp_path / "run" / "train.json")
-    assert kept.model == result.state.model.config and kept.optim == config.optim and kept.data == data
+    assert (
+        kept.model == result.state.model.config and kept.optim == config.optim and kept.data == data
+    )
 
 
 def test_a_flop_budget_is_spent_to_within_a_step(data, tmp_path):
     config = settings(data, tmp_path / "run", flops=2e9, capacity_warmup_steps=4, eval_every=100)
     result = train(config, console=quiet())
-    # the vocabulary comes from the tokenizer, so the spent budget is what counts, not the planned steps
+    # the vocabulary comes from the tokenizer, so the spent budget is what counts, not the planned
+    # steps
     assert abs(result.state.flops / 2e9 - 1) < 0.1
     assert result.state.step == total_steps(load_config(tmp_path / "run" / "train.json"))
 
@@ -406,7 +442,9 @@ def test_schedules():
     assert rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
     cosine = OptimConfig(lr=1.0, warmup=0.1, schedule="cosine", final_lr=0.1)
     rates = [learning_rate(cosine, s, 100) for s in range(100)]
-    assert max(rates) == pytest.approx(1.0) and rates[55] == pytest.approx(0.55) and rates[99] < 0.11
+    assert (
+        max(rates) == pytest.approx(1.0) and rates[55] == pytest.approx(0.55) and rates[99] < 0.11
+    )
     with pytest.raises(ValueError, match="add up to at most 1"):
         OptimConfig(warmup=0.5, cooldown=0.6)
 

@@ -1,4 +1,5 @@
-"""The Triton kernel against its definition: in Triton's interpreter here, on a GPU where there is one."""
+"""The Triton kernel against its definition: in Triton's interpreter here, on a GPU where there is
+one."""
 
 import os
 import subprocess
@@ -14,11 +15,16 @@ from mor.engine.attention import gathered_attention
 from mor.engine.triton_attention import triton_attention
 
 device = sys.argv[1]
-for heads, dtype in (((4, 2, 6), torch.float32), ((9, 3, 64), torch.float32), ((2, 2, 20), torch.float32)):
+for heads in ((4, 2, 6), (9, 3, 64), (2, 2, 20)):
+    dtype = torch.float32
     N, G, H = heads
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(n, g, H, generator=generator).to(device, dtype) * 3 for n, g in ((7, N), (200, G), (200, G)))
-    table = torch.stack([torch.randperm(200, generator=generator)[:150] for _ in range(5)]).int().to(device)
+    shapes = ((7, N), (200, G), (200, G))
+    q, k, v = (
+        torch.randn(n, g, H, generator=generator).to(device, dtype) * 3 for n, g in shapes
+    )
+    rows = [torch.randperm(200, generator=generator)[:150] for _ in range(5)]
+    table = torch.stack(rows).int().to(device)
     row = torch.tensor([0, 4, 2, 2, 1, 3, 0]).int().to(device)
     seen = torch.tensor([1, 150, 64, 65, 2, 128, 33]).int().to(device)
     args = (q, k, v, table, row, seen)
@@ -35,7 +41,11 @@ def compare(device, **environment):
 
 
 def test_in_the_interpreter():
-    pytest.importorskip("triton", minversion="3.9", reason="no Triton, or one whose interpreter fails with NumPy 2.4")
+    pytest.importorskip(
+        "triton",
+        minversion="3.9",
+        reason="no Triton, or one whose interpreter fails with NumPy 2.4",
+    )
     compare("cpu", TRITON_INTERPRET="1")
 
 
@@ -51,7 +61,7 @@ def test_cuda_graphs_decode_as_the_plain_decoder(router, kv_strategy):
     from conftest import tiny
 
     from mor.engine import Engine, EngineConfig, SamplingParams
-    from mor.generate import generate
+    from mor.generation import generate
 
     torch.backends.cuda.matmul.allow_tf32 = False
     model = tiny(router, kv_strategy=kv_strategy, dim=64, head_dim=16).cuda()

@@ -1,1 +1,2 @@
-"""What routing does: records of a text (explain), statistics of a corpus (corpus), figures and pages of both."""
+"""What routing does: records of a text (explain), statistics of a corpus (corpus), figures and
+pages of both."""

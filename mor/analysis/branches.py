@@ -1,10 +1,13 @@
-"""Counterfactual depth: what a token would have predicted had it left after another number of recursions.
+"""Counterfactual depth: what a token would have predicted had it left after another number of
+recursions.
 
-Only that token's depth changes; the tokens before it are as they were. :func:`exits_plain` is the definition,
-one run of the whole sequence per token and depth. :func:`exits` runs all tokens of one depth at once: each is
-a row of one token that reads the sequence's cached entries before it, and its own new ones.
+Only that token's depth changes; the tokens before it are as they were. :func:`exits_plain` is the
+definition, one run of the whole sequence per token and depth. :func:`exits` runs all tokens of one
+depth at once: each is a row of one token that reads the sequence's cached entries before it, and
+its own new ones.
 
-T tokens · M tokens of a pass · S cached entries · R recursions · N heads · G key/value heads · H head dim · V vocab
+T tokens · M tokens of a pass · S cached entries · R recursions · N heads · G key/value heads · H
+head dim · V vocab
 """
 
 from __future__ import annotations
@@ -15,13 +18,14 @@ import torch
 from torch import Tensor
 
 from mor.analysis.views import TableRouter, with_router
-from mor.attention import attention
-from mor.kv_cache import KVCache
-from mor.model import Transformer
-from mor.packing import PackedTokens
-from mor.routing import Routing
+from mor.model.attention import attention
+from mor.model.kv_cache import KVCache
+from mor.model.packing import PackedTokens
+from mor.model.routing import Routing
+from mor.model.transformer import Transformer
 
-CHUNK_LOGITS = 1 << 22  # alive at a time; four times as many spend more in the kernel than they save
+# alive at a time; four times as many spend more in the kernel than they save
+CHUNK_LOGITS = 1 << 22
 
 
 def taken(routing: Routing) -> Tensor:
@@ -30,8 +34,9 @@ def taken(routing: Routing) -> Tensor:
 
 
 def at_depth(taken_RM: Tensor, depth: int) -> Tensor:
-    """The table in which every token takes ``depth`` recursions: first those it took, in order, then the earliest
-    of the others. Where tokens drop out for good these are simply the first ``depth``."""
+    """The table in which every token takes ``depth`` recursions: first those it took, in order,
+    then the earliest of the others. Where tokens drop out for good these are simply the first
+    ``depth``."""
     order_RM = (~taken_RM).to(torch.int8).argsort(dim=0, stable=True)
     rank_RM = order_RM.argsort(dim=0)
     return rank_RM < depth
@@ -39,7 +44,8 @@ def at_depth(taken_RM: Tensor, depth: int) -> Tensor:
 
 @torch.no_grad()
 def exits_plain(model: Transformer, ids: list[int], taken_RM: Tensor, depth: int) -> Tensor:
-    """Logits after each token had it alone taken ``depth`` recursions, (T, V), one run per token."""
+    """Logits after each token had it alone taken ``depth`` recursions, (T, V), one run per
+    token."""
     tokens_1T = torch.tensor([ids], device=model.embedding.weight.device)
     forced_RM, rows = at_depth(taken_RM, depth), []
     for t in range(len(ids)):
@@ -60,8 +66,8 @@ def exits(
     *,
     places: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
-    """The same for the tokens at these places (None: all), in chunks of them, (chunk, V). cache: that of the run
-    which ``taken_RM`` is from."""
+    """The same for the tokens at these places (None: all), in chunks of them, (chunk, V). cache:
+    that of the run which ``taken_RM`` is from."""
     device = model.embedding.weight.device
     forced_RT = at_depth(taken_RM, depth)
     size = max(1, CHUNK_LOGITS // model.config.vocab_size)
@@ -74,9 +80,11 @@ def exits(
 
 
 class Branches:
-    """A cache whose rows are tokens of one sequence: each sees the entries before its position, and its own.
+    """A cache whose rows are tokens of one sequence: each sees the entries before its position, and
+    its own.
 
-    Nothing is added to ``past``, which holds that sequence. position_B: the place of each row's token in it.
+    Nothing is added to ``past``, which holds that sequence. position_B: the place of each row's
+    token in it.
     """
 
     def __init__(self, past: KVCache, position_B: Tensor) -> None:
@@ -88,9 +96,12 @@ class Branches:
 
 
 class BranchPass:
-    """One pass: all rows are queries of a single attention, over the entries of the past and one own entry each."""
+    """One pass: all rows are queries of a single attention, over the entries of the past and one
+    own entry each."""
 
-    def __init__(self, store: Branches, stream: int, reads: tuple[int, ...], tokens: PackedTokens) -> None:
+    def __init__(
+        self, store: Branches, stream: int, reads: tuple[int, ...], tokens: PackedTokens
+    ) -> None:
         self.store, self.reads, self.row_M = store, reads, tokens.row_M
         self.writes = stream in reads
         self.stream = stream if self.writes else reads[-1]  # where the own entries are
@@ -107,13 +118,18 @@ class BranchPass:
 
     def attend(self, layer: int, q_MNH: Tensor) -> Tensor:
         own = self.store.own[self.stream, layer]
-        k, v = (torch.cat([past, mine[self.row_M]])[None] for past, mine in zip(self._past(layer), own, strict=True))
+        k, v = (
+            torch.cat([past, mine[self.row_M]])[None]
+            for past, mine in zip(self._past(layer), own, strict=True)
+        )
         return attention(q_MNH[None], k, v, self.visible_1MS)[0]
 
     def _past(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Entries of the streams read, (S, G, H); those of later streams replace earlier ones at their positions."""
+        """Entries of the streams read, (S, G, H); those of later streams replace earlier ones at
+        their positions."""
         k, v = (x[0] for x in self.store.past.read(self.reads[0], layer, None))
-        for stream in self.reads[1:]:  # every token is in the first stream read, so there its place is its position
+        # every token is in the first stream read, so there its place is its position
+        for stream in self.reads[1:]:
             position_S = self.store.past.positions(stream, None)[0]
             k_new, v_new = (x[0] for x in self.store.past.read(stream, layer, None))
             k, v = k.index_copy(0, position_S, k_new), v.index_copy(0, position_S, v_new)

@@ -6,16 +6,26 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from mor.analysis.intervals import GroupMean, group_means
-from mor.tokenizer import Tokenizer
+from mor.data.tokenizer import Tokenizer
+from mor.statistics import GroupMean, group_means
 
 BLOCK = 32  # consecutive tokens that the intervals of a single text take as one observation
-KINDS = ("word start", "word continuation", "digit", "punctuation", "space", "part of a character", "special")
+KINDS = (
+    "word start",
+    "word continuation",
+    "digit",
+    "punctuation",
+    "space",
+    "part of a character",
+    "special",
+)
 
 
 def kinds(tokenizer: Tokenizer, ids: Sequence[int], pieces: Sequence[str]) -> list[str]:
     """One of KINDS per token. pieces: their texts, as ``Tokenizer.pieces`` gives them."""
-    special = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    special = {
+        i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special
+    }
     found, before = [], ""
     for token_id, piece in zip(ids, pieces, strict=True):
         found.append("special" if token_id in special else _kind(piece, before))
@@ -44,13 +54,19 @@ def place_groups(positions: Sequence[int], parts: int = 4) -> list[str]:
 
 
 def frequency_groups(counts: Sequence[int]) -> list[str]:
-    """Thirds of the tokens from rare to frequent, named with the counts they span; equal counts stay together."""
+    """Thirds of the tokens from rare to frequent, named with the counts they span; equal counts
+    stay together."""
     ordered = sorted(counts)
     cuts = [ordered[len(ordered) // 3], ordered[2 * len(ordered) // 3]] if ordered else [0, 0]
     part = [sum(count > cut for cut in cuts) for count in counts]
-    spans = {p: (min(members), max(members)) for p in set(part) if (members := _where(counts, part, p))}
+    spans = {
+        p: (min(members), max(members)) for p in set(part) if (members := _where(counts, part, p))
+    }
     names = ("rare", "middle", "frequent")
-    labels = {p: f"{names[p]} ({a:,})" if a == b else f"{names[p]} ({a:,}–{b:,})" for p, (a, b) in spans.items()}
+    labels = {
+        p: f"{names[p]} ({a:,})" if a == b else f"{names[p]} ({a:,}–{b:,})"
+        for p, (a, b) in spans.items()
+    }
     return [labels[p] for p in part]
 
 
@@ -70,7 +86,10 @@ def depth_by_class(
     by: dict[str, tuple[list[str], Callable[[str], int]]] = {  # groups, and their order
         "kind": (list(kind), KINDS.index),
         "position": (place_groups(position), lambda group: int(group.split("–")[0])),
-        "frequency": (frequency_groups(count), lambda group: ("rare", "middle", "frequent").index(group.split()[0])),
+        "frequency": (
+            frequency_groups(count),
+            lambda group: ("rare", "middle", "frequent").index(group.split()[0]),
+        ),
     }
     return {
         name: sorted(group_means(depths, groups, blocks), key=lambda found: order(found.group))

@@ -1,9 +1,10 @@
 """What routing does over a corpus: one function for each question, each answered in tidy rows.
 
-Windows are read with threshold selection, which is causal; only :func:`agreement` also reads them with the
-top-k selection of training, to compare. :func:`read` gathers what several functions need.
+Windows are read with threshold selection, which is causal; only :func:`agreement` also reads them
+with the top-k selection of training, to compare. :func:`read` gathers what several functions need.
 
-B rows · T tokens of a window · M packed tokens · D model · R recursions · G key/value heads · H head dim
+B rows · T tokens of a window · M packed tokens · D model · R recursions · G key/value heads · H
+head dim
 """
 
 from __future__ import annotations
@@ -20,23 +21,24 @@ from torch import Tensor
 
 from mor.analysis.branches import exits, taken
 from mor.analysis.classes import depth_by_class, kinds
-from mor.analysis.intervals import group_means
 from mor.analysis.views import StateRecorder, extended, with_router
-from mor.data import TokenData, Windows
-from mor.evaluate import evaluate
-from mor.kv_cache import EMPTY, KVCache
-from mor.loss import IGNORED
-from mor.model import Transformer
-from mor.routing import ExpertChoiceRouter, Routing
-from mor.tokenizer import Tokenizer
+from mor.data.stream import TokenData, Windows
+from mor.data.tokenizer import Tokenizer
+from mor.evaluation.nll import evaluate
+from mor.model.kv_cache import EMPTY, KVCache
+from mor.model.loss import IGNORED
+from mor.model.routing import ExpertChoiceRouter, Routing
+from mor.model.transformer import Transformer
+from mor.statistics import group_means
 
 Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Windows that a model has read. tokens_BT and targets_BT: the text; routings: one per window, with
-    threshold selection; states: for each window the states before the first pass and after each, (M, D)."""
+    """Windows that a model has read. tokens_BT and targets_BT: the text; routings: one per window,
+    with threshold selection; states: for each window the states before the first pass and after
+    each, (M, D)."""
 
     model: Transformer
     tokens_BT: Tensor
@@ -54,12 +56,15 @@ class Reading:
 def read(model: Transformer, data: Windows, *, seq_len: int, max_windows: int = 32) -> Reading:
     """Read up to ``max_windows`` windows of ``seq_len`` tokens, spread evenly over the data.
 
-    Documents in a window are not masked from each other. Raises ValueError if the data is shorter than a window, and
-    if the model gives NaN or infinity.
+    Documents in a window are not masked from each other. Raises ValueError if the data is shorter
+    than a window, and if the model gives NaN or infinity.
     """
     available = data.windows(seq_len)
     if available < 1:
-        raise ValueError(f"the data ({data.describe()}) is less than one window of {seq_len + 1} tokens; lower seq_len")
+        raise ValueError(
+            f"the data ({data.describe()}) is less than one window of {seq_len + 1} tokens; lower "
+            "seq_len"
+        )
     count, weight = min(max_windows, available), model.embedding.weight
     batch = data.batch([i * available // count for i in range(count)], seq_len)
     tokens_BT, targets_BT = batch.tokens_BT.to(weight.device), batch.targets_BT.to(weight.device)
@@ -69,10 +74,15 @@ def read(model: Transformer, data: Windows, *, seq_len: int, max_windows: int = 
         caches.append(KVCache(model.config, 1, device=weight.device, dtype=weight.dtype))
         output = view(tokens_1T, cache=caches[-1], logits="last")
         routing = output.routing
-        seen = (output.logits_BTV, routing.score_MR, *(step.causal_logit_C for step in routing.steps))
+        seen = (
+            output.logits_BTV,
+            routing.score_MR,
+            *(step.causal_logit_C for step in routing.steps),
+        )
         if not all(x is None or x.isfinite().all() for x in seen):
             raise ValueError(
-                "the model gives values that are not finite; its weights are broken, take another checkpoint"
+                "the model gives values that are not finite; its weights are broken, take another "
+                "checkpoint"
             )
         routings.append(routing)
         states.append(recorder.states_MD)
@@ -81,14 +91,16 @@ def read(model: Transformer, data: Windows, *, seq_len: int, max_windows: int = 
 
 def depth_histogram(reading: Reading) -> Rows:
     """Tokens and their share by the number of recursions they took."""
-    counts = torch.bincount(reading.depth_BT.flatten(), minlength=reading.model.config.num_recursions + 1).tolist()
+    counts = torch.bincount(
+        reading.depth_BT.flatten(), minlength=reading.model.config.num_recursions + 1
+    ).tolist()
     total = sum(counts)
     return [dict(depth=d, tokens=n, share=n / total) for d, n in enumerate(counts) if d or n]
 
 
 def dead_tokens(reading: Reading) -> Rows:
-    """For each recursion: the share of positions at which no window took it, and of the distinct tokens that
-    never took it although they were read at least ``often`` = 5 times."""
+    """For each recursion: the share of positions at which no window took it, and of the distinct
+    tokens that never took it although they were read at least ``often`` = 5 times."""
     often, rows = 5, []
     seen = torch.bincount(reading.tokens_BT.flatten())
     common = seen >= often
@@ -109,41 +121,53 @@ def dead_tokens(reading: Reading) -> Rows:
 
 
 def depth_predictors(reading: Reading) -> Rows:
-    """How much of the depth a lookup table would know: the share of its variance in the second half of the windows
-    that the mean depth of equal tokens, previous tokens or positions in the first half explains (R², may be < 0).
+    """How much of the depth a lookup table would know: the share of its variance in the second half
+    of the windows that the mean depth of equal tokens, previous tokens or positions in the first
+    half explains (R², may be < 0).
 
-    Near 1 for the token alone: the router decides by what token it is. Empty for fewer than two windows and for
-    equal depths.
+    Near 1 for the token alone: the router decides by what token it is. Empty for fewer than two
+    windows and for equal depths.
     """
     tokens_BT, depth_BT = reading.tokens_BT[:, 1:], reading.depth_BT[:, 1:].double()
     half = len(tokens_BT) // 2
     if not half or len(depth_BT[half:].unique()) < 2:
         return []
     place_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-    looked_up = {"token": tokens_BT, "previous token": reading.tokens_BT[:, :-1], "position": place_BT}
+    looked_up = {
+        "token": tokens_BT,
+        "previous token": reading.tokens_BT[:, :-1],
+        "position": place_BT,
+    }
     rows = []
     for name, key_BT in looked_up.items():
         known, wanted = depth_BT[:half].flatten(), depth_BT[half:].flatten()
         count_V = torch.bincount(key_BT[:half].flatten(), minlength=int(key_BT.max()) + 1)
         sum_V = torch.bincount(key_BT[:half].flatten(), known, minlength=len(count_V))
         mean_V = torch.where(count_V > 0, sum_V / count_V.clamp(min=1), known.mean())
-        left = (wanted - mean_V[key_BT[half:].flatten()]).square().sum() / (wanted - known.mean()).square().sum()
+        left = (wanted - mean_V[key_BT[half:].flatten()]).square().sum() / (
+            wanted - known.mean()
+        ).square().sum()
         rows.append(dict(predictor=name, explained=1 - float(left), tokens=len(wanted)))
     return rows
 
 
 @torch.no_grad()
 def agreement(reading: Reading) -> Rows:
-    """Threshold against top-k, the non-causal selection of training, for each recursion that selects.
+    """Threshold against top-k, the non-causal selection of training, for each recursion that
+    selects.
 
-    same_decision: share of top-k's candidates on which the threshold, seeing the same state, decides alike.
-    same_depth: share of tokens that end at the same depth when each selection reads the text by itself.
-    Empty for routers without top-k.
+    same_decision: share of top-k's candidates on which the threshold, seeing the same state,
+    decides alike.
+    same_depth: share of tokens that end at the same depth when each selection reads the text by
+    itself. Empty for routers without top-k.
     """
     router, rows = reading.model.recursions.router, []
     if not isinstance(router, ExpertChoiceRouter):
         return []
-    top = [reading.model(t, selection="topk", logits="none").routing for t in reading.tokens_BT.split(1)]
+    top = [
+        reading.model(t, selection="topk", logits="none").routing
+        for t in reading.tokens_BT.split(1)
+    ]
     same_depth = float((torch.cat([r.depth_BT for r in top]) == reading.depth_BT).float().mean())
     for r, capacity in enumerate(reading.model.config.capacities):
         if capacity == 1:
@@ -173,9 +197,9 @@ def agreement(reading: Reading) -> Rows:
 def score_histogram(reading: Reading, bins: int = 20) -> Rows:
     """How far router scores are from being two-valued: counts by recursion, bin and decision.
 
-    Expert-choice: sigmoid of the logit that the threshold looks at, over the candidates of each recursion that
-    selects; recursions without candidates are left out. Token-choice: each depth's share of the scores. Empty for
-    routers that score nothing.
+    Expert-choice: sigmoid of the logit that the threshold looks at, over the candidates of each
+    recursion that selects; recursions without candidates are left out. Token-choice: each depth's
+    share of the scores. Empty for routers that score nothing.
     """
     rows: Rows = []
     for r, capacity in enumerate(reading.model.config.capacities):
@@ -189,19 +213,24 @@ def score_histogram(reading: Reading, bins: int = 20) -> Rows:
                 chosen.append(routing.choice_M == r + 1)
             elif step.causal_logit_C is not None and capacity < 1:
                 scores.append(step.causal_logit_C.sigmoid())
-                chosen.append(selected_M if step.candidate_C is None else selected_M[step.candidate_C])
+                chosen.append(
+                    selected_M if step.candidate_C is None else selected_M[step.candidate_C]
+                )
         if not sum(map(len, scores)):  # no token came as far
             continue
         score_C, chosen_C = torch.cat(scores), torch.cat(chosen)
         place_C = (score_C * bins).long().clamp(max=bins - 1)
         for taken_, mask in ((True, chosen_C), (False, ~chosen_C)):
             for b, n in enumerate(torch.bincount(place_C[mask], minlength=bins).tolist()):
-                rows.append(dict(recursion=r + 1, taken=taken_, low=b / bins, high=(b + 1) / bins, tokens=n))
+                rows.append(
+                    dict(recursion=r + 1, taken=taken_, low=b / bins, high=(b + 1) / bins, tokens=n)
+                )
     return rows
 
 
 def separation(histogram: Rows, margin: float = 0.1) -> Rows:
-    """For each recursion the share of scores within ``margin`` of 0 or 1: near 1 means almost binary decisions."""
+    """For each recursion the share of scores within ``margin`` of 0 or 1: near 1 means almost
+    binary decisions."""
     rows = []
     for recursion in sorted({row["recursion"] for row in histogram}):
         own = [row for row in histogram if row["recursion"] == recursion]
@@ -210,15 +239,20 @@ def separation(histogram: Rows, margin: float = 0.1) -> Rows:
         high = sum(row["tokens"] for row in own if row["low"] >= 1 - margin - 1e-9)
         rows.append(
             dict(
-                recursion=recursion, scored=total, near_0=low / total, near_1=high / total, binary=(low + high) / total
+                recursion=recursion,
+                scored=total,
+                near_0=low / total,
+                near_1=high / total,
+                binary=(low + high) / total,
             )
         )
     return rows
 
 
 def drift(reading: Reading) -> Rows:
-    """How states move: for every two stages (0 is before the first pass) the mean cosine and the length of the
-    difference over the length of the earlier state, over the tokens that the later pass changed."""
+    """How states move: for every two stages (0 is before the first pass) the mean cosine and the
+    length of the difference over the length of the earlier state, over the tokens that the later
+    pass changed."""
     rows, stages = [], range(len(reading.states[0]))
     for a, b in combinations(stages, 2):
         earlier, later = (torch.cat([s[i] for s in reading.states]).float() for i in (a, b))
@@ -243,9 +277,11 @@ def drift(reading: Reading) -> Rows:
 
 
 def kv_similarity(reading: Reading) -> Rows:
-    """Mean cosine between the keys, and the values, that the same token has at two recursions, by layer.
+    """Mean cosine between the keys, and the values, that the same token has at two recursions, by
+    layer.
 
-    Keys are compared as cached, rotated for the same position. Empty where recursions share their entries.
+    Keys are compared as cached, rotated for the same position. Empty where recursions share their
+    entries.
     """
     sums: dict[tuple[int, int, int], list[float]] = {}
     for cache in reading.caches:
@@ -256,7 +292,10 @@ def kv_similarity(reading: Reading) -> Rows:
             for layer in range(len(cache.streams[a].k)):
                 total = sums.setdefault((layer, a, b), [0.0, 0.0, 0])
                 for i, kind in enumerate(("k", "v")):
-                    x, y = (getattr(cache.streams[s], kind)[layer][0, at].float() for s, at in ((a, in_a), (b, in_b)))
+                    x, y = (
+                        getattr(cache.streams[s], kind)[layer][0, at].float()
+                        for s, at in ((a, in_a), (b, in_b))
+                    )
                     total[i] += float(torch.cosine_similarity(x, y, dim=-1).mean(-1).sum())
                 total[2] += len(in_a)
     return [
@@ -275,12 +314,19 @@ def _common(cache: KVCache, a: int, b: int) -> tuple[Tensor, Tensor]:
 
 
 def depth_scaling(
-    model: Transformer, data: Windows, *, further: int = 2, extrapolate: bool = True, **settings: Any
+    model: Transformer,
+    data: Windows,
+    *,
+    further: int = 2,
+    extrapolate: bool = True,
+    **settings: Any,
 ) -> Rows:
-    """Causal NLL with the depth capped at 1..R, then with ``further`` recursions more than were trained.
+    """Causal NLL with the depth capped at 1..R, then with ``further`` recursions more than were
+    trained.
 
-    Further recursions decide and gate as the last trained one (:class:`~mor.analysis.views.RepeatLastRouter`) and
-    keep keys and values of their own; they are an extrapolation and labelled so. Settings as in ``evaluate``.
+    Further recursions decide and gate as the last trained one
+    (:class:`~mor.analysis.views.RepeatLastRouter`) and keep keys and values of their own; they are
+    an extrapolation and labelled so. Settings as in ``evaluate``.
     """
     trained, rows = model.config.num_recursions, []
     deepest = trained + (further if extrapolate and trained > 1 else 0)
@@ -300,8 +346,11 @@ def depth_scaling(
     return rows
 
 
-def depth_by_token_class(reading: Reading, tokenizer: Tokenizer, counts: dict[int, int] | None = None) -> Rows:
-    """Mean depth by kind, position and frequency; 95% intervals, for which a window is one observation."""
+def depth_by_token_class(
+    reading: Reading, tokenizer: Tokenizer, counts: dict[int, int] | None = None
+) -> Rows:
+    """Mean depth by kind, position and frequency; 95% intervals, for which a window is one
+    observation."""
     tokens, kind = reading.tokens_BT.tolist(), []
     for ids in tokens:
         kind += kinds(tokenizer, ids, tokenizer.pieces(ids))
@@ -318,9 +367,9 @@ def depth_by_token_class(reading: Reading, tokenizer: Tokenizer, counts: dict[in
 
 
 def counterfactual_gains(reading: Reading) -> Rows:
-    """Mean change of the target's log-probability, in nats, with one recursion fewer and one more for that token
-    alone, by the depth it took; 95% intervals, for which a window is one observation. Tokens without a target do
-    not count."""
+    """Mean change of the target's log-probability, in nats, with one recursion fewer and one more
+    for that token alone, by the depth it took; 95% intervals, for which a window is one
+    observation. Tokens without a target do not count."""
     known: dict[str, list[tuple[float, str, int]]] = {"fewer": [], "more": []}
     for w, routing in enumerate(reading.routings):
         logp_RT = _exit_logprobs(reading, w, routing)
@@ -333,17 +382,21 @@ def counterfactual_gains(reading: Reading) -> Rows:
                 known[name].append((change, str(int(depth_T[t])), w))
     rows: Rows = []
     for name, found in known.items():
-        for group in sorted(group_means(*zip(*found, strict=True)) if found else [], key=lambda g: int(g.group)):
+        for group in sorted(
+            group_means(*zip(*found, strict=True)) if found else [], key=lambda g: int(g.group)
+        ):
             better = np.mean([change > 0 for change, depth, _ in found if depth == group.group])
             means = {k: v for k, v in asdict(group).items() if k != "group"}
-            rows.append(dict(change=name, depth=int(group.group)) | means | dict(better=float(better)))
+            rows.append(
+                dict(change=name, depth=int(group.group)) | means | dict(better=float(better))
+            )
     return rows
 
 
 @torch.no_grad()
 def _exit_logprobs(reading: Reading, w: int, routing: Routing) -> Tensor:
-    """Log-probability of every token's target had it left after 1..R recursions, (R, T); without meaning where
-    there is none."""
+    """Log-probability of every token's target had it left after 1..R recursions, (R, T); without
+    meaning where there is none."""
     ids, target_T1 = reading.tokens_BT[w].tolist(), reading.targets_BT[w].clamp(min=0)[:, None]
     taken_RT, rows = taken(routing), []
     for depth in range(1, reading.model.config.num_recursions + 1):

@@ -1,7 +1,7 @@
 """Everything a model did with a text, token by token, as plain records.
 
-Decisions are those of threshold selection, which is causal. What a token *would* have predicted at another
-depth is computed, not estimated (see branches.py).
+Decisions are those of threshold selection, which is causal. What a token *would* have predicted at
+another depth is computed, not estimated (see branches.py).
 
 T tokens · V vocab · R recursions
 """
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from mor.analysis.branches import exits, taken
 from mor.analysis.classes import BLOCK, depth_by_class, kinds
-from mor.analysis.intervals import GroupMean, group_means
-from mor.kv_cache import KVCache
-from mor.loss import IGNORED
-from mor.model import Transformer
-from mor.routing import ExpertChoiceRouter, Routing
-from mor.tokenizer import Tokenizer
+from mor.data.tokenizer import Tokenizer
+from mor.model.kv_cache import KVCache
+from mor.model.loss import IGNORED
+from mor.model.routing import ExpertChoiceRouter, Routing
+from mor.model.transformer import Transformer
+from mor.statistics import GroupMean, group_means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +41,16 @@ class Guess:
 class Step:
     """A token at recursion ``recursion`` (from 1).
 
-    taken: whether it took it. score: what the decision looks at, 0..1: sigmoid of the causal logit against
-    ``threshold`` (expert-choice) or the share of this depth in the softmax or sigmoid scores (token-choice);
-    None where the token was no candidate or the router scores nothing. threshold: None where every candidate
-    is taken or the largest score wins. gate: weight of the stack's output, which token-choice by default applies
-    at a token's last recursion only; None where not taken, and for routers without gates of their own.
+    taken: whether it took it. score: what the decision looks at, 0..1: sigmoid of the causal logit
+    against ``threshold`` (expert-choice) or the share of this depth in the softmax or sigmoid
+    scores (token-choice); None where the token was no candidate or the router scores nothing.
+    threshold: None where every candidate is taken or the largest score wins. gate: weight of the
+    stack's output, which token-choice by default applies at a token's last recursion only; None
+    where not taken, and for routers without gates of their own.
 
-    exit_*: the prediction had this token, and no other, left after this many recursions: state, coda and head
-    as in the model. At the depth that the token took it is the model's own. logprob of the target (None where
-    there is none) and entropy in nats.
+    exit_*: the prediction had this token, and no other, left after this many recursions: state,
+    coda and head as in the model. At the depth that the token took it is the model's own. logprob
+    of the target (None where there is none) and entropy in nats.
     """
 
     recursion: int
@@ -64,12 +65,14 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRecord:
-    """A token that was read. start, end: its characters in the text. piece: that text; "" where a character is
-    spread over several tokens and this is not the last. position: in its window. depth: recursions it took.
-    target: what is right here, the real next token or the answer of a task; None where nothing is. logprob: of the
-    target, in nats. rank: of the target, 1 is the best guess. more, fewer: by how much ``logprob`` changes with one
-    recursion more or fewer for this token alone; None where there is no such depth. count: occurrences in the text,
-    or in the corpus given. kind: see classes.KINDS.
+    """A token that was read. start, end: its characters in the text. piece: that text; "" where a
+    character is spread over several tokens and this is not the last. position: in its window.
+    depth: recursions it took.
+    target: what is right here, the real next token or the answer of a task; None where nothing is.
+    logprob: of the target, in nats. rank: of the target, 1 is the best guess. more, fewer: by how
+    much ``logprob`` changes with one recursion more or fewer for this token alone; None where there
+    is no such depth. count: occurrences in the text, or in the corpus given. kind: see
+    classes.KINDS.
     """
 
     index: int
@@ -94,7 +97,8 @@ class TokenRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What :func:`explain` found. model: what the model is, for a heading. asked: what targets are."""
+    """What :func:`explain` found. model: what the model is, for a heading. asked: what targets
+    are."""
 
     name: str
     text: str
@@ -115,27 +119,35 @@ class Explanation:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Of all tokens but the first, which nothing predicts; special tokens have no bytes. None for answers, which
-        are no text."""
+        """Of all tokens but the first, which nothing predicts; special tokens have no bytes. None
+        for answers, which are no text."""
         size = len("".join(t.piece for t in self.tokens[1:] if t.kind != "special").encode())
         if self.nll is None or not size or self.asked == "answer":
             return None
         return self.nll * (len(self.tokens) - 1) / size / math.log(2)
 
     def records(self) -> list[dict[str, Any]]:
-        """Tidy rows, one per token and recursion, ready for pandas; the best guess stands for all."""
+        """Tidy rows, one per token and recursion, ready for pandas; the best guess stands for
+        all."""
         own = [f.name for f in fields(TokenRecord) if f.name != "steps"]
         rows = []
         for token in self.tokens:
             of_token = {name: getattr(token, name) for name in own}
             for step in token.steps:
                 best = step.exit_guesses[0]
-                of_step = {f.name: getattr(step, f.name) for f in fields(Step) if f.name != "exit_guesses"}
-                rows.append(of_token | of_step | {"exit_guess": best.text, "exit_probability": best.probability})
+                of_step = {
+                    f.name: getattr(step, f.name) for f in fields(Step) if f.name != "exit_guesses"
+                }
+                rows.append(
+                    of_token
+                    | of_step
+                    | {"exit_guess": best.text, "exit_probability": best.probability}
+                )
         return rows
 
     def by_class(self) -> dict[str, list[GroupMean]]:
-        """Mean depth by kind, position and frequency; intervals over stretches of ``BLOCK`` tokens."""
+        """Mean depth by kind, position and frequency; intervals over stretches of ``BLOCK``
+        tokens."""
         return depth_by_class(
             [t.depth for t in self.tokens],
             kind=[t.kind for t in self.tokens],
@@ -145,30 +157,45 @@ class Explanation:
         )
 
     def counterfactuals(self) -> dict[str, list[GroupMean]]:
-        """Mean change of log-probability with one recursion fewer and one more, by the depth taken."""
+        """Mean change of log-probability with one recursion fewer and one more, by the depth
+        taken."""
         found = {}
         for name in ("fewer", "more"):
-            known = sorted((t for t in self.tokens if getattr(t, name) is not None), key=lambda t: t.depth)
+            known = sorted(
+                (t for t in self.tokens if getattr(t, name) is not None), key=lambda t: t.depth
+            )
             found[name] = group_means(
-                [getattr(t, name) for t in known], [str(t.depth) for t in known], [t.index // BLOCK for t in known]
+                [getattr(t, name) for t in known],
+                [str(t.depth) for t in known],
+                [t.index // BLOCK for t in known],
             )
         return found
 
     def flow(self) -> list[dict[str, int]]:
-        """Tokens that go from being in (1) or out (0) at a recursion to being in or out at the next."""
+        """Tokens that go from being in (1) or out (0) at a recursion to being in or out at the
+        next."""
         moves: Counter[tuple[int, bool, bool]] = Counter()
         for token in self.tokens:
             for before, after in pairwise(token.steps):
                 moves[before.recursion, before.taken, after.taken] += 1
-        return [dict(recursion=r, taken=int(a), next_taken=int(b), tokens=n) for (r, a, b), n in sorted(moves.items())]
+        return [
+            dict(recursion=r, taken=int(a), next_taken=int(b), tokens=n)
+            for (r, a, b), n in sorted(moves.items())
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""
-        whole = dict(nll=self.nll, bits_per_byte=self.bits_per_byte, mean_depth=self.mean_depth, causal=True)
+        whole = dict(
+            nll=self.nll, bits_per_byte=self.bits_per_byte, mean_depth=self.mean_depth, causal=True
+        )
         return asdict(self) | {
             "summary": whole | {"tokens": len(self.tokens)},
-            "by_class": {name: [asdict(g) for g in groups] for name, groups in self.by_class().items()},
-            "counterfactuals": {name: [asdict(g) for g in groups] for name, groups in self.counterfactuals().items()},
+            "by_class": {
+                name: [asdict(g) for g in groups] for name, groups in self.by_class().items()
+            },
+            "counterfactuals": {
+                name: [asdict(g) for g in groups] for name, groups in self.counterfactuals().items()
+            },
             "flow": self.flow(),
         }
 
@@ -186,20 +213,25 @@ def explain(
 ) -> Explanation:
     """Read ``text`` and record what happened to every token.
 
-    window: tokens that are read together (default: the model's max_seq_len). A longer text is read in windows
-    that overlap by half, and each token is shown as in the window that gives it most context. counts:
-    occurrences of token ids in a corpus (default: in the text). answers: of a model trained on a task, what is
-    right at each token (see ``Task.answers``), in place of the next token. Raises ValueError for an empty text, a
-    window that does not fit the model, answers that do not fit the text and a model that gives NaN or infinity.
+    window: tokens that are read together (default: the model's max_seq_len). A longer text is read
+    in windows that overlap by half, and each token is shown as in the window that gives it most
+    context. counts: occurrences of token ids in a corpus (default: in the text). answers: of a
+    model trained on a task, what is right at each token (see ``Task.answers``), in place of the
+    next token. Raises ValueError for an empty text, a window that does not fit the model, answers
+    that do not fit the text and a model that gives NaN or infinity.
     """
     config, (ids, pieces) = model.config, tokenizer.encode_with_pieces(text)
     window = window or config.max_seq_len
     if not ids:
         raise ValueError("the text is empty; give at least one character")
     if not 2 <= window <= config.max_seq_len:
-        raise ValueError(f"window must lie in 2..{config.max_seq_len} (the model's max_seq_len), got {window}")
+        raise ValueError(
+            f"window must lie in 2..{config.max_seq_len} (the model's max_seq_len), got {window}"
+        )
     if answers is not None and len(answers) != len(ids):
-        raise ValueError(f"{len(answers)} answers for {len(ids)} tokens; give one for each, {IGNORED} for none")
+        raise ValueError(
+            f"{len(answers)} answers for {len(ids)} tokens; give one for each, {IGNORED} for none"
+        )
     targets = [*ids[1:], IGNORED] if answers is None else answers
     counts = Counter(ids) if counts is None else counts
     of_token: dict[str, list[Any]] = dict(
@@ -218,16 +250,22 @@ def explain(
         tokens.append(TokenRecord(index=i, start=start, end=end, **own, **found))
         if not _is_finite(tokens[-1]):
             raise ValueError(
-                f"{name} gives values that are not finite (at token {i + 1}); its weights are broken, take another "
+                f"{name} gives values that are not finite (at token {i + 1}); its weights are "
+                "broken, take another "
                 "checkpoint"
             )
     asked: Literal["next token", "answer"] = "next token" if answers is None else "answer"
-    return Explanation(name=name, text=text, model=describe(model), asked=asked, window=window, tokens=tokens)
+    return Explanation(
+        name=name, text=text, model=describe(model), asked=asked, window=window, tokens=tokens
+    )
 
 
 def _is_finite(token: TokenRecord) -> bool:
     """Whether the model gave numbers for it: an entropy is NaN if any logit is NaN or infinite."""
-    found = [token.entropy, *(x for s in token.steps for x in (s.score, s.threshold, s.exit_entropy))]
+    found = [
+        token.entropy,
+        *(x for s in token.steps for x in (s.score, s.threshold, s.exit_entropy)),
+    ]
     return all(x is None or math.isfinite(x) for x in found)
 
 
@@ -239,7 +277,8 @@ def describe(model: Transformer) -> dict[str, Any]:
         num_recursions=config.num_recursions,
         router=config.router.kind,
         kv_strategy=config.kv_strategy,
-        layers=f"{config.prelude_layers} + {config.shared_layers} × {config.num_recursions} + {config.coda_layers}",
+        layers=f"{config.prelude_layers} + {config.shared_layers} × {config.num_recursions} + "
+        f"{config.coda_layers}",
         order=config.shared_order,
         dim=config.dim,
         vocab_size=config.vocab_size,
@@ -247,7 +286,8 @@ def describe(model: Transformer) -> dict[str, Any]:
 
 
 def windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
-    """(start, first token reported, stop) of windows that overlap by half and report every token once."""
+    """(start, first token reported, stop) of windows that overlap by half and report every token
+    once."""
     start = first = 0
     while True:
         stop = min(start + window, length)
@@ -261,10 +301,16 @@ class _Reader:
     """Reads windows of ids and says, token by token, what is not plain from the text."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, guesses: int) -> None:
-        self.model, self.tokenizer, self.guesses = model, tokenizer, min(guesses, model.config.vocab_size)
+        self.model, self.tokenizer, self.guesses = (
+            model,
+            tokenizer,
+            min(guesses, model.config.vocab_size),
+        )
         self.names: dict[int, str] = {}
 
-    def read(self, ids: Sequence[int], targets: Sequence[int], window: int) -> Iterator[dict[str, Any]]:
+    def read(
+        self, ids: Sequence[int], targets: Sequence[int], window: int
+    ) -> Iterator[dict[str, Any]]:
         for start, first, stop in windows(len(ids), window):
             yield from self._window(list(ids[start:stop]), list(targets[first:stop]), first - start)
 
@@ -275,20 +321,31 @@ class _Reader:
         cache = KVCache(model.config, 1, device=device, dtype=model.embedding.weight.dtype)
         output = model(torch.tensor([ids], device=device), cache=cache)
         taken_RT = taken(output.routing)
-        own, depths = self._predictions(output.logits_BTV[0, first:], targets), taken_RT.sum(0).tolist()
+        own, depths = (
+            self._predictions(output.logits_BTV[0, first:], targets),
+            taken_RT.sum(0).tolist(),
+        )
         by_depth = []
         for depth in range(1, model.config.num_recursions + 1):
-            exit_T, done = list(own), 0  # at the depth that a token took, its exit is the model's own prediction
+            # at the depth that a token took, its exit is the model's own prediction
+            exit_T, done = (
+                list(own),
+                0,
+            )
             places = [t for t in range(first, len(ids)) if depths[t] != depth]
             for logits_MV in exits(model, ids, taken_RT, depth, cache, places=places):
                 part = [t - first for t in places[done : done + len(logits_MV)]]
-                for i, found in zip(part, self._predictions(logits_MV, [targets[i] for i in part]), strict=True):
+                for i, found in zip(
+                    part, self._predictions(logits_MV, [targets[i] for i in part]), strict=True
+                ):
                     exit_T[i] = found
                 done += len(logits_MV)
             by_depth.append(exit_T)
         routed = routing_columns(model, output.routing)
         return [
-            _token_fields(t, depths[t], own[t - first], [exit_T[t - first] for exit_T in by_depth], routed)
+            _token_fields(
+                t, depths[t], own[t - first], [exit_T[t - first] for exit_T in by_depth], routed
+            )
             for t in range(first, len(ids))
         ]
 
@@ -297,30 +354,50 @@ class _Reader:
         logp_MV = logits_MV.float().log_softmax(-1)
         entropy_M = logp_MV.exp().mul_(logp_MV).sum(-1).neg().tolist()
         top = logp_MV.topk(self.guesses)
-        logp_M1 = logp_MV.gather(1, torch.tensor(targets, device=logits_MV.device).clamp(min=0)[:, None])
-        rank_M = ((logp_MV > logp_M1).float().sum(1).int() + 1).tolist()  # sums of booleans are slow
-        columns = (targets, logp_M1[:, 0].tolist(), rank_M, entropy_M, top.indices.tolist(), top.values.exp().tolist())
+        logp_M1 = logp_MV.gather(
+            1, torch.tensor(targets, device=logits_MV.device).clamp(min=0)[:, None]
+        )
+        # sums of booleans are slow
+        rank_M = ((logp_MV > logp_M1).float().sum(1).int() + 1).tolist()
+        columns = (
+            targets,
+            logp_M1[:, 0].tolist(),
+            rank_M,
+            entropy_M,
+            top.indices.tolist(),
+            top.values.exp().tolist(),
+        )
         nothing = dict(target_id=None, target=None, logprob=None, rank=None)
         return [
             dict(entropy=entropy, guesses=self._guesses(best, p))
-            | (nothing if i == IGNORED else dict(target_id=i, target=self._name(i), logprob=logp, rank=rank))
+            | (
+                nothing
+                if i == IGNORED
+                else dict(target_id=i, target=self._name(i), logprob=logp, rank=rank)
+            )
             for i, logp, rank, entropy, best, p in zip(*columns, strict=True)
         ]
 
     def _guesses(self, ids: list[int], probabilities: list[float]) -> list[Guess]:
-        return [Guess(token_id=i, text=self._name(i), probability=p) for i, p in zip(ids, probabilities, strict=True)]
+        return [
+            Guess(token_id=i, text=self._name(i), probability=p)
+            for i, p in zip(ids, probabilities, strict=True)
+        ]
 
     def _name(self, token_id: int) -> str:
         """Its text, or its name in the vocabulary where it is no whole text by itself."""
         if token_id not in self.names:
             text = self.tokenizer.decode([token_id])
             whole = text and "\ufffd" not in text
-            self.names[token_id] = text if whole else self.tokenizer.backend.id_to_token(token_id) or f"#{token_id}"
+            self.names[token_id] = (
+                text if whole else self.tokenizer.backend.id_to_token(token_id) or f"#{token_id}"
+            )
         return self.names[token_id]
 
 
 def routing_columns(model: Transformer, routing: Routing) -> list[dict[str, list]]:
-    """What the router saw and did at each recursion with every token of one sequence: taken, score, threshold, gate."""
+    """What the router saw and did at each recursion with every token of one sequence: taken, score,
+    threshold, gate."""
     router, found = model.recursions.router, []
     for r, step in enumerate(routing.steps):
         score_M, threshold = [None] * len(routing.tokens), None
@@ -336,12 +413,18 @@ def routing_columns(model: Transformer, routing: Routing) -> list[dict[str, list
         if step.gate_K is not None:
             gate_M = [None if math.isnan(g) else g for g in routing.gate_BT(r).flatten().tolist()]
         taken_M = routing.selected_M(r).tolist()
-        found.append(dict(taken=taken_M, score=score_M, threshold=[threshold] * len(score_M), gate=gate_M))
+        found.append(
+            dict(taken=taken_M, score=score_M, threshold=[threshold] * len(score_M), gate=gate_M)
+        )
     return found
 
 
 def _token_fields(
-    t: int, depth: int, own: dict[str, Any], by_depth: list[dict[str, Any]], routed: list[dict[str, list]]
+    t: int,
+    depth: int,
+    own: dict[str, Any],
+    by_depth: list[dict[str, Any]],
+    routed: list[dict[str, list]],
 ) -> dict[str, Any]:
     """Fields of a TokenRecord that the model decides."""
     steps = [

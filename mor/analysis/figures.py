@@ -1,4 +1,5 @@
-"""One figure for each analysis: legible in grey, axes with units. Rows in, a matplotlib Figure out."""
+"""One figure for each analysis: legible in grey, axes with units. Rows in, a matplotlib Figure
+out."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def new_axes(
 
 
 def series(i: int) -> dict[str, Any]:
-    """Look of the i-th line: lightness, dash and marker all differ. Every second six have hollow markers."""
+    """Look of the i-th line: lightness, dash and marker all differ. Every second six have hollow
+    markers."""
     turn = i // 6
     marker = dict(marker=MARKERS[(i + turn // 2) % 6], markersize=4.5)
     return (
@@ -62,15 +64,21 @@ def literal(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def _line(axes: Axes, x: Sequence, y: Sequence, i: int, label: str | None = None, marker: bool = True) -> None:
-    axes.plot(x, y, **(series(i) | ({} if marker else {"marker": None})), label=label, linewidth=1.5)
+def _line(
+    axes: Axes, x: Sequence, y: Sequence, i: int, label: str | None = None, marker: bool = True
+) -> None:
+    axes.plot(
+        x, y, **(series(i) | ({} if marker else {"marker": None})), label=label, linewidth=1.5
+    )
 
 
 def _labels(axes: Axes, x: str, y: str, *, legend: bool = False) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if legend:  # above the axes, where it covers nothing
-        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, columnspacing=1)
+        axes.legend(
+            frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, columnspacing=1
+        )
 
 
 def _intervals(axes: Axes, y: Sequence[float], rows: Rows) -> None:
@@ -86,15 +94,28 @@ def loss_curve(metrics: Rows) -> Figure:
     figure, (axes,) = new_axes()
     train = [m for m in metrics if m.get("loss") is not None]
     held_out = [m for m in metrics if m.get("validation_nll") is not None]
-    axes.plot([m["tokens"] for m in train], [m["loss"] for m in train], color=GREYS[4], linewidth=1, label="training")
+    axes.plot(
+        [m["tokens"] for m in train],
+        [m["loss"] for m in train],
+        color=GREYS[4],
+        linewidth=1,
+        label="training",
+    )
     if held_out:
-        _line(axes, [m["tokens"] for m in held_out], [m["validation_nll"] for m in held_out], 0, "validation, causal")
+        _line(
+            axes,
+            [m["tokens"] for m in held_out],
+            [m["validation_nll"] for m in held_out],
+            0,
+            "validation, causal",
+        )
     _labels(axes, "training tokens", "loss, nats per token", legend=True)
     return figure
 
 
 def router_health(metrics: Rows) -> Figure:
-    """Share of tokens in each recursion, and the health figures of the router, over training steps."""
+    """Share of tokens in each recursion, and the health figures of the router, over training
+    steps."""
     figure, (left, right) = new_axes(10.5, 3.6, 2)
     rows = [m for m in metrics if m.get("share_per_recursion")]
     steps = [m["step"] for m in rows]
@@ -106,14 +127,26 @@ def router_health(metrics: Rows) -> Figure:
     for i, (name, label) in enumerate(names.items()):
         known = [(m["step"], m[name]) for m in rows if m.get(name) is not None]
         if known:
-            _line(right, [step for step, _ in known], [value for _, value in known], i, label, marker=False)
+            _line(
+                right,
+                [step for step, _ in known],
+                [value for _, value in known],
+                i,
+                label,
+                marker=False,
+            )
     _labels(right, "training step", "share, or 1 = even (entropy)", legend=True)
     return figure
 
 
 def depth_histogram(rows: Rows) -> Figure:
     figure, (axes,) = new_axes(4.8, 3.2)
-    bars = axes.bar([str(r["depth"]) for r in rows], [r["share"] for r in rows], color=GREYS[2], edgecolor=GREYS[0])
+    bars = axes.bar(
+        [str(r["depth"]) for r in rows],
+        [r["share"] for r in rows],
+        color=GREYS[2],
+        edgecolor=GREYS[0],
+    )
     axes.bar_label(bars, [f"{r['share']:.1%}" for r in rows])
     _labels(axes, "depth, recursions", "share of tokens")
     axes.grid(axis="x", visible=False)
@@ -123,9 +156,13 @@ def depth_histogram(rows: Rows) -> Figure:
 def dead_tokens(rows: Rows) -> Figure:
     figure, (axes,) = new_axes(4.8, 3.2)
     x = np.arange(len(rows))
-    for i, (name, label) in enumerate({"dead_positions": "positions", "dead_types": "distinct tokens"}.items()):
+    for i, (name, label) in enumerate(
+        {"dead_positions": "positions", "dead_types": "distinct tokens"}.items()
+    ):
         values = [r[name] or 0 for r in rows]
-        bars = axes.bar(x + (i - 0.5) * 0.38, values, 0.36, color=GREYS[2 * i], edgecolor=GREYS[0], label=label)
+        bars = axes.bar(
+            x + (i - 0.5) * 0.38, values, 0.36, color=GREYS[2 * i], edgecolor=GREYS[0], label=label
+        )
         axes.bar_label(bars, ["–" if r[name] is None else f"{r[name]:.1%}" for r in rows])
     axes.set_xticks(x, [str(r["recursion"]) for r in rows])
     axes.set_ylim(0, max(0.05, axes.get_ylim()[1] * 1.15))
@@ -171,13 +208,35 @@ def score_histogram(rows: Rows) -> Figure:
             own = [r for r in rows if r["recursion"] == recursion and r["taken"] == chosen]
             total = sum(r["tokens"] for r in rows if r["recursion"] == recursion) or 1
             look: dict[str, Any] = dict(
-                color="#ffffff" if i else GREYS[1], hatch=HATCHES[i], edgecolor=GREYS[0], linewidth=0.6
+                color="#ffffff" if i else GREYS[1],
+                hatch=HATCHES[i],
+                edgecolor=GREYS[0],
+                linewidth=0.6,
             )
-            below = [] if i == 0 else [r["tokens"] / total for r in rows if r["recursion"] == recursion and r["taken"]]
+            below = (
+                []
+                if i == 0
+                else [
+                    r["tokens"] / total for r in rows if r["recursion"] == recursion and r["taken"]
+                ]
+            )
             heights, width = [r["tokens"] / total for r in own], own[0]["high"] - own[0]["low"]
             label = "not taken" if i else "taken"
-            axes.bar([r["low"] for r in own], heights, width, below or 0, align="edge", label=label, **look)
-        _labels(axes, f"router score at recursion {recursion}", "share of scored tokens", legend=axes is panels[0])
+            axes.bar(
+                [r["low"] for r in own],
+                heights,
+                width,
+                below or 0,
+                align="edge",
+                label=label,
+                **look,
+            )
+        _labels(
+            axes,
+            f"router score at recursion {recursion}",
+            "share of scored tokens",
+            legend=axes is panels[0],
+        )
     return figure
 
 
@@ -199,7 +258,9 @@ def drift(rows: Rows) -> Figure:
     _labels(left, "after recursion (0: before the first)", "after recursion")
     steps = [r for r in rows if r["later"] == r["earlier"] + 1]
     heights = [r["relative_change"] for r in steps]
-    bars = right.bar([f"{r['earlier']}→{r['later']}" for r in steps], heights, color=GREYS[2], edgecolor=GREYS[0])
+    bars = right.bar(
+        [f"{r['earlier']}→{r['later']}" for r in steps], heights, color=GREYS[2], edgecolor=GREYS[0]
+    )
     right.bar_label(bars, fmt="%.2f")
     right.grid(axis="x", visible=False)
     _labels(right, "recursion", "length of the change / length of the state")
@@ -212,7 +273,13 @@ def kv_similarity(rows: Rows) -> Figure:
     for axes, kind in zip(panels, ("keys", "values"), strict=True):
         for i, (a, b) in enumerate(pairs):
             own = [r for r in rows if (r["earlier"], r["later"]) == (a, b)]
-            _line(axes, [r["layer"] for r in own], [r[f"cosine_{kind}"] for r in own], i, f"recursions {a} and {b}")
+            _line(
+                axes,
+                [r["layer"] for r in own],
+                [r[f"cosine_{kind}"] for r in own],
+                i,
+                f"recursions {a} and {b}",
+            )
         axes.set_xticks(sorted({r["layer"] for r in rows}))
         axes.set_ylim(min(0, axes.get_ylim()[0]), 1.02)
         _labels(axes, "shared layer", f"mean cosine of {kind}", legend=axes is panels[0])
@@ -224,15 +291,29 @@ def depth_scaling(rows: Rows) -> Figure:
     trained = [r for r in rows if not r["extrapolated"]]
     further = [trained[-1], *(r for r in rows if r["extrapolated"])]
     if len(further) > 1:
-        style: dict[str, Any] = dict(linestyle="--", marker="o", markerfacecolor="#ffffff", color=GREYS[1])
-        axes.plot([r["max_depth"] for r in further], [r["nll"] for r in further], label="beyond training", **style)
+        style: dict[str, Any] = dict(
+            linestyle="--", marker="o", markerfacecolor="#ffffff", color=GREYS[1]
+        )
+        axes.plot(
+            [r["max_depth"] for r in further],
+            [r["nll"] for r in further],
+            label="beyond training",
+            **style,
+        )
     _line(axes, [r["max_depth"] for r in trained], [r["nll"] for r in trained], 0, "trained depths")
     for r in rows:
         note = f"{r['mean_depth']:.2f}"
-        axes.annotate(note, (r["max_depth"], r["nll"]), xytext=(0, 7), textcoords="offset points", ha="center")
+        axes.annotate(
+            note, (r["max_depth"], r["nll"]), xytext=(0, 7), textcoords="offset points", ha="center"
+        )
     axes.set_xticks([r["max_depth"] for r in rows])
     axes.margins(y=0.15)
-    _labels(axes, "cap on the depth, recursions (figures: mean depth)", "NLL, nats per token (causal)", legend=True)
+    _labels(
+        axes,
+        "cap on the depth, recursions (figures: mean depth)",
+        "NLL, nats per token (causal)",
+        legend=True,
+    )
     return figure
 
 
@@ -257,7 +338,9 @@ def counterfactual_gains(rows: Rows) -> Figure:
     _intervals(axes, y, rows)
     axes.axvline(0, color=GREYS[3], linewidth=1)
     to = [r["depth"] + (1 if r["change"] == "more" else -1) for r in rows]
-    axes.set_yticks(y, [f"depth {r['depth']} → {d}  (n={r['count']:,})" for r, d in zip(rows, to, strict=True)])
+    axes.set_yticks(
+        y, [f"depth {r['depth']} → {d}  (n={r['count']:,})" for r, d in zip(rows, to, strict=True)]
+    )
     axes.invert_yaxis()
     axes.margins(y=0.2)
     _labels(axes, "mean change of the target's log-probability, nats (95% interval)", "")

@@ -1,8 +1,9 @@
-"""`mor report`: the analyses of a run as tables and figures, and one page of whatever a folder holds of them.
+"""`mor report`: the analyses of a run as tables and figures, and one page of whatever a folder
+holds of them.
 
-A run or study folder may have ``figures/NAME.svg`` or ``.png`` and ``tables/NAME.csv``, written by anyone; those of one
-name stand together; ``summary.json``, a flat table of texts, comes before them. Pages contain everything and need no
-network.
+A run or study folder may have ``figures/NAME.svg`` or ``.png`` and ``tables/NAME.csv``, written by
+anyone; those of one name stand together; ``summary.json``, a flat table of texts, comes before
+them. Pages contain everything and need no network.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from matplotlib.figure import Figure
 
 from mor.analysis import corpus, figures
 from mor.checkpoint import Checkpoint
-from mor.data import Windows
-from mor.metrics import read_metrics
+from mor.data.stream import Windows
+from mor.training.metrics import read_metrics
 
 Rows = list[dict[str, Any]]
 SUMMARY = "summary.json"
@@ -40,7 +41,9 @@ class Entry:
 
 
 ENTRIES: dict[str, Entry] = {
-    "loss": Entry(title="Loss", note="Validation is causal (threshold selection).", figure=figures.loss_curve),
+    "loss": Entry(
+        title="Loss", note="Validation is causal (threshold selection).", figure=figures.loss_curve
+    ),
     "router_health": Entry(
         title="Router over training",
         note="Measured on training batches with top-k, the non-causal selection of training.",
@@ -48,42 +51,53 @@ ENTRIES: dict[str, Entry] = {
     ),
     "depth_scaling": Entry(
         title="Test-time depth",
-        note="Causal NLL with the depth capped. Beyond the trained depth the last router decides and gates again, on "
+        note="Causal NLL with the depth capped. Beyond the trained depth the last router decides "
+        "and gates again, on "
         "the new states: an extrapolation of the network, not something it was trained for.",
         figure=figures.depth_scaling,
     ),
-    "depth_histogram": Entry(title="Depths taken", note="Threshold selection.", figure=figures.depth_histogram),
+    "depth_histogram": Entry(
+        title="Depths taken", note="Threshold selection.", figure=figures.depth_histogram
+    ),
     "depth_by_class": Entry(
         title="Depth by class of token",
-        note="95% intervals, for which a window is one observation. Frequency is counted in the text read.",
+        note="95% intervals, for which a window is one observation. Frequency is counted in the "
+        "text read.",
         figure=figures.depth_by_class,
     ),
     "depth_predictors": Entry(
         title="What decides the depth",
-        note="How well a lookup table of the first half of the windows predicts the depths of the second half.",
+        note="How well a lookup table of the first half of the windows predicts the depths of the "
+        "second half.",
         figure=figures.depth_predictors,
     ),
     "counterfactual_gains": Entry(
         title="One recursion fewer or more",
-        note="Each token is run again at another depth while the tokens before it stay as they were. Target: the next "
+        note="Each token is run again at another depth while the tokens before it stay as they "
+        "were. Target: the next "
         "token, or the answer of a task. Better: the share of tokens that gain.",
         figure=figures.counterfactual_gains,
     ),
     "score_histogram": Entry(
         title="Router scores",
-        note="Expert-choice: sigmoid of the logit that is compared with the threshold. Token-choice: share of each "
+        note="Expert-choice: sigmoid of the logit that is compared with the threshold. "
+        "Token-choice: share of each "
         "depth.",
         figure=figures.score_histogram,
     ),
-    "separation": Entry(title="How binary the scores are", note="Share of scores within 0.1 of 0 or 1."),
+    "separation": Entry(
+        title="How binary the scores are", note="Share of scores within 0.1 of 0 or 1."
+    ),
     "agreement": Entry(
         title="Threshold against top-k",
-        note="Top-k is the selection of training; it compares a token with later ones and is not causal.",
+        note="Top-k is the selection of training; it compares a token with later ones and is not "
+        "causal.",
         figure=figures.agreement,
     ),
     "dead_tokens": Entry(
         title="Dead tokens",
-        note="Positions that no window took, and distinct tokens that never took it although read 5 times or more.",
+        note="Positions that no window took, and distinct tokens that never took it although read "
+        "5 times or more.",
         figure=figures.dead_tokens,
     ),
     "drift": Entry(
@@ -100,38 +114,68 @@ ENTRIES: dict[str, Entry] = {
 STUDY_ENTRIES: dict[str, Entry] = {  # drawn in mor.studies.figures
     "rows": Entry(
         title="Rows of the study",
-        note="Causal validation NLL of every seed; differences from the reference row are taken seed by seed, with 95% "
-        "intervals (Student's t). Where an interval holds 0, the study does not tell the two apart; of twenty rows "
+        note="Causal validation NLL of every seed; differences from the reference row are taken "
+        "seed by seed, with 95% "
+        "intervals (Student's t). Where an interval holds 0, the study does not tell the two "
+        "apart; of twenty rows "
         "that do not differ, one leaves it out by chance.",
     ),
-    "hops": Entry(title="By the hops that a query asks for", note="Means over seeds, threshold selection."),
+    "hops": Entry(
+        title="By the hops that a query asks for", note="Means over seeds, threshold selection."
+    ),
     "exits": Entry(
         title="Exits after the fact",
-        note="Tokens sent out early on trained models, at equal mean depth; their context is as deep as they are.",
+        note="Tokens sent out early on trained models, at equal mean depth; their context is as "
+        "deep as they are.",
     ),
     "isoflop": Entry(
-        title="Loss over size at equal budgets", note="Parabolas in log size; stars: their lowest points."
+        title="Loss over size at equal budgets",
+        note="Parabolas in log size; stars: their lowest points.",
     ),
     "optima": Entry(title="Best sizes", note="From the parabolas, with 95% bootstrap intervals."),
-    "optimal_paths": Entry(title="Best size and tokens over the budget", note="95% bootstrap intervals."),
-    "paths": Entry(title="Slopes of the optimal paths", note="Exponents of the budget, with 95% bootstrap intervals."),
+    "optimal_paths": Entry(
+        title="Best size and tokens over the budget", note="95% bootstrap intervals."
+    ),
+    "paths": Entry(
+        title="Slopes of the optimal paths",
+        note="Exponents of the budget, with 95% bootstrap intervals.",
+    ),
     "recurrence_law": Entry(
         title="Recurrence law",
-        note="NLL = floor + a (once + r^phi looped)^-alpha + b tokens^-beta; phi 1: a recursion is worth fresh layers.",
+        note="NLL = floor + a (once + r^phi looped)^-alpha + b tokens^-beta; phi 1: a recursion is "
+        "worth fresh layers.",
     ),
 }
 KNOWN = ENTRIES | STUDY_ENTRIES
 
 
-LOSS = ("step", "tokens", "loss", "lr", "validation_nll", "validation_bits_per_byte", "validation_mean_depth")
-HEALTH = ("mean_depth", "share_per_recursion", "depth_entropy", "dead_positions", "agreement", "max_violation")
+LOSS = (
+    "step",
+    "tokens",
+    "loss",
+    "lr",
+    "validation_nll",
+    "validation_bits_per_byte",
+    "validation_mean_depth",
+)
+HEALTH = (
+    "mean_depth",
+    "share_per_recursion",
+    "depth_entropy",
+    "dead_positions",
+    "agreement",
+    "max_violation",
+)
 
 
 def run_tables(run: Path) -> dict[str, Rows]:
     """What metrics.jsonl of a run tells: the loss and, where there is a router, its health."""
     metrics = read_metrics(run / "metrics.jsonl")
     routed = [m for m in metrics if "depth_entropy" in m]
-    found = {"loss": [_only(m, LOSS) for m in metrics], "router_health": [_only(m, ("step", *HEALTH)) for m in routed]}
+    found = {
+        "loss": [_only(m, LOSS) for m in metrics],
+        "router_health": [_only(m, ("step", *HEALTH)) for m in routed],
+    }
     return {name: rows for name, rows in found.items() if rows}
 
 
@@ -139,12 +183,17 @@ def _only(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: row[name] for name in names if name in row}
 
 
-def analyses(loaded: Checkpoint, data: Windows, *, seq_len: int, max_windows: int) -> dict[str, Rows]:
-    """Every analysis that fits the model, on up to ``max_windows`` windows; those with nothing to say are left out."""
+def analyses(
+    loaded: Checkpoint, data: Windows, *, seq_len: int, max_windows: int
+) -> dict[str, Rows]:
+    """Every analysis that fits the model, on up to ``max_windows`` windows; those with nothing to
+    say are left out."""
     reading = corpus.read(loaded.model, data, seq_len=seq_len, max_windows=max_windows)
     found: dict[str, Rows] = {}
     if loaded.config.num_recursions > 1:
-        found["depth_scaling"] = corpus.depth_scaling(loaded.model, data, seq_len=seq_len, max_windows=max_windows)
+        found["depth_scaling"] = corpus.depth_scaling(
+            loaded.model, data, seq_len=seq_len, max_windows=max_windows
+        )
         found["counterfactual_gains"] = corpus.counterfactual_gains(reading)
     if loaded.config.family == "mor":
         found["depth_histogram"] = corpus.depth_histogram(reading)
@@ -160,14 +209,18 @@ def analyses(loaded: Checkpoint, data: Windows, *, seq_len: int, max_windows: in
 
 
 def collapse(tables: dict[str, Rows]) -> str | None:
-    """What a reader must know of a router that sends nobody into a recursion; None for any other."""
-    dead = [str(row["recursion"]) for row in tables.get("dead_tokens", []) if row["dead_positions"] == 1]
+    """What a reader must know of a router that sends nobody into a recursion; None for any
+    other."""
+    dead = [
+        str(row["recursion"]) for row in tables.get("dead_tokens", []) if row["dead_positions"] == 1
+    ]
     read = sum(row["tokens"] for row in tables.get("depth_histogram", []))
     return f"none of the {read:,} tokens takes recursion {' or '.join(dead)}" if dead else None
 
 
 def write(folder: Path, tables: dict[str, Rows]) -> None:
-    """tables/NAME.csv and figures/NAME.png and .svg for each table of ``ENTRIES``; older files of others go."""
+    """tables/NAME.csv and figures/NAME.png and .svg for each table of ``ENTRIES``; older files of
+    others go."""
     for name in ENTRIES:
         for kind in ("tables/{}.csv", "figures/{}.png", "figures/{}.svg"):
             (folder / kind.format(name)).unlink(missing_ok=True)
@@ -187,22 +240,30 @@ def write_table(rows: Rows, path: Path) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow(
-                {n: json.dumps(v, allow_nan=False) if isinstance(v, list | dict) else v for n, v in row.items()}
+                {
+                    n: json.dumps(v, allow_nan=False) if isinstance(v, list | dict) else v
+                    for n, v in row.items()
+                }
             )
 
 
 def report_page(folder: Path, *, settings: dict[str, Any] | None = None) -> str:
-    """HTML with every figure and table of ``folder``, known ones first and in the order of ``KNOWN``.
+    """HTML with every figure and table of ``folder``, known ones first and in the order of
+    ``KNOWN``.
 
-    settings: shown at the top, after those of summary.json. Raises ValueError if there are no figures and no tables.
+    settings: shown at the top, after those of summary.json. Raises ValueError if there are no
+    figures and no tables.
     """
-    drawn = {p.stem: p for kind in ("png", "svg") for p in sorted((folder / "figures").glob(f"*.{kind}"))}
+    drawn = {
+        p.stem: p for kind in ("png", "svg") for p in sorted((folder / "figures").glob(f"*.{kind}"))
+    }
     listed = {p.stem: p for p in sorted((folder / "tables").glob("*.csv"))}
     names = [n for n in KNOWN if n in drawn or n in listed]
     names += sorted((drawn.keys() | listed.keys()) - KNOWN.keys())
     if not names:
         raise ValueError(
-            f"{folder} has no figures/*.svg, figures/*.png or tables/*.csv, and is no run with checkpoints"
+            f"{folder} has no figures/*.svg, figures/*.png or tables/*.csv, and is no run with "
+            "checkpoints"
         )
     parts = [_section(n, drawn.get(n), listed.get(n)) for n in names]
     summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}
@@ -211,13 +272,19 @@ def report_page(folder: Path, *, settings: dict[str, Any] | None = None) -> str:
         title=html.escape(folder.resolve().name),
         style=(own / "report.css").read_text(encoding="utf-8"),
         settings=_definitions(summary | (settings or {})),
-        contents="".join(f'<li><a href="#{html.escape(n)}">{html.escape(_title(n))}</a></li>' for n in names),
+        contents="".join(
+            f'<li><a href="#{html.escape(n)}">{html.escape(_title(n))}</a></li>' for n in names
+        ),
         sections="\n".join(parts),
     )
 
 
 def _title(name: str) -> str:
-    return KNOWN[name].title if name in KNOWN else name.replace("_", " ").replace("-", " ").capitalize()
+    return (
+        KNOWN[name].title
+        if name in KNOWN
+        else name.replace("_", " ").replace("-", " ").capitalize()
+    )
 
 
 def _section(name: str, figure: Path | None, table: Path | None) -> str:
@@ -227,7 +294,9 @@ def _section(name: str, figure: Path | None, table: Path | None) -> str:
     if figure:
         kind = "svg+xml" if figure.suffix == ".svg" else "png"
         data = base64.b64encode(figure.read_bytes()).decode()
-        parts.append(f'<img alt="Figure: {html.escape(_title(name))}" src="data:image/{kind};base64,{data}">')
+        parts.append(
+            f'<img alt="Figure: {html.escape(_title(name))}" src="data:image/{kind};base64,{data}">'
+        )
     if table:
         parts.append(_table(table, closed=figure is not None))
     return "\n".join([*parts, "</section>"])
@@ -236,13 +305,20 @@ def _section(name: str, figure: Path | None, table: Path | None) -> str:
 def _table(path: Path, *, closed: bool) -> str:
     with path.open(newline="", encoding="utf-8") as file:
         columns, *rows = list(csv.reader(file)) or [[]]
-    shown = rows if len(rows) <= TABLE_ROWS else [*rows[: TABLE_ROWS // 2], ["…"], *rows[-TABLE_ROWS // 2 :]]
+    shown = (
+        rows
+        if len(rows) <= TABLE_ROWS
+        else [*rows[: TABLE_ROWS // 2], ["…"], *rows[-TABLE_ROWS // 2 :]]
+    )
     head = "".join(f"<th>{html.escape(c.replace('_', ' '))}</th>" for c in columns)
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(_cell(c))}</td>' for c in row)}</tr>" for row in shown)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(_cell(c))}</td>' for c in row)}</tr>" for row in shown
+    )
     label = f"{len(rows)} row{'' if len(rows) == 1 else 's'} · tables/{path.name}"
     opened = "" if closed else " open"
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<details{opened}><summary>{html.escape(label)}</summary><div class="wide">{table}</div></details>'
+    summary = f"<summary>{html.escape(label)}</summary>"
+    return f'<details{opened}>{summary}<div class="wide">{table}</div></details>'
 
 
 def _cell(text: str) -> str:
@@ -256,4 +332,6 @@ def _cell(text: str) -> str:
 
 def _definitions(settings: dict[str, Any]) -> str:
     rows: Sequence[tuple[str, Any]] = list(settings.items())
-    return "".join(f"<div><dt>{html.escape(str(n))}</dt><dd>{html.escape(str(v))}</dd></div>" for n, v in rows)
+    return "".join(
+        f"<div><dt>{html.escape(str(n))}</dt><dd>{html.escape(str(v))}</dd></div>" for n, v in rows
+    )

@@ -1,6 +1,8 @@
-"""The same weights under other decisions: forced depths, more recursions than were trained, a look inside.
+"""The same weights under other decisions: forced depths, more recursions than were trained, a look
+inside.
 
-A view is a Transformer that shares every weight with the model it was made from; only the router differs.
+A view is a Transformer that shares every weight with the model it was made from; only the router
+differs.
 
 M packed tokens · K selected · D model · R recursions
 """
@@ -12,8 +14,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from mor.model import Transformer, passes
-from mor.routing import Router, Routing, RoutingStep
+from mor.model.routing import Router, Routing, RoutingStep
+from mor.model.transformer import Transformer, passes
 
 
 class _Wrapped(Router):
@@ -29,7 +31,9 @@ class _Wrapped(Router):
     def select(self, recursion: int, x_MD: Tensor, routing: Routing) -> RoutingStep:
         return self.router.select(recursion, x_MD, routing)
 
-    def combine(self, step: RoutingStep, h_KD: Tensor, out_KD: Tensor, first_MD: Tensor, routing: Routing) -> Tensor:
+    def combine(
+        self, step: RoutingStep, h_KD: Tensor, out_KD: Tensor, first_MD: Tensor, routing: Routing
+    ) -> Tensor:
         return self.router.combine(step, h_KD, out_KD, first_MD, routing)
 
 
@@ -56,10 +60,12 @@ class TableRouter(_Wrapped):
 
 
 class RepeatLastRouter(_Wrapped):
-    """More recursions than were trained: each further one decides and gates as the last trained one does.
+    """More recursions than were trained: each further one decides and gates as the last trained one
+    does.
 
-    Expert-choice: the last score net and threshold, on the new state. Token-choice: tokens that chose the last
-    depth go on to the end, with that depth's gate. Fixed and random: the same tokens again.
+    Expert-choice: the last score net and threshold, on the new state. Token-choice: tokens that
+    chose the last depth go on to the end, with that depth's gate. Fixed and random: the same tokens
+    again.
     """
 
     def start(self, x_MD: Tensor, routing: Routing) -> None:
@@ -74,7 +80,8 @@ class RepeatLastRouter(_Wrapped):
 
 
 class StateRecorder(_Wrapped):
-    """Keeps every token's state before the first pass and after each one. For one forward at a time."""
+    """Keeps every token's state before the first pass and after each one. For one forward at a
+    time."""
 
     def __init__(self, router: Router) -> None:
         super().__init__(router)
@@ -90,10 +97,14 @@ class StateRecorder(_Wrapped):
             self.states_MD.append(x_MD)
         return step
 
-    def combine(self, step: RoutingStep, h_KD: Tensor, out_KD: Tensor, first_MD: Tensor, routing: Routing) -> Tensor:
+    def combine(
+        self, step: RoutingStep, h_KD: Tensor, out_KD: Tensor, first_MD: Tensor, routing: Routing
+    ) -> Tensor:
         new_KD = super().combine(step, h_KD, out_KD, first_MD, routing)
         before_MD, index_K = self.states_MD[-1], step.index_K
-        self.states_MD.append(new_KD if index_K is None else before_MD.index_copy(0, index_K, new_KD))
+        self.states_MD.append(
+            new_KD if index_K is None else before_MD.index_copy(0, index_K, new_KD)
+        )
         return new_KD
 
 
@@ -110,15 +121,20 @@ def with_router(model: Transformer, router: Router) -> Transformer:
 
 
 def extended(model: Transformer, num_recursions: int) -> Transformer:
-    """The model with more recursions than it was trained with (see :class:`RepeatLastRouter`): an extrapolation.
+    """The model with more recursions than it was trained with (see :class:`RepeatLastRouter`): an
+    extrapolation.
 
     Raises ValueError for fewer, and for a vanilla model, which has no recursion to repeat.
     """
     trained = model.config.num_recursions
     if trained == 1:
         raise ValueError(
-            "a model with one recursion was never trained to repeat its layers; there is nothing to extend"
+            "a model with one recursion was never trained to repeat its layers; there is nothing "
+            "to extend"
         )
     if num_recursions < trained:
-        raise ValueError(f"the model has {trained} recursions already; cap it with max_depth={num_recursions} instead")
+        raise ValueError(
+            f"the model has {trained} recursions already; cap it with max_depth={num_recursions} "
+            "instead"
+        )
     return with_router(model, RepeatLastRouter(model.recursions.router, num_recursions))

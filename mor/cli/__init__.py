@@ -1,4 +1,5 @@
-"""mor demo | data | train | sweep | eval | explain | report | generate | convert | bench | costs: a module for each."""
+"""mor demo | data | train | sweep | eval | explain | report | generate | convert | bench | costs: a
+module for each."""
 
 from __future__ import annotations
 
@@ -47,9 +48,12 @@ def main(arguments: list[str] | None = None) -> None:
             rest = arguments[1:]
             tyro.cli(Train, args=rest, default=train_defaults(rest), prog="mor train").run(console)
         else:
-            tyro.cli(Command, args=arguments, prog="mor", description="Mixture-of-Recursions language models.").run(
-                console
-            )
+            tyro.cli(
+                Command,
+                args=arguments,
+                prog="mor",
+                description="Mixture-of-Recursions language models.",
+            ).run(console)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -14,13 +14,13 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from mor.engine.bench import DecodeRow, Lengths
-from mor.model import Transformer
+from mor.model.transformer import Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """How fast it is here. decode: tokens per second of MoR against a vanilla model of equal depth, in the same
-    engine, always full.
+    """How fast it is here. decode: tokens per second of MoR against a vanilla model of equal depth,
+    in the same engine, always full.
 
     Without checkpoints: random weights in the shape of a preset, with depths drawn uniformly.
     """
@@ -34,8 +34,8 @@ class Bench:
     num_layers: int = 26
     """Effective depth of every model."""
     batches: tuple[int, ...] = (1, 8, 32)
-    """Tokens in a pass at most; each model has twice as many slots. The last batch is also measured with as many
-    slots as fit into the bytes of the baseline's keys and values."""
+    """Tokens in a pass at most; each model has twice as many slots. The last batch is also measured
+    with as many slots as fit into the bytes of the baseline's keys and values."""
     lengths: Lengths = field(default_factory=Lengths)
     rounds: int = 5
     seconds: float = 1.0
@@ -49,11 +49,13 @@ class Bench:
     def run(self, console: Console) -> None:
         import torch
 
-        from mor.distributed import pick_device
+        from mor.device import pick_device
         from mor.engine.bench import decode_rows, measure_machine
 
         if (self.checkpoint is None) != (self.baseline is None):
-            raise ValueError("--checkpoint and --baseline go together: a speedup needs something to compare with")
+            raise ValueError(
+                "--checkpoint and --baseline go together: a speedup needs something to compare with"
+            )
         if self.threads:
             torch.set_num_threads(self.threads)
         place = pick_device(self.device)
@@ -74,21 +76,27 @@ class Bench:
             rows += decode_rows(baseline, models, batch=batch, slots=2 * batch, **common)
         rows += decode_rows(baseline, models, batch=self.batches[-1], slots=None, **common)
         if self.json:
-            machine = dict(device=str(weight.device), threads=torch.get_num_threads(), torch=torch.__version__)
+            machine = dict(
+                device=str(weight.device), threads=torch.get_num_threads(), torch=torch.__version__
+            )
             print(json.dumps({"rows": [asdict(row) for row in rows], "machine": machine}))
             return
         console.print(self._table(rows))
 
     def _models(self) -> tuple[Transformer, dict[str, Transformer]]:
         from mor import checkpoint
-        from mor.config import RouterKind, preset
+        from mor.model.config import RouterKind, preset
 
         if self.checkpoint and self.baseline:
-            return checkpoint.load(self.baseline).model, {self.checkpoint.name: checkpoint.load(self.checkpoint).model}
+            return checkpoint.load(self.baseline).model, {
+                self.checkpoint.name: checkpoint.load(self.checkpoint).model
+            }
 
         def make(recursions: int) -> Transformer:
             router: RouterKind = "random" if recursions > 1 else "fixed"
-            shape = preset(self.preset, num_recursions=recursions, num_layers=self.num_layers, router=router)
+            shape = preset(
+                self.preset, num_recursions=recursions, num_layers=self.num_layers, router=router
+            )
             return Transformer(shape).init_weights().eval()
 
         return make(1), {f"mor-{r}": make(r) for r in self.recursions}
@@ -96,7 +104,10 @@ class Bench:
     @staticmethod
     def _table(rows: list[DecodeRow]) -> Table:
         made = Table(
-            title="Decoding, keys, values and head included", title_justify="left", box=box.SIMPLE_HEAD, padding=0
+            title="Decoding, keys, values and head included",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=0,
         )
         columns: dict[str, Callable[[DecodeRow], str]] = {
             "model": lambda r: r.model,
@@ -105,7 +116,9 @@ class Bench:
             "tok/s": lambda r: f"{r.tokens_per_s:,.0f}",
             "speedup": lambda r: f"{r.speedup:.2f}",
             "limit": lambda r: f"{r.limit:.2f}",
-            "layers": lambda r: "–" if r.block_only_speedup is None else f"{r.block_only_speedup:.2f}",
+            "layers": lambda r: (
+                "–" if r.block_only_speedup is None else f"{r.block_only_speedup:.2f}"
+            ),
             "depth": lambda r: f"{r.mean_depth:.2f}",
             "host µs": lambda r: f"{r.host_us_per_step:,.0f}",
             "KV bytes": lambda r: f"{r.kv_bytes_per_token:,.0f}",

@@ -11,28 +11,32 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from mor.cli.show import flag
-from mor.config import KVStrategyName, RouterConfig, RouterKind, Sharing
+from mor.model.config import KVStrategyName, RouterConfig, RouterKind, Sharing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Turn a Llama-type model into a mor checkpoint, or back, or into the start of a recursive or MoR model.
+    """Turn a Llama-type model into a mor checkpoint, or back, or into the start of a recursive or
+    MoR model.
 
-    SOURCE is a Llama directory, a .gguf file, a name on the Hugging Face hub, or a mor checkpoint or run.
+    SOURCE is a Llama directory, a .gguf file, a name on the Hugging Face hub, or a mor checkpoint
+    or run.
     """
 
     source: Positional[str]
     out: Positional[Path]
     to: Literal["mor", "llama", "remote-code"] = "mor"
-    """llama writes a directory that transformers reads as LlamaForCausalLM; remote-code copies a mor checkpoint
-    together with the code that runs it, for transformers with trust_remote_code=True where mor is not installed."""
+    """llama writes a directory that transformers reads as LlamaForCausalLM; remote-code copies a
+    mor checkpoint together with the code that runs it, for transformers with trust_remote_code=True
+    where mor is not installed."""
     num_recursions: int | None = None
-    """Start a model that applies its shared layers this often. Default: copy the source as it is."""
+    """Start a model that applies its shared layers this often. Default: copy the source as it
+    is."""
     sharing: Sharing | None = None
     """Default: middle_cycle."""
     init: Literal["stepwise", "average", "lower", "upper", "random"] | None = None
-    """Source layers that the shared ones start from: at regular intervals (default), the mean of those they
-    stand in for, the first, the last, or none."""
+    """Source layers that the shared ones start from: at regular intervals (default), the mean of
+    those they stand in for, the first, the last, or none."""
     num_layers: int | None = None
     """Effective depth. Default: the one nearest to the source's that the sharing scheme allows."""
     router: RouterKind | None = None
@@ -50,7 +54,7 @@ class Convert:
     json: bool = False
 
     def run(self, console: Console) -> None:
-        from mor.convert import convert
+        from mor.conversion.convert import convert
 
         options = ("sharing", "init", "num_layers", "router", "gate", "alpha", "kv_strategy")
         given = {name: value for name in options if (value := getattr(self, name)) is not None}
@@ -59,12 +63,20 @@ class Convert:
             return
         if given and self.num_recursions is None:
             flags = ", ".join(map(flag, given))
-            raise ValueError(f"a plain copy has no use for {flags}; add --num-recursions N or leave it out")
+            raise ValueError(
+                f"a plain copy has no use for {flags}; add --num-recursions N or leave it out"
+            )
         gate = {name: given.pop(name) for name in ("gate", "alpha") if name in given}
         kind = given.pop("router", "expert_choice" if (self.num_recursions or 1) > 1 else "fixed")
         router = RouterConfig(kind=kind, **gate)
-        settings: dict[str, Any] = given | {"router": router, "dtype": self.dtype, "seed": self.seed}
-        done = convert(self.source, self.out, to=self.to, num_recursions=self.num_recursions, **settings)
+        settings: dict[str, Any] = given | {
+            "router": router,
+            "dtype": self.dtype,
+            "seed": self.seed,
+        }
+        done = convert(
+            self.source, self.out, to=self.to, num_recursions=self.num_recursions, **settings
+        )
         if self.json:
             print(json.dumps(asdict(done)))
             return
@@ -72,9 +84,15 @@ class Convert:
             console.print(line, highlight=False, soft_wrap=True)
 
     def _export(self, given: dict[str, Any]) -> None:
-        from mor.remote_code import export
+        from mor.conversion.remote_code import export
 
-        others = [*given, *(name for name in ("num_recursions", "dtype") if getattr(self, name) is not None)]
+        others = [
+            *given,
+            *(name for name in ("num_recursions", "dtype") if getattr(self, name) is not None),
+        ]
         if others:
-            raise ValueError(f"--to remote-code copies a checkpoint as it is; leave out {', '.join(map(flag, others))}")
+            raise ValueError(
+                "--to remote-code copies a checkpoint as it is; leave out "
+                f"{', '.join(map(flag, others))}"
+            )
         print(f"{export(self.source, self.out)}: load it with trust_remote_code=True")

@@ -11,14 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg, subcommand
 
-from mor.shards import PrepareConfig
+from mor.data.shards import PrepareConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataPrepare:
-    """Tokenize text into memory-mapped shards that training reads. Run it again to continue where it stopped.
+    """Tokenize text into memory-mapped shards that training reads. Run it again to continue where
+    it stopped.
 
-    SOURCES are files (.txt, .jsonl, these as .gz or .zst, .parquet), folders of them, or hub:OWNER/NAME.
+    SOURCES are files (.txt, .jsonl, these as .gz or .zst, .parquet), folders of them, or
+    hub:OWNER/NAME.
     """
 
     sources: Positional[tuple[str, ...]]
@@ -28,9 +30,14 @@ class DataPrepare:
     """Print the manifest without its shards as JSON in the last line."""
 
     def run(self, console: Console) -> None:
-        from mor.shards import prepare
+        from mor.data.shards import prepare
 
-        _print_manifest(prepare(self.sources, self.out, self.settings, console=console), self.out, self.json, console)
+        _print_manifest(
+            prepare(self.sources, self.out, self.settings, console=console),
+            self.out,
+            self.json,
+            console,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +48,7 @@ class DataInfo:
     json: bool = False
 
     def run(self, console: Console) -> None:
-        from mor.shards import read_manifest
+        from mor.data.shards import read_manifest
 
         _print_manifest(read_manifest(self.folder), self.folder, self.json, console)
 
@@ -51,15 +58,21 @@ class Data:
     """Token shards: prepare them, or look at them."""
 
     command: Annotated[
-        Annotated[DataPrepare, subcommand("prepare")] | Annotated[DataInfo, subcommand("info")], arg(name="")
+        Annotated[DataPrepare, subcommand("prepare")] | Annotated[DataInfo, subcommand("info")],
+        arg(name=""),
     ]
 
     def run(self, console: Console) -> None:
         self.command.run(console)
 
 
-def _print_manifest(manifest: dict[str, Any], folder: Path, as_json: bool, console: Console) -> None:
-    splits = {name: {k: v for k, v in s.items() if k != "shards"} for name, s in manifest["splits"].items()}
+def _print_manifest(
+    manifest: dict[str, Any], folder: Path, as_json: bool, console: Console
+) -> None:
+    splits = {
+        name: {k: v for k, v in s.items() if k != "shards"}
+        for name, s in manifest["splits"].items()
+    }
     tokenizer = manifest["settings"]["tokenizer"]
     made = Table(title=str(folder), title_justify="left")
     for name in ("split", "documents", "tokens", "bytes", "bytes/token"):
@@ -69,7 +82,8 @@ def _print_manifest(manifest: dict[str, Any], folder: Path, as_json: bool, conso
         made.add_row(name, *counts, f"{s['bytes'] / s['tokens']:.2f}")
     console.print(made)
     console.print(
-        f"tokenizer {tokenizer['asked']} ({tokenizer['vocab_size']:,} tokens, {tokenizer['fingerprint']}) · "
+        f"tokenizer {tokenizer['asked']} ({tokenizer['vocab_size']:,} tokens, "
+        f"{tokenizer['fingerprint']}) · "
         f"{manifest['empty']:,} empty documents and {manifest['broken']:,} broken records left out",
         highlight=False,
         soft_wrap=True,

@@ -21,7 +21,7 @@ class Demo:
     """Print the table as JSON in the last line."""
 
     def run(self, console: Console) -> None:
-        from mor.demo import run_demo
+        from mor.studies.demo import run_demo
 
         rows = run_demo(self.out, flops=self.flops, seed=self.seed, console=console)
         if self.json:

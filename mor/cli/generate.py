@@ -38,10 +38,10 @@ class Generate:
     json: bool = False
 
     def run(self, console: Console) -> None:
+        from mor.analysis.depth_text import depth_legend, depth_text
         from mor.chat import Chat
         from mor.checkpoint import load
-        from mor.generate import generate
-        from mor.show import depth_legend, depth_text
+        from mor.generation import generate
 
         self._check()
         config, model, tokenizer = load(self.checkpoint)
@@ -51,7 +51,11 @@ class Generate:
             self._converse(model, tokenizer, chat)
             return
         assert self.prompt is not None
-        ids = chat.prompt(self._messages(self.prompt)) if chat else tokenizer.encode_prompt(self.prompt)
+        ids = (
+            chat.prompt(self._messages(self.prompt))
+            if chat
+            else tokenizer.encode_prompt(self.prompt)
+        )
         ids = ids or [tokenizer.end_of_text_id]
         if not self.show_depth and not self.json:
             print("" if chat else self.prompt, end="", flush=True)
@@ -59,21 +63,29 @@ class Generate:
             return
         result = generate(model, [ids], self._params(stops), max_depth=self.max_depth)[0]
         if self.json:
-            found = {"prompt": self.prompt, "text": tokenizer.decode(result.token_ids), **asdict(result)}
+            found = {
+                "prompt": self.prompt,
+                "text": tokenizer.decode(result.token_ids),
+                **asdict(result),
+            }
             print(json.dumps(found | {"mean_depth": result.mean_depth}))
             return
         console.print(depth_legend(config.num_recursions, console))
         console.print(depth_text(tokenizer, result, console), soft_wrap=True)
-        console.print(f"mean depth {result.mean_depth:.2f} of {config.num_recursions}", highlight=False)
+        console.print(
+            f"mean depth {result.mean_depth:.2f} of {config.num_recursions}", highlight=False
+        )
 
     def _check(self) -> None:
         if self.prompt is None and (not self.chat or self.show_depth or self.json):
-            raise ValueError("no prompt was given; add --prompt TEXT (only plain --chat reads lines instead)")
+            raise ValueError(
+                "no prompt was given; add --prompt TEXT (only plain --chat reads lines instead)"
+            )
         if self.system is not None and not self.chat:
             raise ValueError("--system is a message of the chat template; add --chat")
 
     def _params(self, stop_token_ids: tuple[int, ...]) -> Any:
-        from mor.generate import SamplingParams
+        from mor.generation import SamplingParams
 
         return SamplingParams(
             max_new_tokens=self.max_new_tokens,
@@ -86,18 +98,23 @@ class Generate:
 
     def _messages(self, *turns: str) -> list[dict[str, str]]:
         """The system message, then user and assistant in turn."""
-        said = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        said = [
+            {"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)
+        ]
         return ([] if self.system is None else [{"role": "system", "content": self.system}]) + said
 
-    def _print_stream(self, model: Any, tokenizer: Any, ids: list[int], stops: tuple[int, ...]) -> str:
-        from mor.generate import stream
+    def _print_stream(
+        self, model: Any, tokenizer: Any, ids: list[int], stops: tuple[int, ...]
+    ) -> str:
+        from mor.generation import stream
 
         new: list[int] = []
         shown = ""
         for event in stream(model, [ids], self._params(stops), max_depth=self.max_depth):
             new.append(event.token_id)
             text = tokenizer.decode(new)
-            if not text.endswith("\ufffd") or event.finish_reason:  # wait for the rest of a character
+            # wait for the rest of a character
+            if not text.endswith("\ufffd") or event.finish_reason:
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
         print()
@@ -111,4 +128,7 @@ class Generate:
         for line in sys.stdin:
             if line.strip():
                 ids = chat.prompt(self._messages(*turns, line.strip()))
-                turns += [line.strip(), self._print_stream(model, tokenizer, ids, chat.stop_token_ids)]
+                turns += [
+                    line.strip(),
+                    self._print_stream(model, tokenizer, ids, chat.stop_token_ids),
+                ]

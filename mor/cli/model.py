@@ -9,7 +9,7 @@ from rich.console import Console
 from tyro.conf import arg
 
 from mor.cli.show import print_rows
-from mor.config import KVStrategyName, ModelConfig, RouterKind, Sharing, preset
+from mor.model.config import KVStrategyName, ModelConfig, RouterKind, Sharing, preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +51,25 @@ class TrainingStep:
 
     def memory(self, config: ModelConfig, seq_len: int) -> dict[str, float]:
         """Gigabytes by what they hold; nothing without a batch size."""
-        from mor.memory import Step, train_memory
+        from mor.costs.memory import Step, train_memory
 
         if self.batch_size is None:
             return {}
         settings: dict[str, Any] = asdict(self) | {"seq_len": seq_len}
-        return {f"train_{name}_gb": n / 1e9 for name, n in asdict(train_memory(config, Step(**settings))).items()}
+        return {
+            f"train_{name}_gb": n / 1e9
+            for name, n in asdict(train_memory(config, Step(**settings))).items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Parameters, FLOPs and KV bytes of a model, before training it; with --train.batch-size what a GPU must hold."""
+    """Parameters, FLOPs and KV bytes of a model, before training it; with --train.batch-size what a
+    GPU must hold."""
 
-    choice: Annotated[ModelChoice, arg(name="")] = field(default_factory=lambda: ModelChoice(preset="smollm-360m"))
+    choice: Annotated[ModelChoice, arg(name="")] = field(
+        default_factory=lambda: ModelChoice(preset="smollm-360m")
+    )
     context: int | None = None
     """Sequence length; the preset's maximum if not given."""
     kv_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -71,8 +77,17 @@ class Costs:
     json: bool = False
 
     def run(self, console: Console) -> None:
-        from mor.costs import costs
+        from mor.costs.flops import costs
 
         config = self.choice.build()
-        row = asdict(costs(config, context=self.context, kv_dtype_bytes=4 if self.kv_dtype == "float32" else 2))
-        print_rows([row | self.train.memory(config, row["context"])], self.json, console, title=self.choice.preset)
+        row = asdict(
+            costs(
+                config, context=self.context, kv_dtype_bytes=4 if self.kv_dtype == "float32" else 2
+            )
+        )
+        print_rows(
+            [row | self.train.memory(config, row["context"])],
+            self.json,
+            console,
+            title=self.choice.preset,
+        )

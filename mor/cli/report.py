@@ -16,8 +16,9 @@ from mor.cli.evaluate import run_of, text_of
 class Report:
     """One HTML page of the figures and tables of a run or study.
 
-    For a run the analyses are made first, on its validation text: loss, router, depths, scores, states, keys and
-    values, test-time depth. Any other folder is shown as it is: its figures/ and tables/.
+    For a run the analyses are made first, on its validation text: loss, router, depths, scores,
+    states, keys and values, test-time depth. Any other folder is shown as it is: its figures/ and
+    tables/.
     """
 
     folder: Positional[Path]
@@ -55,7 +56,9 @@ class Report:
         tables |= analyses(loaded, data, seq_len=length, max_windows=self.max_windows)
         write(self.folder, tables)
         run = run_of(self.folder)
-        last = next((m for m in reversed(tables.get("loss", [])) if m.get("validation_nll") is not None), {})
+        last = next(
+            (m for m in reversed(tables.get("loss", [])) if m.get("validation_nll") is not None), {}
+        )
         settings = {
             "model": loaded.config.family,
             "router": loaded.config.router.kind,

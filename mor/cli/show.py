@@ -31,7 +31,13 @@ def cell(value: Any) -> str:
         return " ".join(map(cell, value))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return (
+        f"{value:,}"
+        if isinstance(value, int)
+        else f"{value:,.4f}"
+        if abs(value) < 1e4
+        else f"{value:,.0f}"
+    )
 
 
 def flag(name: str) -> str:

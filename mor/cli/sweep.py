@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Run a study: its grid of runs, then tables and figures. Finished runs are kept, interrupted ones go on; a run
-    that fails is listed with its reason, stops no other, and makes the exit code 1."""
+    """Run a study: its grid of runs, then tables and figures. Finished runs are kept, interrupted
+    ones go on; a run that fails is listed with its reason, stops no other, and makes the exit code
+    1."""
 
     study: Positional[Path | None] = None
     """Study file (TOML); studies/ has ready ones."""
@@ -37,7 +38,8 @@ class Sweep:
     report: bool = False
     """Only write the tables and figures of what is finished."""
     fit: str | None = None
-    """Fit published losses instead of running anything: 'paper', or a TOML file like mor/studies/paper.toml."""
+    """Fit published losses instead of running anything: 'paper', or a TOML file like
+    mor/studies/paper.toml."""
     resamples: int = 1000
     """Of the bootstrap behind the intervals of fits."""
 
@@ -64,7 +66,9 @@ class Sweep:
             return
         outcomes = [] if self.report else run_study(chosen, out, self.workers, console)
         report(study, out, console, resamples=self.resamples)
-        console.print(f"written: {out}/results.sqlite, tables/, figures/", highlight=False, soft_wrap=True)
+        console.print(
+            f"written: {out}/results.sqlite, tables/, figures/", highlight=False, soft_wrap=True
+        )
         if any(outcome.status == "failed" for outcome in outcomes):
             raise SystemExit(1)
 
@@ -79,7 +83,9 @@ class Sweep:
         console.print(f"{found.title}: {what}", highlight=False)
         write_summary(out, {"fit": found.title, "points": what})
         size = "unique parameters without embeddings"
-        report_scaling(found.points, out, console, size_name=size, noise=found.noise, resamples=self.resamples)
+        report_scaling(
+            found.points, out, console, size_name=size, noise=found.noise, resamples=self.resamples
+        )
         console.print(f"written: {out}/tables/, figures/", highlight=False, soft_wrap=True)
 
 
@@ -88,19 +94,24 @@ def _show_plan(study: Study, out: Path, console: Console) -> None:
 
     made = Table("", "runs", "finished", "steps", "FLOPs", title_justify="left")
     groups: dict[tuple[str, str], list[Run]] = {}
-    for run in [*tuning_runs(study, out), *(r for stage in main_runs(study, out, {}) for r in stage)]:
+    for run in [
+        *tuning_runs(study, out),
+        *(r for stage in main_runs(study, out, {}) for r in stage),
+    ]:
         groups.setdefault((run.stage, run.row), []).append(run)
     for (stage, row), runs in groups.items():
         done = sum((Path(run.config.out) / RESULT).is_file() for run in runs)
         steps, flops = ({f(run) for run in runs} for f in (_steps, _flops))
-        cells = (" to ".join(dict.fromkeys((f"{min(x):,.3g}", f"{max(x):,.3g}"))) for x in (steps, flops))
+        cells = (
+            " to ".join(dict.fromkeys((f"{min(x):,.3g}", f"{max(x):,.3g}"))) for x in (steps, flops)
+        )
         made.add_row(f"{row} ({stage})", str(len(runs)), str(done), *cells)
     total = sum(_flops(run) for runs in groups.values() for run in runs)
     console.print(made, f"{total:.3g} training FLOPs in all", highlight=False)
 
 
 def _steps(run: Run) -> float:
-    from mor.train_config import total_steps
+    from mor.training.config import total_steps
 
     return total_steps(run.config) - run.branch_step
 

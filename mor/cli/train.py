@@ -14,13 +14,14 @@ from tyro.conf import arg
 
 from mor.cli.model import ModelChoice
 from mor.cli.show import flag
-from mor.config import from_dict
-from mor.train_config import TrainConfig
+from mor.settings import from_dict
+from mor.training.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train one model. Settings come from --config (TOML), then the model choice, then single flags."""
+    """Train one model. Settings come from --config (TOML), then the model choice, then single
+    flags."""
 
     config: Path | None = None
     """TOML file with the settings below; an earlier run's train.json works too."""
@@ -32,12 +33,14 @@ class Train:
     settings: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
 
     def run(self, console: Console) -> None:
-        from mor.train import train
-        from mor.train_config import branch, load_config
+        from mor.training.config import branch, load_config
+        from mor.training.loop import train
 
         settings = self.settings
         if self.cooldown_steps is not None and settings.branch_from is not None:
-            settings = branch(settings.branch_from, cooldown_steps=self.cooldown_steps, out=settings.out)
+            settings = branch(
+                settings.branch_from, cooldown_steps=self.cooldown_steps, out=settings.out
+            )
         if self.resume:
             saved = Path(settings.out) / "train.json"
             if not saved.is_file():
@@ -49,19 +52,25 @@ class Train:
 
 
 def train_defaults(arguments: list[str]) -> Train:
-    """Defaults of `mor train` as its --config and model choice make them, so that single flags refine those."""
+    """Defaults of `mor train` as its --config and model choice make them, so that single flags
+    refine those."""
 
     @dataclass(frozen=True, kw_only=True)
     class Start:
         config: Path | None = None
         choice: Annotated[ModelChoice, arg(name="")] = field(default_factory=ModelChoice)
 
-    given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in arguments if a.startswith("--")}
+    given = {
+        a.split("=")[0].removeprefix("--").replace("-", "_")
+        for a in arguments
+        if a.startswith("--")
+    }
     for mode, allowed in {"resume": ["out"], "branch_from": ["cooldown_steps", "out"]}.items():
         if mode in given and (ignored := given - {mode, "help", *allowed}):
             flags, takes = (", ".join(map(flag, names)) for names in (sorted(ignored), allowed))
             raise ValueError(
-                f"{flag(mode)} keeps the settings the run was started with and takes only {takes}; leave out {flags}"
+                f"{flag(mode)} keeps the settings the run was started with and takes only {takes}; "
+                f"leave out {flags}"
             )
     if ("branch_from" in given) != ("cooldown_steps" in given):
         raise ValueError("--branch-from CHECKPOINT and --cooldown-steps N go together")
@@ -71,7 +80,8 @@ def train_defaults(arguments: list[str]) -> Train:
     else:
         values = start.config.read_text()
         settings = from_dict(
-            TrainConfig, tomllib.loads(values) if start.config.suffix == ".toml" else json.loads(values)
+            TrainConfig,
+            tomllib.loads(values) if start.config.suffix == ".toml" else json.loads(values),
         )
         if given & set(ModelChoice.__dataclass_fields__):
             settings = replace(settings, model=start.choice.build())

@@ -1,7 +1,8 @@
-"""Inference for many requests at a time: continuous depth-wise batching on a paged, recursion-wise KV cache."""
+"""Inference for many requests at a time: continuous depth-wise batching on a paged, recursion-wise
+KV cache."""
 
 from mor.engine.engine import Engine, EngineConfig
 from mor.engine.request import Request, RequestOutput, Status
-from mor.generate import SamplingParams
+from mor.generation import SamplingParams
 
 __all__ = ["Engine", "EngineConfig", "Request", "RequestOutput", "SamplingParams", "Status"]

@@ -1,4 +1,5 @@
-"""Attention of single queries over paged entries: the plain definition, and faster backends with its signature.
+"""Attention of single queries over paged entries: the plain definition, and faster backends with
+its signature.
 
 M queries · E entries of a pool · L longest sequence · N heads · G key/value heads · H head dim
 """
@@ -11,8 +12,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from mor.attention import attention
 from mor.engine import cpu_attention
+from mor.model.attention import attention
 
 AttentionBackend = Literal["auto", "gathered", "compiled", "triton"]
 
@@ -36,20 +37,38 @@ class DecodeAttention(Protocol):
 
 
 def gathered_attention(
-    q_MNH: Tensor, k_EGH: Tensor, v_EGH: Tensor, table_RL: Tensor, row_M: Tensor, seen_M: Tensor, *, longest: int
+    q_MNH: Tensor,
+    k_EGH: Tensor,
+    v_EGH: Tensor,
+    table_RL: Tensor,
+    row_M: Tensor,
+    seen_M: Tensor,
+    *,
+    longest: int,
 ) -> Tensor:
     """The definition: copy the entries of each query side by side, hide what it may not see."""
     entry_MS = table_RL[:, :longest].index_select(0, row_M)
-    k, v = (pool.index_select(0, entry_MS.flatten()).unflatten(0, entry_MS.shape) for pool in (k_EGH, v_EGH))
+    k, v = (
+        pool.index_select(0, entry_MS.flatten()).unflatten(0, entry_MS.shape)
+        for pool in (k_EGH, v_EGH)
+    )
     visible_MS = torch.arange(longest, device=q_MNH.device) < seen_M[:, None]
     return attention(q_MNH[:, None], k, v, visible_MS[:, None]).squeeze(1)
 
 
-def decode_attention(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> DecodeAttention:
-    """The backend of that name; ``auto`` takes the fastest that works here, and warns if that is the slow one."""
+def decode_attention(
+    backend: AttentionBackend, device: torch.device, dtype: torch.dtype
+) -> DecodeAttention:
+    """The backend of that name; ``auto`` takes the fastest that works here, and warns if that is
+    the slow one."""
     if backend not in ("auto", "gathered", "compiled", "triton"):
-        raise ValueError(f"attention={backend!r} is not known; choose 'auto', 'gathered', 'compiled' or 'triton'")
-    fits = {"compiled": device.type == "cpu" and dtype == torch.float32, "triton": device.type == "cuda"}
+        raise ValueError(
+            f"attention={backend!r} is not known; choose 'auto', 'gathered', 'compiled' or 'triton'"
+        )
+    fits = {
+        "compiled": device.type == "cpu" and dtype == torch.float32,
+        "triton": device.type == "cuda",
+    }
     if backend == "gathered" or (backend == "auto" and not any(fits.values())):
         return gathered_attention
     chosen = next(name for name, fit in fits.items() if fit) if backend == "auto" else backend
@@ -61,7 +80,10 @@ def decode_attention(backend: AttentionBackend, device: torch.device, dtype: tor
     except (cpu_attention.CompilerError, ImportError) as error:
         if backend != "auto":
             raise ValueError(f"attention={backend!r} cannot be had: {error}") from error
-        warnings.warn(f"decoding without the {chosen} attention kernel, which is slower: {error}", stacklevel=2)
+        warnings.warn(
+            f"decoding without the {chosen} attention kernel, which is slower: {error}",
+            stacklevel=2,
+        )
         return gathered_attention
 
 

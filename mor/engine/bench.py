@@ -1,6 +1,8 @@
-"""How fast an engine decodes, in a steady state: as many requests as it has slots, a new one for each that ends.
+"""How fast an engine decodes, in a steady state: as many requests as it has slots, a new one for
+each that ends.
 
-Engines take turns in one process, so that a busy machine disturbs all alike; what counts is ratios of medians.
+Engines take turns in one process, so that a busy machine disturbs all alike; what counts is ratios
+of medians.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ from typing import Any
 
 import torch
 
-from mor import costs
-from mor.config import ModelConfig
+from mor.costs import flops as costs
 from mor.engine.engine import Engine, EngineConfig
-from mor.generate import SamplingParams
-from mor.model import Transformer
+from mor.generation import SamplingParams
+from mor.model.config import ModelConfig
+from mor.model.transformer import Transformer
 
 LAYERS = ("enter", "block", "coda", "token", "read")
 
@@ -28,7 +30,8 @@ def measure_machine(device: torch.device, dtype: torch.dtype, *, repeats: int = 
     memory = torch.zeros(1 << 26, device=device)
     out, flops = torch.empty_like(a @ a.T), 2 * 1024 * 1024 * 2048
     return costs.Machine(
-        flops_per_s=flops / median(_timed(lambda: torch.mm(a, a.T, out=out), device) for _ in range(repeats)),
+        flops_per_s=flops
+        / median(_timed(lambda: torch.mm(a, a.T, out=out), device) for _ in range(repeats)),
         bytes_per_s=memory.nbytes / median(_timed(memory.sum, device) for _ in range(repeats)),
     )
 
@@ -60,7 +63,8 @@ class Lengths:
 
 @dataclass
 class SteadyLoad:
-    """An engine that is always full. Starts as if it had run for long: with requests at every stage."""
+    """An engine that is always full. Starts as if it had run for long: with requests at every
+    stage."""
 
     name: str
     engine: Engine
@@ -70,9 +74,11 @@ class SteadyLoad:
     seed: int = 0
     tokens_per_s: list[float] = field(default_factory=list)
     layers_s: list[float] = field(default_factory=list)
-    """Seconds in layers for each new token, one number for each turn; zeros where the device loops by itself."""
+    """Seconds in layers for each new token, one number for each turn; zeros where the device loops
+    by itself."""
     host_s: list[float] = field(default_factory=list)
-    """Seconds for each step outside layers, routers, head and sampling: scheduling, pages, moving states."""
+    """Seconds for each step outside layers, routers, head and sampling: scheduling, pages, moving
+    states."""
     step_s: list[float] = field(default_factory=list)
     depth: list[float] = field(default_factory=list)
 
@@ -126,10 +132,11 @@ def take_turns(loads: Sequence[SteadyLoad], *, rounds: int, seconds: float) -> N
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeRow:
-    """One model at one batch size against the baseline. batch: tokens in a pass of the shared layers at most;
-    slots: requests that run. speedup: ratio of medians of tokens per second. limit: what ``costs.decode_seconds``
-    allows on this machine. block_only_speedup: the same ratio with the time in layers alone (None: not known, since
-    the device loops by itself)."""
+    """One model at one batch size against the baseline. batch: tokens in a pass of the shared
+    layers at most;
+    slots: requests that run. speedup: ratio of medians of tokens per second. limit: what
+    ``costs.decode_seconds`` allows on this machine. block_only_speedup: the same ratio with the
+    time in layers alone (None: not known, since the device loops by itself)."""
 
     model: str
     batch: int
@@ -145,12 +152,24 @@ class DecodeRow:
 
 
 def load_for(
-    name: str, model: Transformer, *, batch: int, slots: int, lengths: Lengths, prompt: int = 1, **settings: Any
+    name: str,
+    model: Transformer,
+    *,
+    batch: int,
+    slots: int,
+    lengths: Lengths,
+    prompt: int = 1,
+    **settings: Any,
 ) -> SteadyLoad:
     """batch: lanes. prompt: tokens in new prompts. settings: further ones of the engine."""
-    longest, weight = min(model.config.max_seq_len, int(4 * lengths.mean) + 1 + prompt), model.embedding.weight
+    longest, weight = (
+        min(model.config.max_seq_len, int(4 * lengths.mean) + 1 + prompt),
+        model.embedding.weight,
+    )
     everything = [longest] * model.config.num_recursions
-    kv_cache_memory = int(slots * costs.kv_bytes(model.config, longest, everything, weight.dtype.itemsize))
+    kv_cache_memory = int(
+        slots * costs.kv_bytes(model.config, longest, everything, weight.dtype.itemsize)
+    )
     config = EngineConfig(
         max_num_seqs=slots,
         lanes=batch,
@@ -173,15 +192,20 @@ def decode_rows(
     rounds: int = 5,
     seconds: float = 1.5,
 ) -> list[DecodeRow]:
-    """The baseline and each model at one batch size. slots: of each; None gives models as many slots (and lanes) as
-    fit into the bytes that the baseline's keys and values take with ``batch`` slots."""
+    """The baseline and each model at one batch size. slots: of each; None gives models as many
+    slots (and lanes) as fit into the bytes that the baseline's keys and values take with ``batch``
+    slots."""
     itemsize = baseline.embedding.weight.dtype.itemsize
     bytes_of = {
         name: costs.kv_bytes(model.config, 1, model.config.capacities, itemsize)
         for name, model in {"baseline": baseline, **models}.items()
     }
-    fits = {name: int(batch * bytes_of["baseline"] / per_token) for name, per_token in bytes_of.items()}
-    sizes = {name: (fits[name], fits[name]) if slots is None else (batch, slots) for name in bytes_of}
+    fits = {
+        name: int(batch * bytes_of["baseline"] / per_token) for name, per_token in bytes_of.items()
+    }
+    sizes = {
+        name: (fits[name], fits[name]) if slots is None else (batch, slots) for name in bytes_of
+    }
     loads = {
         name: load_for(name, model, batch=sizes[name][0], slots=sizes[name][1], lengths=lengths)
         for name, model in {"baseline": baseline, **models}.items()
@@ -213,7 +237,9 @@ def decode_rows(
                 limit=limit,
                 share_of_limit=speedup / limit,
                 mean_depth=median(load.depth),
-                block_only_speedup=median(base.layers_s) / median(load.layers_s) if any(load.layers_s) else None,
+                block_only_speedup=median(base.layers_s) / median(load.layers_s)
+                if any(load.layers_s)
+                else None,
                 host_us_per_step=1e6 * median(load.host_s),
                 kv_bytes_per_token=bytes_of[name],
             )
@@ -222,7 +248,8 @@ def decode_rows(
 
 
 def shares(config: ModelConfig, mean_depth: float) -> list[float]:
-    """Share of tokens at each recursion: the configured capacities, moved to a measured mean depth."""
+    """Share of tokens at each recursion: the configured capacities, moved to a measured mean
+    depth."""
     extra = sum(config.capacities[1:])
     factor = (mean_depth - 1) / extra if extra else 0.0
     return [1.0, *(min(1.0, c * factor) for c in config.capacities[1:])]

@@ -29,11 +29,16 @@ def cache_folder() -> Path:
 
 
 def compile_library(source: str) -> Path:
-    """The shared library of ``source``, made unless an earlier run left it. Raises CompilerError."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    """The shared library of ``source``, made unless an earlier run left it. Raises
+    CompilerError."""
+    compiler = (
+        os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    )
     if compiler is None:
         raise CompilerError("no C compiler (cc, gcc or clang) was found")
-    key = "\n".join([source, compiler, *FLAGS, platform.node(), platform.processor(), torch.__version__])
+    key = "\n".join(
+        [source, compiler, *FLAGS, platform.node(), platform.processor(), torch.__version__]
+    )
     library = cache_folder() / f"paged_attention-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
@@ -41,7 +46,9 @@ def compile_library(source: str) -> Path:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         code, made = Path(folder, "source.c"), Path(folder, "made.so")
         code.write_text(source)
-        done = subprocess.run([compiler, *FLAGS, str(code), "-o", str(made), "-lm"], capture_output=True, text=True)
+        done = subprocess.run(
+            [compiler, *FLAGS, str(code), "-o", str(made), "-lm"], capture_output=True, text=True
+        )
         if done.returncode:
             raise CompilerError(f"{compiler} failed:\n{done.stderr.strip()}")
         os.replace(made, library)
@@ -59,9 +66,17 @@ def _function() -> Callable[..., None]:
 
 
 def compiled_attention(
-    q_MNH: Tensor, k_EGH: Tensor, v_EGH: Tensor, table_RL: Tensor, row_M: Tensor, seen_M: Tensor, *, longest: int
+    q_MNH: Tensor,
+    k_EGH: Tensor,
+    v_EGH: Tensor,
+    table_RL: Tensor,
+    row_M: Tensor,
+    seen_M: Tensor,
+    *,
+    longest: int,
 ) -> Tensor:
-    """As :func:`mor.engine.attention.gathered_attention`, for fp32 on the CPU, without copying entries."""
+    """As :func:`mor.engine.attention.gathered_attention`, for fp32 on the CPU, without copying
+    entries."""
     q_MNH = q_MNH.contiguous()
     M, N, H = q_MNH.shape
     out_MNH, work = torch.empty_like(q_MNH), q_MNH.new_empty(M * N * longest)

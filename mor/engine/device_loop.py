@@ -1,9 +1,11 @@
-"""The engine's inner loop without the host: a fixed pattern of steps of fixed sizes, decided on the device.
+"""The engine's inner loop without the host: a fixed pattern of steps of fixed sizes, decided on the
+device.
 
-A launch runs ``codas`` times [block x blocks_per_coda, coda]. A block step takes the oldest tokens that want a
-pass, a coda step the oldest that are done: head, sampling, stop test, and embedding and prelude of the next token.
-Lanes without a token work for the idle slot. On CUDA a launch is one CUDA graph for each number of lanes; elsewhere
-the same steps run one by one, which is what the tests compare with the plain decoder.
+A launch runs ``codas`` times [block x blocks_per_coda, coda]. A block step takes the oldest tokens
+that want a pass, a coda step the oldest that are done: head, sampling, stop test, and embedding and
+prelude of the next token. Lanes without a token work for the idle slot. On CUDA a launch is one
+CUDA graph for each number of lanes; elsewhere the same steps run one by one, which is what the
+tests compare with the plain decoder.
 
 S slots · M lanes · K coda steps of a launch · J stop tokens
 """
@@ -35,19 +37,24 @@ class NewToken:
 
 
 class DeviceLoop:
-    """Runs what it was given with :meth:`start` until it stops. One launch gives a request at most ``codas`` tokens.
+    """Runs what it was given with :meth:`start` until it stops. One launch gives a request at most
+    ``codas`` tokens.
 
     runner: with ``longest`` set, so that nothing is looked up.
     """
 
-    def __init__(self, runner: Runner, *, lanes: int, blocks_per_coda: int = 2, codas: int = 4) -> None:
+    def __init__(
+        self, runner: Runner, *, lanes: int, blocks_per_coda: int = 2, codas: int = 4
+    ) -> None:
         assert runner.longest is not None
         self.runner, self.lanes, self.codas = runner, min(lanes, runner.kv.num_slots), codas
         self.blocks_per_coda = min(blocks_per_coda, len(runner.passes))
         self.layers, self.end, self.idle = runner.passes[0][1], len(runner.passes), runner.kv.idle
         slots, device = runner.kv.num_slots + 1, runner.kv.device
         self.live_S = torch.zeros(slots, dtype=torch.bool, device=device)
-        self.age_S, self.remaining_S = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2))
+        self.age_S, self.remaining_S = (
+            torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2)
+        )
         self.stop_SJ = torch.full((slots, MAX_STOP_TOKENS), -1, device=device)
         self.sampling = SamplingRows.empty(slots, device)
         self.out_KM4 = torch.zeros(codas, lanes, 4, dtype=torch.float64, device=device)
@@ -57,22 +64,27 @@ class DeviceLoop:
     def start(self, requests: Sequence[Request]) -> None:
         """Begin the newest token of each request; its earlier ones are cached."""
         device = self.live_S.device
-        known = torch.tensor([(r.slot, r.newest_id, r.num_read, r.number) for r in requests]).to(device)
+        known = torch.tensor([(r.slot, r.newest_id, r.num_read, r.number) for r in requests]).to(
+            device
+        )
         slot_M, id_M, position_M, age_M = known.unbind(1)
         self.runner.enter(slot_M, id_M, position_M)
         params, drawn = [r.params for r in requests], [len(r.token_ids) for r in requests]
         self.live_S[slot_M], self.age_S[slot_M] = True, age_M
-        self.remaining_S[slot_M] = torch.tensor([r.params.max_new_tokens - len(r.token_ids) for r in requests]).to(
-            device
-        )
-        stops = [[*p.stop_token_ids, *[-1] * (MAX_STOP_TOKENS - len(p.stop_token_ids))] for p in params]
+        self.remaining_S[slot_M] = torch.tensor(
+            [r.params.max_new_tokens - len(r.token_ids) for r in requests]
+        ).to(device)
+        stops = [
+            [*p.stop_token_ids, *[-1] * (MAX_STOP_TOKENS - len(p.stop_token_ids))] for p in params
+        ]
         self.stop_SJ[slot_M] = torch.tensor(stops).to(device)
         self.sampling.put(slot_M, SamplingRows.of(params, drawn, device))
         for request in requests:
             (self.sampled.add if request.params.temperature else self.sampled.discard)(request.slot)
 
     def launch(self, slots: Sequence[int]) -> list[NewToken]:
-        """One pattern of steps for the requests in these slots (others rest); their new tokens in order."""
+        """One pattern of steps for the requests in these slots (others rest); their new tokens in
+        order."""
         keep_S = torch.zeros(len(self.live_S), dtype=torch.bool)
         keep_S[list(slots)] = True
         self.live_S &= keep_S.to(self.live_S.device)
@@ -109,19 +121,25 @@ class DeviceLoop:
 
     def _block(self, lanes: int) -> None:
         self.runner.stage_S[self.idle :].zero_()
-        self.runner.block(self._oldest(self.live_S & (self.runner.stage_S < self.end), lanes), self.layers)
+        self.runner.block(
+            self._oldest(self.live_S & (self.runner.stage_S < self.end), lanes), self.layers
+        )
 
     def _coda(self, k: int, lanes: int, greedy: bool) -> None:
         runner = self.runner
         slot_M = self._oldest(self.live_S & (runner.stage_S == self.end), lanes)
         logits_MV = runner.head(runner.coda(slot_M))
-        token_M = logits_MV.argmax(-1) if greedy else sample_rows(logits_MV, self.sampling.at(slot_M))
+        token_M = (
+            logits_MV.argmax(-1) if greedy else sample_rows(logits_MV, self.sampling.at(slot_M))
+        )
         depth_M = runner.took_SR[slot_M].sum(1)
         found = (slot_M, token_M, depth_M, logprob_rows(logits_MV, token_M))
         self.out_KM4[k, :lanes] = torch.stack([x.double() for x in found], dim=-1)
         self.remaining_S[slot_M] -= 1
         self.sampling.counter_M[slot_M] += 1
-        stopped_M = (token_M[:, None] == self.stop_SJ[slot_M]).any(1) | (self.remaining_S[slot_M] <= 0)
+        stopped_M = (token_M[:, None] == self.stop_SJ[slot_M]).any(1) | (
+            self.remaining_S[slot_M] <= 0
+        )
         goes_on_M = (slot_M != self.idle) & ~stopped_M
         self.live_S[slot_M] = goes_on_M
         next_M = torch.where(goes_on_M, slot_M, self.idle)

@@ -1,7 +1,8 @@
 """Many requests through one model: continuous depth-wise batching.
 
-A token that needs another recursion shares the next pass of the shared block with tokens at any other
-depth; a token that is done goes on to coda and head at once, and its sequence's next token comes in.
+A token that needs another recursion shares the next pass of the shared block with tokens at any
+other depth; a token that is done goes on to coda and head at once, and its sequence's next token
+comes in.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mor.data.tokenizer import Tokenizer
 from mor.engine.attention import AttentionBackend, decode_attention
-from mor.engine.block_manager import PrefixCache
 from mor.engine.device_loop import MAX_STOP_TOKENS, DeviceLoop
 from mor.engine.paged_kv import PagedKV
+from mor.engine.pages import PrefixCache
 from mor.engine.request import FinishReason, Phase, Request, RequestOutput
 from mor.engine.runner import Runner
 from mor.engine.sampling import SamplingRows, logprob_rows, sample_rows
 from mor.engine.scheduler import Scheduler
 from mor.engine.weights import for_decoding
-from mor.generate import SamplingParams
-from mor.model import Output, Transformer
-from mor.tokenizer import Tokenizer
+from mor.generation import SamplingParams
+from mor.model.transformer import Output, Transformer
 
 Batching = Literal["depth_wise", "lock_step", "static"]
 Loop = Literal["auto", "host", "device"]
@@ -42,8 +43,9 @@ class EngineConfig:
     max_num_seqs: int = 64
     """Requests that run at a time (slots)."""
     lanes: int | None = None
-    """Tokens in one pass of the shared block at most. None: as many as there are slots. With fewer lanes than
-    slots, tokens that are done wait for coda and head until the rest no longer fills the lanes."""
+    """Tokens in one pass of the shared block at most. None: as many as there are slots. With fewer
+    lanes than slots, tokens that are done wait for coda and head until the rest no longer fills the
+    lanes."""
     prefill_chunk: int = 256
     """Prompt tokens read in one step at most, so that running requests never wait long."""
     page_size: int = 16
@@ -55,47 +57,71 @@ class EngineConfig:
     max_depth: int | None = None
     """Caps the recursions of every token."""
     batching: Batching = "depth_wise"
-    """depth_wise: tokens of any depths share a pass. lock_step: all sequences take their next token together,
-    and finished ones are replaced at once. static: as lock_step, but a batch ends with its longest request."""
+    """depth_wise: tokens of any depths share a pass. lock_step: all sequences take their next token
+    together, and finished ones are replaced at once. static: as lock_step, but a batch ends with
+    its longest request."""
     loop: Loop = "auto"
-    """Of depth_wise batching. host: Python chooses the tokens of every pass. device: several passes are one launch, a
-    CUDA graph where there is CUDA. auto: device on CUDA, host elsewhere."""
+    """Of depth_wise batching. host: Python chooses the tokens of every pass. device: several passes
+    are one launch, a CUDA graph where there is CUDA. auto: device on CUDA, host elsewhere."""
     prefix_caching: bool = True
     """Keep the keys and values of prompts for others that begin alike."""
     attention: AttentionBackend = "auto"
     quantize: Literal["int8"] | None = None
-    """int8: weights of all layers and the head in 8 bits, activations rounded as they come (CPU)."""
+    """int8: weights of all layers and the head in 8 bits, activations rounded as they come
+    (CPU)."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "lanes", "prefill_chunk", "page_size", "kv_cache_memory", "max_len"):
+        for name in (
+            "max_num_seqs",
+            "lanes",
+            "prefill_chunk",
+            "page_size",
+            "kv_cache_memory",
+            "max_len",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.batching not in ("depth_wise", "lock_step", "static"):
-            raise ValueError(f"batching={self.batching!r} is not known; choose 'depth_wise', 'lock_step' or 'static'")
+            raise ValueError(
+                f"batching={self.batching!r} is not known; choose 'depth_wise', 'lock_step' or "
+                "'static'"
+            )
         if self.loop not in ("auto", "host", "device"):
             raise ValueError(f"loop={self.loop!r} is not known; choose 'auto', 'host' or 'device'")
         if self.loop == "device" and self.batching != "depth_wise":
-            raise ValueError(f"loop='device' is made for batching='depth_wise', not {self.batching!r}; use loop='host'")
+            raise ValueError(
+                f"loop='device' is made for batching='depth_wise', not {self.batching!r}; use "
+                "loop='host'"
+            )
 
 
 class Engine:
     """Serves a model to any number of requests. Not thread-safe: one thread adds, steps and aborts.
 
     tokenizer: for prompts given as text and for :meth:`text`; requests of token ids need none.
-    ``seconds`` counts the time spent in each part of the model, ``passes`` and ``tokens`` what it did there.
+    ``seconds`` counts the time spent in each part of the model, ``passes`` and ``tokens`` what it
+    did there.
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer | None = None, config: EngineConfig | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        config: EngineConfig | None = None,
     ) -> None:
         self.config = config = config or EngineConfig()
         self.tokenizer = tokenizer
         weight = model.embedding.weight
         self.lanes = config.lanes or config.max_num_seqs
         self.max_len = min(config.max_len or model.config.max_seq_len, model.config.max_seq_len)
-        if config.max_depth is not None and not 1 <= config.max_depth <= model.config.num_recursions:
-            raise ValueError(f"max_depth must lie in 1..{model.config.num_recursions}, got {config.max_depth}")
+        if (
+            config.max_depth is not None
+            and not 1 <= config.max_depth <= model.config.num_recursions
+        ):
+            raise ValueError(
+                f"max_depth must lie in 1..{model.config.num_recursions}, got {config.max_depth}"
+            )
         self.kv = PagedKV(
             model.config,
             num_slots=config.max_num_seqs,
@@ -112,7 +138,9 @@ class Engine:
         self.runner = Runner(model, self.kv, max_depth=config.max_depth, longest=longest)
         self.device_loop = DeviceLoop(self.runner, lanes=self.lanes) if on_device else None
         self.prefix_cache = PrefixCache(config.page_size) if config.prefix_caching else None
-        self.scheduler = Scheduler(self.kv, prefix_cache=self.prefix_cache, static=config.batching == "static")
+        self.scheduler = Scheduler(
+            self.kv, prefix_cache=self.prefix_cache, static=config.batching == "static"
+        )
         self.requests: dict[str, Request] = {}
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.passes: Counter[str] = Counter()
@@ -123,19 +151,30 @@ class Engine:
         asked, layers = self.config.loop, [layers for _, layers in model.recursions.passes]
         fits = self.config.batching == "depth_wise" and all(part == layers[0] for part in layers)
         if asked == "device" and not fits:
-            raise ValueError("loop='device' needs shared_order='cycle': every pass applies the same layers")
+            raise ValueError(
+                "loop='device' needs shared_order='cycle': every pass applies the same layers"
+            )
         return fits and (asked == "device" or (asked == "auto" and device.type == "cuda"))
 
     def add_request(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
     ) -> Request:
-        """Queue a prompt. Raises ValueError for one that is empty, not in the vocabulary or can never fit."""
+        """Queue a prompt. Raises ValueError for one that is empty, not in the vocabulary or can
+        never fit."""
         params = params or SamplingParams()
         ids = self._ids(prompt)
         if request_id is None:
-            request_id = next(name for name in map(str, count(self._number)) if name not in self.requests)
+            request_id = next(
+                name for name in map(str, count(self._number)) if name not in self.requests
+            )
         if request_id in self.requests:
-            raise ValueError(f"a request with id {request_id!r} is still unfinished; choose another id")
+            raise ValueError(
+                f"a request with id {request_id!r} is still unfinished; choose another id"
+            )
         request = Request(request_id, ids, params, self._number, arrival_s=time.monotonic())
         self._check(request)
         self._number += 1
@@ -168,11 +207,14 @@ class Engine:
         return outputs
 
     def stream(
-        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[RequestOutput]:
         """Every new token of these prompts as soon as it is known. Stops (and aborts) when closed.
 
-        params: one for all, or one per prompt. Raises ValueError before anything runs if any is refused.
+        params: one for all, or one per prompt. Raises ValueError before anything runs if any is
+        refused.
         """
         own = self._add_all(prompts, params)
         try:
@@ -186,9 +228,12 @@ class Engine:
                     self.abort(request.request_id)
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Request]:
-        """Continue prompts, all together; finished requests in their order. Arguments as in :meth:`stream`."""
+        """Continue prompts, all together; finished requests in their order. Arguments as in
+        :meth:`stream`."""
         own = self._add_all(prompts, params)
         while any(request.finish_reason is None for request in own.values()):
             self.step()
@@ -229,17 +274,21 @@ class Engine:
         ids, params = request.prompt_ids, request.params
         vocab_size = self.runner.model.config.vocab_size
         if not ids:
-            raise ValueError("the prompt is empty; give at least one token, such as the end-of-text token")
+            raise ValueError(
+                "the prompt is empty; give at least one token, such as the end-of-text token"
+            )
         if min(ids) < 0 or max(ids) >= vocab_size:
             raise ValueError(f"the prompt has token ids outside 0..{vocab_size - 1}")
         if len(ids) + params.max_new_tokens > self.max_len:
             raise ValueError(
-                f"the prompt has {len(ids)} tokens and asks for {params.max_new_tokens} more, but a request holds "
+                f"the prompt has {len(ids)} tokens and asks for {params.max_new_tokens} more, but "
+                "a request holds "
                 f"{self.max_len}; shorten the prompt or lower max_new_tokens"
             )
         if self.device_loop is not None and len(params.stop_token_ids) > MAX_STOP_TOKENS:
             raise ValueError(
-                f"loop='device' takes up to {MAX_STOP_TOKENS} stop tokens, got {len(params.stop_token_ids)}; use 'host'"
+                f"loop='device' takes up to {MAX_STOP_TOKENS} stop tokens, got "
+                f"{len(params.stop_token_ids)}; use 'host'"
             )
         needed, pools = self.kv.pages_for(request.max_length), self.kv.pools
         if any(n > pool.num_pages for n, pool in zip(needed, pools, strict=True)):
@@ -249,12 +298,17 @@ class Engine:
             )
 
     def _add_all(
-        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> dict[str, Request]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
-            raise ValueError(f"got {len(params)} sampling settings for {len(prompts)} prompts; give one, or one each")
+            raise ValueError(
+                f"got {len(params)} sampling settings for {len(prompts)} prompts; give one, or one "
+                "each"
+            )
         own: dict[str, Request] = {}
         try:
             for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
@@ -281,7 +335,8 @@ class Engine:
         self.tokens[part] += tokens
 
     def _read(self) -> None:
-        """The next ``prefill_chunk`` tokens of prompts, oldest first. The last of each is decoded like a new one."""
+        """The next ``prefill_chunk`` tokens of prompts, oldest first. The last of each is decoded
+        like a new one."""
         budget, chunk = self.config.prefill_chunk, dict[str, list[int]]()
         for request in self._in_phase(Phase.READ):
             if budget:
@@ -298,7 +353,9 @@ class Engine:
             return
         ids = [chunk[r.request_id] for r in requests]
         with self._measured("read", sum(map(len, ids))):
-            output = self.runner.read([r.slot for r in requests], ids, [r.num_read for r in requests], "none")
+            output = self.runner.read(
+                [r.slot for r in requests], ids, [r.num_read for r in requests], "none"
+            )
         took_ATR = self._took(output)
         for i, request in enumerate(requests):
             took_TR = took_ATR[i, : len(ids[i])]
@@ -316,7 +373,8 @@ class Engine:
         return torch.stack(took, dim=-1).cpu().numpy()
 
     def _end_tokens(self, outputs: list[RequestOutput]) -> None:
-        """Coda and head for the tokens that are done, and their successors in, unless the lanes are full without."""
+        """Coda and head for the tokens that are done, and their successors in, unless the lanes are
+        full without."""
         if len(self._in_phase(Phase.BLOCK)) >= self.lanes:
             return
         exited = self._in_phase(Phase.CODA)
@@ -326,13 +384,19 @@ class Engine:
                 x_MD = self.runner.coda(slot_M)
             with self._measured("head", len(exited)):
                 logits_MV = self.runner.head(x_MD)
-            for request, depth in zip(exited, self.runner.took_SR[slot_M].sum(1).tolist(), strict=True):
+            for request, depth in zip(
+                exited, self.runner.took_SR[slot_M].sum(1).tolist(), strict=True
+            ):
                 request.depths.append(depth)
                 request.num_read += 1
             self._sample(exited, logits_MV, outputs)
-        entering = self.scheduler.make_room(self._in_phase(Phase.ENTER), self._pages_to_enter, one_each=True)
+        entering = self.scheduler.make_room(
+            self._in_phase(Phase.ENTER), self._pages_to_enter, one_each=True
+        )
         if entering:
-            known = torch.tensor([(r.slot, r.newest_id, r.num_read) for r in entering]).to(self.kv.device)
+            known = torch.tensor([(r.slot, r.newest_id, r.num_read) for r in entering]).to(
+                self.kv.device
+            )
             self.kv.reserve(*self._entries_to_enter(entering))
             with self._measured("enter", len(entering)):
                 self.runner.enter(*known.unbind(1))
@@ -358,7 +422,9 @@ class Engine:
 
     def _advance(self, requests: list[Request]) -> None:
         self.kv.refresh()
-        for request, stage in zip(requests, self.runner.stage_S[self._slots(requests)].tolist(), strict=True):
+        for request, stage in zip(
+            requests, self.runner.stage_S[self._slots(requests)].tolist(), strict=True
+        ):
             request.stage = stage
             request.phase = Phase.CODA if stage == len(self.runner.passes) else Phase.BLOCK
 
@@ -389,12 +455,19 @@ class Engine:
             request = by_slot[token.slot]
             request.depths.append(token.depth)
             request.num_read += 1
-            self._take(request, token.token_id, token.logprob if request.params.logprobs else None, outputs)
+            self._take(
+                request, token.token_id, token.logprob if request.params.logprobs else None, outputs
+            )
 
-    def _entries_for_launch(self, loop: DeviceLoop, requests: list[Request]) -> tuple[np.ndarray, list[int]]:
-        """Entries that a launch adds to each stream of each request at most, (requests, streams), and their slots."""
+    def _entries_for_launch(
+        self, loop: DeviceLoop, requests: list[Request]
+    ) -> tuple[np.ndarray, list[int]]:
+        """Entries that a launch adds to each stream of each request at most, (requests, streams),
+        and their slots."""
         slots = [request.slot for request in requests]
-        longest, read = np.array([(request.max_length, request.num_read) for request in requests]).T[:, :, None]
+        longest, read = np.array(
+            [(request.max_length, request.num_read) for request in requests]
+        ).T[:, :, None]
         # The token under way is not read yet, but may have entered a stream.
         return np.minimum(loop.codas + 1, longest - np.maximum(read, self.kv.count[slots])), slots
 
@@ -420,7 +493,11 @@ class Engine:
     def _entries_for_pass(self, requests: list[Request]) -> tuple[np.ndarray, np.ndarray]:
         """A recursion of several passes gets its entry in the first."""
         recursions = [recursion for recursion, _ in self.runner.passes]
-        new = [(r.slot, recursions[r.stage] + 1) for r in requests if recursions[r.stage] not in recursions[: r.stage]]
+        new = [
+            (r.slot, recursions[r.stage] + 1)
+            for r in requests
+            if recursions[r.stage] not in recursions[: r.stage]
+        ]
         slot_M, stream_M = np.array(new, dtype=np.int64).reshape(-1, 2).T
         return slot_M, stream_M
 
@@ -433,7 +510,9 @@ class Engine:
     def _pages_for_token(self, requests: list[Request]) -> list[int]:
         return self.kv.pages_for(1, [request.slot for request in requests])
 
-    def _sample(self, requests: list[Request], logits_MV: Tensor, outputs: list[RequestOutput]) -> None:
+    def _sample(
+        self, requests: list[Request], logits_MV: Tensor, outputs: list[RequestOutput]
+    ) -> None:
         if not requests:
             return
         params = [request.params for request in requests]
@@ -441,7 +520,9 @@ class Engine:
             if all(p.temperature == 0 for p in params):
                 token_M = logits_MV.argmax(-1)
             else:
-                rows = SamplingRows.of(params, [len(r.token_ids) for r in requests], logits_MV.device)
+                rows = SamplingRows.of(
+                    params, [len(r.token_ids) for r in requests], logits_MV.device
+                )
                 token_M = sample_rows(logits_MV, rows)
             asked = any(p.logprobs for p in params)
             logprobs = logprob_rows(logits_MV, token_M).tolist() if asked else [None] * len(params)
@@ -449,7 +530,9 @@ class Engine:
             request.phase = Phase.ENTER
             self._take(request, token, value if request.params.logprobs else None, outputs)
 
-    def _take(self, request: Request, token: int, value: float | None, outputs: list[RequestOutput]) -> None:
+    def _take(
+        self, request: Request, token: int, value: float | None, outputs: list[RequestOutput]
+    ) -> None:
         """A request's next token, and its end if that was the last."""
         request.token_ids.append(token)
         if value is not None:
@@ -470,4 +553,6 @@ class Engine:
         del self.requests[request.request_id]
         if reason == "abort":
             return RequestOutput(request, None, None, None, reason)
-        return RequestOutput(request, request.token_ids[-1], request.depths[-1], self._last_logprob(request), reason)
+        return RequestOutput(
+            request, request.token_ids[-1], request.depths[-1], self._last_logprob(request), reason
+        )

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from mor.generate import SamplingParams
+from mor.generation import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -32,9 +32,10 @@ class Phase(Enum):
 class Request:
     """One prompt and its continuation.
 
-    token_ids: the new tokens, a stop token included. depths: recursions that each prompt token and each
-    new one took; the last new token is never read, so it has none. logprobs: log-probability of each new
-    token under the model, if ``params.logprobs``. num_read: tokens whose keys and values are cached.
+    token_ids: the new tokens, a stop token included. depths: recursions that each prompt token and
+    each new one took; the last new token is never read, so it has none. logprobs: log-probability
+    of each new token under the model, if ``params.logprobs``. num_read: tokens whose keys and
+    values are cached.
     """
 
     request_id: str
@@ -57,7 +58,8 @@ class Request:
     """Prompt tokens taken from the prefix cache."""
     preemptions: int = 0
     taken: list[np.ndarray] = field(default_factory=list)
-    """Of the tokens read as prompt: whether they took each recursion, (tokens, R) for each chunk."""
+    """Of the tokens read as prompt: whether they took each recursion, (tokens, R) for each
+    chunk."""
 
     @property
     def known_ids(self) -> list[int]:

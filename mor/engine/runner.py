@@ -17,29 +17,40 @@ import torch
 from torch import Tensor
 
 from mor.engine.paged_kv import PagedBatch, PagedKV
-from mor.model import Logits, Output, Transformer, rotary_angles
-from mor.packing import PackedTokens
-from mor.routing import Routing, RoutingStep, at_least_fp32
+from mor.model.packing import PackedTokens
+from mor.model.routing import Routing, RoutingStep, at_least_fp32
+from mor.model.transformer import Logits, Output, Transformer, rotary_angles
 
 
 class Runner:
-    """State of the newest token of every slot. ``stage_S`` counts the passes it has behind it, skipped ones included.
+    """State of the newest token of every slot. ``stage_S`` counts the passes it has behind it,
+    skipped ones included.
 
-    max_depth: caps the recursions of every token. longest: if given, attention is sized for so many entries and
-    nothing is looked up on the device. ``model_s`` adds up the seconds inside the model's layers, router and head.
+    max_depth: caps the recursions of every token. longest: if given, attention is sized for so many
+    entries and nothing is looked up on the device. ``model_s`` adds up the seconds inside the
+    model's layers, router and head.
     """
 
     def __init__(
-        self, model: Transformer, kv: PagedKV, *, max_depth: int | None = None, longest: int | None = None
+        self,
+        model: Transformer,
+        kv: PagedKV,
+        *,
+        max_depth: int | None = None,
+        longest: int | None = None,
     ) -> None:
         config, device = model.config, model.embedding.weight.device
         self.model, self.kv, self.router, self.longest = model, kv, model.recursions.router, longest
         self.max_depth = max_depth or config.num_recursions
         self.passes = [p for p in model.recursions.passes if p[0] < self.max_depth]
         # One more: where a token is that took its last pass. It has no recursion of its own.
-        self.recursion_P = torch.tensor([*(recursion for recursion, _ in self.passes), 0], device=device)
+        self.recursion_P = torch.tensor(
+            [*(recursion for recursion, _ in self.passes), 0], device=device
+        )
         slots = kv.num_slots + 1
-        self.h_SD = torch.zeros(slots, config.dim, dtype=model.embedding.weight.dtype, device=device)
+        self.h_SD = torch.zeros(
+            slots, config.dim, dtype=model.embedding.weight.dtype, device=device
+        )
         self.first_SD = torch.zeros_like(self.h_SD)
         self.gate_S = at_least_fp32(self.h_SD.new_zeros(slots))
         self.score_SR = self.gate_S.new_zeros(slots, config.num_recursions)
@@ -47,7 +58,9 @@ class Runner:
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4)
         )
         self.took_SR = torch.zeros(slots, config.num_recursions, dtype=torch.bool, device=device)
-        self.angles_L = rotary_angles(torch.arange(kv.max_len, device=device), config.head_dim, config.rope_theta)
+        self.angles_L = rotary_angles(
+            torch.arange(kv.max_len, device=device), config.head_dim, config.rope_theta
+        )
         self.model_s = 0.0
 
     @contextmanager
@@ -56,14 +69,24 @@ class Runner:
         yield
         self.model_s += time.perf_counter() - start
 
-    def read(self, slots: Sequence[int], ids: Sequence[Sequence[int]], starts: Sequence[int], logits: Logits) -> Output:
+    def read(
+        self,
+        slots: Sequence[int],
+        ids: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        logits: Logits,
+    ) -> Output:
         """Several tokens of each slot in an ordinary forward."""
         width, device = max(map(len, ids)), self.h_SD.device
         tokens_AT = torch.tensor([[*i, *[0] * (width - len(i))] for i in ids], device=device)
-        mask_AT = torch.arange(width, device=device) < torch.tensor([[len(i)] for i in ids], device=device)
+        mask_AT = torch.arange(width, device=device) < torch.tensor(
+            [[len(i)] for i in ids], device=device
+        )
         cache = PagedBatch(self.kv, slots, starts)
         with self._in_model():
-            return self.model(tokens_AT, mask_BT=mask_AT, cache=cache, logits=logits, max_depth=self.max_depth)
+            return self.model(
+                tokens_AT, mask_BT=mask_AT, cache=cache, logits=logits, max_depth=self.max_depth
+            )
 
     def enter(self, slot_M: Tensor, id_M: Tensor, position_M: Tensor) -> None:
         """Begin a new token in each slot."""
@@ -82,31 +105,42 @@ class Runner:
         with self._in_model():
             self.router.start(x_MD, routing)
         if routing.choice_M is not None and routing.score_MR is not None:
-            self.choice_S[slot_M], self.score_SR[slot_M] = routing.choice_M, routing.score_MR.to(self.score_SR.dtype)
+            self.choice_S[slot_M], self.score_SR[slot_M] = (
+                routing.choice_M,
+                routing.score_MR.to(self.score_SR.dtype),
+            )
         self._route(slot_M, x_MD, tokens, entering=True)
 
     def block(self, slot_M: Tensor, layers: Sequence[int]) -> None:
-        """One pass of the shared stack. The slots may be at any recursions, but at these layers of it."""
+        """One pass of the shared stack. The slots may be at any recursions, but at these layers of
+        it."""
         recursion_M = self.recursion_P[self.stage_S[slot_M]]
         tokens, new_M = self._tokens(slot_M), ~self.took_SR[slot_M, recursion_M]
         self.took_SR[slot_M, recursion_M] = True
-        lanes = self.kv.append(slot_M, recursion_M + 1, tokens.position_M, new_M, kind=1, longest=self.longest)
+        lanes = self.kv.append(
+            slot_M, recursion_M + 1, tokens.position_M, new_M, kind=1, longest=self.longest
+        )
         h_MD = self.h_SD[slot_M]
         angles = self._angles(tokens)
         with self._in_model():
             out_MD = self.model.recursions.stack(h_MD, angles, lanes, layers).contiguous()
         step = RoutingStep(recursion_M, tokens, gate_K=self.gate_S[slot_M])  # type: ignore[arg-type]
-        h_MD = self.router.combine(step, h_MD, out_MD, self.first_SD[slot_M], self._routing(tokens, slot_M))
+        h_MD = self.router.combine(
+            step, h_MD, out_MD, self.first_SD[slot_M], self._routing(tokens, slot_M)
+        )
         self.h_SD[slot_M] = h_MD
         self.stage_S[slot_M] += 1
         self._route(slot_M, h_MD, tokens, entering=False)
 
     def coda(self, slot_M: Tensor) -> Tensor:
-        """States after the coda of tokens that took their last pass, (M, D); the head makes logits of them."""
+        """States after the coda of tokens that took their last pass, (M, D); the head makes logits
+        of them."""
         x_MD = self.h_SD[slot_M]
         if self.model.coda:
             own_M, tokens = torch.zeros_like(slot_M), self._tokens(slot_M)
-            lanes = self.kv.append(slot_M, own_M, tokens.position_M, own_M > 0, kind=0, longest=self.longest)
+            lanes = self.kv.append(
+                slot_M, own_M, tokens.position_M, own_M > 0, kind=0, longest=self.longest
+            )
             angles = self._angles(tokens)
             with self._in_model():
                 for layer, block in enumerate(self.model.coda, start=len(self.model.prelude)):
@@ -119,8 +153,8 @@ class Runner:
             return self.model.predict(x_MD)
 
     def _route(self, slot_M: Tensor, h_MD: Tensor, tokens: PackedTokens, *, entering: bool) -> None:
-        """Move every slot on to the next pass that its token takes, or past the last one. entering: all are at the
-        first pass; else none is."""
+        """Move every slot on to the next pass that its token takes, or past the last one. entering:
+        all are at the first pass; else none is."""
         routing, end = self._routing(tokens, slot_M), len(self.passes)
         stage_M, gate_M = self.stage_S[slot_M], self.gate_S[slot_M]
         for stage, (recursion, _) in list(enumerate(self.passes))[0 if entering else 1 :]:

@@ -1,4 +1,4 @@
-"""Sampling for many requests at once; draws what ``mor.generate.sample`` draws for each alone.
+"""Sampling for many requests at once; draws what ``mor.generation.sample`` draws for each alone.
 
 M rows · V vocab
 """
@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from mor.generate import SamplingParams
-from mor.hashing import hash_uniform
+from mor.generation import SamplingParams
+from mor.model.random import hash_uniform
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,14 @@ class SamplingRows:
     counter_M: Tensor
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], counters: Sequence[int], device: torch.device) -> SamplingRows:
-        columns = ([p.temperature for p in params], [p.top_k for p in params], [p.top_p for p in params])
+    def of(
+        cls, params: Sequence[SamplingParams], counters: Sequence[int], device: torch.device
+    ) -> SamplingRows:
+        columns = (
+            [p.temperature for p in params],
+            [p.top_k for p in params],
+            [p.top_p for p in params],
+        )
         temperature, top_k, top_p = columns
         return cls(
             torch.tensor(temperature, dtype=torch.float64, device=device),
@@ -51,18 +57,23 @@ class SamplingRows:
 
 def sample_rows(logits_MV: Tensor, rows: SamplingRows) -> Tensor:
     """One token of each row of logits."""
-    scaled_MV = logits_MV.double() / torch.where(rows.temperature_M == 0, 1.0, rows.temperature_M)[:, None]
+    scaled_MV = (
+        logits_MV.double() / torch.where(rows.temperature_M == 0, 1.0, rows.temperature_M)[:, None]
+    )
     sorted_MV, id_MV = scaled_MV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(logits_MV.shape[1], device=logits_MV.device)
     cut_MV = (rows.top_k_M[:, None] > 0) & (rank_V >= rows.top_k_M[:, None])
     probability_MV = sorted_MV.masked_fill(cut_MV, float("-inf")).softmax(-1)
     below_MV = probability_MV.cumsum(-1) - probability_MV
-    kept_MV = probability_MV * (below_MV < rows.top_p_M[:, None])  # the fewest best tokens that reach top_p
+    # the fewest best tokens that reach top_p
+    kept_MV = probability_MV * (below_MV < rows.top_p_M[:, None])
     cumulative_MV = kept_MV.cumsum(-1)
     draw_M = hash_uniform(rows.seed_M, rows.counter_M) * cumulative_MV[:, -1]
     place_M1 = torch.searchsorted(cumulative_MV, draw_M[:, None], right=True)
     place_M1 = torch.minimum(place_M1, (kept_MV > 0).sum(-1, keepdim=True) - 1)
-    return torch.where(rows.temperature_M == 0, logits_MV.argmax(-1), id_MV.gather(1, place_M1)[:, 0])
+    return torch.where(
+        rows.temperature_M == 0, logits_MV.argmax(-1), id_MV.gather(1, place_M1)[:, 0]
+    )
 
 
 def logprob_rows(logits_MV: Tensor, token_M: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mor.engine.block_manager import PrefixCache
 from mor.engine.paged_kv import PagedKV
+from mor.engine.pages import PrefixCache
 from mor.engine.request import Phase, Request, Status
 
 
 class Scheduler:
-    """Waiting and running requests, each list by age. static: a new batch starts when the last one is done."""
+    """Waiting and running requests, each list by age. static: a new batch starts when the last one
+    is done."""
 
     def __init__(self, kv: PagedKV, *, prefix_cache: PrefixCache | None, static: bool) -> None:
         self.kv, self.prefix_cache, self.static = kv, prefix_cache, static
@@ -34,7 +35,8 @@ class Scheduler:
         request.status = Status.FINISHED
 
     def admit(self) -> None:
-        """Move waiting requests to free slots, as long as their prompts have room without preempting anyone."""
+        """Move waiting requests to free slots, as long as their prompts have room without
+        preempting anyone."""
         if self.static and self.running:
             return
         while self.waiting and self._free_slots:
@@ -57,12 +59,17 @@ class Scheduler:
             insort(self.running, request, key=lambda r: r.number)
 
     def make_room(
-        self, requests: Sequence[Request], needed: Callable[[list[Request]], list[int]], *, one_each: bool = False
+        self,
+        requests: Sequence[Request],
+        needed: Callable[[list[Request]], list[int]],
+        *,
+        one_each: bool = False,
     ) -> list[Request]:
-        """Those of ``requests`` that can go on: pages are taken from cached prefixes first, then from the youngest.
+        """Those of ``requests`` that can go on: pages are taken from cached prefixes first, then
+        from the youngest.
 
-        needed: pages of each kind that a list of requests takes. one_each: they take one each at most, so that
-        there is nothing to look up while so many are free.
+        needed: pages of each kind that a list of requests takes. one_each: they take one each at
+        most, so that there is nothing to look up while so many are free.
         """
         requests = list(requests)
         if one_each and self.kv.has_free([len(requests)] * 2):
@@ -73,7 +80,8 @@ class Scheduler:
         return requests
 
     def preempt(self, request: Request) -> None:
-        """Back to the queue without its keys and values; they are computed again when it returns."""
+        """Back to the queue without its keys and values; they are computed again when it
+        returns."""
         self._leave(request)
         request.status, request.phase = Status.WAITING, Phase.READ
         request.num_read, request.depths, request.taken = 0, [], []
@@ -89,7 +97,9 @@ class Scheduler:
         taken = np.concatenate(request.taken)
         for index in range(self.prefix_cache.known(ids), len(ids) // size):
             part = slice(index * size, (index + 1) * size)
-            segment = self.kv.segment(request.slot, part.start, taken[part], taken[: part.start].sum(0))
+            segment = self.kv.segment(
+                request.slot, part.start, taken[part], taken[: part.start].sum(0)
+            )
             self.prefix_cache.add(ids, index, segment)
 
     def clear_prefix_cache(self) -> None:

@@ -1,4 +1,5 @@
-"""Paged attention for CUDA in Triton: no copies of entries, one program for each query and key/value head.
+"""Paged attention for CUDA in Triton: no copies of entries, one program for each query and
+key/value head.
 
 Has run in Triton's interpreter only (`TRITON_INTERPRET=1`, tests/test_triton.py), not yet on a GPU.
 """
@@ -19,7 +20,8 @@ def _attend(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, HEADS_PADDED: tl.constexpr,
     DIM_PADDED: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the entries that query ``m`` sees, for the query heads that share key/value head ``g``."""
+    """Online softmax over the entries that query ``m`` sees, for the query heads that share
+    key/value head ``g``."""
     m, g = tl.program_id(0), tl.program_id(1)
     per_group: tl.constexpr = HEADS // GROUPS
     head = tl.arange(0, HEADS_PADDED)
@@ -50,11 +52,19 @@ def _attend(  # type: ignore[no-untyped-def]
         total = total * shrink + tl.sum(weight, 1)
         result = result * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         top = new_top
-    tl.store(out_ptr + at_query, (result / total[:, None]).to(out_ptr.dtype.element_ty), mask=real_query)
+    result = (result / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at_query, result, mask=real_query)
 
 
 def triton_attention(
-    q_MNH: Tensor, k_EGH: Tensor, v_EGH: Tensor, table_RL: Tensor, row_M: Tensor, seen_M: Tensor, *, longest: int
+    q_MNH: Tensor,
+    k_EGH: Tensor,
+    v_EGH: Tensor,
+    table_RL: Tensor,
+    row_M: Tensor,
+    seen_M: Tensor,
+    *,
+    longest: int,
 ) -> Tensor:
     """As :func:`mor.engine.attention.gathered_attention`. Does not look at ``longest``."""
     q_MNH = q_MNH.contiguous()

@@ -1,1 +1,2 @@
-"""Studies: grids of runs from one file, their table, comparisons and fits. ``mor sweep`` is the command."""
+"""Studies: grids of runs from one file, their table, comparisons and fits. ``mor sweep`` is the
+command."""

@@ -1,4 +1,5 @@
-"""What a study's numbers say: differences seed by seed, with intervals, and whether depth pays at all."""
+"""What a study's numbers say: differences seed by seed, with intervals, and whether depth pays at
+all."""
 
 from __future__ import annotations
 
@@ -7,15 +8,23 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from mor.analysis.intervals import paired
+from mor.statistics import paired
 from mor.studies.study import Study
 
-OPTIONAL = ("topk_nll_noncausal", "answers_right", "dead_positions", "agreement", "max_violation", "depth_entropy")
+OPTIONAL = (
+    "topk_nll_noncausal",
+    "answers_right",
+    "dead_positions",
+    "agreement",
+    "max_violation",
+    "depth_entropy",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A row of a study's table. NLL in nats, causal; difference: against the reference row, seed by seed.
+    """A row of a study's table. NLL in nats, causal; difference: against the reference row, seed by
+    seed.
 
     dead_positions to depth_entropy: the router's health in training, see metrics.router_health.
     """
@@ -88,7 +97,9 @@ def lines(study: Study, rows: Iterable[dict[str, Any]]) -> list[Line]:
 def _place(study: Study, runs: dict[int, dict[str, Any]]) -> tuple[int, float]:
     run = next(iter(runs.values()))
     order = list(study.variants)
-    return (order.index(run["variant"]) if run["variant"] in order else len(order)), run["budget"] or 0.0
+    return (order.index(run["variant"]) if run["variant"] in order else len(order)), run[
+        "budget"
+    ] or 0.0
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -104,10 +115,14 @@ def _reference_of(study: Study, run: dict[str, Any]) -> str | None:
 
 
 def depth_verdict(study: Study, rows: Sequence[dict[str, Any]]) -> str:
-    """Whether depth pays at this size, in words worked out from the numbers; said before anything else."""
+    """Whether depth pays at this size, in words worked out from the numbers; said before anything
+    else."""
     control = study.depth_pays
     if not (control.deep and control.shallow):
-        return "This study has no control that shows whether depth pays at its size; read it with that in mind."
+        return (
+            "This study has no control that shows whether depth pays at its size; read it with "
+            "that in mind."
+        )
     grouped = by_row(rows)
     verdicts = []
     for name, deep in grouped.items():
@@ -115,13 +130,21 @@ def depth_verdict(study: Study, rows: Sequence[dict[str, Any]]) -> str:
             continue
         shallow = grouped.get(name.replace(control.deep, control.shallow, 1), {})
         verdicts.append(_verdict(name, shallow, deep, control.margin))
-    return "\n".join(verdicts) or "The control of depth has not finished: nothing can be said about routing yet."
+    return (
+        "\n".join(verdicts)
+        or "The control of depth has not finished: nothing can be said about routing yet."
+    )
 
 
 def _verdict(name: str, shallow: dict[int, dict], deep: dict[int, dict], margin: float) -> str:
-    found = paired(*({s: run["validation_nll"] for s, run in runs.items()} for runs in (shallow, deep)))
+    found = paired(
+        *({s: run["validation_nll"] for s, run in runs.items()} for runs in (shallow, deep))
+    )
     if found is None:
-        return f"{name}: its shallow control has not finished on the same seeds; nothing can be said about depth yet."
+        return (
+            f"{name}: its shallow control has not finished on the same seeds; nothing can be said "
+            "about depth yet."
+        )
     figures = f"the same unique layers applied once are worse by {found.mean:+.3f} nats"
     if found.low is None:
         return f"{name}: {figures} on one seed; with one seed that is no evidence."
@@ -129,6 +152,7 @@ def _verdict(name: str, shallow: dict[int, dict], deep: dict[int, dict], margin:
     if found.low > margin:
         return f"{name}: depth pays: {figures}."
     return (
-        f"{name}: depth does not clearly pay ({figures}; asked: more than {margin:g}), so this study says nothing "
+        f"{name}: depth does not clearly pay ({figures}; asked: more than {margin:g}), so this "
+        "study says nothing "
         "about routing at this size. Make it larger, longer or harder."
     )

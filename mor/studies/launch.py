@@ -1,7 +1,7 @@
 """Runs of a study on the cores, GPUs or cluster at hand.
 
-Every run is an ordinary run directory. A finished one has ``result.json`` and is kept; one that was interrupted goes
-on where it stopped; one that fails leaves ``error.txt`` and stops no other.
+Every run is an ordinary run directory. A finished one has ``result.json`` and is kept; one that was
+interrupted goes on where it stopped; one that fails leaves ``error.txt`` and stops no other.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mor.distributed import ALONE
 from mor.files import write_json
-from mor.metrics import read_metrics
 from mor.studies.results import collect, flat, measure, tuned_rates
 from mor.studies.settings import Workers
 from mor.studies.study import ABOUT, ERROR, RESULT, Run, Study, main_runs, study_rows, tuning_runs
-from mor.train import alone_in, train
-from mor.train_config import TrainConfig, branch, load_config, step_flops, total_steps
+from mor.training.config import TrainConfig, branch, load_config, step_flops, total_steps
+from mor.training.distributed import ALONE
+from mor.training.loop import alone_in, train
+from mor.training.metrics import read_metrics
 
 Status = Literal["finished", "kept", "interrupted", "failed"]
 DIED = "its process died: killed from outside or out of memory"
@@ -47,17 +47,24 @@ class Outcome:
 
 
 def run_study(study: Study, out: Path, workers: Workers, console: Console) -> list[Outcome]:
-    """Every run of a study that is not finished. A stage waits for the one before it: tuning, then the runs that count,
-    then those that branch off them."""
+    """Every run of a study that is not finished. A stage waits for the one before it: tuning, then
+    the runs that count, then those that branch off them."""
     stages = main_runs(study, out, {})  # what does not fit together is said before anything runs
     tuning = tuning_runs(study, out)
     outcomes = launch(tuning, workers, console, folder=out)
     if tuning:
-        if untried := dict.fromkeys(run.row for run in tuning if not was_tried(Path(run.config.out))):
-            raise ValueError(f"rates of {', '.join(untried)} are still to be tried; start the study again to go on")
+        if untried := dict.fromkeys(
+            run.row for run in tuning if not was_tried(Path(run.config.out))
+        ):
+            raise ValueError(
+                f"rates of {', '.join(untried)} are still to be tried; start the study again to go "
+                "on"
+            )
         rates = tuned_rates(collect(out), study.tuning.rates)
         if failed := [row.name for row in study_rows(study) if row.name not in rates]:
-            raise ValueError(f"of {', '.join(failed)} every learning rate failed; see tuning/*/*/{ERROR}")
+            raise ValueError(
+                f"of {', '.join(failed)} every learning rate failed; see tuning/*/*/{ERROR}"
+            )
         stages = main_runs(study, out, rates)
     for runs in stages:
         outcomes += launch(runs, workers, console, folder=out)
@@ -67,7 +74,8 @@ def run_study(study: Study, out: Path, workers: Workers, console: Console) -> li
 
 
 def was_tried(path: Path) -> bool:
-    """Whether a run finished or failed by itself: interrupted or killed, it says nothing about its settings."""
+    """Whether a run finished or failed by itself: interrupted or killed, it says nothing about its
+    settings."""
     return (path / RESULT).is_file() or (path / ERROR).is_file()
 
 
@@ -80,7 +88,8 @@ def run_one(run: Run, threads: int) -> Outcome:
     torch.set_num_threads(threads)
     path = Path(run.config.out)
     try:
-        with alone_in(path, ALONE):  # before anything is written: another sweep may be at work on it
+        # before anything is written: another sweep may be at work on it
+        with alone_in(path, ALONE):
             return Outcome(run=run, status=_run_alone(run, path))
     except Exception as error:  # whatever it is, the other runs go on
         return Outcome(run=run, status="failed", reason=_reason(error))
@@ -108,11 +117,14 @@ def _reason(error: Exception) -> str:
 
 
 def check_trunk(run: Run) -> None:
-    """Raises ValueError if there is nothing to branch off, or what is there was trained with other settings."""
+    """Raises ValueError if there is nothing to branch off, or what is there was trained with other
+    settings."""
     if run.config.branch_from is None or (Path(run.config.out) / "train.json").is_file():
         return
     if not Path(run.config.branch_from).is_dir():
-        raise ValueError(f"{run.trunk} has no checkpoint of step {run.branch_step} to branch off; did it finish?")
+        raise ValueError(
+            f"{run.trunk} has no checkpoint of step {run.branch_step} to branch off; did it finish?"
+        )
     cooldown = run.config.steps - run.branch_step
     found = branch(run.config.branch_from, cooldown_steps=cooldown, out=run.config.out)
     _check_settings(found, run.config, f"{run.trunk} holds")
@@ -134,7 +146,10 @@ def _check_settings(saved: TrainConfig, wanted: TrainConfig, holds: str) -> None
     same = {name: getattr(saved, name) for name in FREE}
     wanted = replace(wanted, model=wanted.model.replace(vocab_size=saved.model.vocab_size), **same)
     if wanted != saved:
-        raise ValueError(f"{holds} a run with other settings ({_difference(saved, wanted)}); delete it or use --out")
+        raise ValueError(
+            f"{holds} a run with other settings ({_difference(saved, wanted)}); delete it or use "
+            "--out"
+        )
 
 
 def _difference(saved: TrainConfig, wanted: TrainConfig) -> str:
@@ -142,7 +157,9 @@ def _difference(saved: TrainConfig, wanted: TrainConfig) -> str:
     return ", ".join(f"{k} {a[k]}, now {b[k]}" for k in a if a[k] != b.get(k))
 
 
-def launch(runs: Sequence[Run], workers: Workers, console: Console, *, folder: Path) -> list[Outcome]:
+def launch(
+    runs: Sequence[Run], workers: Workers, console: Console, *, folder: Path
+) -> list[Outcome]:
     """All runs, none of which needs another. folder: for the cluster's logs."""
     if not runs:
         return []
@@ -151,7 +168,11 @@ def launch(runs: Sequence[Run], workers: Workers, console: Console, *, folder: P
     done: list[Outcome] = []
     with _Bar(runs, console) as bar:
         idle = bar.update
-        outcomes = _on_cluster(runs, workers, folder, idle) if workers.cluster else _in_processes(runs, workers, idle)
+        outcomes = (
+            _on_cluster(runs, workers, folder, idle)
+            if workers.cluster
+            else _in_processes(runs, workers, idle)
+        )
         for outcome in outcomes:
             done.append(outcome)
             bar.note(outcome)
@@ -160,14 +181,20 @@ def launch(runs: Sequence[Run], workers: Workers, console: Console, *, folder: P
 
 def _check_gpus(runs: Sequence[Run], wanted: int) -> None:
     if wanted > torch.cuda.device_count():
-        raise ValueError(f"gpus={wanted}, but PyTorch sees {torch.cuda.device_count()} here; use --jobs on CPUs")
+        raise ValueError(
+            f"gpus={wanted}, but PyTorch sees {torch.cuda.device_count()} here; use --jobs on CPUs"
+        )
     if wanted and any(run.config.device == "cpu" for run in runs):
-        raise ValueError("the study sets device='cpu', so GPUs would stand idle; leave device out, or use --jobs")
+        raise ValueError(
+            "the study sets device='cpu', so GPUs would stand idle; leave device out, or use --jobs"
+        )
 
 
-def _in_processes(runs: Sequence[Run], workers: Workers, idle: Callable[[], None]) -> Iterator[Outcome]:
-    """idle: called about every second while runs go on. A run whose process dies is tried once more, alone: what killed
-    it may have been the memory that the others took."""
+def _in_processes(
+    runs: Sequence[Run], workers: Workers, idle: Callable[[], None]
+) -> Iterator[Outcome]:
+    """idle: called about every second while runs go on. A run whose process dies is tried once
+    more, alone: what killed it may have been the memory that the others took."""
     os.environ["OMP_NUM_THREADS"] = str(workers.threads)
     places = visible_gpus(workers.gpus) if workers.gpus else [""] * workers.jobs
     died = []
@@ -185,8 +212,11 @@ def _side_by_side(
 ) -> Iterator[Outcome]:
     """A process for every run, as many at a time as there are places: GPUs, or empty names."""
     context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    # What every run imports sooner or later is imported once, not by each process anew: that takes seconds.
-    multiprocessing.set_forkserver_preload([__name__, "mor.shares", "torch._dynamo"])
+    # What every run imports sooner or later is imported once, not by each process anew: that takes
+    # seconds.
+    multiprocessing.set_forkserver_preload(
+        [__name__, "mor.training.sharded_state", "torch._dynamo"]
+    )
     left, free = deque(runs), deque(places)
     going: dict[Connection, tuple[Run, str, BaseProcess]] = {}
     try:
@@ -215,7 +245,8 @@ def _side_by_side(
 
 
 def visible_gpus(count: int) -> list[str]:
-    """Names of the first ``count`` GPUs that this process may use, each to be the only one of a worker."""
+    """Names of the first ``count`` GPUs that this process may use, each to be the only one of a
+    worker."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (given.split(",") if given else [str(gpu) for gpu in range(count)])[:count]
 
@@ -237,14 +268,22 @@ def _stop_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _on_cluster(runs: Sequence[Run], workers: Workers, folder: Path, idle: Callable[[], None]) -> Iterator[Outcome]:
-    """Interrupted, it cancels the jobs that are not done; their runs save themselves and go on later."""
+def _on_cluster(
+    runs: Sequence[Run], workers: Workers, folder: Path, idle: Callable[[], None]
+) -> Iterator[Outcome]:
+    """Interrupted, it cancels the jobs that are not done; their runs save themselves and go on
+    later."""
     try:
         import submitit
     except ImportError:
-        raise ImportError('a cluster needs submitit: pip install "mixture-of-recursions[cluster]"') from None
+        raise ImportError(
+            'a cluster needs submitit: pip install "mixture-of-recursions[cluster]"'
+        ) from None
     if workers.cluster == "slurm" and not shutil.which("srun"):
-        raise ValueError("this machine has no srun: call mor sweep where jobs are submitted to Slurm, or use --jobs")
+        raise ValueError(
+            "this machine has no srun: call mor sweep where jobs are submitted to Slurm, or use "
+            "--jobs"
+        )
     executor = submitit.AutoExecutor(folder=folder / "cluster", cluster=workers.cluster)
     executor.update_parameters(
         timeout_min=round(workers.hours * 60),
@@ -290,7 +329,9 @@ class _Bar:
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task(f"{len(runs)} runs", total=sum(flops for _, flops in self.flops))
+        self.task = self.bar.add_task(
+            f"{len(runs)} runs", total=sum(flops for _, flops in self.flops)
+        )
 
     def __enter__(self) -> _Bar:
         self.bar.start()

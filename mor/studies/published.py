@@ -6,7 +6,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from mor.config import from_dict, preset
+from mor.model.config import preset
+from mor.settings import from_dict
 from mor.studies.results import model_facts
 from mor.studies.scaling import Point
 
@@ -52,4 +53,6 @@ def load_published(path: Path) -> Published:
     if "points" not in values:
         raise ValueError(f"{path} holds no points; a study is run without --fit")
     points = [from_dict(PublishedPoint, row).point() for row in values["points"]]
-    return Published(title=values.get("title", path.stem), noise=float(values.get("noise", 0.0)), points=points)
+    return Published(
+        title=values.get("title", path.stem), noise=float(values.get("noise", 0.0)), points=points
+    )

@@ -1,4 +1,5 @@
-"""Tables and figures of a study from its finished runs; ``mor report`` puts the same files on one page."""
+"""Tables and figures of a study from its finished runs; ``mor report`` puts the same files on one
+page."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from rich.table import Table
 
 from mor.analysis import report as analysis
 from mor.analysis.figures import save
-from mor.analysis.intervals import paired
 from mor.analysis.report import STUDY_ENTRIES, SUMMARY
+from mor.statistics import paired
 from mor.studies import compare, figures, scaling
 from mor.studies.results import TABLE, collect, finished, tuned_rates, write_table
 from mor.studies.study import Study
@@ -23,7 +24,8 @@ from mor.studies.study import Study
 
 @dataclass(frozen=True, kw_only=True)
 class Exit:
-    """One policy of letting tokens out early, after the fact, on one variant; means over seeds, NLL in nats."""
+    """One policy of letting tokens out early, after the fact, on one variant; means over seeds, NLL
+    in nats."""
 
     row: str
     policy: str
@@ -36,14 +38,17 @@ class Exit:
 
 
 def report(study: Study, folder: Path, console: Console, *, resamples: int = 1000) -> None:
-    """Write FOLDER/results.sqlite, summary.json, tables/*.csv, figures/*.png and *.svg, and print what they say."""
+    """Write FOLDER/results.sqlite, summary.json, tables/*.csv, figures/*.png and *.svg, and print
+    what they say."""
     rows = collect(folder)
     if not rows:
         raise ValueError(f"{folder} holds no runs yet; start the study without --report")
     write_table(rows, folder / TABLE)
     runs = finished(rows, "main", "branch")
     verdict = compare.depth_verdict(study, runs)
-    write_summary(folder, {"study": study.title, "question": study.question, "does depth pay?": verdict})
+    write_summary(
+        folder, {"study": study.title, "question": study.question, "does depth pay?": verdict}
+    )
     console.print(verdict, highlight=False, soft_wrap=True)
     _report_rows(study, runs, folder, console)
     if found := exits(runs):
@@ -55,22 +60,31 @@ def report(study: Study, folder: Path, console: Console, *, resamples: int = 100
         report_scaling(points, folder, console, size_name=size, resamples=resamples)
     for row in rows:
         if row["status"] == "failed":
-            console.print(f"failed: {row['path']}: {row['reason']}", highlight=False, soft_wrap=True)
+            console.print(
+                f"failed: {row['path']}: {row['reason']}", highlight=False, soft_wrap=True
+            )
         if row["status"] == "finished" and not math.isfinite(row["validation_nll"]):
-            console.print(f"left out, its NLL is no number: {row['path']}", highlight=False, soft_wrap=True)
+            console.print(
+                f"left out, its NLL is no number: {row['path']}", highlight=False, soft_wrap=True
+            )
     _print_edges(study, rows, console)
 
 
 def write_summary(folder: Path, texts: dict[str, str]) -> None:
-    """What ``mor report`` says at the top of the page. Tables and figures of an earlier report go."""
+    """What ``mor report`` says at the top of the page. Tables and figures of an earlier report
+    go."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in STUDY_ENTRIES:
         for old in (*folder.glob(f"tables/{name}.csv"), *folder.glob(f"figures/{name}.*")):
             old.unlink()
-    (folder / SUMMARY).write_text(json.dumps({name: text for name, text in texts.items() if text}, indent=2))
+    (folder / SUMMARY).write_text(
+        json.dumps({name: text for name, text in texts.items() if text}, indent=2)
+    )
 
 
-def _report_rows(study: Study, runs: Sequence[dict[str, Any]], folder: Path, console: Console) -> None:
+def _report_rows(
+    study: Study, runs: Sequence[dict[str, Any]], folder: Path, console: Console
+) -> None:
     """The table of rows with what is measured on their routers, and its figures."""
     lines = compare.lines(study, runs)
     if not lines:
@@ -79,7 +93,9 @@ def _report_rows(study: Study, runs: Sequence[dict[str, Any]], folder: Path, con
     console.print(lines_table(study, lines))
     if any(line.agreement is not None or line.max_violation is not None for line in lines):
         console.print(_health_table(lines))
-    console.print("Parameters, tokens, FLOPs, times and learning rates: tables/rows.csv", highlight=False)
+    console.print(
+        "Parameters, tokens, FLOPs, times and learning rates: tables/rows.csv", highlight=False
+    )
     grouped = compare.by_row(runs)
     save(figures.rows_figure(lines, grouped), folder / "figures", "rows")
     if (hops := figures.hops_figure(lines, grouped)) is not None:
@@ -92,25 +108,48 @@ def _write_csv(found: Sequence[Any], path: Path) -> None:
 
 
 def _print_edges(study: Study, rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """Say where the best learning rate is the smallest or largest tried: the true one may lie beyond."""
-    ends = {f"{r:g}" for r in (min(study.tuning.rates), max(study.tuning.rates))} if study.tuning.rates else set()
-    edge = [f"{name} ({rate:g})" for name, rate in tuned_rates(rows, study.tuning.rates).items() if f"{rate:g}" in ends]
+    """Say where the best learning rate is the smallest or largest tried: the true one may lie
+    beyond."""
+    ends = (
+        {f"{r:g}" for r in (min(study.tuning.rates), max(study.tuning.rates))}
+        if study.tuning.rates
+        else set()
+    )
+    edge = [
+        f"{name} ({rate:g})"
+        for name, rate in tuned_rates(rows, study.tuning.rates).items()
+        if f"{rate:g}" in ends
+    ]
     if edge:
-        console.print(f"The best learning rate is at the end of its grid for {', '.join(edge)}.", highlight=False)
+        console.print(
+            f"The best learning rate is at the end of its grid for {', '.join(edge)}.",
+            highlight=False,
+        )
 
 
 def lines_table(study: Study, lines: Sequence[compare.Line]) -> Table:
-    """No row is marked as best: where an interval holds 0, the study does not tell the two apart."""
-    made = Table(title=f"{study.title}: causal validation NLL, nats; paired differences with 95% intervals")
+    """No row is marked as best: where an interval holds 0, the study does not tell the two
+    apart."""
+    made = Table(
+        title=f"{study.title}: causal validation NLL, nats; paired differences with 95% intervals"
+    )
     made.title_justify = "left"
     made.add_column("", overflow="fold")
-    topk, right = (any(getattr(x, n) is not None for x in lines) for n in ("topk_nll_noncausal", "answers_right"))
+    topk, right = (
+        any(getattr(x, n) is not None for x in lines)
+        for n in ("topk_nll_noncausal", "answers_right")
+    )
     heads = ["NLL", "seeds", f"against {study.reference or 'no reference'}", "depth"]
     for head in heads + ["top-k NLL (non-causal)"] * topk + ["right"] * right:
         made.add_column(head, justify="right")
     for x in lines:
         cells = [f"{x.nll:.4f}", str(x.seeds), _interval(x), f"{x.mean_depth:.2f}"]
-        made.add_row(x.row, *cells, *[_number(x.topk_nll_noncausal)] * topk, *[_number(x.answers_right, 3)] * right)
+        made.add_row(
+            x.row,
+            *cells,
+            *[_number(x.topk_nll_noncausal)] * topk,
+            *[_number(x.answers_right, 3)] * right,
+        )
     return made
 
 
@@ -170,18 +209,24 @@ def report_scaling(
     noise: float = 0.0,
     resamples: int = 1000,
 ) -> None:
-    """IsoFLOP fits: best sizes, their paths, the recurrence law; tables and figures. noise: see scaling.optima."""
+    """IsoFLOP fits: best sizes, their paths, the recurrence law; tables and figures. noise: see
+    scaling.optima."""
     best = scaling.optima(points, noise=noise, resamples=resamples)
     slopes = scaling.paths(points, noise=noise, resamples=resamples)
     laws = _laws(points, console, noise=noise, resamples=max(1, resamples // 5))
-    titles = {"optima": f"Best size for a budget: {size_name}", "paths": "Slopes of the optimal paths"}
+    titles = {
+        "optima": f"Best size for a budget: {size_name}",
+        "paths": "Slopes of the optimal paths",
+    }
     titles |= {"recurrence_law": "Recurrence law"}
     for name, found in (("optima", best), ("paths", slopes), ("recurrence_law", laws)):
         if found:
             _write_csv(found, folder / "tables" / f"{name}.csv")
             console.print(_table(found, titles[name]))
     if points:
-        save(figures.isoflop_figure(points, best, size_name=size_name), folder / "figures", "isoflop")
+        save(
+            figures.isoflop_figure(points, best, size_name=size_name), folder / "figures", "isoflop"
+        )
     if best:
         save(figures.paths_figure(best, size_name=size_name), folder / "figures", "optimal_paths")
 
@@ -193,7 +238,9 @@ def _laws(
     found = []
     for family in dict.fromkeys(p.family for p in points if p.loops > 1):
         try:
-            found.append(scaling.recurrence_law(points, family=family, noise=noise, resamples=resamples))
+            found.append(
+                scaling.recurrence_law(points, family=family, noise=noise, resamples=resamples)
+            )
         except ValueError as error:
             console.print(f"no recurrence law: {error}", highlight=False)
     return found
@@ -206,7 +253,9 @@ def _table(found: Sequence[Any], title: str) -> Table:
     names = [name for name in rows[0] if not name.endswith(("_low", "_high"))]
     for name in names:
         words = isinstance(rows[0][name], str)
-        made.add_column(name.replace("_", " "), justify="left" if words else "right", overflow="fold")
+        made.add_column(
+            name.replace("_", " "), justify="left" if words else "right", overflow="fold"
+        )
     for row in rows:
         made.add_row(*(_bounded(row, name) for name in names))
     return made

@@ -1,4 +1,5 @@
-"""What finished runs found, and one sqlite table of them. Run directories hold everything; the table can be deleted."""
+"""What finished runs found, and one sqlite table of them. Run directories hold everything; the
+table can be deleted."""
 
 from __future__ import annotations
 
@@ -11,27 +12,37 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mor import costs
-from mor.config import ModelConfig
-from mor.data import TaskData, Windows
-from mor.evaluate import by_hops, evaluate
+from mor.costs import flops as costs
+from mor.data.stream import TaskData, Windows
+from mor.evaluation.nll import by_hops, evaluate
 from mor.files import read_json
-from mor.metrics import read_metrics
-from mor.model import Transformer
+from mor.model.config import ModelConfig
+from mor.model.transformer import Transformer
 from mor.studies.exits import early_exits
 from mor.studies.study import ABOUT, ERROR, LABEL, RESULT, Run
-from mor.train import TrainResult
-from mor.train_config import load_config
+from mor.training.config import load_config
+from mor.training.loop import TrainResult
+from mor.training.metrics import read_metrics
 
 TABLE = "results.sqlite"
 NEEDED = (  # of a result, by tables, figures and fits
-    *("validation_nll", "mean_depth", "family", "params", "looped_params", "tokens", "train_flops", "train_s"),
+    *(
+        "validation_nll",
+        "mean_depth",
+        "family",
+        "params",
+        "looped_params",
+        "tokens",
+        "train_flops",
+        "train_s",
+    ),
 )
 HEALTH = ("dead_positions", "agreement", "max_violation", "depth_entropy")
 
 
 def measure(run: Run, result: TrainResult) -> dict[str, Any]:
-    """Numbers of a finished run: causal ones, and top-k's under a name that says non-causal. NLL in nats."""
+    """Numbers of a finished run: causal ones, and top-k's under a name that says non-causal. NLL in
+    nats."""
     model, config, data = (
         result.state.model.eval(),
         load_config(Path(run.config.out) / "train.json"),
@@ -48,7 +59,9 @@ def measure(run: Run, result: TrainResult) -> dict[str, Any]:
         "bits_per_byte": causal.bits_per_byte,
         "mean_depth": causal.mean_depth,
         "share_per_recursion": causal.share_per_recursion,
-        "topk_nll_noncausal": evaluate(model, data, selection="topk", **settings).nll if router.has_topk else None,
+        "topk_nll_noncausal": evaluate(model, data, selection="topk", **settings).nll
+        if router.has_topk
+        else None,
         "nll_by_max_depth": _by_depth(model, data, settings),
         **_health(Path(run.config.out) / "metrics.jsonl"),
         **model_facts(config.model),
@@ -63,7 +76,8 @@ def measure(run: Run, result: TrainResult) -> dict[str, Any]:
 
 
 def _health(log: Path) -> dict[str, Any]:
-    """How the router did at the end of training (see metrics.router_health): over the last tenth of what was logged."""
+    """How the router did at the end of training (see metrics.router_health): over the last tenth of
+    what was logged."""
     rows = [row for row in read_metrics(log) if "loss" in row]
     rows = rows[-max(1, len(rows) // 10) :]
     known = {name: [row[name] for row in rows if row.get(name) is not None] for name in HEALTH}
@@ -76,12 +90,16 @@ def _by_depth(model: Transformer, data: Windows, settings: dict[str, Any]) -> li
 
 
 def model_facts(config: ModelConfig) -> dict[str, Any]:
-    """Sizes, without embeddings. looped_params are those of the shared stack of a model that loops."""
-    shared = costs.non_embedding_params(config.replace(prelude_layers=0, coda_layers=0)) - config.dim
+    """Sizes, without embeddings. looped_params are those of the shared stack of a model that
+    loops."""
+    shared = (
+        costs.non_embedding_params(config.replace(prelude_layers=0, coda_layers=0)) - config.dim
+    )
     shared -= costs.router_params(config)
     return {
         "family": config.family,
-        "layout": f"{config.prelude_layers}+{config.shared_layers}x{config.num_recursions}+{config.coda_layers}",
+        "layout": f"{config.prelude_layers}+{config.shared_layers}x{config.num_recursions}"
+        f"+{config.coda_layers}",
         "params": costs.non_embedding_params(config),
         "looped_params": shared if config.num_recursions > 1 else 0,
         "params_with_embeddings": costs.unique_params(config),
@@ -92,7 +110,9 @@ def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as one, with dotted names."""
     found: dict[str, Any] = {}
     for key, value in table.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return found
 
 
@@ -106,7 +126,9 @@ def collect(study: Path) -> list[dict[str, Any]]:
     for row in [row for row in rows if row["stage"] != "tuning"]:
         other = taken.setdefault((row["row"], row["seed"], row["budget"]), row["path"])
         if other != row["path"]:
-            raise ValueError(f"{other} and {row['path']} hold the same run; move one out of the study's folder")
+            raise ValueError(
+                f"{other} and {row['path']} hold the same run; move one out of the study's folder"
+            )
     return rows
 
 
@@ -114,13 +136,22 @@ def _row(path: Path) -> dict[str, Any]:
     about = known(path / ABOUT, "row", "variant", "stage", "seed", "budget", "labels")
     row: dict[str, Any] = {"path": str(path), "status": "unfinished", "reason": None}
     labels = about["labels"].items()
-    row |= {k: about[k] for k in ("row", "variant", "stage", "seed", "budget")} | {LABEL + k: v for k, v in labels}
+    row |= {k: about[k] for k in ("row", "variant", "stage", "seed", "budget")} | {
+        LABEL + k: v for k, v in labels
+    }
     if (path / "train.json").is_file() or (path / RESULT).is_file():
-        row |= {f"config_{k.replace('.', '_')}": v for k, v in flat(asdict(load_config(path / "train.json"))).items()}
+        row |= {
+            f"config_{k.replace('.', '_')}": v
+            for k, v in flat(asdict(load_config(path / "train.json"))).items()
+        }
     if (path / RESULT).is_file():
         row |= {"status": "finished"} | known(path / RESULT, *NEEDED)
-    if (path / ERROR).is_file():  # of a finished one, too: the study now asks for another run in its place
-        row |= {"status": "failed", "reason": next(iter((path / ERROR).read_text().splitlines()), "unknown")}
+    # of a finished one, too: the study now asks for another run in its place
+    if (path / ERROR).is_file():
+        row |= {
+            "status": "failed",
+            "reason": next(iter((path / ERROR).read_text().splitlines()), "unknown"),
+        }
     return row
 
 
@@ -128,12 +159,16 @@ def known(path: Path, *names: str) -> dict[str, Any]:
     """A JSON file that has these entries. Raises ValueError if it has not."""
     values = read_json(path)
     if missing := [name for name in names if name not in values]:
-        raise ValueError(f"{path} has no {', '.join(missing)}; delete it and start the study again to have it anew")
+        raise ValueError(
+            f"{path} has no {', '.join(missing)}; delete it and start the study again to have it "
+            "anew"
+        )
     return values
 
 
 def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Table ``runs``; lists and tables as JSON. pandas: ``read_sql("select * from runs", sqlite3.connect(path))``."""
+    """Table ``runs``; lists and tables as JSON. pandas:
+    ``read_sql("select * from runs", sqlite3.connect(path))``."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.unlink(missing_ok=True)
@@ -165,7 +200,8 @@ def finished(rows: Iterable[dict[str, Any]], *stages: str) -> list[dict[str, Any
 
 
 def tuned_rates(rows: Iterable[dict[str, Any]], rates: Sequence[float]) -> dict[str, float]:
-    """By row of the study: the one of these rates whose short run has the lowest causal validation NLL."""
+    """By row of the study: the one of these rates whose short run has the lowest causal validation
+    NLL."""
     best: dict[str, dict[str, Any]] = {}
     for row in finished(rows, "tuning"):
         if row.get("config_optim_lr") not in rates:  # of an earlier version of the file

@@ -1,8 +1,9 @@
-"""Scaling fits: compute-optimal sizes from isoFLOP curves, and what one recursion is worth in parameters.
+"""Scaling fits: compute-optimal sizes from isoFLOP curves, and what one recursion is worth in
+parameters.
 
-Losses are NLL in nats, sizes are parameters, budgets are FLOPs. Intervals are 95% bootstrap intervals for noise as
-large as between seeds where there are several, else as large as the caller states. Noise multiplies the NLL: losses
-near 0 vary by little, and none falls below it.
+Losses are NLL in nats, sizes are parameters, budgets are FLOPs. Intervals are 95% bootstrap
+intervals for noise as large as between seeds where there are several, else as large as the caller
+states. Noise multiplies the NLL: losses near 0 vary by little, and none falls below it.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mor.analysis.intervals import bootstrap_bounds
+from mor.statistics import bootstrap_bounds
 from mor.studies.study import LABEL, row_name
 
 Array = NDArray[np.float64]
-REACH = math.log(1000)  # a minimum farther outside the measured log sizes is none: the curve is flat or a slope
+# a minimum farther outside the measured log sizes is none: the curve is flat or a slope
+REACH = math.log(1000)
 PHI_BOUND = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One measured model. size: parameters that the fit is over. once and looped: those used once and those of the
-    shared stack; loops: how often that one is applied."""
+    """One measured model. size: parameters that the fit is over. once and looped: those used once
+    and those of the shared stack; loops: how often that one is applied."""
 
     family: str
     size: float
@@ -43,12 +45,12 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimum:
-    """The best size for a budget, from a parabola in log size. inside: between the smallest and the largest size
-    measured, otherwise it is extrapolated and worth little.
+    """The best size for a budget, from a parabola in log size. inside: between the smallest and the
+    largest size measured, otherwise it is extrapolated and worth little.
 
-    no_minimum: share of the resamples whose curve has no lowest point. They may be best at any size, so they count as
-    smaller and as larger than all others; where they are more than one in forty the bounds are NaN. NaN too for a size
-    that the measured curve does not have.
+    no_minimum: share of the resamples whose curve has no lowest point. They may be best at any
+    size, so they count as smaller and as larger than all others; where they are more than one in
+    forty the bounds are NaN. NaN too for a size that the measured curve does not have.
     """
 
     family: str
@@ -68,7 +70,8 @@ class Optimum:
 class Path:
     """Best size ~ budget ** size_slope, best tokens ~ budget ** tokens_slope.
 
-    no_minimum: share of the resamples that lack the lowest point of some budget, and so a slope (see Optimum).
+    no_minimum: share of the resamples that lack the lowest point of some budget, and so a slope
+    (see Optimum).
     """
 
     family: str
@@ -85,8 +88,8 @@ class Path:
 class RecurrenceLaw:
     """NLL = floor + a * (once + loops ** phi * looped) ** -alpha + b * tokens ** -beta.
 
-    phi = 1: a recursion is worth as much as fresh layers; phi = 0: nothing. A bound of phi is NaN where the resamples
-    reach the end of what the fit allows. rms: of the residuals, nats.
+    phi = 1: a recursion is worth as much as fresh layers; phi = 0: nothing. A bound of phi is NaN
+    where the resamples reach the end of what the fit allows. rms: of the residuals, nats.
     """
 
     family: str
@@ -106,7 +109,8 @@ def parabola(points: Sequence[Point]) -> Array:
 
 
 def lowest_point(points: Sequence[Point]) -> tuple[float, float]:
-    """(log size, NLL) where the parabola is lowest; NaN for a curve that has no such point, or only beyond REACH."""
+    """(log size, NLL) where the parabola is lowest; NaN for a curve that has no such point, or only
+    beyond REACH."""
     curve = parabola(points)
     best = -curve[1] / (2 * curve[0]) if curve[0] > 0 else math.nan
     sizes = [math.log(p.size) for p in points]
@@ -115,16 +119,20 @@ def lowest_point(points: Sequence[Point]) -> tuple[float, float]:
     return float(best), float(np.polyval(curve, best))
 
 
-def optima(points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000, seed: int = 0) -> list[Optimum]:
-    """One for each family and budget with at least three sizes. noise: standard deviation of an NLL, for points
-    without a second seed."""
+def optima(
+    points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000, seed: int = 0
+) -> list[Optimum]:
+    """One for each family and budget with at least three sizes. noise: standard deviation of an
+    NLL, for points without a second seed."""
     found = []
     for family, budget in _groups(points):
         chosen = [p for p in points if (p.family, p.budget) == (family, budget)]
         if len({p.size for p in chosen}) < 3:
             continue
         best, nll = lowest_point(chosen)
-        drawn = np.array([lowest_point(sample)[0] for sample in _resamples(chosen, noise, resamples, seed)])
+        drawn = np.array(
+            [lowest_point(sample)[0] for sample in _resamples(chosen, noise, resamples, seed)]
+        )
         at = np.array([best, *bootstrap_bounds(drawn)])
         sizes, tokens = np.exp(at).tolist(), np.exp(_log_tokens(chosen, at)).tolist()
         found.append(
@@ -155,19 +163,26 @@ def _log_tokens(points: Sequence[Point], log_size: Any) -> Any:
     return np.polyval(line, log_size)
 
 
-def _resamples(points: Sequence[Point], noise: float, count: int, seed: int) -> Iterable[list[Point]]:
-    """The points with fresh noise (parametric bootstrap), as large as between seeds, else as stated in nats."""
+def _resamples(
+    points: Sequence[Point], noise: float, count: int, seed: int
+) -> Iterable[list[Point]]:
+    """The points with fresh noise (parametric bootstrap), as large as between seeds, else as stated
+    in nats."""
     random = np.random.default_rng(seed)
     spread = _spread_of_seeds(points)
     for _ in range(count):
         yield [
-            replace(p, nll=p.nll * math.exp(random.normal(0, noise / p.nll if spread is None else spread)))
+            replace(
+                p,
+                nll=p.nll * math.exp(random.normal(0, noise / p.nll if spread is None else spread)),
+            )
             for p in points
         ]
 
 
 def _spread_of_seeds(points: Sequence[Point]) -> float | None:
-    """Standard deviation of the log NLL between seeds, pooled over all models; None where no model has two.
+    """Standard deviation of the log NLL between seeds, pooled over all models; None where no model
+    has two.
 
     Pooled, because two or three seeds of one model tell next to nothing about its own spread.
     """
@@ -179,16 +194,24 @@ def _spread_of_seeds(points: Sequence[Point]) -> float | None:
     return math.sqrt(squares / freedom) if freedom else None
 
 
-def paths(points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000, seed: int = 0) -> list[Path]:
-    """How the best size and token count grow with the budget, for each family with two or more budgets."""
+def paths(
+    points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000, seed: int = 0
+) -> list[Path]:
+    """How the best size and token count grow with the budget, for each family with two or more
+    budgets."""
     found = []
     for family in dict.fromkeys(p.family for p in points):
         chosen = [p for p in points if p.family == family]
         slopes = _slopes(chosen)
         if slopes is None:
             continue
-        drawn = np.array([_slopes(s) or (math.nan, math.nan) for s in _resamples(chosen, noise, resamples, seed)])
-        (size_low, size_high), (tokens_low, tokens_high) = bootstrap_bounds(drawn[:, 0]), bootstrap_bounds(drawn[:, 1])
+        drawn = np.array(
+            [_slopes(s) or (math.nan, math.nan) for s in _resamples(chosen, noise, resamples, seed)]
+        )
+        (size_low, size_high), (tokens_low, tokens_high) = (
+            bootstrap_bounds(drawn[:, 0]),
+            bootstrap_bounds(drawn[:, 1]),
+        )
         found.append(
             Path(
                 family=family,
@@ -224,23 +247,31 @@ def recurrence_law(
 ) -> RecurrenceLaw:
     """Fit of the law to one looped family together with the points that loop nothing.
 
-    Raises ValueError where phi is not determined: from fewer points than the law has parameters, from fewer than three
-    sizes that loop or three that do not, or where the best fit lies at the end of what phi may be.
+    Raises ValueError where phi is not determined: from fewer points than the law has parameters,
+    from fewer than three sizes that loop or three that do not, or where the best fit lies at the
+    end of what phi may be.
     """
     chosen = [p for p in points if p.family == family or p.loops == 1]
     if len(chosen) < 7:
-        raise ValueError(f"the law has 6 parameters; {family!r} offers {len(chosen)} points, it takes 7")
+        raise ValueError(
+            f"the law has 6 parameters; {family!r} offers {len(chosen)} points, it takes 7"
+        )
     looped, once = ({p.size for p in chosen if (p.loops > 1) is loops} for loops in (True, False))
     if min(len(looped), len(once)) < 3:
         raise ValueError(
-            f"phi of {family!r} is not determined from {len(looped)} sizes that loop and {len(once)} that do not; it "
+            f"phi of {family!r} is not determined from {len(looped)} sizes that loop and "
+            f"{len(once)} that do not; it "
             "takes three of each"
         )
     measured = _columns(chosen)
     solution = _fit_law(measured, None)
     if _at_bound(solution[5]):
-        raise ValueError(f"phi of {family!r} is not determined: the best fit is at the end of [-3, 3]")
-    drawn = np.array([_fit_law(_columns(s), solution)[5] for s in _resamples(chosen, noise, resamples, seed)])
+        raise ValueError(
+            f"phi of {family!r} is not determined: the best fit is at the end of [-3, 3]"
+        )
+    drawn = np.array(
+        [_fit_law(_columns(s), solution)[5] for s in _resamples(chosen, noise, resamples, seed)]
+    )
     drawn = np.where(_at_bound(drawn), np.copysign(math.inf, drawn), drawn)
     low, high = bootstrap_bounds(drawn)
     residual = _law(solution, measured) - measured["nll"]
@@ -262,13 +293,18 @@ def _at_bound(phi: Any) -> Any:
 
 
 def _columns(points: Sequence[Point]) -> dict[str, Array]:
-    return {n: np.array([float(getattr(p, n)) for p in points]) for n in ("once", "looped", "loops", "tokens", "nll")}
+    return {
+        n: np.array([float(getattr(p, n)) for p in points])
+        for n in ("once", "looped", "loops", "tokens", "nll")
+    }
 
 
 def _law(parameters: Any, at: dict[str, Array]) -> Array:
     floor, log_a, alpha, log_b, beta, phi = parameters
     size = at["once"] + at["loops"] ** phi * at["looped"]
-    return floor + np.exp(log_a - alpha * np.log(size)) + np.exp(log_b - beta * np.log(at["tokens"]))
+    return (
+        floor + np.exp(log_a - alpha * np.log(size)) + np.exp(log_b - beta * np.log(at["tokens"]))
+    )
 
 
 def _fit_law(at: dict[str, Array], start: Array | None) -> Array:
@@ -277,11 +313,21 @@ def _fit_law(at: dict[str, Array], start: Array | None) -> Array:
 
     lowest = at["nll"].min()
     bounds = ([0, -20, 0.02, -20, 0.02, -PHI_BOUND], [lowest, 40, 2.5, 60, 2.5, PHI_BOUND])
-    mid_size, mid_tokens = np.median(np.log(at["once"] + at["looped"])), np.median(np.log(at["tokens"]))
+    mid_size, mid_tokens = (
+        np.median(np.log(at["once"] + at["looped"])),
+        np.median(np.log(at["tokens"])),
+    )
     starts: Iterable[Any] = [start]
     if start is None:
         starts = [
-            (lowest * share, math.log(0.3) + a * mid_size, a, math.log(0.3) + b * mid_tokens, b, 0.5)
+            (
+                lowest * share,
+                math.log(0.3) + a * mid_size,
+                a,
+                math.log(0.3) + b * mid_tokens,
+                b,
+                0.5,
+            )
             for share in (0.2, 0.6, 0.9)
             for a in (0.2, 0.5)
             for b in (0.3, 0.8, 1.5)
@@ -305,14 +351,19 @@ def _inside(bounds: Any) -> tuple[Array, Array]:
     return low + 1e-6 * (high - low), high - 1e-6 * (high - low)
 
 
-def points_of(runs: Iterable[dict[str, Any]], size: Callable[[dict[str, Any]], float]) -> list[Point]:
-    """Finished runs of a study with budgets as points. size: what counts as a model's size; an axis along which it does
-    not change, such as one of alphas, makes families of its own."""
+def points_of(
+    runs: Iterable[dict[str, Any]], size: Callable[[dict[str, Any]], float]
+) -> list[Point]:
+    """Finished runs of a study with budgets as points. size: what counts as a model's size; an axis
+    along which it does not change, such as one of alphas, makes families of its own."""
     runs = [run for run in runs if run["budget"]]
     others = [axis for axis in labels_of(runs) if not _changes(runs, axis, size)]
     return [
         Point(
-            family=row_name(run["variant"], {axis.removeprefix(LABEL): run[axis] for axis in others if axis in run}),
+            family=row_name(
+                run["variant"],
+                {axis.removeprefix(LABEL): run[axis] for axis in others if axis in run},
+            ),
             size=size(run),
             budget=run["budget"],
             tokens=run["tokens"],
@@ -331,7 +382,9 @@ def labels_of(runs: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run if name.startswith(LABEL)))
 
 
-def _changes(runs: Sequence[dict[str, Any]], axis: str, size: Callable[[dict[str, Any]], float]) -> bool:
+def _changes(
+    runs: Sequence[dict[str, Any]], axis: str, size: Callable[[dict[str, Any]], float]
+) -> bool:
     """Whether runs that differ only in this axis differ in size."""
     sizes: dict[tuple[Any, ...], set[float]] = defaultdict(set)
     for run in runs:

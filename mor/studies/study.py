@@ -1,17 +1,18 @@
 """A study file (TOML) and the runs it asks for.
 
     title = "Gate form"
-    size = "sizes/small.toml"                        # merged below this file; --size puts another one in its place
-    seeds = [0, 1, 2]
-    reference = "paper"                              # the others are compared with this one, seed by seed
-    depth_pays = { deep = "recursive", shallow = "one pass" }   # shown before anything else
+    size = "sizes/small.toml"                        # merged below this file; --size puts another
+    one in its place seeds = [0, 1, 2]
+    reference = "paper"                              # the others are compared with this one, seed
+    by seed depth_pays = { deep = "recursive", shallow = "one pass" }   # shown before anything else
 
     [base]                                           # settings of TrainConfig, as in a run's TOML
     steps = 2000
-    model = { preset = "tiny", num_layers = 6 }      # of ModelConfig, or arguments of mor.config.preset
+    model = { preset = "tiny", num_layers = 6 }      # of ModelConfig, or arguments of
+    mor.model.config.preset
 
-    [shapes.mor]                                     # what several variants have in common; usually in the size file
-    model = { num_recursions = 4, router.kind = "expert_choice" }
+    [shapes.mor]                                     # what several variants have in common; usually
+    in the size file model = { num_recursions = 4, router.kind = "expert_choice" }
 
     [variants.paper]                                 # a shape, if any, and what the variant changes
     like = "mor"
@@ -22,8 +23,8 @@
     "model.router.alpha" = [0.1, 1.0]
     width = { small = { model.dim = 48 }, large = { model.dim = 96 } }
 
-    [tuning]                                         # the learning rate of every row, chosen on short runs
-    rates = [2e-3, 4e-3, 8e-3]
+    [tuning]                                         # the learning rate of every row, chosen on
+    short runs rates = [2e-3, 4e-3, 8e-3]
 
 A *row* is a variant with one value of every axis (and one budget); its runs differ in their seeds.
 """
@@ -38,18 +39,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from mor.config import ModelConfig, RouterConfig, fits, from_dict, preset
-from mor.data import vocab_size
-from mor.train_config import TrainConfig, cooled, total_steps
+from mor.data.stream import vocab_size
+from mor.model.config import ModelConfig, RouterConfig, preset
+from mor.settings import fits, from_dict
+from mor.training.config import TrainConfig, cooled, total_steps
 
-# What a study adds to a run directory: the numbers of a finished run, why a run failed, its place in the study.
+# What a study adds to a run directory: the numbers of a finished run, why a run failed, its place
+# in the study.
 RESULT, ERROR, ABOUT = "result.json", "error.txt", "study.json"
 LABEL = "label_"  # begins the names of axes in tables
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """The learning rate of each row: the one whose short run has the lowest causal validation NLL."""
+    """The learning rate of each row: the one whose short run has the lowest causal validation
+    NLL."""
 
     rates: tuple[float, ...] = ()
     share: float = 0.3
@@ -83,13 +87,16 @@ class Study:
     budgets: tuple[float, ...] = ()
     """Training FLOPs. One stable run serves all: each budget's cool-down branches off it."""
     exits: tuple[str, ...] = ()
-    """Variants whose tokens are also sent out early after the fact: at random, when sure, by an oracle."""
+    """Variants whose tokens are also sent out early after the fact: at random, when sure, by an
+    oracle."""
     windows: int = 512
     """Validation sequences that a finished run is measured on."""
 
     def __post_init__(self) -> None:
         if not self.variants:
-            raise ValueError("a study needs at least one [variants.NAME]; an empty table takes the base as it is")
+            raise ValueError(
+                "a study needs at least one [variants.NAME]; an empty table takes the base as it is"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must differ, got {list(self.seeds)}")
         if not self.seeds:
@@ -98,10 +105,13 @@ class Study:
         for name in (self.reference, control.deep, control.shallow, *self.exits):
             if name and name not in self.variants:
                 raise ValueError(
-                    f"reference, depth_pays and exits name variants; {name!r} is none of {', '.join(self.variants)}"
+                    f"reference, depth_pays and exits name variants; {name!r} is none of "
+                    f"{', '.join(self.variants)}"
                 )
         if self.tuning.seed in self.seeds:
-            raise ValueError(f"tuning.seed={self.tuning.seed} is one of the seeds that count; choose another")
+            raise ValueError(
+                f"tuning.seed={self.tuning.seed} is one of the seeds that count; choose another"
+            )
         _check_places(self)
         if sorted({0.0, *self.budgets}) != [0.0, *self.budgets]:
             raise ValueError(f"budgets must be positive and grow, got {list(self.budgets)}")
@@ -166,7 +176,9 @@ def study_rows(study: Study) -> list[Row]:
     for variant, labels, settings in _grid(study):
         changes = study.variants[variant]
         try:
-            merged = merge(study.base, _shape(study, changes), *settings, *_there(study, changes, labels))
+            merged = merge(
+                study.base, _shape(study, changes), *settings, *_there(study, changes, labels)
+            )
             found.append(Row(variant=variant, labels=labels, config=train_config(merged)))
         except ValueError as error:
             raise ValueError(f"variant {variant!r} {labels or ''}: {error}") from None
@@ -176,8 +188,14 @@ def study_rows(study: Study) -> list[Row]:
 def _grid(study: Study) -> Iterator[tuple[str, dict[str, str], list[dict[str, Any]]]]:
     """Every variant with every value of every axis: labels by axis, and what each value sets."""
     for variant in study.variants:
-        for choice in itertools.product(*(_values(name, values) for name, values in study.axes.items())):
-            yield variant, {_label(axis): label for axis, label, _ in choice}, [s for _, _, s in choice]
+        for choice in itertools.product(
+            *(_values(name, values) for name, values in study.axes.items())
+        ):
+            yield (
+                variant,
+                {_label(axis): label for axis, label, _ in choice},
+                [s for _, _, s in choice],
+            )
 
 
 def _label(axis: str) -> str:
@@ -185,17 +203,27 @@ def _label(axis: str) -> str:
 
 
 def _check_places(study: Study) -> None:
-    """Every row needs a folder of its own, every axis a column of the table, whose names know no case."""
+    """Every row needs a folder of its own, every axis a column of the table, whose names know no
+    case."""
     columns = {_label(axis).lower(): axis for axis in study.axes}
     if twins := [axis for axis in study.axes if columns[_label(axis).lower()] != axis]:
-        raise ValueError(f"axes {twins[0]!r} and {columns[_label(twins[0]).lower()]!r} have the same label; rename one")
+        raise ValueError(
+            f"axes {twins[0]!r} and {columns[_label(twins[0]).lower()]!r} have the same label; "
+            "rename one"
+        )
     taken: dict[str, str] = {}
     for name in (row_name(variant, labels) for variant, labels, _ in _grid(study)):
         folder = folder_name(name)
         if not folder or folder.startswith("."):
-            raise ValueError(f"the row {name!r} gets no folder of that name; begin with one of A-Z, a-z, 0-9, + and -")
+            raise ValueError(
+                f"the row {name!r} gets no folder of that name; begin with one of A-Z, a-z, 0-9, + "
+                "and -"
+            )
         if folder in taken:
-            raise ValueError(f"the rows {taken[folder]!r} and {name!r} would share the folder {folder!r}; rename one")
+            raise ValueError(
+                f"the rows {taken[folder]!r} and {name!r} would share the folder {folder!r}; "
+                "rename one"
+            )
         taken[folder] = name
 
 
@@ -206,16 +234,22 @@ def _shape(study: Study, changes: Mapping[str, Any]) -> dict[str, Any]:
     if like is None:
         return own
     if not isinstance(like, str) or like not in study.shapes:
-        raise ValueError(f"like={like!r} is no shape; there are {', '.join(study.shapes) or 'none'}")
+        raise ValueError(
+            f"like={like!r} is no shape; there are {', '.join(study.shapes) or 'none'}"
+        )
     return merge(study.shapes[like], own)
 
 
-def _there(study: Study, changes: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict[str, Any]]:
+def _there(
+    study: Study, changes: Mapping[str, Any], labels: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """What a variant changes at these values of the axes alone."""
     at = changes.get("at", {})
     if not fits(at, dict[str, dict[str, Any]]):
         raise ValueError(f"'at' is a table of what changes at each value of an axis, got {at!r}")
-    if unknown := set(at) - {label for _, all_labels, _ in _grid(study) for label in all_labels.values()}:
+    if unknown := set(at) - {
+        label for _, all_labels, _ in _grid(study) for label in all_labels.values()
+    }:
         raise ValueError(f"no axis has the value {min(unknown)!r} that it names in 'at'")
     return [at[label] for label in labels.values() if label in at]
 
@@ -243,7 +277,7 @@ def merge(*tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train_config(settings: Mapping[str, Any]) -> TrainConfig:
-    """A run's settings; the model's may be those of :func:`mor.config.preset`."""
+    """A run's settings; the model's may be those of :func:`mor.model.config.preset`."""
     values = dict(settings)
     if dotted := [key for key in values if "." in key]:
         raise ValueError(f"write {dotted[0]} without quotes: with them it is one name, not a path")
@@ -258,7 +292,9 @@ def _model(table: Mapping[str, Any]) -> ModelConfig:
     if "preset" not in table:
         return from_dict(ModelConfig, table)
     hints = get_type_hints(preset) | {"preset": str, "router": Any}
-    if wrong := [f"{key} = {value!r}" for key, value in table.items() if not fits(value, hints.get(key, Any))]:
+    if wrong := [
+        f"{key} = {value!r}" for key, value in table.items() if not fits(value, hints.get(key, Any))
+    ]:
         raise ValueError(f"model.{wrong[0]} is of the wrong type")
     rest = {key: value for key, value in table.items() if key not in ("preset", "router")}
     return preset(table["preset"], router=from_dict(RouterConfig, table.get("router", {})), **rest)
@@ -271,8 +307,18 @@ def tuning_runs(study: Study, out: Path) -> list[Run]:
         for rate in study.tuning.rates:
             config = with_budget(row.config, study.budgets[0] if study.budgets else None)
             config = replace(config, optim=replace(config.optim, lr=rate), seed=study.tuning.seed)
-            config = replace(config, steps=max(1, round(total_steps(config) * study.tuning.share)), flops=None)
-            runs.append(_run(study, row, "tuning", config, out / "tuning" / folder_name(row.name) / f"lr-{rate:g}"))
+            config = replace(
+                config, steps=max(1, round(total_steps(config) * study.tuning.share)), flops=None
+            )
+            runs.append(
+                _run(
+                    study,
+                    row,
+                    "tuning",
+                    config,
+                    out / "tuning" / folder_name(row.name) / f"lr-{rate:g}",
+                )
+            )
     return runs
 
 
@@ -284,12 +330,15 @@ def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
     """A seed of its own for weights, data order and, where depths are drawn, for the draw."""
     router = config.model.router
     if router.kind == "random":
-        config = replace(config, model=config.model.replace(router=replace(router, seed=router.seed + seed)))
+        config = replace(
+            config, model=config.model.replace(router=replace(router, seed=router.seed + seed))
+        )
     return replace(config, seed=seed)
 
 
 def main_runs(study: Study, out: Path, rates: Mapping[str, float]) -> list[list[Run]]:
-    """The runs that count, in stages: those of a stage need the ones before. rates: learning rates by row."""
+    """The runs that count, in stages: those of a stage need the ones before. rates: learning rates
+    by row."""
     first, branches = [], []
     for row in study_rows(study):
         config = row.config
@@ -305,9 +354,8 @@ def main_runs(study: Study, out: Path, rates: Mapping[str, float]) -> list[list[
             first.append(trunk)
             branches += rest
     stages = [first, branches] if branches else [first]
-    return [
-        sorted(stage, key=lambda run: study.seeds.index(run.seed)) for stage in stages
-    ]  # a whole seed, then the next
+    # a whole seed, then the next
+    return [sorted(stage, key=lambda run: study.seeds.index(run.seed)) for stage in stages]
 
 
 BRANCH_POINTS = 4  # steps of the stable run to branch off, up to the first budget's cool-down
@@ -321,15 +369,19 @@ def _budget_runs(study: Study, row: Row, config: TrainConfig, place: Path) -> It
     # The warm-up is that of the smallest budget; it must not be longer for the run they share.
     optim = replace(config.optim, warmup=config.optim.warmup * steps[0] / steps[-1])
     points = [round(total * stable / every) * every for total in steps[:-1]]
-    trunk = replace(config, optim=optim, steps=steps[-1], flops=None, save_every=every, keep_steps=tuple(points))
+    trunk = replace(
+        config, optim=optim, steps=steps[-1], flops=None, save_every=every, keep_steps=tuple(points)
+    )
     names = [place / f"flops-{budget:g}" / f"seed-{config.seed}" for budget in study.budgets]
     yield replace(_run(study, row, "main", trunk, names[-1]), budget=study.budgets[-1])
     for budget, total, at, name in zip(study.budgets, steps, points, names, strict=False):
         last = steps[-1] - round(steps[-1] * config.optim.cooldown)
         if not 0 < at <= min(last, total - 1):
             raise ValueError(
-                f"{row.name}: a budget of {budget:g} FLOPs is {total} steps, too near the largest one "
-                f"({steps[-1]} steps) to branch off its stable phase; leave it out or lower optim.cooldown"
+                f"{row.name}: a budget of {budget:g} FLOPs is {total} steps, too near the largest "
+                "one "
+                f"({steps[-1]} steps) to branch off its stable phase; leave it out or lower "
+                "optim.cooldown"
             )
         start = names[-1] / "checkpoints" / f"step-{at:08d}"
         made = _run(study, row, "branch", cooled(trunk, start, total, total - at), name)
@@ -354,7 +406,8 @@ def folder_name(name: str) -> str:
 
 
 def variants_named(study: Study, names: Sequence[str]) -> Study:
-    """Some of a study's variants, to run but not to compare. Raises ValueError for an unknown name."""
+    """Some of a study's variants, to run but not to compare. Raises ValueError for an unknown
+    name."""
     for name in names:
         if name not in study.variants:
             raise ValueError(f"no variant {name!r}; there are {', '.join(study.variants)}")

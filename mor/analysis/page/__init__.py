@@ -19,20 +19,25 @@ SCRIPTS = ("base.js", "text.js", "drawings.js", "detail.js", "start.js")
 
 
 def render(explanations: Sequence[Explanation]) -> str:
-    """HTML of one model, or of two side by side. Raises ValueError if the two did not read the same characters, or if
-    they are judged by different things."""
+    """HTML of one model, or of two side by side. Raises ValueError if the two did not read the same
+    characters, or if they are judged by different things."""
     if not 1 <= len(explanations) <= 2:
         raise ValueError(f"a page shows one model or two, got {len(explanations)}")
     texts = ["".join(t.piece for t in e.tokens) for e in explanations]
     if texts[-1] != texts[0]:
-        raise ValueError("the two tokenizers turn the text into different characters, so it cannot be aligned")
+        raise ValueError(
+            "the two tokenizers turn the text into different characters, so it cannot be aligned"
+        )
     if _judged_by(explanations[-1]) != _judged_by(explanations[0]):
         raise ValueError(
-            "one model is judged by the answers of a task and the other by something else, which cannot be compared; "
+            "one model is judged by the answers of a task and the other by something else, which "
+            "cannot be compared; "
             "compare runs on the same task, or runs on text"
         )
     data = {"models": [rounded(e.to_dict()) for e in explanations]}
-    plain = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    plain = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )
     own = files(__name__)
     return Template((own / "explain.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(" and ".join(e.name for e in explanations)),

@@ -1,0 +1,46 @@
+"""Text coloured by recursion depth, for terminals; with depth digits where there is no colour."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from mor.data.tokenizer import Tokenizer
+from mor.generation import Generation
+
+_COLOURS = ("cyan", "yellow", "red", "magenta", "blue", "green")
+_DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+
+
+def _style(depth: int) -> str:
+    return _COLOURS[(depth - 1) % len(_COLOURS)]
+
+
+def _digits(depth: int) -> str:
+    return "".join(_DIGITS[int(d)] for d in str(depth))
+
+
+def depth_legend(num_recursions: int, console: Console) -> Text:
+    legend = Text("depth ")
+    for depth in range(1, num_recursions + 1):
+        legend.append(
+            f" {depth} " if console.color_system else f" {_digits(depth)}", style=_style(depth)
+        )
+    if not console.color_system:
+        legend.append("  (after each token)")
+    return legend
+
+
+def depth_text(tokenizer: Tokenizer, result: Generation, console: Console) -> Text:
+    """Prompt and continuation; the last token was never read and has no depth."""
+    ids = [*result.prompt_ids, *result.token_ids]
+    if ids[-1] == tokenizer.end_of_text_id:
+        ids = ids[:-1]
+    text = Text()
+    for i, piece in enumerate(tokenizer.pieces(ids)):
+        depth = result.depths[i] if i < len(result.depths) else None
+        bold = " bold" if i < len(result.prompt_ids) else ""
+        mark = _digits(depth) if depth and not console.color_system else ""
+        words, line_end = (piece[:-1], "\n") if piece.endswith("\n") else (piece, "")
+        text.append(words + mark + line_end, style=(_style(depth) if depth else "dim") + bold)
+    return text

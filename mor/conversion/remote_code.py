@@ -1,0 +1,51 @@
+"""Export a checkpoint with the code that runs it, for machines that have transformers but not
+mor."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import mor
+from mor import checkpoint
+
+_IMPORT = re.compile(r"^(\s*)from mor\.(?:\w+\.)?(\w+) import", re.MULTILINE)
+_AUTO_MAP = {
+    "AutoConfig": "mor_configuration.MoRConfig",
+    "AutoModelForCausalLM": "mor_modeling.MoRForCausalLM",
+}
+
+
+def export(source: str | Path, out: str | Path) -> Path:
+    """Copy a checkpoint (or a run's newest) to ``out`` so that it loads with
+    ``trust_remote_code=True``.
+
+    The directory holds this package's own modules, their imports made relative. mor reads it as
+    well. Raises ValueError if ``out`` exists or ``source`` is no checkpoint.
+    """
+    source, out = checkpoint.resolve(source), Path(out)
+    checkpoint.read_config(source)
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another directory or delete it")
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("training_state", "checksums.json"))
+    for module in modules():
+        code = _IMPORT.sub(r"\1from .mor_\2 import", module.read_text(encoding="utf-8"))
+        (out / f"mor_{module.name}").write_text(code, encoding="utf-8")
+    file = out / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": _AUTO_MAP}, indent=2))
+    return out
+
+
+def modules() -> list[Path]:
+    """The files that an export ships: the model, what makes it a transformers model, and the ground
+    they stand on."""
+    package = Path(mor.__file__).parent
+    model = sorted(file for file in (package / "model").glob("*.py") if file.name != "__init__.py")
+    return [
+        *model,
+        package / "hub" / "configuration.py",
+        package / "hub" / "modeling.py",
+        package / "settings.py",
+    ]

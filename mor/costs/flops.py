@@ -1,0 +1,255 @@
+"""What a model costs: parameters, FLOPs and KV bytes, from its configuration alone.
+
+FLOPs count multiplications and additions of matrix products (2 per multiply-add); norms, rotary
+embedding and element-wise work are left out, as is usual. Two counts stand side by side: the
+paper's (recovered from its step counts) and the exact one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import fsum
+
+from mor.model.config import ModelConfig
+from mor.model.kv_cache import READS
+
+
+def _attention_params(config: ModelConfig) -> tuple[int, int]:
+    """Weights of the query and output projections, and of the key and value projections."""
+    return (
+        2 * config.dim * config.num_heads * config.head_dim,
+        2 * config.dim * config.num_kv_heads * config.head_dim,
+    )
+
+
+def _block_matrix_params(config: ModelConfig) -> int:
+    return sum(_attention_params(config)) + 3 * config.dim * config.ffn_dim
+
+
+def _score_net_params(config: ModelConfig, outputs: int) -> int:
+    if config.router.architecture == "linear":
+        return config.dim * outputs
+    hidden = config.dim * (1 if config.router.architecture == "mlp" else 4)
+    return config.dim * hidden + hidden * outputs
+
+
+def _router_nets(config: ModelConfig) -> int:
+    """Networks an expert-choice router runs at each recursion."""
+    return 2 if config.router.causal_selection == "aux_router" else 1
+
+
+def router_params(config: ModelConfig) -> int:
+    if config.router.kind == "expert_choice":
+        return config.num_recursions * _router_nets(config) * _score_net_params(config, 1)
+    return (
+        _score_net_params(config, config.num_recursions)
+        if config.router.kind == "token_choice"
+        else 0
+    )
+
+
+def unique_params(config: ModelConfig) -> int:
+    """All parameters; shared layers and tied embeddings count once."""
+    blocks = config.prelude_layers + config.shared_layers + config.coda_layers
+    embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
+    return (
+        blocks * (_block_matrix_params(config) + 2 * config.dim)
+        + config.dim
+        + router_params(config)
+        + embeddings
+    )
+
+
+def non_embedding_params(config: ModelConfig) -> int:
+    """All parameters but the embedding and an untied head."""
+    return unique_params(config) - config.vocab_size * config.dim * (
+        1 if config.tie_embeddings else 2
+    )
+
+
+def paper_flops_per_token(config: ModelConfig, context: int | None = None) -> float:
+    """Forward FLOPs as the paper counts them: no head, no credit for GQA, causal half of
+    attention."""
+    d, b, c = config.dim, config.shared_layers, config.capacities
+    linear, attention = 8 * d * d + 6 * d * config.ffn_dim, 2 * d * (context or config.max_seq_len)
+    own = (config.prelude_layers + config.coda_layers) * (linear + attention)
+    if config.kv_strategy == "recursion_wise":
+        return own + b * (linear * sum(c) + attention * sum(x * x for x in c))
+    unwritten = 4 * d * d * (sum(c) - 1) if config.kv_strategy == "shared" else 0
+    return own + b * (linear * sum(c) - unwritten + attention * sum(c))
+
+
+def kept_per_recursion(
+    config: ModelConfig, length: int, capacities: Sequence[float] | None = None
+) -> list[int]:
+    """Tokens of a sequence that top-k selection keeps at each recursion."""
+    return [max(1, int(c * length)) for c in capacities or config.capacities]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What a forward really processes: counts that determine its FLOPs.
+
+    tokens and kept (one per recursion) are tokens; pairs are (query, key) pairs of attention, per
+    layer; logits is how many tokens the head sees.
+    """
+
+    tokens: int
+    kept: Sequence[int]
+    own_pairs: float
+    pairs: Sequence[float]
+    logits: int
+
+
+def sequence_workload(
+    config: ModelConfig, length: int, *, capacities: Sequence[float] | None = None
+) -> Workload:
+    """A training sequence. Attention is causal: a query meets the keys at or before it."""
+    kept = kept_per_recursion(config, length, capacities)
+    own_pairs = length * (length + 1) / 2
+    if config.kv_strategy == "recursion_wise":
+        pairs = [k * (k + 1) / 2 for k in kept]
+    else:  # all tokens' keys, on average half of them before a query
+        pairs = [k * (length + 1) / 2 for k in kept]
+    return Workload(tokens=length, kept=kept, own_pairs=own_pairs, pairs=pairs, logits=length)
+
+
+def forward_flops(config: ModelConfig, work: Workload) -> float:
+    """Exact FLOPs of a forward over ``work``, with GQA, routers and head."""
+    key_value = _attention_params(config)[1]
+    block, per_pair = _block_matrix_params(config), 4 * config.num_heads * config.head_dim
+    reads = READS[config.kv_strategy]
+    own_layers = config.prelude_layers + config.coda_layers
+    total = own_layers * (2 * block * work.tokens + per_pair * work.own_pairs)
+    for r, (kept, pairs) in enumerate(zip(work.kept, work.pairs, strict=True), start=1):
+        weights = block if r in reads(r) else block - key_value
+        total += config.shared_layers * (2 * weights * kept + per_pair * pairs)
+    total += 2 * config.dim * config.vocab_size * work.logits
+    return total + _router_flops(config, work)
+
+
+def _router_flops(config: ModelConfig, work: Workload) -> float:
+    if config.router.kind == "token_choice":
+        return 2 * _score_net_params(config, config.num_recursions) * work.tokens
+    if config.router.kind != "expert_choice":
+        return 0
+    candidates = (
+        [work.tokens, *work.kept[:-1]]
+        if config.router.hierarchical
+        else [work.tokens] * len(work.kept)
+    )
+    return 2 * _router_nets(config) * _score_net_params(config, 1) * sum(candidates)
+
+
+def train_flops(
+    config: ModelConfig, length: int, *, capacities: Sequence[float] | None = None
+) -> float:
+    """Forward and backward of one training sequence: three forwards."""
+    return 3 * forward_flops(config, sequence_workload(config, length, capacities=capacities))
+
+
+def kv_entry_bytes(config: ModelConfig, dtype_bytes: int) -> int:
+    """Key and value of one token in one layer."""
+    return 2 * config.num_kv_heads * config.head_dim * dtype_bytes
+
+
+def kv_bytes(config: ModelConfig, tokens: int, kept: Sequence[float], dtype_bytes: int) -> float:
+    """Cache of ``tokens`` tokens of which ``kept[r]`` took recursion r."""
+    reads = READS[config.kv_strategy]
+    written = fsum(k for r, k in enumerate(kept, start=1) if r in reads(r))
+    layers_x_tokens = (
+        config.prelude_layers + config.coda_layers
+    ) * tokens + config.shared_layers * written
+    return layers_x_tokens * kv_entry_bytes(config, dtype_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What bounds a computation: matrix products per second (FLOP) and memory read or written per
+    second (bytes)."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+    def seconds(self, flops: float, num_bytes: float) -> float:
+        """Roofline: the slower of the two, as if they overlapped perfectly."""
+        return max(flops / self.flops_per_s, num_bytes / self.bytes_per_s)
+
+
+def decode_seconds(
+    config: ModelConfig,
+    machine: Machine,
+    *,
+    batch: int,
+    context: float,
+    shares: Sequence[float] | None = None,
+    dtype_bytes: int = 2,
+) -> float:
+    """Least time to decode one token when ``batch`` tokens share each pass: of the shared layers at
+    any mixture of depths, of the rest (prelude, coda, head) once per token. Weights, keys and
+    values are read, new ones written.
+
+    context: tokens before it. shares: of tokens at each recursion, the capacities if None.
+    """
+    shares = config.capacities if shares is None else shares
+    reads, recursive = READS[config.kv_strategy], config.kv_strategy == "recursion_wise"
+    entry, per_pair = kv_entry_bytes(config, dtype_bytes), 4 * config.num_heads * config.head_dim
+    block, key_value = _block_matrix_params(config), _attention_params(config)[1]
+    own_layers = config.prelude_layers + config.coda_layers
+    head = config.dim * config.vocab_size
+
+    weights = own_layers * block + head
+    flops = 2 * weights + own_layers * per_pair * context
+    num_bytes = dtype_bytes * weights / batch + own_layers * entry * (context + 1)
+    seconds = machine.seconds(flops, num_bytes)
+    for r, share in enumerate(shares, start=1):
+        seen = context * share if recursive else context
+        weights = block if r in reads(r) else block - key_value
+        flops = config.shared_layers * (2 * weights + per_pair * seen)
+        num_bytes = config.shared_layers * (
+            dtype_bytes * block / batch + entry * (seen + (r in reads(r)))
+        )
+        seconds += share * machine.seconds(flops, num_bytes)
+    return seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Costs at a context length, with the configured capacities as the share of tokens per
+    recursion."""
+
+    family: str
+    layout: str
+    num_layers: int
+    context: int
+    params: int
+    params_non_embedding: int
+    paper_mflops_per_token: float
+    forward_flops_per_token: float
+    train_flops_per_token: float
+    kv_dtype_bytes: int
+    kv_bytes_per_token: float
+    mean_depth: float
+
+
+def costs(config: ModelConfig, *, context: int | None = None, kv_dtype_bytes: int = 2) -> Costs:
+    """All costs of a model. context: sequence length, the configured maximum if None."""
+    length = context or config.max_seq_len
+    if length < 1:
+        raise ValueError(f"context must be at least 1, got {length}")
+    forward = forward_flops(config, sequence_workload(config, length)) / length
+    return Costs(
+        family=config.family,
+        layout=f"{config.prelude_layers}+{config.shared_layers}x{config.num_recursions}+{config.coda_layers}",
+        num_layers=config.num_layers,
+        context=length,
+        params=unique_params(config),
+        params_non_embedding=non_embedding_params(config),
+        paper_mflops_per_token=paper_flops_per_token(config, length) / 1e6,
+        forward_flops_per_token=forward,
+        train_flops_per_token=3 * forward,
+        kv_dtype_bytes=kv_dtype_bytes,
+        kv_bytes_per_token=kv_bytes(config, 1, config.capacities, kv_dtype_bytes),
+        mean_depth=fsum(config.capacities),
+    )

@@ -1,0 +1,1 @@
+"""Text to batches of tokens, and tasks that make their own."""

@@ -1,0 +1,234 @@
+"""Tasks of known depth: endless problems from a rule, so that what depth is worth can be measured
+in minutes.
+
+``data.path="task:state-tracking?hops=16"`` trains on them. Problem i is a pure function of (seed,
+i); nothing is stored, no problem comes twice in an epoch, and the loss counts only on answers.
+
+B problems · T tokens · N nodes · Q queries · P moves · S states
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+from urllib.parse import parse_qsl
+
+import tokenizers
+import torch
+from tokenizers import models, pre_tokenizers
+from torch import Tensor
+
+from mor.data.tokenizer import END_OF_TEXT, Tokenizer
+from mor.model.loss import IGNORED
+from mor.model.random import hash_uniform
+from mor.settings import from_dict
+
+PREFIX = "task:"
+NAMES = "abcdefghijklmnopqrstuvwxyz"
+
+
+class Problems(NamedTuple):
+    """hops_BT: look-ups, one after the other, that the answer at a token takes, from 1; 0 where
+    nothing is asked."""
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    hops_BT: Tensor
+
+
+class Task(Protocol):
+    @property
+    def hops(self) -> int:
+        """The most that an answer takes."""
+        ...
+
+    def words(self) -> list[str]:
+        """The vocabulary, in the order of token ids; end of text is the first."""
+        ...
+
+    def problems(self, index_B: Tensor, length: int) -> Problems:
+        """The problems with these numbers, of ``length`` tokens. Raises ValueError if that is too
+        short."""
+        ...
+
+    def answers(self, ids: Sequence[int]) -> list[int]:
+        """What is right at each token of any text of the task; IGNORED where nothing is asked or
+        can be known."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointerChasing:
+    """A cycle through all nodes, its edges in random order, then queries with their answers.
+
+    ``c>f a>c f>a +2 a f``: two hops on from a comes f. Every word is one token; the answer f is
+    predicted at a. A query needs as many look-ups, one after the other, as it has hops, so depth
+    has something to do, and queries differ in how much of it they need.
+    """
+
+    nodes: int = 8
+    hops: int = 6
+    """Queries ask for 1 to this many hops, all equally often."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.nodes <= len(NAMES):
+            raise ValueError(f"nodes must lie in 2..{len(NAMES)}, got {self.nodes}")
+        if not 1 <= self.hops < self.nodes:
+            raise ValueError(
+                f"hops must lie in 1..nodes - 1, so that no query comes round, got {self.hops}"
+            )
+
+    def words(self) -> list[str]:
+        names = NAMES[: self.nodes]
+        edges = [f"{a}>{b}" for a in names for b in names]
+        return [END_OF_TEXT, *names, *edges, *(f"+{k}" for k in range(1, self.hops + 1))]
+
+    def problems(self, index_B: Tensor, length: int) -> Problems:
+        N, K = self.nodes, self.hops
+        Q = (length - N) // 3
+        if Q < 1:
+            raise ValueError(
+                f"{N} edges and one query take {N + 3} tokens; seq_len={length} is too short"
+            )
+
+        def draw(kind: int, count: int) -> Tensor:
+            return hash_uniform(self.seed, index_B[:, None], kind, torch.arange(count))
+
+        order_BN = draw(0, N).argsort(1)
+        place_BN = order_BN.argsort(1)  # where each node stands in the cycle
+        edges_BN = 1 + N + (order_BN * N + order_BN.roll(-1, 1)).gather(1, draw(1, N).argsort(1))
+        from_BQ, hops_BQ = (draw(2, Q) * N).long(), 1 + (draw(3, Q) * K).long()
+        answer_BQ = 1 + order_BN.gather(1, (place_BN.gather(1, from_BQ) + hops_BQ) % N)
+        asked_BQ3 = torch.stack([N + N * N + hops_BQ, 1 + from_BQ, answer_BQ], 2)
+        start = torch.zeros(len(index_B), length - N - 3 * Q, dtype=torch.int64)
+        tokens_BT = torch.cat([start, edges_BN, asked_BQ3.flatten(1)], 1)
+        hops_BT, targets_BT = torch.zeros_like(tokens_BT), torch.full_like(tokens_BT, IGNORED)
+        hops_BT[:, length - 3 * Q + 1 :: 3], targets_BT[:, length - 3 * Q + 1 :: 3] = (
+            hops_BQ,
+            answer_BQ,
+        )
+        return Problems(tokens_BT, targets_BT, hops_BT)
+
+    def answers(self, ids: Sequence[int]) -> list[int]:
+        N, found, hops = self.nodes, [], 0
+        after: dict[int | None, int] = {}
+        for i in ids:
+            node: int | None = i - 1 if hops and i <= N else None
+            for _ in range(hops):
+                node = after.get(node)
+            found.append(IGNORED if node is None else 1 + node)
+            if N < i <= N + N * N:
+                after[(i - 1 - N) // N] = (i - 1 - N) % N
+            hops = max(0, i - N - N * N)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateTracking:
+    """A state that is set and then moved again and again; at every word the target is the state
+    after it.
+
+    ``=3 p0 p2 =1 p2`` with fixed permutations p0, p1, ...: the states in between are never shown,
+    so how far a word is from the last ``=`` says how many compositions its answer takes. Halves can
+    be composed first, so depth L reaches about 2 ** L words. Targets are answers, not next tokens.
+    """
+
+    states: int = 5
+    moves: int = 4
+    hops: int = 16
+    """Longest run: a word that sets the state counts 1, the move after it 2, and so on; all lengths
+    equally often."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.states < 2 or self.moves < 1 or self.hops < 1:
+            raise ValueError(
+                "state tracking needs states >= 2, moves >= 1 and hops >= 1, got "
+                f"states={self.states}, "
+                f"moves={self.moves}, hops={self.hops}"
+            )
+
+    def words(self) -> list[str]:
+        states = range(self.states)
+        moves = (f"p{i}" for i in range(self.moves))
+        return [END_OF_TEXT, *map(str, states), *(f"={s}" for s in states), *moves]
+
+    def permutations(self) -> Tensor:
+        """State after each move from each state, (moves, states); the same in all problems and for
+        all seeds."""
+        return hash_uniform(
+            0, torch.arange(self.moves)[:, None], torch.arange(self.states)
+        ).argsort(1)
+
+    def problems(self, index_B: Tensor, length: int) -> Problems:
+        def draw(kind: int, below: int) -> Tensor:
+            return (
+                hash_uniform(self.seed, index_B[:, None], kind, torch.arange(length)) * below
+            ).long()
+
+        set_to_BT, move_BT, run_BT = (
+            draw(0, self.states),
+            draw(1, self.moves),
+            1 + draw(2, self.hops),
+        )
+        after_PS = self.permutations()
+        tokens_BT, targets_BT, hops_BT = (torch.empty_like(move_BT) for _ in range(3))
+        left_B, state_B, hops_B = (torch.zeros(len(index_B), dtype=torch.int64) for _ in range(3))
+        for t in range(length):
+            begins_B = left_B == 0
+            state_B = torch.where(begins_B, set_to_BT[:, t], after_PS[move_BT[:, t], state_B])
+            hops_B = torch.where(begins_B, 1, hops_B + 1)
+            left_B = torch.where(begins_B, run_BT[:, t], left_B) - 1
+            word_B = torch.where(begins_B, set_to_BT[:, t], self.states + move_BT[:, t])
+            tokens_BT[:, t], targets_BT[:, t], hops_BT[:, t] = (
+                1 + self.states + word_B,
+                1 + state_B,
+                hops_B,
+            )
+        return Problems(tokens_BT, targets_BT, hops_BT)
+
+    def answers(self, ids: Sequence[int]) -> list[int]:
+        after_PS, found = self.permutations().tolist(), []
+        state: int | None = None
+        for i in ids:
+            word = i - 1 - self.states
+            if word < self.states:
+                state = word if word >= 0 else None
+            elif state is not None:
+                state = after_PS[word - self.states][state]
+            found.append(IGNORED if state is None else 1 + state)
+        return found
+
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "pointer-chasing": PointerChasing,
+    "state-tracking": StateTracking,
+}
+
+
+def parse_task(path: str) -> Task:
+    """The task that ``task:NAME?setting=value&...`` names. Raises ValueError for an unknown one."""
+    name, _, settings = path.removeprefix(PREFIX).partition("?")
+    if name not in TASKS:
+        raise ValueError(f"{path!r}: no task {name!r}; there is {', '.join(TASKS)}")
+    try:
+        values = {
+            key: int(value) for key, value in parse_qsl(settings, strict_parsing=bool(settings))
+        }
+    except ValueError:
+        raise ValueError(
+            f"{path!r}: settings look like ?hops=6&seed=1, with whole numbers"
+        ) from None
+    return from_dict(TASKS[name], values)  # type: ignore[arg-type]
+
+
+def task_tokenizer(words: Sequence[str]) -> Tokenizer:
+    """One token per word; words stand between blanks."""
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=END_OF_TEXT)
+    )
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(backend)

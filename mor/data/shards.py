@@ -1,0 +1,538 @@
+"""Documents to memory-mapped token shards: parallel, restartable, the same bytes for any number of
+workers.
+
+A prepared directory holds the tokenizer, one pair of files per split and chunk of documents, and
+manifest.json:
+
+    train-00000.bin         tokens, uint16 or uint32; every document is its tokens and end-of-text
+    train-00000.ends.npy    int64, where each document ends in it (a text may contain the
+    end-of-text string) progress.jsonl          while unfinished: the settings, then one line per
+    finished chunk
+
+The main process reads, workers tokenize and write. At most ``workers + 2`` chunks are held at a
+time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mor.data.sources import Record, Source, draw, find_sources
+from mor.data.tokenizer import COMPANIONS, Tokenizer, train_bpe
+
+FORMAT = 1
+MANIFEST, JOURNAL = "manifest.json", "progress.jsonl"
+SPLITS = ("train", "validation")
+SHOWN_PROBLEMS = 20
+"""Broken records that the manifest names; all are counted."""
+_ENCODED_AT_ONCE = 1 << 19  # characters; bounds what the tokenizer library holds per worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    tokenizer: str = "bpe"
+    """'bytes', 'bpe' (trained on the first documents), a tokenizer directory, other prepared data,
+    or a hub name."""
+    vocab_size: int = 8192
+    """Size of the trained BPE."""
+    bpe_megabytes: float = 50.0
+    """Text that the BPE is trained on, from the beginning."""
+    text_field: str = "text"
+    subset: str | None = None
+    """Configuration of a hub data set, such as fineweb-edu-dedup."""
+    split: str = "train"
+    """Split of a hub data set."""
+    validation_share: float = 0.0
+    """Share of the documents, chosen by a hash of their names, that goes to a validation split."""
+    workers: int = 0
+    """Processes that tokenize; 0 is one per core."""
+    chunk_megabytes: float = 8.0
+    """Text in a chunk, which becomes one shard per split."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"validation_share must lie in [0, 1), got {self.validation_share}")
+        if self.workers < 0 or self.chunk_megabytes <= 0 or self.bpe_megabytes <= 0:
+            raise ValueError(
+                "workers must not be negative, and chunk_megabytes and bpe_megabytes must be "
+                "positive"
+            )
+
+
+@dataclass
+class Chunk:
+    """Consecutive documents. next_place: (source, record) where the one after begins."""
+
+    number: int
+    documents: list[tuple[str, str]] = field(default_factory=list)
+    empty: int = 0
+    broken: int = 0
+    problems: list[str] = field(default_factory=list)
+    next_place: tuple[int, int] = (0, 0)
+    size: int = 0
+    """Characters; a record without text counts as 100, so that a long run of them ends as well."""
+    bytes_read: int = 0
+
+
+def prepare(
+    places: Sequence[str],
+    out: str | Path,
+    config: PrepareConfig | None = None,
+    *,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Tokenize all text of ``places`` into ``out`` and return the manifest. An unfinished ``out``
+    is continued.
+
+    places: files (.txt, .jsonl, these as .gz or .zst, .parquet), folders of them, or
+    hub:OWNER/NAME. Raises ValueError for sources that cannot be read, for a directory that was
+    begun with other settings, sources or tokenizer, and for a full disk; what is finished stays,
+    and the same call goes on from there.
+    """
+    config, console, out = config or PrepareConfig(), console or Console(), Path(out)
+    if not places:
+        raise ValueError("no source was given; name a file, a folder or hub:OWNER/NAME")
+    sources, left_out = find_sources(
+        places, text_field=config.text_field, subset=config.subset, split=config.split
+    )
+    if left_out:
+        console.print(
+            f"left out {len(left_out)} file(s) of other kinds, such as {left_out[0]}",
+            highlight=False,
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    with _lock(out):
+        for half in out.glob(".*.tmp"):
+            half.unlink()
+        begun = _begun(out)
+        tokenizer = _tokenizer(config, sources, out, begun)
+        settings = _settings(config, sources, tokenizer)
+        if begun is not None:
+            _refuse_changes(begun, settings, out)
+        if (out / MANIFEST).is_file():
+            console.print(f"{out} is complete: nothing to do", highlight=False)
+            return read_manifest(out)
+        if begun is None:
+            # a wrong field or a damaged file must not fix the settings of ``out``
+            next(sources[0].read(), None)
+            _write_atomically(out / JOURNAL, json.dumps(settings).encode() + b"\n")
+        _tokenize(config, sources, out, settings, console)
+        return _finish(out, settings)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """One process at a time; the system lets go of a killed one's lock."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(
+            f"another process is preparing {folder}; wait for it, or choose another directory"
+        ) from None
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises ValueError for a directory that is not prepared, not to its end, or by a later
+    version."""
+    if not (folder / MANIFEST).is_file():
+        hint = (
+            "it is unfinished: run the same `mor data prepare` again"
+            if (folder / JOURNAL).is_file()
+            else ""
+        )
+        raise ValueError(
+            f"{folder} holds no {MANIFEST}; {hint or 'make it with `mor data prepare`'}"
+        )
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if manifest["format"] != FORMAT:
+        raise ValueError(
+            f"{folder} has format {manifest['format']}; this version reads {FORMAT}: prepare it "
+            "again"
+        )
+    return manifest
+
+
+def _begun(out: Path) -> dict[str, Any] | None:
+    """Settings that a directory was begun or finished with."""
+    if (out / MANIFEST).is_file():
+        return read_manifest(out)["settings"]
+    if not (out / JOURNAL).is_file():
+        expected = {"tokenizer.json", *(name.split("/")[0] for name in COMPANIONS)}
+        if stranger := next((p for p in out.iterdir() if p.name not in expected), None):
+            raise ValueError(
+                f"{out} holds other things, such as {stranger.name}; choose an empty or new "
+                "directory"
+            )
+        return None
+    with (out / JOURNAL).open(encoding="utf-8") as journal:
+        return json.loads(journal.readline())
+
+
+def _tokenizer(
+    config: PrepareConfig, sources: Sequence[Source], out: Path, begun: dict[str, Any] | None
+) -> Tokenizer:
+    """The tokenizer asked for, saved in ``out``. A trained one is trained once."""
+    trained = config.tokenizer == "bpe"
+    if trained and begun is not None and begun["tokenizer"]["asked"] == _asked(config):
+        return Tokenizer.load(out)
+    if trained:
+        tokenizer = train_bpe(_first_texts(config, sources), config.vocab_size)
+    else:
+        tokenizer = Tokenizer.find(config.tokenizer)
+    if begun is None:
+        tokenizer.save(out)
+    return tokenizer
+
+
+def _first_texts(config: PrepareConfig, sources: Sequence[Source]) -> Iterator[str]:
+    """The first training documents."""
+    characters = config.bpe_megabytes * 1e6
+    for source in sources:
+        for record, _ in source.read():
+            if characters <= 0:
+                return
+            if record.text.strip() and draw(record.name) >= config.validation_share:
+                characters -= len(record.text)
+                yield record.text
+
+
+def _asked(config: PrepareConfig) -> str:
+    return (
+        f"bpe {config.vocab_size} {config.bpe_megabytes:g}"
+        if config.tokenizer == "bpe"
+        else config.tokenizer
+    )
+
+
+def _settings(
+    config: PrepareConfig, sources: Sequence[Source], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """All that the bytes of the result depend on."""
+    return {
+        "format": FORMAT,
+        "sources": [source.describe() for source in sources],
+        "text_field": config.text_field,
+        "validation_share": config.validation_share,
+        "chunk_megabytes": config.chunk_megabytes,
+        "tokenizer": {
+            "asked": _asked(config),
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_text_id": tokenizer.end_of_text_id,
+        },
+        "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
+    }
+
+
+def _refuse_changes(begun: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    if begun["tokenizer"]["fingerprint"] != now["tokenizer"]["fingerprint"]:
+        raise ValueError(
+            f"{out} was begun with the tokenizer {begun['tokenizer']['asked']!r} "
+            f"({begun['tokenizer']['fingerprint']}), now it is {now['tokenizer']['asked']!r} "
+            f"({now['tokenizer']['fingerprint']}); tokens of two tokenizers do not mix: choose "
+            "another directory"
+        )
+    for name in now:
+        if name == "tokenizer" or begun[name] == now[name]:
+            continue
+        if name == "sources":
+            before, after = ({s["name"]: s for s in found["sources"]} for found in (begun, now))
+            changed = sorted(
+                n for n in before.keys() | after.keys() if before.get(n) != after.get(n)
+            )
+            what = f"sources changed since: {', '.join(changed[:5]) or 'their order'}"
+        else:
+            what = f"{name} was {begun[name]!r}, now it is {now[name]!r}"
+        raise ValueError(
+            f"{out} cannot be continued: {what}. Choose another directory, or delete it to begin "
+            "anew"
+        )
+
+
+# Reading, in the main process
+
+
+def _chunks(
+    sources: Sequence[Source], size: int, number: int, place: tuple[int, int]
+) -> Iterator[Chunk]:
+    """Chunks of at least ``size`` from ``place`` (source, record) on; the last may be smaller."""
+    chunk = Chunk(number)
+    finished_bytes = sum(source.num_bytes or 0 for source in sources[: place[0]])
+    for index in range(place[0], len(sources)):
+        done = place[1] if index == place[0] else 0
+        for record, read in sources[index].read(done):
+            done += 1
+            _take(chunk, record)
+            if chunk.size >= size:
+                chunk.next_place, chunk.bytes_read = (index, done), finished_bytes + read
+                yield chunk
+                chunk = Chunk(chunk.number + 1)
+        finished_bytes += sources[index].num_bytes or 0
+        chunk.next_place, chunk.bytes_read = (index, done), finished_bytes
+    if chunk.documents or chunk.empty or chunk.broken:
+        yield chunk
+
+
+def _take(chunk: Chunk, record: Record) -> None:
+    chunk.size += len(record.text) or 100
+    if record.problem:
+        chunk.broken += 1
+        if len(chunk.problems) < SHOWN_PROBLEMS:
+            chunk.problems.append(f"{record.name} {record.problem}")
+    elif not record.text.strip():
+        chunk.empty += 1
+    else:
+        chunk.documents.append((record.name, record.text))
+
+
+def _tokenize(
+    config: PrepareConfig,
+    sources: Sequence[Source],
+    out: Path,
+    settings: dict[str, Any],
+    console: Console,
+) -> None:
+    """Everything that the journal does not have yet."""
+    number, place, seen = _progress(out)
+    workers = config.workers or os.cpu_count() or 1
+    chunks = _chunks(sources, int(config.chunk_megabytes * 1e6), number, place)
+    waiting: dict[Future, Chunk] = {}
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(str(out),),
+    )
+    try:
+        with (
+            _Bar(console, sources, seen) as bar,
+            (out / JOURNAL).open("a", encoding="utf-8") as journal,
+        ):
+            for chunk in islice(chunks, workers + 2):
+                _submit(pool, waiting, chunk, settings)
+            while waiting:
+                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    row = _row(waiting.pop(future), future.result())
+                    journal.write(json.dumps(row) + "\n")
+                    journal.flush()
+                    os.fsync(journal.fileno())
+                    bar.add(row)
+                    if (following := next(chunks, None)) is not None:
+                        _submit(pool, waiting, following, settings)
+    except OSError as error:
+        raise ValueError(
+            f"could not write to {out}: {error}. What is finished stays; make room and run the "
+            "same command again"
+        ) from error
+    except KeyboardInterrupt:
+        console.print(
+            f"interrupted: the same command goes on with {out} where it stopped", highlight=False
+        )
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(
+    pool: ProcessPoolExecutor, waiting: dict[Future, Chunk], chunk: Chunk, settings: dict[str, Any]
+) -> None:
+    future = pool.submit(_write_shards, chunk.number, chunk.documents, settings)
+    chunk.documents = []  # the pool holds them now, and drops them when they are done
+    waiting[future] = chunk
+
+
+def _row(chunk: Chunk, splits: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "chunk": chunk.number,
+        "splits": splits,
+        "empty": chunk.empty,
+        "broken": chunk.broken,
+        "problems": chunk.problems,
+        "next_place": chunk.next_place,
+        "bytes_read": chunk.bytes_read,
+    }
+
+
+def _journal(out: Path) -> list[dict[str, Any]]:
+    """Rows of finished chunks in order, up to the first that is missing; a cut-off line does not
+    count."""
+    with (out / JOURNAL).open(encoding="utf-8") as journal:
+        lines = [line for line in journal if line.endswith("\n")][1:]
+    rows = {row["chunk"]: row for row in map(json.loads, lines)}
+    return [rows[i] for i in range(next(i for i in range(len(rows) + 1) if i not in rows))]
+
+
+def _progress(out: Path) -> tuple[int, tuple[int, int], list[dict[str, Any]]]:
+    """Next chunk, its place, and the rows of those before. The journal is cut to exactly these
+    rows."""
+    rows = _journal(out)
+    with (out / JOURNAL).open(encoding="utf-8") as journal:
+        header = journal.readline()
+    _write_atomically(
+        out / JOURNAL, (header + "".join(json.dumps(row) + "\n" for row in rows)).encode()
+    )
+    return len(rows), tuple(rows[-1]["next_place"]) if rows else (0, 0), rows
+
+
+def _finish(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    rows = _journal(out)
+    found: dict[str, Any] = {"format": FORMAT, "settings": settings, "splits": {}}
+    for split in SPLITS:
+        shards = [row["splits"][split] for row in rows if split in row["splits"]]
+        totals = {
+            name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", "bytes")
+        }
+        if shards:
+            found["splits"][split] = {**totals, "shards": shards}
+    if not found["splits"]:
+        raise ValueError(
+            f"the sources hold no text: {sum(row['empty'] for row in rows)} empty documents"
+        )
+    found |= {name: sum(row[name] for row in rows) for name in ("empty", "broken")}
+    found["problems"] = [problem for row in rows for problem in row["problems"]][:SHOWN_PROBLEMS]
+    _write_atomically(out / MANIFEST, json.dumps(found, indent=1).encode())
+    (out / JOURNAL).unlink()
+    return found
+
+
+# Tokenizing and writing, in the workers
+
+_tokenizer_of_worker: Tokenizer
+_out_of_worker: Path
+
+
+def _start_worker(out: str) -> None:
+    global _tokenizer_of_worker, _out_of_worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _tokenizer_of_worker, _out_of_worker = Tokenizer.load(out), Path(out)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _write_shards(
+    number: int, documents: list[tuple[str, str]], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Write a chunk's shards; returns what the manifest says of them, by split."""
+    share = settings["validation_share"]
+    texts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for name, text in documents:
+        texts[SPLITS[draw(name) < share]].append(text)
+    return {
+        split: _write_shard(f"{split}-{number:05d}", texts[split], settings["dtype"])
+        for split in SPLITS
+        if texts[split]
+    }
+
+
+def _write_shard(name: str, texts: list[str], dtype: str) -> dict[str, Any]:
+    end_of_text = [_tokenizer_of_worker.end_of_text_id]
+    parts, lengths = [], []
+    for batch in _batches(texts):
+        for ids in _tokenizer_of_worker.encode_batch(batch):
+            parts.append(np.array(ids + end_of_text, dtype=dtype))
+            lengths.append(len(ids) + 1)
+    tokens, ends = np.concatenate(parts), np.cumsum(lengths, dtype=np.int64)
+    _write_atomically(_out_of_worker / f"{name}.bin", tokens)
+    _write_atomically(_out_of_worker / f"{name}.ends.npy", ends)
+    num_bytes = sum(len(text.encode()) for text in texts)
+    return {"name": name, "documents": len(texts), "tokens": len(tokens), "bytes": num_bytes}
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _ENCODED_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write_atomically(path: Path, content: bytes | np.ndarray) -> None:
+    """All of it under its name, or nothing. Arrays are written raw, or as .npy if the name says
+    so."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            if path.suffix == ".npy":
+                np.save(file, content)
+            else:
+                file.write(content if isinstance(content, bytes) else content.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+class _Bar:
+    """Progress by bytes of the sources where these are known; plain lines where there is no
+    terminal."""
+
+    def __init__(
+        self, console: Console, sources: Sequence[Source], seen: list[dict[str, Any]]
+    ) -> None:
+        sizes = [source.num_bytes for source in sources]
+        known = all(size is not None for size in sizes)
+        self.console, self.started, self.new_tokens = console, time.monotonic(), 0
+        self.documents = sum(s["documents"] for row in seen for s in row["splits"].values())
+        self.bytes_read = max((row["bytes_read"] for row in seen), default=0)
+        if seen:
+            console.print(f"continuing after {self.documents:,} documents", highlight=False)
+        self.bar = Progress(
+            TextColumn("tokenizing"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[text]}"),
+            *([TimeRemainingColumn()] if known else []),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        total = sum(size or 0 for size in sizes) if known else None
+        self.task = self.bar.add_task("tokenizing", total=total, completed=self.bytes_read, text="")
+
+    def __enter__(self) -> _Bar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.documents += sum(s["documents"] for s in row["splits"].values())
+        self.new_tokens += sum(s["tokens"] for s in row["splits"].values())
+        self.bytes_read = max(self.bytes_read, row["bytes_read"])
+        rate = self.new_tokens / max(time.monotonic() - self.started, 1e-9)
+        text = f"{self.documents:,} documents · {self.new_tokens:,} tokens · {rate:,.0f} tok/s"
+        self.bar.update(self.task, completed=self.bytes_read, text=text)

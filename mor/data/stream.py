@@ -1,0 +1,393 @@
+"""Tokens -> batches: a stream of documents cut into windows, from memory or from prepared shards.
+
+Batches are a pure function of (seed, position, rank, world size), so a run continues exactly where
+it stopped.
+
+B batch · T sequence length
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mor.data.problems import PREFIX, Problems, Task, parse_task, task_tokenizer
+from mor.data.shards import MANIFEST, read_manifest
+from mor.data.sources import Document, draw, python_documents, read_documents
+from mor.data.tokenizer import Tokenizer, train_bpe
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    path: str | None = None
+    """A .txt, .jsonl (these also .gz or .zst) or .parquet file, a folder of them, or a directory
+    made by `mor data prepare`; or a task such as task:state-tracking?hops=16 (mor/tasks.py), which
+    has its own tokenizer and validation split. None: the prose of Python's own standard library."""
+    validation_path: str | None = None
+    """Validation text of the same kinds. None: a share of the documents, or the prepared validation
+    split."""
+    text_field: str = "text"
+    tokenizer: str = "bpe"
+    """'bytes', 'bpe' (trained on the training documents), a directory or hub name; prepared data
+    has its own."""
+    vocab_size: int = 2048
+    """Size of the trained BPE."""
+    validation_share: float = 0.05
+    document_mask: bool = False
+    """Documents of one sequence neither attend to nor compete with each other."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_share < 1:
+            raise ValueError(
+                f"data.validation_share must lie between 0 and 1, got {self.validation_share}"
+            )
+
+
+@dataclass(frozen=True)
+class DataState:
+    """Sequences handed out so far, over all ranks; all that is needed to continue."""
+
+    position: int = 0
+
+
+class Batch(NamedTuple):
+    """documents_BT: which document each input token belongs to, if asked for; see
+    TokenData.documents."""
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    documents_BT: Tensor | None = None
+
+
+class Part(NamedTuple):
+    """A stretch of tokens and where its documents end in it, in memory or mapped from a shard."""
+
+    tokens: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    def open(self) -> Part:
+        return self
+
+
+class Shard(NamedTuple):
+    """A part on disk. It is mapped when it is read: there may be more of them than files a process
+    may open."""
+
+    file: Path
+    dtype: str
+    num_tokens: int
+
+    def open(self) -> Part:
+        return _map(self)
+
+
+@lru_cache(maxsize=128)
+def _map(shard: Shard) -> Part:
+    ends = np.load(shard.file.with_suffix(".ends.npy"), mmap_mode="r")
+    return Part(np.memmap(shard.file, dtype=shard.dtype, mode="r"), ends)
+
+
+class Windows:
+    """Training or validation sequences that can be asked for by number.
+
+    bytes_per_token: UTF-8 bytes of text for each token, which turns nats into bits per byte.
+    """
+
+    bytes_per_token: float
+
+    def describe(self) -> str:
+        """How much there is, in words."""
+        raise NotImplementedError
+
+    def windows(self, seq_len: int) -> int:
+        """Sequences of seq_len tokens with their targets that there are."""
+        raise NotImplementedError
+
+    def batch(self, indices: Sequence[int], seq_len: int, *, documents: bool = False) -> Batch:
+        """The windows with these indices; documents: with the numbers of their documents."""
+        raise NotImplementedError
+
+    def token_counts(self, vocab_size: int, seq_len: int, max_windows: int = 4096) -> Tensor:
+        """How often each token occurs in some windows, spread evenly."""
+        available = self.windows(seq_len)
+        count = min(max_windows, available)
+        chosen = [i * available // count for i in range(count)]
+        return torch.bincount(self.batch(chosen, seq_len).tokens_BT.flatten(), minlength=vocab_size)
+
+    def batches(
+        self,
+        batch_size: int,
+        seq_len: int,
+        *,
+        seed: int,
+        state: DataState,
+        rank: int = 0,
+        world_size: int = 1,
+        documents: bool = False,
+    ) -> Iterator[tuple[Batch, DataState]]:
+        """Endless batches from ``state`` on; every epoch visits all windows in an order of its own.
+
+        All ranks together see what one process with a batch of world_size * batch_size sees.
+        """
+        per_epoch = self.windows(seq_len)
+        if per_epoch < 1:
+            raise ValueError(f"the data holds less than one sequence of {seq_len + 1} tokens")
+        orders: dict[int, Tensor] = {}
+        position = state.position
+        while True:
+            indices = []
+            for place in range(position + rank * batch_size, position + (rank + 1) * batch_size):
+                epoch, index = divmod(place, per_epoch)
+                if epoch not in orders:
+                    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                    orders = {epoch: torch.randperm(per_epoch, generator=generator)}
+                indices.append(int(orders[epoch][index]))
+            position += batch_size * world_size
+            yield self.batch(indices, seq_len, documents=documents), DataState(position)
+
+
+@dataclass(frozen=True)
+class TokenData(Windows):
+    """A token stream, every document closed by end-of-text. num_bytes: UTF-8 bytes of its text."""
+
+    parts: Sequence[Part | Shard]
+    num_documents: int
+    num_bytes: int
+
+    @property
+    def bytes_per_token(self) -> float:  # type: ignore[override]
+        return self.num_bytes / len(self)
+
+    def describe(self) -> str:
+        return (
+            f"{self.num_documents:,} documents, {self.num_bytes / 1e6:.1f} MB, {len(self):,} tokens"
+        )
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """First token of each part, and of what would follow."""
+        return [0, *np.cumsum([part.num_tokens for part in self.parts]).tolist()]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def tokens(self, start: int, stop: int) -> Tensor:
+        """Tokens start..stop-1, int64."""
+        pieces = [part.tokens[a:b] for part, a, b in self._stretches(start, stop)]
+        return torch.from_numpy(np.concatenate(pieces).astype(np.int64))
+
+    def documents(self, start: int, stop: int) -> Tensor:
+        """Number of the document of each of these tokens, int64.
+
+        The end-of-text token counts as the beginning of the document after it: read as an input it
+        predicts that document's first token, and the last token of a text predicts it.
+        """
+        found, before = [], 0
+        for part, a, b in self._stretches(start, stop):
+            found.append(before + np.searchsorted(part.ends, np.arange(a, b) + 1, side="right"))
+            before += len(part.ends)
+        return torch.from_numpy(np.concatenate(found).astype(np.int64))
+
+    def _stretches(self, start: int, stop: int) -> Iterator[tuple[Part, int, int]]:
+        """The parts that hold start..stop-1, each with its own range."""
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        for part, begin in zip(self.parts[first:], self.starts[first:], strict=False):
+            if begin >= stop:
+                return
+            yield part.open(), max(start - begin, 0), min(stop - begin, part.num_tokens)
+
+    def windows(self, seq_len: int) -> int:
+        """Sequences of seq_len tokens with their targets that the stream holds."""
+        return (len(self) - 1) // seq_len
+
+    def batch(self, indices: Sequence[int], seq_len: int, *, documents: bool = False) -> Batch:
+        """The windows with these indices; documents: with the numbers of their documents."""
+        block = torch.stack([self.tokens(i * seq_len, (i + 1) * seq_len + 1) for i in indices])
+        found = (
+            torch.stack([self.documents(i * seq_len, (i + 1) * seq_len) for i in indices])
+            if documents
+            else None
+        )
+        return Batch(block[:, :-1].contiguous(), block[:, 1:].contiguous(), found)
+
+
+@dataclass(frozen=True)
+class TaskData(Windows):
+    """Problems of a task, one per window. Only answers have targets."""
+
+    task: Task
+    first: int
+    """Number of the first problem."""
+    count: int
+    """Problems in an epoch."""
+
+    bytes_per_token = 1.0
+    """Bits per byte of a task are bits per answer."""
+
+    def describe(self) -> str:
+        return f"{self.count:,} problems"
+
+    def windows(self, seq_len: int) -> int:
+        return self.count
+
+    def batch(self, indices: Sequence[int], seq_len: int, *, documents: bool = False) -> Batch:
+        found = self.problems(indices, seq_len)
+        rows = torch.arange(len(indices))[:, None].expand_as(found.tokens_BT) if documents else None
+        return Batch(found.tokens_BT, found.targets_BT, rows)
+
+    def problems(self, indices: Sequence[int], seq_len: int) -> Problems:
+        """The batch with what is known about it."""
+        return self.task.problems(torch.tensor(indices) + self.first, seq_len)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    tokenizer: Tokenizer
+    train: Windows
+    validation: Windows
+
+
+def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Read, split and tokenize, or open what is prepared. A given tokenizer (from a checkpoint)
+    must be the one that the data was prepared with, and otherwise replaces the configured one."""
+    if config.path and config.path.startswith(PREFIX):
+        return _task_corpus(config.path)
+    if config.path and is_prepared(config.path):
+        return _prepared_corpus(config, tokenizer)
+    documents = (
+        read_documents(config.path, config.text_field) if config.path else python_documents()
+    )
+    if config.validation_path:
+        train, validation = documents, None
+    else:
+        train, validation = split_documents(documents, config.validation_share)
+    tokenizer = tokenizer or _make_tokenizer(config, train)
+    held_out = tokenize(validation, tokenizer) if validation else _validation(config, tokenizer)
+    return Corpus(tokenizer, tokenize(train, tokenizer), held_out)
+
+
+def vocab_size(config: DataConfig) -> int:
+    """Size of the vocabulary that :func:`load_corpus` brings along, without reading the data. A BPE
+    still to be trained on text with fewer pieces than asked for may come out smaller."""
+    if config.path and config.path.startswith(PREFIX):
+        return len(parse_task(config.path).words())
+    if config.path and is_prepared(config.path):
+        return Tokenizer.load(config.path).vocab_size
+    return (
+        config.vocab_size
+        if config.tokenizer == "bpe"
+        else Tokenizer.find(config.tokenizer).vocab_size
+    )
+
+
+def _task_corpus(path: str) -> Corpus:
+    task = parse_task(path)
+    return Corpus(
+        task_tokenizer(task.words()), TaskData(task, 1 << 16, 1 << 20), TaskData(task, 0, 512)
+    )
+
+
+def _prepared_corpus(config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
+    folder = Path(config.path or "")
+    tokenizer = tokenizer or Tokenizer.load(folder)
+    train = open_shards(folder, "train", tokenizer)
+    if config.validation_path:
+        return Corpus(tokenizer, train, _validation(config, tokenizer))
+    if "validation" not in read_manifest(folder)["splits"]:
+        raise ValueError(
+            f"{folder} has no validation split; set data.validation_path, or prepare it with "
+            "--validation-share 0.005"
+        )
+    return Corpus(tokenizer, train, open_shards(folder, "validation", tokenizer))
+
+
+def _validation(config: DataConfig, tokenizer: Tokenizer) -> TokenData:
+    return load_tokens(config.validation_path or "", tokenizer, config.text_field)
+
+
+def load_tokens(path: str | Path, tokenizer: Tokenizer, text_field: str = "text") -> TokenData:
+    """All text of a file or folder, or the validation split (else the only one) of prepared
+    data."""
+    if not is_prepared(path):
+        return tokenize(read_documents(path, text_field), tokenizer)
+    splits = read_manifest(Path(path))["splits"]
+    return open_shards(path, "validation" if "validation" in splits else "train", tokenizer)
+
+
+def is_prepared(path: str | Path) -> bool:
+    return (Path(path) / MANIFEST).is_file()
+
+
+def open_shards(folder: str | Path, split: str, tokenizer: Tokenizer) -> TokenData:
+    """Map the shards of prepared data. Raises ValueError if another tokenizer made them."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    made_by = manifest["settings"]["tokenizer"]
+    if made_by["fingerprint"] != tokenizer.fingerprint:
+        raise ValueError(
+            f"{folder} was prepared with the tokenizer {made_by['asked']!r} "
+            f"({made_by['fingerprint']}), not with the "
+            f"one asked for ({tokenizer.fingerprint}); prepare it with --tokenizer and the other's "
+            "directory"
+        )
+    if split not in manifest["splits"]:
+        raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(manifest['splits'])}")
+    found = manifest["splits"][split]
+    shards = [
+        _find_shard(folder, shard, manifest["settings"]["dtype"]) for shard in found["shards"]
+    ]
+    return TokenData(shards, found["documents"], found["bytes"])
+
+
+def _find_shard(folder: Path, shard: dict, dtype: str) -> Shard:
+    file = folder / f"{shard['name']}.bin"
+    expected = shard["tokens"] * np.dtype(dtype).itemsize
+    if not file.is_file() or file.stat().st_size != expected:
+        raise ValueError(
+            f"{file} is missing or not {expected} bytes long; delete {folder} and prepare it again"
+        )
+    return Shard(file, dtype, shard["tokens"])
+
+
+def _make_tokenizer(config: DataConfig, train: list[Document]) -> Tokenizer:
+    if config.tokenizer == "bpe":
+        return train_bpe((d.text for d in train), config.vocab_size)
+    return Tokenizer.find(config.tokenizer)
+
+
+def tokenize(documents: list[Document], tokenizer: Tokenizer) -> TokenData:
+    ids = tokenizer.encode_batch([d.text for d in documents])
+    end = [tokenizer.end_of_text_id]
+    tokens = np.concatenate([np.array(document + end, dtype=np.uint32) for document in ids])
+    ends = np.cumsum([len(document) + 1 for document in ids], dtype=np.int64)
+    return TokenData(
+        [Part(tokens, ends)], len(documents), sum(len(d.text.encode()) for d in documents)
+    )
+
+
+def split_documents(
+    documents: list[Document], validation_share: float
+) -> tuple[list[Document], list[Document]]:
+    """Train and validation documents, chosen by a hash of the name: adding one moves no other."""
+    if len(documents) < 2:
+        raise ValueError(
+            "the data holds a single document; training needs at least one more to validate on"
+        )
+    ordered = sorted(documents, key=lambda d: draw(d.name))
+    count = sum(draw(d.name) < validation_share for d in documents)
+    count = min(max(count, 1), len(documents) - 1)
+    held_out = {d.name for d in ordered[:count]}
+    return [d for d in documents if d.name not in held_out], [
+        d for d in documents if d.name in held_out
+    ]

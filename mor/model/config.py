@@ -1,0 +1,369 @@
+"""Model configuration: one frozen description for vanilla, recursive and MoR models.
+
+A model is ``prelude -> shared layers, applied num_recursions times -> coda``. Vanilla is
+``num_recursions=1``, the Recursive Transformer is ``router.kind="fixed"``, the rest is MoR.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from mor.settings import check_choices, default_of, from_dict, suggestion
+
+RouterKind = Literal["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
+KVStrategyName = Literal["recursion_wise", "shared", "hybrid"]
+Sharing = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
+Selection = Literal["topk", "threshold"]
+
+# Options that only some routers read. Setting one for another router is a warning, not silence.
+_UNLEARNT: tuple[RouterKind, ...] = ("random", "position", "frequency")
+_READ_BY: dict[str, tuple[RouterKind, ...]] = {
+    "architecture": ("expert_choice", "token_choice"),
+    "score": ("expert_choice", "token_choice"),
+    "alpha": ("expert_choice", "token_choice", *_UNLEARNT),
+    "gate": ("expert_choice", "token_choice", *_UNLEARNT),
+    "capacities": ("expert_choice", *_UNLEARNT),
+    "hierarchical": ("expert_choice",),
+    "causal_selection": ("expert_choice",),
+    "selection_weight": ("expert_choice",),
+    "z_loss_weight": ("expert_choice", "token_choice"),
+    "balancing": ("token_choice",),
+    "balancing_weight": ("token_choice",),
+    "bias_update_rate": ("token_choice",),
+    "combination": ("token_choice",),
+    "seed": ("random",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How a token's recursion depth is decided. ``None`` means: the paper's choice for this
+    router."""
+
+    kind: RouterKind = "fixed"
+    """fixed: every token takes every recursion; expert_choice: each recursion picks its tokens;
+    token_choice: each token picks its depth once; random: the control; position and frequency:
+    baselines whose depth follows from the position, or from how rare the token is."""
+    architecture: Literal["linear", "mlp", "wide_mlp"] = "linear"
+    score: Literal["sigmoid", "tanh", "none", "softmax"] | None = None
+    """Function applied to router logits. Paper: sigmoid (expert-choice), softmax (token-choice)."""
+    alpha: float | None = None
+    """Scale of the gate. Paper: 0.1 for expert-choice and random (and here for the baselines), 1
+    for token-choice."""
+    gate: Literal["paper", "residual"] = "paper"
+    """paper: h + g * Stack(h); residual: h + g * (Stack(h) - h)."""
+    capacities: tuple[float, ...] | None = None
+    """Share of the sequence kept at each recursion. Paper: 1, (R-1)/R, ..., 1/R."""
+    hierarchical: bool = True
+    """Only tokens selected at one recursion compete for the next."""
+    causal_selection: Literal["aux_loss", "aux_router"] = "aux_loss"
+    """What learns to imitate top-k without seeing the future: the router's own logits or a second
+    net."""
+    selection_weight: float = 0.001
+    """Weight of the binary cross-entropy against top-k membership."""
+    z_loss_weight: float = 0.0
+    balancing: Literal["loss", "loss_free", "none"] = "loss"
+    balancing_weight: float = 0.1
+    bias_update_rate: float = 0.001
+    """Step of the loss-free balancing bias, per optimizer step."""
+    combination: Literal["last", "every"] = "last"
+    """last: only the last pass is gated (public code); every: all passes are (paper's equation)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.capacities is not None:
+            object.__setattr__(self, "capacities", tuple(float(c) for c in self.capacities))
+        for name, kinds in _READ_BY.items():
+            changed = getattr(self, name) != default_of(self, name)
+            if changed and self.kind not in kinds:
+                warnings.warn(
+                    f"router.{name} has no effect with router.kind={self.kind!r}", stacklevel=3
+                )
+        if self.kind == "expert_choice" and self.score == "softmax":
+            raise ValueError(
+                "router.score='softmax' compares depths and needs router.kind='token_choice'; "
+                "expert-choice takes 'sigmoid', 'tanh' or 'none'"
+            )
+        if self.kind == "token_choice" and self.score in ("tanh", "none"):
+            raise ValueError(
+                f"router.score={self.score!r} gives no probabilities; token-choice takes 'softmax' "
+                "or 'sigmoid'"
+            )
+        if self.kind == "token_choice" and self.combination == "every" and self.gate == "residual":
+            raise ValueError(
+                "router.combination='every' adds h_1 at the last pass and has no residual form; "
+                "use router.gate='paper' or router.combination='last'"
+            )
+        if (
+            self.kind == "token_choice"
+            and self.balancing == "loss_free"
+            and self.balancing_weight != default_of(self, "balancing_weight")
+        ):
+            warnings.warn(
+                "router.balancing_weight has no effect with router.balancing='loss_free'",
+                stacklevel=3,
+            )
+        if not all(0 < c <= 1 for c in self.capacities or ()):
+            raise ValueError(f"router.capacities must lie in (0, 1], got {self.capacities}")
+        for name in ("selection_weight", "z_loss_weight", "balancing_weight", "bias_update_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"router.{name} must not be negative, got {getattr(self, name)}")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"router.alpha must be positive, got {self.alpha}")
+
+    @property
+    def score_name(self) -> str:
+        """The score function in force."""
+        return self.score or ("softmax" if self.kind == "token_choice" else "sigmoid")
+
+    @property
+    def gate_scale(self) -> float:
+        """The alpha in force."""
+        return (
+            self.alpha if self.alpha is not None else (1.0 if self.kind == "token_choice" else 0.1)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a model. Validated when made; :func:`preset` and :func:`layout` help to make one."""
+
+    vocab_size: int = 49_152
+    dim: int = 576
+    num_heads: int = 9
+    num_kv_heads: int = 3
+    head_dim: int = 64
+    ffn_dim: int = 1536
+    prelude_layers: int = 0
+    """Layers of their own before the recursions."""
+    shared_layers: int = 30
+    """Layers in the shared stack, stored once and applied num_recursions times."""
+    coda_layers: int = 0
+    """Layers of their own after the recursions."""
+    num_recursions: int = 1
+    shared_order: Literal["cycle", "sequence"] = "cycle"
+    """cycle: (0,1,2)(0,1,2); sequence: (0,0)(1,1)(2,2)."""
+    kv_strategy: KVStrategyName = "recursion_wise"
+    router: RouterConfig = field(default_factory=RouterConfig)
+    max_seq_len: int = 2048
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in (
+            "vocab_size",
+            "dim",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "ffn_dim",
+            "shared_layers",
+            "num_recursions",
+            "max_seq_len",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.prelude_layers, self.coda_layers) < 0:
+            raise ValueError(
+                f"layer counts must not be negative, got prelude_layers={self.prelude_layers} "
+                f"and coda_layers={self.coda_layers}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        self._check_routing()
+
+    def _check_routing(self) -> None:
+        kind, given = self.router.kind, self.router.capacities
+        if kind != "fixed" and self.num_recursions == 1:
+            raise ValueError(
+                f"router.kind={kind!r} needs num_recursions >= 2: with one recursion there is "
+                "nothing to route; "
+                "use router.kind='fixed' for a plain model"
+            )
+        if kind != "fixed" and self.shared_order == "sequence":
+            raise ValueError(
+                f"router.kind={kind!r} needs shared_order='cycle': in 'sequence' a layer repeats "
+                "before the next one "
+                "starts, so no pass of the whole stack is left that a token could skip"
+            )
+        if given is not None and kind in _READ_BY["capacities"]:
+            if len(given) != self.num_recursions:
+                raise ValueError(
+                    f"router.capacities has {len(given)} entries for "
+                    f"num_recursions={self.num_recursions}"
+                )
+            nested = kind in _UNLEARNT or self.router.hierarchical
+            if nested and list(given) != sorted(given, reverse=True):
+                raise ValueError(
+                    f"router.capacities={given} must not grow with depth when tokens drop out for "
+                    "good; "
+                    "sort them or set router.hierarchical=False"
+                )
+        if self.kv_strategy != "recursion_wise":
+            if self.capacities[0] < 1:
+                raise ValueError(
+                    f"kv_strategy={self.kv_strategy!r} reads the first recursion's keys of every "
+                    "token; "
+                    f"the first capacity must be 1, got {self.capacities[0]}"
+                )
+            if self.num_recursions == 1 or (self.kv_strategy == "hybrid" and kind == "fixed"):
+                warnings.warn(
+                    f"kv_strategy={self.kv_strategy!r} has no effect on this model", stacklevel=4
+                )
+
+    @property
+    def num_layers(self) -> int:
+        """Effective depth: layers that a token passes when it takes every recursion."""
+        return self.prelude_layers + self.shared_layers * self.num_recursions + self.coda_layers
+
+    def with_recursions(self, num_recursions: int) -> ModelConfig:
+        """With more recursions, the further ones as large as the last of these."""
+        router = self.router
+        if router.kind in _READ_BY["capacities"]:
+            further = self.capacities[-1:] * (num_recursions - self.num_recursions)
+            router = dataclasses.replace(router, capacities=(*self.capacities, *further))
+        return self.replace(num_recursions=num_recursions, router=router)
+
+    @property
+    def capacities(self) -> tuple[float, ...]:
+        """Expected share of tokens at each recursion (all ones for ``fixed``)."""
+        R = self.num_recursions
+        if self.router.kind == "fixed":
+            return (1.0,) * R
+        return self.router.capacities or tuple((R - r) / R for r in range(R))
+
+    @property
+    def family(self) -> Literal["vanilla", "recursive", "mor"]:
+        if self.num_recursions == 1:
+            return "vanilla"
+        return "recursive" if self.router.kind == "fixed" else "mor"
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Build from plain values. Raises ValueError with a suggestion for an unknown key."""
+        return from_dict(cls, values)
+
+
+def layout(
+    num_layers: int, num_recursions: int, sharing: Sharing = "middle_cycle"
+) -> dict[str, Any]:
+    """Layer counts of a sharing scheme (paper, section 2) as ModelConfig settings.
+
+    Raises ValueError naming the nearest valid depths if ``num_layers`` does not divide.
+    """
+    if sharing not in get_args(Sharing):
+        raise ValueError(
+            f"sharing={sharing!r} is not known; choose from {', '.join(get_args(Sharing))}"
+        )
+    own = 1 if sharing.startswith("middle") and num_recursions > 1 else 0
+    shared, rest = divmod(num_layers - 2 * own, num_recursions)
+    if rest or shared < 1:
+        below = 2 * own + shared * num_recursions
+        near = [d for d in (below, below + num_recursions) if d >= 2 * own + num_recursions]
+        raise ValueError(
+            f"num_layers={num_layers} does not fit {num_recursions} recursions with "
+            f"sharing={sharing!r}; "
+            f"nearest valid: {' or '.join(map(str, near)) or 2 * own + num_recursions}"
+        )
+    order = "sequence" if sharing.endswith("sequence") and num_recursions > 1 else "cycle"
+    return dict(
+        prelude_layers=own,
+        shared_layers=shared,
+        coda_layers=own,
+        num_recursions=num_recursions,
+        shared_order=order,
+    )
+
+
+# name: (layers, settings). SmolLM shapes as in the paper's section 3, tiny ones for tests and
+# laptops.
+_PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
+    "smollm-135m": (30, dict(dim=576, num_heads=9, num_kv_heads=3, ffn_dim=1536)),
+    "smollm-360m": (32, dict(dim=960, num_heads=15, num_kv_heads=5, ffn_dim=2560)),
+    "smollm-730m": (26, dict(dim=1536, num_heads=24, num_kv_heads=8, ffn_dim=4096)),
+    "smollm-1.7b": (24, dict(dim=2048, num_heads=32, num_kv_heads=32, ffn_dim=8192)),
+    "tiny": (
+        8,
+        dict(
+            dim=64,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            ffn_dim=176,
+            vocab_size=512,
+            max_seq_len=256,
+        ),
+    ),
+    "mini": (
+        8,
+        dict(
+            dim=192,
+            num_heads=6,
+            num_kv_heads=2,
+            head_dim=32,
+            ffn_dim=512,
+            vocab_size=2048,
+            max_seq_len=512,
+        ),
+    ),
+    "small": (
+        14,
+        dict(dim=384, num_heads=6, num_kv_heads=2, ffn_dim=1024, vocab_size=8192, max_seq_len=1024),
+    ),
+}
+PRESET_NAMES = tuple(_PRESETS)
+
+
+def preset(
+    name: str,
+    *,
+    num_recursions: int = 1,
+    sharing: Sharing = "middle_cycle",
+    router: RouterKind | RouterConfig = "fixed",
+    num_layers: int | None = None,
+    **overrides: Any,
+) -> ModelConfig:
+    """A named model shape with the layout for ``num_recursions``.
+
+    Without ``num_layers`` the preset's depth is rounded up to the next one that the sharing scheme
+    allows, which gives the paper's layouts (360M: 1+15+1, 1+10+1, 1+8+1 for 2, 3, 4 recursions).
+    A given ``num_layers`` must fit exactly.
+    """
+    if name not in _PRESETS:
+        raise ValueError(
+            f"preset {name!r} is not known{suggestion(name, _PRESETS)}; choose from "
+            f"{', '.join(_PRESETS)}"
+        )
+    if num_recursions < 1:
+        raise ValueError(f"num_recursions must be at least 1, got {num_recursions}")
+    depth, shape = _PRESETS[name]
+    if num_layers is None:
+        own = 2 if sharing.startswith("middle") else 0
+        num_layers = (
+            depth
+            if num_recursions == 1
+            else own + -(-(depth - own) // num_recursions) * num_recursions
+        )
+    chosen = RouterConfig(kind=router) if isinstance(router, str) else router
+    return from_dict(
+        ModelConfig,
+        {**shape, **layout(num_layers, num_recursions, sharing), "router": chosen, **overrides},
+    )

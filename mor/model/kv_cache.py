@@ -1,0 +1,274 @@
+"""Keys and values by recursion.
+
+Entries live in *streams*: stream 0 holds every token's entries for prelude and coda, stream r >= 1
+holds those of the tokens that took recursion r. An entry remembers its token's position; a query
+sees the entries at or before its own position. A strategy is the list of streams that recursion r
+reads, later ones replacing earlier ones at the same position; r writes its own stream only if it
+reads it. That is all there is to the three strategies.
+
+B rows · A rows with tokens · S entries · M tokens · N heads · G key/value heads · H head dim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mor.model.attention import as_bias, attention
+from mor.model.config import ModelConfig
+from mor.model.packing import PackedTokens
+
+EMPTY = torch.iinfo(torch.int64).max  # position of a place without an entry: after every query
+_PADDED_QUERY = EMPTY - 1  # sees every entry, so that its (unused) softmax is finite
+
+READS: dict[str, Callable[[int], tuple[int, ...]]] = {
+    "recursion_wise": lambda r: (r,),
+    "shared": lambda r: (min(r, 1),),
+    "hybrid": lambda r: (1, r) if r > 1 else (r,),
+}
+
+
+class AttentionPass(Protocol):
+    """One pass of a stack of layers over some tokens: where its attention writes and what it
+    sees."""
+
+    writes: bool
+
+    def write(self, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None: ...
+
+    def attend(self, layer: int, q_MNH: Tensor) -> Tensor:
+        """Attention of the pass's tokens over all entries they may see, (M, N, H)."""
+
+
+class KVStore(Protocol):
+    """Where a forward keeps keys and values."""
+
+    def open(self, stream: int, reads: tuple[int, ...], tokens: PackedTokens) -> AttentionPass: ...
+
+
+class Cache(KVStore, Protocol):
+    """A store that keeps them for the next forward. length_B: tokens that each of ``batch``
+    sequences holds."""
+
+    batch: int
+
+    @property
+    def length_B(self) -> Tensor: ...
+
+
+class Streams(Protocol):
+    """Padded streams, as :class:`KVPass` uses them."""
+
+    def begin(self, stream: int, tokens: PackedTokens) -> bool:
+        """Make room for ``tokens``; True if the stream was empty before."""
+
+    def write(self, stream: int, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None: ...
+
+    def read(self, stream: int, layer: int, rows: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+    def positions(self, stream: int, rows: Tensor | None) -> Tensor: ...
+
+
+class KVPass:
+    """A pass over ``tokens``, the entries of each row side by side."""
+
+    def __init__(
+        self, store: Streams, stream: int, reads: tuple[int, ...], tokens: PackedTokens
+    ) -> None:
+        self.store, self.stream, self.reads, self.tokens = store, stream, reads, tokens
+        self.writes = stream in reads
+        was_empty = self.writes and store.begin(stream, tokens)
+        self.mask_AKS: Tensor | None = (
+            None  # causal: the pass sees exactly its own tokens, in order
+        )
+        if not (was_empty and reads == (stream,)):
+            key_AS = store.positions(reads[0], tokens.rows)
+            query_AK = tokens.pad(tokens.position_M, fill=_PADDED_QUERY)
+            self.mask_AKS = key_AS[:, None, :] <= query_AK[:, :, None]
+        if len(reads) > 1:
+            fresh_AS = store.positions(stream, tokens.rows)
+            lane, slot = (fresh_AS != EMPTY).nonzero(as_tuple=True)
+            self._overlay = lane, slot, fresh_AS[lane, slot]
+
+    def write(self, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:
+        self.store.write(self.stream, layer, k_MGH, v_MGH)
+
+    def attend(self, layer: int, q_MNH: Tensor) -> Tensor:
+        k, v = self.store.read(self.reads[0], layer, self.tokens.rows)
+        if len(self.reads) > 1:
+            # Every token is in stream 1, in order, so there a token's slot is its position.
+            lane, slot, position = self._overlay
+            k_fresh, v_fresh = self.store.read(self.stream, layer, self.tokens.rows)
+            k = k.index_put((lane, position), k_fresh[lane, slot])
+            v = v.index_put((lane, position), v_fresh[lane, slot])
+        if self.mask_AKS is not None and self.mask_AKS.dtype == torch.bool:
+            # Once for all layers: the kernel would make, and keep for its backward, a copy for
+            # each.
+            self.mask_AKS = as_bias(self.mask_AKS, q_MNH.dtype)
+        return self.tokens.unpad(attention(self.tokens.pad(q_MNH), k, v, self.mask_AKS))
+
+
+class Scratch:
+    """Store of a forward without a cache. Keeps only the streams that later passes read."""
+
+    def __init__(self, kept: tuple[int, ...]) -> None:
+        self.kept = kept
+        self.tokens: dict[int, PackedTokens] = {}
+        self.entries: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.latest: tuple[Tensor, Tensor] | None = None
+
+    def open(self, stream: int, reads: tuple[int, ...], tokens: PackedTokens) -> KVPass:
+        return KVPass(self, stream, reads, tokens)
+
+    def begin(self, stream: int, tokens: PackedTokens) -> bool:
+        self.tokens[stream] = tokens
+        return True
+
+    def write(self, stream: int, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:
+        tokens = self.tokens[stream]
+        self.latest = tokens.pad(k_MGH), tokens.pad(v_MGH)
+        if stream in self.kept:
+            self.entries[stream, layer] = self.latest
+
+    def read(self, stream: int, layer: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        kv = self.entries[stream, layer] if stream in self.kept else self.latest
+        assert kv is not None, f"stream {stream} was read before it was written"
+        return self._lines(stream, kv[0], rows), self._lines(stream, kv[1], rows)
+
+    def positions(self, stream: int, rows: Tensor | None) -> Tensor:
+        tokens = self.tokens[stream]
+        return self._lines(stream, tokens.pad(tokens.position_M, fill=EMPTY), rows)
+
+    def _lines(self, stream: int, x_AS: Tensor, rows: Tensor | None) -> Tensor:
+        """The lines of batch rows ``rows`` in what this stream padded."""
+        own = self.tokens[stream]
+        if rows is None or rows is own.rows:
+            return x_AS
+        return x_AS[rows if own.lane_B is None else own.lane_B[rows]]
+
+
+@dataclass
+class _Stream:
+    length_B: Tensor
+    position_BS: Tensor
+    k: list[Tensor] = field(default_factory=list)  # one (B, S, G, H) per layer
+    v: list[Tensor] = field(default_factory=list)
+    place: tuple[Tensor, Tensor] | None = None  # (row, slot) of the tokens being written
+
+
+class KVCache:
+    """Keys and values of ``batch`` sequences; grows as it is written.
+
+    ``Transformer.forward(cache=...)`` appends to it. Rows may have different lengths.
+    """
+
+    GROWTH = 64  # entries added at a time
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if batch < 1:
+            raise ValueError(f"a cache needs at least one sequence, got batch={batch}")
+        reads = READS[config.kv_strategy]
+        entry = (batch, 0, config.num_kv_heads, config.head_dim)
+        self.batch = batch
+        self.streams: list[_Stream] = []
+        for stream in range(config.num_recursions + 1):
+            layers = config.shared_layers if stream else config.prelude_layers + config.coda_layers
+            layers = layers if stream in reads(stream) else 0
+            self.streams.append(
+                _Stream(
+                    torch.zeros(batch, dtype=torch.int64, device=device),
+                    torch.full((batch, 0), EMPTY, device=device),
+                    [torch.zeros(entry, device=device, dtype=dtype) for _ in range(layers)],
+                    [torch.zeros(entry, device=device, dtype=dtype) for _ in range(layers)],
+                )
+            )
+
+    @property
+    def length_B(self) -> Tensor:
+        """Tokens that each sequence holds."""
+        return self.streams[0].length_B
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values stored, without the room kept for growth."""
+        total = 0
+        for stream in self.streams:
+            per_entry = (
+                sum(t[0, 0].nbytes for t in (*stream.k, *stream.v))
+                if stream.position_BS.shape[1]
+                else 0
+            )
+            total += int(stream.length_B.sum()) * per_entry
+        return total
+
+    @property
+    def allocated_nbytes(self) -> int:
+        return sum(t.nbytes for stream in self.streams for t in (*stream.k, *stream.v))
+
+    def open(self, stream: int, reads: tuple[int, ...], tokens: PackedTokens) -> KVPass:
+        return KVPass(self, stream, reads, tokens)
+
+    def begin(self, stream: int, tokens: PackedTokens) -> bool:
+        s = self.streams[stream]
+        was_empty = not bool(s.length_B.any())
+        slot_M = s.length_B[tokens.row_M] + tokens.slot_M
+        s.length_B = s.length_B + tokens.count_B
+        self._make_room(s, int(s.length_B.max()))
+        s.position_BS[tokens.row_M, slot_M] = tokens.position_M
+        s.place = tokens.row_M, slot_M
+        return was_empty
+
+    def write(self, stream: int, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:
+        s = self.streams[stream]
+        s.k[layer][s.place] = k_MGH
+        s.v[layer][s.place] = v_MGH
+
+    def read(self, stream: int, layer: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        s = self.streams[stream]
+        return self._lines(s, s.k[layer], rows), self._lines(s, s.v[layer], rows)
+
+    def positions(self, stream: int, rows: Tensor | None) -> Tensor:
+        s = self.streams[stream]
+        return self._lines(s, s.position_BS, rows)
+
+    def truncate(self, length: int | Tensor) -> None:
+        """Forget all tokens from position ``length`` on: one number for all rows, or one for each,
+        (B,)."""
+        limit = length[:, None] if isinstance(length, Tensor) else length
+        for s in self.streams:
+            s.length_B = (s.position_BS < limit).sum(1)
+            s.position_BS = s.position_BS.masked_fill(s.position_BS >= limit, EMPTY)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep, reorder or repeat sequences: row i becomes what row ``rows[i]`` was."""
+        self.batch = rows.numel()
+        for s in self.streams:
+            s.length_B, s.position_BS = s.length_B[rows], s.position_BS[rows]
+            s.k, s.v = [t[rows] for t in s.k], [t[rows] for t in s.v]
+
+    def _make_room(self, s: _Stream, needed: int) -> None:
+        have = s.position_BS.shape[1]
+        if needed <= have:
+            return
+        more = -(-(needed - have) // self.GROWTH) * self.GROWTH
+        s.position_BS = torch.cat(
+            [s.position_BS, s.position_BS.new_full((self.batch, more), EMPTY)], dim=1
+        )
+        s.k = [torch.cat([t, t.new_zeros(self.batch, more, *t.shape[2:])], dim=1) for t in s.k]
+        s.v = [torch.cat([t, t.new_zeros(self.batch, more, *t.shape[2:])], dim=1) for t in s.v]
+
+    @staticmethod
+    def _lines(s: _Stream, x_BS: Tensor, rows: Tensor | None) -> Tensor:
+        used = x_BS[:, : int(s.length_B.max())]
+        return used if rows is None else used[rows]

@@ -1,0 +1,91 @@
+"""Cross-entropy of a linear head without ever holding the logits of all tokens.
+
+With 49,152 tokens in the vocabulary the logits of a batch are many times larger than everything
+else, so a chunk of them is made, turned into its share of loss and gradients, and dropped.
+
+M tokens · D model · V vocab
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # target of a token that has nothing to predict
+CHUNK_LOGITS = 1 << 25  # logits alive at a time; 128 MiB in fp32
+
+
+def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, target_M: Tensor) -> Tensor:
+    """Mean of ``cross_entropy(x @ weight.T, target)`` over the targets that are not ``IGNORED``, in
+    nats."""
+    return _LinearCrossEntropy.apply(x_MD, weight_VD, target_M)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are made in the forward pass, while a chunk's probabilities are at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, weight_VD: Tensor, target_M: Tensor) -> Tensor:
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        count = (target_M != IGNORED).sum().clamp(min=1)
+        total = torch.zeros(
+            (), device=x_MD.device, dtype=torch.promote_types(x_MD.dtype, torch.float32)
+        )
+        grad_MD = torch.empty_like(x_MD) if needs_x else None
+        grad_VD = torch.zeros_like(weight_VD) if needs_weight else None
+        rows = max(1, CHUNK_LOGITS // len(weight_VD))
+        for start in range(0, len(x_MD), rows):
+            some = slice(start, start + rows)
+            grad = None if grad_MD is None else grad_MD[some]
+            total += _chunk(x_MD[some], weight_VD, target_M[some], count, grad, grad_VD)
+        ctx.save_for_backward(grad_MD, grad_VD)
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_MD, grad_VD = ctx.saved_tensors
+        return (
+            None if grad_MD is None else grad_MD * scale.to(grad_MD.dtype),
+            None if grad_VD is None else grad_VD * scale.to(grad_VD.dtype),
+            None,
+        )
+
+
+def _chunk(
+    x: Tensor,
+    weight_VD: Tensor,
+    target: Tensor,
+    count: Tensor,
+    grad: Tensor | None,
+    grad_VD: Tensor | None,
+) -> Tensor:
+    """Sum of the losses of some tokens; fills their gradient and adds to that of the weight.
+
+    A function, so that its logits are gone before the next ones are made.
+    """
+    logits = F.linear(x, weight_VD)
+    precision, logits = logits.dtype, logits.to(torch.promote_types(logits.dtype, torch.float32))
+    known, place = target != IGNORED, target.clamp(min=0)[:, None]
+    log_sum = logits.logsumexp(-1, keepdim=True)
+    loss = ((log_sum - logits.gather(1, place))[:, 0] * known).sum()
+    if grad is None and grad_VD is None:
+        return loss
+    # in place: at this size, passes over memory are what counts
+    error = logits.sub_(log_sum).exp_()
+    error.scatter_add_(1, place, torch.full_like(log_sum, -1))
+    error = error.mul_((known.to(error.dtype) / count)[:, None]).to(precision)
+    if grad is not None:
+        grad.copy_(error @ weight_VD.to(error.dtype))
+    if grad_VD is not None:
+        _add_product(grad_VD, error.T, x.to(error.dtype))
+    return loss
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:  # products in low precision, their sum in that of the weights
+        total += a @ b

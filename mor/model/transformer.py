@@ -1,0 +1,370 @@
+"""The model, top to bottom: vanilla, recursive and Mixture-of-Recursions are one network.
+
+    embed -> prelude -> [ route -> gather -> shared blocks -> gate and scatter ] x R -> coda -> head
+
+Tokens are packed (see packing.py): M counts the tokens that really take part.
+
+B rows · T columns · M packed tokens · K selected · D model · N heads · G key/value heads · H head
+dim · V vocab
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mor.model.config import ModelConfig, Selection
+from mor.model.kv_cache import READS, AttentionPass, Cache, KVStore, Scratch
+from mor.model.loss import linear_cross_entropy
+from mor.model.packing import PackedTokens, pack, take
+from mor.model.routing import Routing, build_router
+
+Logits = Literal["all", "last", "none"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """logits_BTV: zeros at padding; with ``logits="last"`` (B, 1, V), the last token of each row.
+    With targets there are none, and ``nll`` is the mean negative log-likelihood of the targets, in
+    nats."""
+
+    logits_BTV: Tensor
+    routing: Routing
+    nll: Tensor | None = None
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        return F.rms_norm(x_MD, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_angles(position_M: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for rotary embedding, each (M, 1, H/2), fp32."""
+    exponent = (
+        torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_M.device) / head_dim
+    )
+    angle_M1H = position_M[:, None, None].float() * (1.0 / theta**exponent)
+    return angle_M1H.cos(), angle_M1H.sin()
+
+
+def rotate(x_MNH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate dimension pairs (i, i + H/2)."""
+    cos, sin = (a.to(x_MNH.dtype) for a in angles)
+    a, b = x_MNH.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.dim, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
+
+    def project(
+        self, x_MD: Tensor, angles: tuple[Tensor, Tensor], with_kv: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Queries (M, N, H), and keys and values (M, G, H) if the pass writes any."""
+        q_MNH = rotate(self.q_proj(x_MD).unflatten(-1, (-1, self.head_dim)), angles)
+        if not with_kv:
+            return q_MNH, None, None
+        k_MGH = rotate(self.k_proj(x_MD).unflatten(-1, (-1, self.head_dim)), angles)
+        return q_MNH, k_MGH, self.v_proj(x_MD).unflatten(-1, (-1, self.head_dim))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_MD)) * self.up_proj(x_MD))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self, x_MD: Tensor, angles: tuple[Tensor, Tensor], kv: AttentionPass, layer: int
+    ) -> Tensor:
+        q_MNH, k_MGH, v_MGH = self.enter(x_MD, angles, kv.writes)
+        if k_MGH is not None and v_MGH is not None:
+            kv.write(layer, k_MGH, v_MGH)
+        return self.leave(x_MD, kv.attend(layer, q_MNH))
+
+    def enter(
+        self, x_MD: Tensor, angles: tuple[Tensor, Tensor], with_kv: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Everything before the attention kernel."""
+        return self.attention.project(self.attention_norm(x_MD), angles, with_kv)
+
+    def leave(self, x_MD: Tensor, mixed_MNH: Tensor) -> Tensor:
+        """Everything after it."""
+        x_MD = x_MD + self.attention.o_proj(mixed_MNH.flatten(-2))
+        return x_MD + self.feed_forward(self.feed_forward_norm(x_MD))
+
+    def compile_parts(self, **settings: Any) -> None:
+        """Compile what stands before and after attention, each into one graph for any number of
+        tokens.
+
+        Attention is one kernel already, and what surrounds it knows neither rows nor caches: so no
+        shape, layer or recursion asks for a compilation of its own. settings: as ``torch.compile``
+        takes them.
+        """
+        for name in ("enter", "leave"):
+            setattr(
+                self,
+                name,
+                torch.compile(getattr(self, name), fullgraph=True, dynamic=True, **settings),
+            )
+
+
+def run(function: Callable[..., Tensor], *args: object, recompute: bool) -> Tensor:
+    """``function(*args)``; with ``recompute`` its activations are made again in the backward
+    pass."""
+    return checkpoint(function, *args, use_reentrant=False) if recompute else function(*args)
+
+
+def passes(config: ModelConfig) -> list[tuple[int, list[int]]]:
+    """(recursion, shared layers that it applies), in order."""
+    layers, recursions = range(config.shared_layers), range(config.num_recursions)
+    return {
+        "cycle": [(r, list(layers)) for r in recursions],
+        "sequence": [(r, [layer]) for layer in layers for r in recursions],
+    }[config.shared_order]
+
+
+class Recursions(nn.Module):
+    """The shared blocks and the loop over them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.shared_blocks = nn.ModuleList(Block(config) for _ in range(config.shared_layers))
+        self.router = build_router(config)
+        self.reads = READS[config.kv_strategy]
+        self.passes = passes(config)
+
+    def stack(
+        self,
+        x_KD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        kv: AttentionPass,
+        layers: Sequence[int],
+        recompute: bool = False,
+    ) -> Tensor:
+        for layer in layers:
+            x_KD = run(self.shared_blocks[layer], x_KD, angles, kv, layer, recompute=recompute)
+        return x_KD
+
+    def forward(
+        self,
+        x_MD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        routing: Routing,
+        store: KVStore,
+        recompute: bool,
+    ) -> Tensor:
+        first_MD, passes_kv = x_MD, {}
+        self.router.start(x_MD, routing)
+        for recursion, layers in self.passes:
+            if recursion >= routing.max_depth:
+                continue
+            step = self.router.select(recursion, x_MD, routing)  # route
+            if len(routing.steps) == recursion:
+                routing.steps.append(step)
+            if not len(step.tokens):
+                continue
+            index_K = step.index_K
+            if recursion not in passes_kv:
+                passes_kv[recursion] = store.open(
+                    recursion + 1, self.reads(recursion + 1), step.tokens
+                )
+            h_KD = x_MD if index_K is None else take(x_MD, index_K)  # gather
+            here = angles if index_K is None else (angles[0][index_K], angles[1][index_K])
+
+            out_KD = self.stack(h_KD, here, passes_kv[recursion], layers, recompute)
+
+            new_KD = self.router.combine(step, h_KD, out_KD, first_MD, routing)  # gate
+            x_MD = new_KD if index_K is None else x_MD.index_copy(0, index_K, new_KD)  # scatter
+        return x_MD
+
+
+class Transformer(nn.Module):
+    """A causal language model for any :class:`ModelConfig`. Holds each shared layer once."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_layers))
+        self.recursions = Recursions(config)
+        self.coda = nn.ModuleList(Block(config) for _ in range(config.coda_layers))
+        self.final_norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = (
+            None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        )
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        mask_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        targets_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        selection: Selection = "threshold",
+        capacities: Sequence[float] | None = None,
+        max_depth: int | None = None,
+        logits: Logits = "all",
+        recompute: bool = False,
+    ) -> Output:
+        """Logits for the next token at every position, and the routing that led there.
+
+        tokens_BT: int64 ids. mask_BT: true at real tokens; padding may be on either side.
+        documents_BT: a number per token; tokens of different documents neither attend to nor
+        compete with each other, and positions start anew (training and evaluation without a cache).
+        targets_BT: next tokens, -100 where there is none; gives ``nll`` instead of logits, in less
+        memory.
+        cache: keys and values of earlier tokens; the new ones are appended.
+        selection: ``threshold`` is causal; ``topk`` is the paper's training selection and sees the
+        future.
+        capacities: replaces the configured ones (warm-up). max_depth: caps the recursions.
+        logits: of ``all`` tokens, the ``last`` of each row, or ``none``.
+        recompute: keep no activations inside the layers; backward makes them again.
+        Raises ValueError for an empty batch, capacities or a depth that do not fit, or top-k with a
+        cache; IndexError for ids outside the vocabulary.
+        """
+        self._check(tokens_BT, documents_BT, cache, selection, max_depth, logits)
+        tokens = pack(
+            tokens_BT, mask_BT, start_B=cache.length_B if cache else None, documents_BT=documents_BT
+        )
+        if not len(tokens):
+            raise ValueError("the mask hides every token of the batch")
+        capacities = self.config.capacities if capacities is None else capacities
+        if len(capacities) != self.config.num_recursions:
+            raise ValueError(
+                f"got {len(capacities)} capacities for {self.config.num_recursions} recursions"
+            )
+        routing = Routing(tokens, selection, capacities, max_depth or self.config.num_recursions)
+        store: KVStore = cache or Scratch(
+            kept=() if self.config.kv_strategy == "recursion_wise" else (1,)
+        )
+        x_MD = self.embedding(tokens.id_M)
+        angles = rotary_angles(tokens.position_M, self.config.head_dim, self.config.rope_theta)
+
+        everyone = store.open(0, (0,), tokens)
+        for layer, block in enumerate(self.prelude):
+            x_MD = run(block, x_MD, angles, everyone, layer, recompute=recompute)
+        x_MD = self.recursions(x_MD, angles, routing, store, recompute)
+        for layer, block in enumerate(self.coda, start=len(self.prelude)):
+            x_MD = run(block, x_MD, angles, everyone, layer, recompute=recompute)
+        if targets_BT is not None:
+            target_M = targets_BT.flatten()[tokens.place_M]
+            nll = linear_cross_entropy(self.final_norm(x_MD), self.head_weight, target_M)
+            return Output(x_MD.new_empty(0), routing, nll)
+        if logits == "none":
+            return Output(x_MD.new_empty(0), routing)
+        return Output(self._logits(x_MD, tokens, logits), routing)
+
+    def compile_blocks(self, **settings: Any) -> Transformer:
+        """Compile all layers (see :meth:`Block.compile_parts`)."""
+        for block in (*self.prelude, *self.recursions.shared_blocks, *self.coda):
+            block.compile_parts(**settings)
+        return self
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def _check(
+        self,
+        tokens_BT: Tensor,
+        documents_BT: Tensor | None,
+        cache: Cache | None,
+        selection: str,
+        max_depth: int | None,
+        logits: Logits,
+    ) -> None:
+        if tokens_BT.ndim != 2 or tokens_BT.numel() == 0:
+            raise ValueError(
+                "tokens must have shape (batch, length) and not be empty, got "
+                f"{tuple(tokens_BT.shape)}"
+            )
+        if selection not in ("topk", "threshold"):
+            raise ValueError(f"selection={selection!r} is not known; choose 'topk' or 'threshold'")
+        if selection == "topk" and cache is not None:
+            raise ValueError(
+                "top-k compares a token with later ones and cannot decode with a cache; use "
+                "selection='threshold'"
+            )
+        if cache is not None and cache.batch != tokens_BT.shape[0]:
+            raise ValueError(
+                f"the cache holds {cache.batch} sequences, the batch has {tokens_BT.shape[0]}"
+            )
+        if max_depth is not None and not 1 <= max_depth <= self.config.num_recursions:
+            raise ValueError(
+                f"max_depth must lie in 1..{self.config.num_recursions}, got {max_depth}"
+            )
+        if logits not in ("all", "last", "none"):
+            raise ValueError(f"logits={logits!r} is not known; choose 'all', 'last' or 'none'")
+        if documents_BT is not None and (cache is not None or logits == "last"):
+            raise ValueError(
+                "documents_BT splits rows into several sequences; it goes with neither cache nor "
+                "logits='last'"
+            )
+
+    def predict(self, x_MD: Tensor) -> Tensor:
+        """Final norm and head: logits, (M, V)."""
+        x_MD = self.final_norm(x_MD)
+        return F.linear(x_MD, self.embedding.weight) if self.head is None else self.head(x_MD)
+
+    def _logits(self, x_MD: Tensor, tokens: PackedTokens, logits: Logits) -> Tensor:
+        if logits == "all":
+            return tokens.unpack(self.predict(x_MD))
+        logits_AV = self.predict(x_MD[tokens.last_index()])
+        if tokens.rows is None:
+            return logits_AV[:, None]
+        return logits_AV.new_zeros(tokens.num_rows, 1, logits_AV.shape[-1]).index_copy(
+            0, tokens.rows, logits_AV[:, None]
+        )
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> Transformer:
+        """Normal(0, init_std) for every matrix, ones for every norm. Raises if a parameter is
+        missed."""
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        missed = {name for name, _ in self.named_parameters()}
+        for prefix, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                draw = torch.randn(module.weight.shape, generator=generator) * self.config.init_std
+                module.weight.copy_(draw)
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+            else:
+                continue
+            missed.discard(f"{prefix}.weight")
+        if missed:
+            raise RuntimeError(f"init_weights has no rule for {sorted(missed)}")
+        return self

@@ -1,0 +1,171 @@
+"""Settings of a training run, and what follows from them: capacities, FLOPs and steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mor import checkpoint
+from mor.costs import flops as costs
+from mor.data.stream import DataConfig
+from mor.files import read_json
+from mor.model.config import ModelConfig, preset
+from mor.settings import check_choices, from_dict
+from mor.training.distributed import Parallel
+from mor.training.optim import OptimConfig
+from mor.training.trackers import TrackerName
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    model: ModelConfig = field(
+        default_factory=lambda: preset("mini", num_recursions=3, router="expert_choice")
+    )
+    """vocab_size is taken from the tokenizer."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    out: str = "runs/mor"
+    """Run directory: metrics.jsonl, train.json, checkpoints/."""
+    steps: int = 500
+    flops: float | None = None
+    """Training FLOPs to spend (exact count); replaces steps."""
+    batch_size: int = 16
+    """Sequences per forward and rank."""
+    accumulate: int = 1
+    """Forwards per optimizer step."""
+    seq_len: int = 256
+    capacity_warmup_steps: int = 0
+    """Steps in which capacities fall from 1 to their value along a cosine."""
+    eval_every: int = 100
+    eval_windows: int = 64
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = 2
+    """Checkpoints that are kept; 0 keeps all."""
+    keep_steps: tuple[int, ...] = ()
+    """Steps whose checkpoints are kept besides, such as those that other runs branch off."""
+    max_skipped: int = 5
+    """Steps in a row whose loss or gradient is not finite before the run stops; each one is
+    skipped."""
+    branch_from: str | None = None
+    """Checkpoint of another run's stable phase that this run starts from; it takes that run's
+    settings."""
+    log_every: int = 10
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
+    parallel: Parallel = "ddp"
+    """Several ranks (torchrun): ddp keeps a copy of everything on each, fsdp a share of
+    everything."""
+    recompute: bool = False
+    """Keep no activations inside the layers; the backward pass makes them again."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for the layers. auto: on CUDA; on a CPU compiling takes long and gains
+    little."""
+    tracker: TrackerName = "none"
+    """Where else metrics go, with histograms of the routing: needs the extra [track]; metrics.jsonl
+    comes anyway."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "seq_len",
+            "eval_every",
+            "eval_windows",
+            "log_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_choices(self)
+        if self.parallel == "fsdp" and self.optim.name == "muon":
+            raise ValueError(
+                "optim.name='muon' needs whole matrices; use parallel='ddp', or optim.name='adamw'"
+            )
+        if self.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"seq_len={self.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}"
+            )
+        if self.capacity_warmup_steps and self.model.router.kind in ("fixed", "token_choice"):
+            raise ValueError(
+                "capacity_warmup_steps needs a router with capacities, not "
+                f"{self.model.router.kind!r}"
+            )
+
+
+def capacities_at(config: TrainConfig, step: int) -> tuple[float, ...]:
+    """Capacities of a step (from 0): a cosine from 1 to the configured ones during warm-up."""
+    if step >= config.capacity_warmup_steps:
+        return config.model.capacities
+    excess = 0.5 * (1 + math.cos(math.pi * step / config.capacity_warmup_steps))
+    return tuple(c + (1 - c) * excess for c in config.model.capacities)
+
+
+def step_flops(config: TrainConfig, step: int, num_ranks: int = 1) -> float:
+    """Training FLOPs of a step, exact for static capacities. Documents are counted as if they were
+    not masked."""
+    sequences = config.batch_size * config.accumulate * num_ranks
+    return sequences * costs.train_flops(
+        config.model, config.seq_len, capacities=capacities_at(config, step)
+    )
+
+
+def total_steps(config: TrainConfig, num_ranks: int = 1) -> int:
+    if config.flops is None:
+        return config.steps
+    warm = [step_flops(config, s, num_ranks) for s in range(config.capacity_warmup_steps)]
+    left = config.flops - sum(warm)
+    return max(
+        1, len(warm) + round(left / step_flops(config, config.capacity_warmup_steps, num_ranks))
+    )
+
+
+def branch(start: str | Path, *, cooldown_steps: int, out: str) -> TrainConfig:
+    """Settings of a run that decays the learning rate from a checkpoint of another run's stable
+    phase.
+
+    So one long run serves several budgets (the paper's way). Raises ValueError if the checkpoint
+    lies in the warm-up or in the decay of its own run.
+    """
+    folder = checkpoint.resolve(start)
+    run = folder.parent.parent / "train.json"
+    if not run.is_file():
+        raise ValueError(f"{folder} belongs to no run (no {run})")
+    config = load_config(run)
+    saved = checkpoint.load_progress(folder)
+    step, total = saved["step"], saved["total_steps"]
+    stable = (
+        math.ceil(total * config.optim.warmup),
+        math.floor(total * (1 - config.optim.cooldown)),
+    )
+    if config.optim.schedule != "trapezoid" or not stable[0] <= step <= stable[1]:
+        raise ValueError(
+            f"{folder} is at step {step}; a branch needs a checkpoint of the stable phase of a "
+            "trapezoid schedule, "
+            f"here steps {stable[0]} to {stable[1]} (keep them with --save-every and --keep 0)"
+        )
+    if cooldown_steps < 1:
+        raise ValueError(f"cooldown_steps must be at least 1, got {cooldown_steps}")
+    return dataclasses.replace(
+        cooled(config, folder, step + cooldown_steps, cooldown_steps), out=out
+    )
+
+
+def cooled(config: TrainConfig, start: Path, steps: int, cooldown_steps: int) -> TrainConfig:
+    """A run's settings, from a checkpoint of it to an end at ``steps``; see :func:`branch`."""
+    optim = dataclasses.replace(config.optim, warmup=0.0, cooldown=cooldown_steps / steps)
+    return dataclasses.replace(config, steps=steps, flops=None, optim=optim, branch_from=str(start))
+
+
+def load_config(path: Path) -> TrainConfig:
+    """A run's train.json."""
+    values = read_json(path)
+    try:
+        return from_dict(TrainConfig, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -1,0 +1,150 @@
+"""Ranks: how a training run spreads over processes. Nothing else knows about ranks.
+
+Started by ``torchrun``, or alone. Two ways to hold the model:
+
+ddp   every rank holds everything; gradients are averaged once per step.
+fsdp  every rank holds a share of weights, gradients and optimizer state (FSDP2). The container of
+      the recursions is one unit, gathered once however often its layers are applied; the rest of
+      the model is the other unit.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mor.device import pick_device
+from mor.model.routing import TokenChoiceRouter
+from mor.model.transformer import Transformer
+
+Parallel = Literal["ddp", "fsdp"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among ``size`` ones."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over ranks; each gives a tensor of the same shape."""
+        return self._reduce(x, dist.ReduceOp.SUM) / self.size
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def max(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def _reduce(self, x: Tensor, operation: Any) -> Tensor:
+        if self.size == 1:
+            return x
+        x = x.detach().clone()
+        dist.all_reduce(x, operation)
+        return x
+
+    def from_first(self, value: Any) -> Any:
+        """The first rank's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@contextmanager
+def ranks(device: str = "auto") -> Iterator[Ranks]:
+    """The ranks that torchrun's environment describes; one alone without it. device: ``auto``, or a
+    torch device."""
+    place = pick_device(device)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks(0, 1, place)
+        return
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), size, place)
+    finally:
+        dist.destroy_process_group()
+
+
+def spread(model: Transformer, ranks: Ranks, how: Parallel) -> nn.Module:
+    """What to call for a training forward; ``model`` stays the module that holds the weights."""
+    router = model.recursions.router
+    if isinstance(router, TokenChoiceRouter):
+        router.mean_over_ranks = ranks.mean
+    if ranks.size == 1:
+        return model
+    if how == "ddp":
+        devices = [ranks.device.index] if ranks.device.type == "cuda" else None
+        # newer versions rename broadcast_buffers, older ones know only that
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.parallel.DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+    fully_shard(model.recursions, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    return model
+
+
+@contextmanager
+def reducing(forward: nn.Module, last: bool) -> Iterator[None]:
+    """Around a forward and backward: gradients are averaged over ranks only in the ``last`` one of
+    a step."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(forward, FSDPModule):
+        forward.set_requires_gradient_sync(last)
+        # the weights stay the same, so one gathering serves the step
+        forward.set_reshard_after_backward(last)
+        yield
+    elif isinstance(forward, nn.parallel.DistributedDataParallel) and not last:
+        with forward.no_sync():
+            yield
+    else:
+        yield
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back the gathered weights, after forwards that no backward followed."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor without its sharding."""
+    from torch.distributed.tensor import DTensor
+
+    return x.full_tensor() if isinstance(x, DTensor) else x

@@ -1,0 +1,109 @@
+"""Parameter groups, optimizer and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices of the layers, with AdamW for embedding, head, norms and routers."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    schedule: Literal["trapezoid", "cosine"] = "trapezoid"
+    warmup: float = 0.05
+    """Share of the steps in which the rate rises linearly from 0."""
+    cooldown: float = 0.2
+    """Share of the steps in which the trapezoid falls linearly to 0."""
+    final_lr: float = 0.0
+    """Where the schedule ends, as a share of the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """Largest norm of the gradient; larger ones are scaled down."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"optim.name={self.name!r} is not known; choose adamw or muon")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"optim.schedule={self.schedule!r} is not known; choose from {', '.join(SCHEDULES)}"
+            )
+        if self.lr <= 0 or self.clip <= 0:
+            raise ValueError(
+                f"optim.lr and optim.clip must be positive, got {self.lr} and {self.clip}"
+            )
+        if not (self.warmup >= 0 and self.cooldown >= 0 and self.warmup + self.cooldown <= 1):
+            raise ValueError(
+                f"optim.warmup and optim.cooldown are shares of the run and add up to at most 1, "
+                f"got {self.warmup} and {self.cooldown}"
+            )
+
+
+def trapezoid(config: OptimConfig, step: int, total: int) -> float:
+    """Linear rise, plateau, linear fall; a factor of the peak rate."""
+    fall_from = total * (1 - config.cooldown)
+    if step < fall_from:
+        return _rise(config, step, total)
+    left = (total - step) / (total - fall_from)
+    return config.final_lr + (1 - config.final_lr) * left
+
+
+def cosine(config: OptimConfig, step: int, total: int) -> float:
+    """Linear rise, then half a cosine; a factor of the peak rate."""
+    start = total * config.warmup
+    if step < start:
+        return _rise(config, step, total)
+    done = (step - start) / max(1.0, total - start)
+    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _rise(config: OptimConfig, step: int, total: int) -> float:
+    return min(1.0, (step + 1) / max(1.0, total * config.warmup))
+
+
+SCHEDULES: dict[str, Callable[[OptimConfig, int, int], float]] = {
+    "trapezoid": trapezoid,
+    "cosine": cosine,
+}
+
+
+def learning_rate(config: OptimConfig, step: int, total: int) -> float:
+    """Learning rate of ``step`` (from 0) in a run of ``total`` steps."""
+    return config.lr * SCHEDULES[config.schedule](config, step, total)
+
+
+def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices of the layers and AdamW for the rest.
+
+    Matrices decay, norms do not. Muon's updates are scaled to the size of AdamW's (Moonlight, arXiv
+    2502.16982), so one learning rate serves both.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inside = {
+        n
+        for n, p in parameters.items()
+        if p.ndim == 2 and ("attention." in n or "feed_forward." in n)
+    }
+    muon = [parameters[n] for n in parameters if n in inside] if config.name == "muon" else []
+    rest = [p for n, p in parameters.items() if not (muon and n in inside)]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    ]
+    if muon:
+        decay = config.weight_decay
+        made.append(
+            torch.optim.Muon(muon, lr=config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return made

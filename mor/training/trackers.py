@@ -1,0 +1,131 @@
+"""Optional trackers: where a run's metrics and histograms of its routing go besides
+metrics.jsonl."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from mor.model.routing import Routing
+
+TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
+
+
+class Tracker(Protocol):
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NoTracker:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in the run directory: ``tensorboard --logdir runs``."""
+
+    def __init__(self, out: Path, config: Mapping[str, Any], first_step: int) -> None:
+        board = _imported("torch.utils.tensorboard", needs="tensorboard")
+        self.writer = board.SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        for name, value in values.items():
+            self.writer.add_histogram(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Logged:
+    """Weights & Biases, and trackio, which has the same interface; a resumed run goes on under its
+    name."""
+
+    def __init__(
+        self, library: ModuleType, out: Path, config: Mapping[str, Any], **settings: Any
+    ) -> None:
+        self.library = library
+        library.init(project="mor", config=dict(config), resume="allow", **settings)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.library.log(dict(values), step=step)
+
+    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        self.library.log(
+            {name: self.library.Histogram(value) for name, value in values.items()}, step=step
+        )
+
+    def close(self) -> None:
+        self.library.finish()
+
+
+def _wandb(out: Path, config: Mapping[str, Any], first_step: int) -> Tracker:
+    name = _run_name(out)
+    return Logged(_imported("wandb", needs="wandb"), out, config, name=name, id=name, dir=str(out))
+
+
+def _trackio(out: Path, config: Mapping[str, Any], first_step: int) -> Tracker:
+    return Logged(_imported("trackio", needs="trackio"), out, config, name=_run_name(out))
+
+
+def _run_name(out: Path) -> str:
+    return "-".join(part for part in out.parts if part != out.anchor)
+
+
+TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
+    "none": lambda out, config, first_step: NoTracker(),
+    "tensorboard": TensorBoard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+}
+
+
+def _imported(module: str, *, needs: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"tracker={needs!r} needs the package {needs}; install it with "
+            f'pip install "mixture-of-recursions[track]", or train with --tracker none'
+        ) from error
+
+
+def flat_scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among ``values``; a list becomes one number per recursion. What is not finite is
+    left out."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            found |= {f"{name}/{i}": float(v) for i, v in enumerate(value, start=1)}
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[name] = float(value)
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+@torch.no_grad()
+def routing_histograms(routings: Sequence[Routing]) -> dict[str, np.ndarray]:
+    """Depths that tokens took, and router logits at each recursion, over the forwards of a step on
+    this rank."""
+    found = {"routing/depth": torch.cat([r.depth_M for r in routings])}
+    for recursion in range(len(routings[0].steps)):
+        logits = [r.steps[recursion].logit_C for r in routings]
+        given = [logit_C for logit_C in logits if logit_C is not None]
+        if given:
+            found[f"routing/logit/{recursion + 1}"] = torch.cat(given).float()
+    return {name: values.cpu().numpy() for name, values in found.items()}
