@@ -262,8 +262,8 @@ def test_routers_start_as_init_weights_makes_them():
     made = initialised(
         source, 3, "middle_cycle", "upper", router=RouterConfig(kind="expert_choice")
     )
-    fresh = Transformer(made.config).init_weights(0).recursions.router.state_dict()
-    found = made.recursions.router.state_dict()
+    fresh = Transformer(made.config).init_weights(0).router.state_dict()
+    found = made.router.state_dict()
     assert found.keys() == fresh.keys() and all(
         torch.equal(found[name], fresh[name]) for name in fresh
     )

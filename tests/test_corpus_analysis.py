@@ -8,15 +8,14 @@ import torch
 from conftest import tiny
 
 from mor.analysis import corpus
-from mor.analysis.branches import exits_plain, taken
-from mor.analysis.views import extended
+from mor.analysis.branches import exits_plain
 from mor.data.sources import Document
 from mor.data.stream import tokenize
 from mor.data.tokenizer import byte_tokenizer
 from mor.evaluation.nll import evaluate
 from mor.model.config import RouterConfig
 from mor.model.loss import IGNORED
-from mor.training.metrics import router_health
+from mor.model.other_depths import RepeatLastRouter
 
 WINDOW = 24
 TEXT = "The cat sat on the mat, and 12 naïve dogs watched it; then 7 left. "
@@ -94,7 +93,7 @@ def test_agreement_is_that_of_the_training_log_split_by_recursion(data, causal_s
     total = sum(r["same_decision"] * r["candidates"] for r in rows) / sum(
         r["candidates"] for r in rows
     )
-    assert total == pytest.approx(router_health(reading.model.recursions.router, top)["agreement"])
+    assert total == pytest.approx(reading.model.router.health(top)["agreement"])
     depth_BT = torch.cat([t.depth_BT for t in top])
     assert rows[0]["same_depth"] == pytest.approx(
         float((depth_BT == reading.depth_BT).float().mean())
@@ -136,7 +135,7 @@ def test_drift_compares_the_states_that_capped_models_end_with(data):
     reading = reading_of(data)
     ends = []
     hook = reading.model.recursions.register_forward_hook(
-        lambda module, inputs, out: ends.extend([inputs[0], out])
+        lambda module, inputs, out: ends.extend([inputs[0], out[0]])
     )
     with torch.no_grad():
         for cap in (1, 2, 3):
@@ -197,8 +196,10 @@ def test_depth_scaling_is_evaluation_at_every_cap_and_labels_what_was_never_trai
         (5, 1),
     ]
     for row in rows:
-        used = model if row["max_depth"] <= 3 else extended(model, row["max_depth"])
-        found = evaluate(used, data, seq_len=WINDOW, max_windows=4, max_depth=row["max_depth"])
+        cap = row["max_depth"]
+        router = model.router if cap <= 3 else RepeatLastRouter(model.router, cap)
+        settings = dict(seq_len=WINDOW, max_windows=4, max_depth=cap)
+        found = evaluate(model, data, router=router, **settings)
         assert (row["nll"], row["mean_depth"]) == (found.nll, found.mean_depth)
     assert len({round(r["nll"], 6) for r in rows}) == 5, "every further recursion changes something"
 
@@ -213,7 +214,7 @@ def test_counterfactual_gains_are_means_of_one_run_per_token(data, asked):
     for w, routing in enumerate(reading.routings):
         ids, depth_T = reading.tokens_BT[w].tolist(), routing.depth_BT[0].tolist()
         logp = [
-            exits_plain(reading.model, ids, taken(routing), d).log_softmax(-1) for d in (1, 2, 3)
+            exits_plain(reading.model, ids, routing.taken_RM, d).log_softmax(-1) for d in (1, 2, 3)
         ]
         for t, depth in enumerate(depth_T):
             target = int(reading.targets_BT[w, t])

@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import cases, random_tokens, tiny
 
-from mor.analysis.branches import at_depth, exits, exits_plain, taken
-from mor.analysis.views import StateRecorder, TableRouter, extended, with_router
+from mor.analysis.branches import at_depth, exits, exits_plain
 from mor.model.config import RouterConfig
 from mor.model.kv_cache import KVCache
+from mor.model.other_depths import ForcedRouter, RepeatLastRouter
 
 
 def read(model, ids):
@@ -20,7 +20,7 @@ def test_all_counterfactuals_at_once_equal_one_run_of_the_whole_sequence_each(ma
     model, ids = make(), random_tokens(13, seed=4).tolist()
     with torch.no_grad():
         output, cache = read(model, ids)
-    taken_RM = taken(output.routing)
+    taken_RM = output.routing.taken_RM
     monkeypatch.setattr("mor.analysis.branches.CHUNK_LOGITS", 5 * 37)  # chunks of 5, 5 and 3 tokens
     changed = False
     for depth in range(1, model.config.num_recursions + 1):
@@ -39,8 +39,7 @@ def test_all_counterfactuals_at_once_equal_one_run_of_the_whole_sequence_each(ma
 def test_a_table_of_the_routers_own_decisions_changes_nothing(make):
     model, tokens = make(), random_tokens(2, 11)
     output = model(tokens)
-    view = with_router(model, TableRouter(model.recursions.router, taken(output.routing)))
-    again = view(tokens)
+    again = model(tokens, router=ForcedRouter(model.router, output.routing.taken_RM))
     torch.testing.assert_close(again.logits_BTV, output.logits_BTV, atol=1e-5, rtol=1e-5)
     assert torch.equal(again.routing.depth_BT, output.routing.depth_BT)
 
@@ -54,40 +53,55 @@ def test_depth_takes_the_recursions_that_a_token_took_first():
 @pytest.mark.parametrize("kind", ["fixed", "expert_choice", "token_choice", "random"])
 def test_recorded_states_are_those_the_model_went_through(kind):
     model, tokens, seen = tiny(kind), random_tokens(1, 11), []
-    recorder = StateRecorder(model.recursions.router)
-    view = with_router(model, recorder)
-    view.recursions.register_forward_hook(lambda module, inputs, out: seen.extend([inputs[0], out]))
-    torch.testing.assert_close(view(tokens).logits_BTV, model(tokens).logits_BTV)
-    assert len(recorder.states_MD) == 4
-    assert torch.equal(recorder.states_MD[0], seen[0]) and torch.equal(
-        recorder.states_MD[-1], seen[1]
+    model.recursions.register_forward_hook(
+        lambda module, inputs, out: seen.extend([inputs[0], out[0]])
     )
+    output = model(tokens, keep_states=True)
+    torch.testing.assert_close(output.logits_BTV, model(tokens).logits_BTV)
+    states, routing = output.routing.states, output.routing
+    assert len(states) == 4 and not model(tokens).routing.states
+    assert torch.equal(states[0], seen[0]) and torch.equal(states[-1], seen[1])
     for r in range(3):
-        moved_M = (recorder.states_MD[r] != recorder.states_MD[r + 1]).any(1)
-        assert torch.equal(moved_M, model(tokens).routing.selected_M(r))
+        moved_M = (states[r] != states[r + 1]).any(1)
+        assert torch.equal(moved_M, routing.selected_M(r))
 
 
 @pytest.mark.parametrize("make", cases())
-def test_an_extended_model_capped_at_its_trained_depth_is_the_model(make):
+def test_further_recursions_capped_at_the_trained_depth_change_nothing(make):
     model, tokens = make(), random_tokens(2, 11)
-    longer = extended(model, 5)
-    torch.testing.assert_close(longer(tokens, max_depth=3).logits_BTV, model(tokens).logits_BTV)
-    assert {id(p) for p in longer.parameters()} == {id(p) for p in model.parameters()}, (
-        "no weight is copied"
-    )
+    longer = model(tokens, router=RepeatLastRouter(model.router, 5), max_depth=3)
+    torch.testing.assert_close(longer.logits_BTV, model(tokens).logits_BTV)
+
+
+@pytest.mark.parametrize("make", cases())
+def test_further_recursions_decode_as_they_read(make):
+    """Token by token with a cache, and in one piece: the same depths and logits."""
+    model, tokens = make(), random_tokens(2, 11)
+    router = RepeatLastRouter(model.router, 5)
+    whole = model(tokens, router=router)
+    cache = KVCache(model.config, 2, num_recursions=5)
+    parts = [model(t, router=router, cache=cache) for t in tokens.split([4, *[1] * 7], dim=1)]
+    logits = torch.cat([part.logits_BTV for part in parts], dim=1)
+    torch.testing.assert_close(logits, whole.logits_BTV, atol=1e-4, rtol=1e-4)
+    depths = torch.cat([part.routing.depth_BT for part in parts], dim=1)
+    assert torch.equal(depths, whole.routing.depth_BT)
 
 
 def test_further_recursions_decide_as_the_last_trained_one():
     """A fixed router repeats everyone; token-choice keeps going those that chose the last depth."""
     tokens = random_tokens(2, 11)
-    assert extended(tiny("fixed"), 5)(tokens).routing.depth_BT.eq(5).all()
-    model = tiny("token_choice")
-    chosen, longer = model(tokens).routing.depth_BT, extended(model, 5)(tokens).routing.depth_BT
+
+    def depths(model, router=None):
+        return model(tokens, router=router).routing.depth_BT
+
+    fixed, model = tiny("fixed"), tiny("token_choice")
+    assert depths(fixed, RepeatLastRouter(fixed.router, 5)).eq(5).all()
+    chosen, longer = depths(model), depths(model, RepeatLastRouter(model.router, 5))
     assert (chosen == 3).any() and torch.equal(longer, torch.where(chosen == 3, 5, chosen))
 
 
 def test_what_cannot_be_extended_says_so():
     with pytest.raises(ValueError, match="nothing to extend"):
-        extended(tiny("fixed", num_recursions=1), 3)
+        RepeatLastRouter(tiny("fixed", num_recursions=1).router, 3)
     with pytest.raises(ValueError, match="max_depth=2"):
-        extended(tiny(RouterConfig(kind="expert_choice")), 2)
+        RepeatLastRouter(tiny(RouterConfig(kind="expert_choice")).router, 2)

@@ -64,7 +64,7 @@ def test_save_and_load_are_bit_exact_in_both_directions(tied, tmp_path):
         kind="expert_choice", capacities=(1, 0.7, 0.2), causal_selection="aux_router", alpha=0.3
     )
     model = wrapped(tiny(router, tie_embeddings=tied))
-    model.model.recursions.router.threshold_R.copy_(torch.tensor([0.5, 0.4, 0.6]))
+    model.model.router.threshold_R.copy_(torch.tensor([0.5, 0.4, 0.6]))
     model.save_pretrained(tmp_path / "theirs")
     byte_tokenizer().save(tmp_path / "theirs")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
@@ -385,11 +385,11 @@ def test_loss_free_balancing_follows_the_load_of_each_step(tmp_path):
         )
 
     model = made()
-    before = model.model.recursions.router.bias_R.clone()
+    before = model.model.router.bias_R.clone()
     with torch.no_grad():
         load = torch.bincount(model(Sequences(4).tokens).depths.flatten(), minlength=4)[1:].double()
     trainer(model, LoadBalancing(), steps=1).train()
-    router = model.model.recursions.router
+    router = model.model.router
     torch.testing.assert_close(
         router.bias_R, before + 0.02 * torch.sign(load.mean() - load).float()
     )

@@ -109,7 +109,7 @@ def test_equals_the_per_token_definition_in_values_and_gradients(router, kv, sha
         RouterConfig(**router), kv_strategy=kv, sharing=sharing, tie_embeddings=False
     ).double()
     if router["kind"] == "token_choice":
-        model.recursions.router.bias_R += torch.tensor([0.0, 0.02, 0.04])
+        model.router.bias_R += torch.tensor([0.0, 0.02, 0.04])
     tokens = random_tokens(1, 9)
     weights = {
         n: t.detach().clone().requires_grad_(t.is_floating_point())
@@ -174,9 +174,9 @@ def test_mor_that_keeps_all_tokens_with_gate_one_is_recursive(kind, selection, m
     recursive = tiny("fixed")
     recursive.load_state_dict({n: t for n, t in mor.state_dict().items() if "router" not in n})
     if kind == "expert_choice":
-        mor.recursions.router.score = torch.ones_like
+        mor.router.score = torch.ones_like
     if kind == "token_choice":
-        mor.recursions.router.score = lambda logits: torch.ones_like(logits).index_fill(
+        mor.router.score = lambda logits: torch.ones_like(logits).index_fill(
             -1, torch.arange(logits.shape[-1] - 1), 0.0
         )
     tokens = random_tokens(2, 11)

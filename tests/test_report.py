@@ -174,7 +174,7 @@ def test_the_command_reports_a_run_and_collects_again_without_analysing(tmp_path
 @pytest.mark.parametrize("length", [1, 24])
 def test_a_collapsed_router_is_reported_as_one(length, tmp_path):
     model = tiny("expert_choice", vocab_size=257)
-    model.recursions.router.threshold_R.fill_(1)
+    model.router.threshold_R.fill_(1)
     checkpoint.save(tmp_path / "checkpoints" / "step-00000002", model, byte_tokenizer())
     (tmp_path / "text.txt").write_text(TEXT * 2)
     write_table([{"layer": 0}], tmp_path / "tables" / "kv_similarity.csv")
@@ -194,7 +194,7 @@ def test_a_collapsed_router_is_reported_as_one(length, tmp_path):
     )
 
 
-@pytest.mark.parametrize("broken", ["embedding.weight", "recursions.router"])
+@pytest.mark.parametrize("broken", ["embedding.weight", "router"])
 def test_a_model_that_gives_no_numbers_is_refused(broken, tmp_path, capsys):
     model = tiny("expert_choice", vocab_size=257)
     with torch.no_grad():

@@ -40,7 +40,7 @@ def test_flat_selection_lets_every_token_compete_again():
 def test_a_recursion_of_capacity_one_keeps_every_token_in_both_modes():
     model = tiny(RouterConfig(kind="expert_choice", capacities=(1.0, 1.0, 0.5)))
     with torch.no_grad():
-        for net in model.recursions.router.nets:
+        for net in model.router.nets:
             net.weight.fill_(0.0)
             net.weight[:, 0] = -100.0
     for selection in ("topk", "threshold"):
@@ -52,10 +52,10 @@ def test_thresholds_are_state_and_move_the_depth():
     model = tiny("expert_choice")
     tokens = random_tokens(2, 15)
     assert "recursions.router.threshold_R" in model.state_dict()
-    assert model.recursions.router.threshold_R.tolist() == [0.5] * 3
+    assert model.router.threshold_R.tolist() == [0.5] * 3
     depths = []
     for limit in (0.0, 0.5, 1.0):
-        model.recursions.router.threshold_R.fill_(limit)
+        model.router.threshold_R.fill_(limit)
         depths.append(model(tokens).routing.depth_BT.float().mean().item())
     assert depths[0] == 3 and depths[2] == 1 and 1 < depths[1] < 3
 
@@ -65,7 +65,7 @@ def test_the_auxiliary_router_decides_alone_at_inference_and_sends_no_gradient_b
     tokens = random_tokens(2, 12)
     before = model(tokens, selection="topk").routing.depth_BT, model(tokens).routing.depth_BT
     with torch.no_grad():
-        for net in model.recursions.router.aux_nets:
+        for net in model.router.aux_nets:
             net.weight.neg_()
     after = model(tokens, selection="topk").routing.depth_BT, model(tokens).routing.depth_BT
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
@@ -91,7 +91,7 @@ def test_max_depth_leaves_the_later_recursions_out():
 
 def test_loss_free_bias_moves_towards_balance_and_only_selects():
     model = tiny(RouterConfig(kind="token_choice", balancing="loss_free", bias_update_rate=0.01))
-    router = model.recursions.router
+    router = model.router
     router.update_bias(torch.tensor([10, 1, 4]))
     assert torch.allclose(router.bias_R, torch.tensor([-0.01, 0.01, 0.01]))
     router.bias_R.copy_(torch.tensor([0.0, 0.0, 5.0]))
@@ -104,7 +104,7 @@ def test_loss_free_bias_moves_towards_balance_and_only_selects():
 def test_balanced_choices_give_a_balancing_loss_of_one():
     model = tiny("token_choice")
     with torch.no_grad():
-        model.recursions.router.net.weight.zero_()
+        model.router.net.weight.zero_()
     loss = model(random_tokens(1, 8)).routing.losses["balancing"]
     assert abs(loss.value - 1) < 1e-6 and loss.weight == 0.1
 
@@ -133,7 +133,7 @@ def test_the_position_router_spreads_depth_over_positions_and_looks_at_nothing_e
 def test_the_frequency_router_sends_rare_tokens_deeper_and_meets_its_capacities():
     model = tiny("frequency")
     count_V = torch.arange(1, 38).flip(0)  # token 36 is the rarest
-    model.recursions.router.set_counts(count_V)
+    model.router.fit(count_V)
     tokens = torch.repeat_interleave(torch.arange(37), count_V)[
         None, hash_uniform(0, torch.arange(703)).argsort()
     ]
@@ -142,7 +142,7 @@ def test_the_frequency_router_sends_rare_tokens_deeper_and_meets_its_capacities(
     assert (routing.depth_BT[0][order].diff() >= 0).all() and len(
         set(routing.depth_BT[0].tolist())
     ) == 3
-    need_V = model.recursions.router.need_V
+    need_V = model.router.need_V
     for capacity in (2 / 3, 1 / 3):
         taken = count_V[need_V >= 1 - capacity].sum() / count_V.sum()
         assert abs(taken - capacity) < 0.05
@@ -210,7 +210,7 @@ def test_routers_and_losses_stay_fp32_under_autocast(router):
     with torch.autocast("cpu", torch.bfloat16):
         output = model(tokens, targets_BT=tokens, selection="topk")
         inside = model.prelude[0].feed_forward(torch.randn(2, 24))
-    logits = output.routing.steps[0].logit_C
+    logits = output.routing.steps[0].decision.logit_C
     assert inside.dtype == torch.bfloat16, "the layers do run in bf16"
     assert logits.dtype == output.nll.dtype == output.routing.weighted_loss.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())

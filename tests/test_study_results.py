@@ -336,11 +336,11 @@ def test_every_token_goes_as_deep_as_it_is_sent():
             )
         sent = all_to_depth(chosen, tokens, depth)
         # it gates nothing
-        chosen.recursions.router.bias_R[:] = torch.where(torch.arange(3) == depth - 1, 99.0, 0.0)
+        chosen.router.bias_R[:] = torch.where(torch.arange(3) == depth - 1, 99.0, 0.0)
         expected = chosen(tokens)
         assert (expected.routing.depth_BT == depth).all()
         torch.testing.assert_close(sent, expected.logits_BTV, atol=1e-4, rtol=1e-4)
-        chosen.recursions.router.bias_R.zero_()
+        chosen.router.bias_R.zero_()
 
 
 def test_equal_probabilities_are_shared_out_until_the_mean_depth_is_met():

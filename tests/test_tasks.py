@@ -167,7 +167,7 @@ def test_training_tells_the_frequency_router_how_often_words_occur(tmp_path):
         seq_len=16,
     )
     trained = train(config, console=Console(quiet=True))
-    loaded = checkpoint.load(trained.path).model.recursions.router
+    loaded = checkpoint.load(trained.path).model.router
     count_V = trained.corpus.train.token_counts(loaded.need_V.numel(), 16)
     order = count_V.argsort(descending=True, stable=True)
     assert (loaded.need_V[order].diff() >= 0).all() and count_V.unique().numel() > 2

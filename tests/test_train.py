@@ -19,7 +19,6 @@ from mor.evaluation.nll import evaluate
 from mor.model.config import RouterConfig, preset
 from mor.training.config import TrainConfig, branch, capacities_at, load_config, total_steps
 from mor.training.loop import TrainingError, collapse_message, train
-from mor.training.metrics import router_health
 from mor.training.optim import OptimConfig, learning_rate
 
 LOSS_FREE = RouterConfig(kind="token_choice", balancing="loss_free")
@@ -341,7 +340,7 @@ def test_a_resumed_branch_starts_where_the_branch_did(data, tmp_path):
 def test_router_health_by_hand():
     model = tiny("expert_choice", num_recursions=3)
     routing = model(random_tokens(2, 12), selection="topk").routing
-    found = router_health(model.recursions.router, [routing])
+    found = model.router.health([routing])
     assert found["mean_depth"] == pytest.approx(2.0) and found[
         "share_per_recursion"
     ] == pytest.approx([1, 2 / 3, 1 / 3])
@@ -361,11 +360,11 @@ def test_router_health_by_hand():
     chosen = tiny("token_choice", num_recursions=3)
     routing = chosen(random_tokens(2, 12), selection="topk").routing
     load = torch.bincount(routing.depth_M - 1, minlength=3) / 24
-    assert router_health(chosen.recursions.router, [routing])["max_violation"] == pytest.approx(
+    assert chosen.router.health([routing])["max_violation"] == pytest.approx(
         3 * load.max().item() - 1
     )
     plain = tiny("fixed", num_recursions=3)
-    assert router_health(plain.recursions.router, [plain(random_tokens(2, 5)).routing]).keys() == {
+    assert plain.router.health([plain(random_tokens(2, 5)).routing]).keys() == {
         "mean_depth",
         "share_per_recursion",
     }
@@ -379,7 +378,7 @@ def test_a_collapsed_router_is_reported_in_plain_words(data, tmp_path, monkeypat
     real = module.Transformer.init_weights
 
     def collapsed(model, seed):
-        real(model, seed).recursions.router.threshold_R.fill_(1.0)
+        real(model, seed).router.threshold_R.fill_(1.0)
         return model
 
     monkeypatch.setattr(module.Transformer, "init_weights", collapsed)

@@ -17,20 +17,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mor.analysis.views import TableRouter, with_router
 from mor.model.attention import attention
 from mor.model.kv_cache import KVCache
+from mor.model.other_depths import ForcedRouter
 from mor.model.packing import PackedTokens
-from mor.model.routing import Routing
 from mor.model.transformer import Transformer
 
 # alive at a time; four times as many spend more in the kernel than they save
 CHUNK_LOGITS = 1 << 22
-
-
-def taken(routing: Routing) -> Tensor:
-    """Whether each packed token took each recursion, (R, M)."""
-    return torch.stack([routing.selected_M(r) for r in range(len(routing.steps))])
 
 
 def at_depth(taken_RM: Tensor, depth: int) -> Tensor:
@@ -51,8 +45,8 @@ def exits_plain(model: Transformer, ids: list[int], taken_RM: Tensor, depth: int
     for t in range(len(ids)):
         table_RM = taken_RM.clone()
         table_RM[:, t] = forced_RM[:, t]
-        view = with_router(model, TableRouter(model.recursions.router, table_RM))
-        rows.append(view(tokens_1T).logits_BTV[0, t])
+        forced = ForcedRouter(model.router, table_RM)
+        rows.append(model(tokens_1T, router=forced).logits_BTV[0, t])
     return torch.stack(rows)
 
 
@@ -74,9 +68,10 @@ def exits(
     places = range(len(ids)) if places is None else places
     for start in range(0, len(places), size):
         position_M = torch.tensor(places[start : start + size], device=device)
-        view = with_router(model, TableRouter(model.recursions.router, forced_RT[:, position_M]))
+        forced = ForcedRouter(model.router, forced_RT[:, position_M])
         tokens_M1 = torch.tensor([ids[t] for t in position_M], device=device)[:, None]
-        yield view(tokens_M1, cache=Branches(cache, position_M), logits="last").logits_BTV[:, 0]
+        own = Branches(cache, position_M)
+        yield model(tokens_M1, cache=own, router=forced, logits="last").logits_BTV[:, 0]
 
 
 class Branches:

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mor.analysis.branches import exits, taken
+from mor.analysis.branches import exits
 from mor.analysis.classes import depth_by_class, kinds
-from mor.analysis.views import StateRecorder, extended, with_router
 from mor.data.stream import TokenData, Windows
 from mor.data.tokenizer import Tokenizer
 from mor.evaluation.nll import evaluate
 from mor.model.kv_cache import EMPTY, KVCache
 from mor.model.loss import IGNORED
-from mor.model.routing import ExpertChoiceRouter, Routing
+from mor.model.other_depths import RepeatLastRouter
+from mor.model.routing import Routing
 from mor.model.transformer import Transformer
 from mor.statistics import group_means
 
@@ -37,15 +37,13 @@ Rows = list[dict[str, Any]]
 @dataclass(frozen=True)
 class Reading:
     """Windows that a model has read. tokens_BT and targets_BT: the text; routings: one per window,
-    with threshold selection; states: for each window the states before the first pass and after
-    each, (M, D)."""
+    with threshold selection and with the states that tokens went through."""
 
     model: Transformer
     tokens_BT: Tensor
     targets_BT: Tensor
     routings: Sequence[Routing]
     caches: Sequence[KVCache]
-    states: Sequence[Sequence[Tensor]]
 
     @property
     def depth_BT(self) -> Tensor:
@@ -68,16 +66,15 @@ def read(model: Transformer, data: Windows, *, seq_len: int, max_windows: int = 
     count, weight = min(max_windows, available), model.embedding.weight
     batch = data.batch([i * available // count for i in range(count)], seq_len)
     tokens_BT, targets_BT = batch.tokens_BT.to(weight.device), batch.targets_BT.to(weight.device)
-    recorder = StateRecorder(model.recursions.router)
-    view, routings, caches, states = with_router(model, recorder), [], [], []
+    routings, caches = [], []
     for tokens_1T in tokens_BT.split(1):
         caches.append(KVCache(model.config, 1, device=weight.device, dtype=weight.dtype))
-        output = view(tokens_1T, cache=caches[-1], logits="last")
+        output = model(tokens_1T, cache=caches[-1], logits="last", keep_states=True)
         routing = output.routing
         seen = (
             output.logits_BTV,
-            routing.score_MR,
-            *(step.causal_logit_C for step in routing.steps),
+            *routing.memory.values(),
+            *(step.decision.causal_logit_C for step in routing.steps),
         )
         if not all(x is None or x.isfinite().all() for x in seen):
             raise ValueError(
@@ -85,8 +82,7 @@ def read(model: Transformer, data: Windows, *, seq_len: int, max_windows: int = 
                 "checkpoint"
             )
         routings.append(routing)
-        states.append(recorder.states_MD)
-    return Reading(model, tokens_BT, targets_BT, routings, caches, states)
+    return Reading(model, tokens_BT, targets_BT, routings, caches)
 
 
 def depth_histogram(reading: Reading) -> Rows:
@@ -161,9 +157,9 @@ def agreement(reading: Reading) -> Rows:
     same_depth: share of tokens that end at the same depth when each selection reads the text by
     itself. Empty for routers without top-k.
     """
-    router, rows = reading.model.recursions.router, []
-    if not isinstance(router, ExpertChoiceRouter):
-        return []
+    rows: Rows = []
+    if not (reading.model.router.has_topk and reading.model.router.is_learned):
+        return rows
     top = [
         reading.model(t, selection="topk", logits="none").routing
         for t in reading.tokens_BT.split(1)
@@ -172,14 +168,10 @@ def agreement(reading: Reading) -> Rows:
     for r, capacity in enumerate(reading.model.config.capacities):
         if capacity == 1:
             continue
-        kept, causal = [], []
-        for routing in top:
-            step = routing.steps[r]
-            assert step.causal_logit_C is not None
-            selected_M = routing.selected_M(r)
-            kept.append(selected_M if step.candidate_C is None else selected_M[step.candidate_C])
-            causal.append(step.causal_logit_C.sigmoid() > router.threshold_R[r])
-        kept_C, causal_C = torch.cat(kept), torch.cat(causal)
+        steps = [routing.steps[r] for routing in top]
+        kept_C = torch.cat([step.chosen_C for step in steps])
+        causal = [step.decision.takes_C for step in steps]
+        causal_C = torch.cat([takes_C for takes_C in causal if takes_C is not None])
         rows.append(
             dict(
                 recursion=r + 1,
@@ -201,21 +193,16 @@ def score_histogram(reading: Reading, bins: int = 20) -> Rows:
     recursion that selects; recursions without candidates are left out. Token-choice: each depth's
     share of the scores. Empty for routers that score nothing.
     """
-    rows: Rows = []
+    router, rows = reading.model.router, []
     for r, capacity in enumerate(reading.model.config.capacities):
         scores, chosen = [], []
         for routing in reading.routings:
-            step = routing.steps[r]
-            selected_M = routing.selected_M(r)
-            if routing.score_MR is not None:
-                assert routing.choice_M is not None
-                scores.append(routing.score_MR[:, r] / routing.score_MR.sum(-1))
-                chosen.append(routing.choice_M == r + 1)
-            elif step.causal_logit_C is not None and capacity < 1:
-                scores.append(step.causal_logit_C.sigmoid())
-                chosen.append(
-                    selected_M if step.candidate_C is None else selected_M[step.candidate_C]
-                )
+            score_M, depth_M = router.score_M(routing, r), router.chosen_depth(routing.memory)
+            if score_M is None or (depth_M is None and capacity == 1):
+                continue
+            chosen_M = routing.selected_M(r) if depth_M is None else depth_M == r + 1
+            scores.append(score_M[~score_M.isnan()])
+            chosen.append(chosen_M[~score_M.isnan()])
         if not sum(map(len, scores)):  # no token came as far
             continue
         score_C, chosen_C = torch.cat(scores), torch.cat(chosen)
@@ -253,11 +240,12 @@ def drift(reading: Reading) -> Rows:
     """How states move: for every two stages (0 is before the first pass) the mean cosine and the
     length of the difference over the length of the earlier state, over the tokens that the later
     pass changed."""
-    rows, stages = [], range(len(reading.states[0]))
+    states = [routing.states for routing in reading.routings]
+    rows, stages = [], range(len(states[0]))
     for a, b in combinations(stages, 2):
-        earlier, later = (torch.cat([s[i] for s in reading.states]).float() for i in (a, b))
-        before = torch.cat([s[b - 1] for s in reading.states])
-        moved_M = (torch.cat([s[b] for s in reading.states]) != before).any(1)
+        earlier, later = (torch.cat([s[i] for s in states]).float() for i in (a, b))
+        before = torch.cat([s[b - 1] for s in states])
+        moved_M = (torch.cat([s[b] for s in states]) != before).any(1)
         if not moved_M.any():
             continue
         x, y = earlier[moved_M], later[moved_M]
@@ -325,14 +313,14 @@ def depth_scaling(
     trained.
 
     Further recursions decide and gate as the last trained one
-    (:class:`~mor.analysis.views.RepeatLastRouter`) and keep keys and values of their own; they are
-    an extrapolation and labelled so. Settings as in ``evaluate``.
+    (:class:`~mor.model.other_depths.RepeatLastRouter`) and keep keys and values of their own; they
+    are an extrapolation and labelled so. Settings as in ``evaluate``.
     """
     trained, rows = model.config.num_recursions, []
     deepest = trained + (further if extrapolate and trained > 1 else 0)
     for cap in range(1, deepest + 1):
-        used = model if cap <= trained else extended(model, cap)
-        found = evaluate(used, data, max_depth=cap, **settings)
+        router = model.router if cap <= trained else RepeatLastRouter(model.router, cap)
+        found = evaluate(model, data, max_depth=cap, router=router, **settings)
         rows.append(
             dict(
                 max_depth=cap,
@@ -398,7 +386,7 @@ def _exit_logprobs(reading: Reading, w: int, routing: Routing) -> Tensor:
     """Log-probability of every token's target had it left after 1..R recursions, (R, T); without
     meaning where there is none."""
     ids, target_T1 = reading.tokens_BT[w].tolist(), reading.targets_BT[w].clamp(min=0)[:, None]
-    taken_RT, rows = taken(routing), []
+    taken_RT, rows = routing.taken_RM, []
     for depth in range(1, reading.model.config.num_recursions + 1):
         logits_TV = torch.cat(list(exits(reading.model, ids, taken_RT, depth, reading.caches[w])))
         rows.append(logits_TV.float().log_softmax(-1).gather(1, target_T1)[:, 0])

@@ -18,12 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mor.analysis.branches import exits, taken
+from mor.analysis.branches import exits
 from mor.analysis.classes import BLOCK, depth_by_class, kinds
 from mor.data.tokenizer import Tokenizer
 from mor.model.kv_cache import KVCache
 from mor.model.loss import IGNORED
-from mor.model.routing import ExpertChoiceRouter, Routing
+from mor.model.routing import Routing
 from mor.model.transformer import Transformer
 from mor.statistics import GroupMean, group_means
 
@@ -320,7 +320,7 @@ class _Reader:
         model, device = self.model, self.model.embedding.weight.device
         cache = KVCache(model.config, 1, device=device, dtype=model.embedding.weight.dtype)
         output = model(torch.tensor([ids], device=device), cache=cache)
-        taken_RT = taken(output.routing)
+        taken_RT = output.routing.taken_RM
         own, depths = (
             self._predictions(output.logits_BTV[0, first:], targets),
             taken_RT.sum(0).tolist(),
@@ -398,25 +398,23 @@ class _Reader:
 def routing_columns(model: Transformer, routing: Routing) -> list[dict[str, list]]:
     """What the router saw and did at each recursion with every token of one sequence: taken, score,
     threshold, gate."""
-    router, found = model.recursions.router, []
+    router, found = model.router, []
     for r, step in enumerate(routing.steps):
-        score_M, threshold = [None] * len(routing.tokens), None
-        if routing.score_MR is not None:
-            score_M = (routing.score_MR[:, r] / routing.score_MR.sum(-1)).tolist()
-        elif step.causal_logit_C is not None:
-            index = range(len(score_M)) if step.candidate_C is None else step.candidate_C.tolist()
-            for i, score in zip(index, step.causal_logit_C.sigmoid().tolist(), strict=True):
-                score_M[i] = score
-        if isinstance(router, ExpertChoiceRouter) and routing.capacities[r] < 1:
-            threshold = float(router.threshold_R[r])
+        scored = router.score_M(routing, r)
+        score_M = [None] * len(routing.tokens) if scored is None else _known(scored)
+        threshold = router.threshold(r) if routing.rule.capacities[r] < 1 else None
         gate_M: list[float | None] = [None] * len(score_M)
         if step.gate_K is not None:
-            gate_M = [None if math.isnan(g) else g for g in routing.gate_BT(r).flatten().tolist()]
+            gate_M = _known(routing.gate_BT(r).flatten())
         taken_M = routing.selected_M(r).tolist()
         found.append(
             dict(taken=taken_M, score=score_M, threshold=[threshold] * len(score_M), gate=gate_M)
         )
     return found
+
+
+def _known(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]
 
 
 def _token_fields(

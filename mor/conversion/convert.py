@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mor import checkpoint
 from mor.data.tokenizer import Tokenizer
 from mor.model.config import KVStrategyName, ModelConfig, RouterConfig, Sharing, layout
-from mor.model.transformer import Transformer
+from mor.model.transformer import Transformer, passes
 
 Init = Literal["stepwise", "average", "lower", "upper", "random"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -191,7 +191,7 @@ def unrolled(model: Transformer) -> list[nn.Module]:
             "of layers cannot do; only kv_strategy='recursion_wise' converts"
         )
     shared = [
-        model.recursions.shared_blocks[i] for _, layers in model.recursions.passes for i in layers
+        model.recursions.shared_blocks[i] for _, layers in passes(model.config) for i in layers
     ]
     return [*model.prelude, *shared, *model.coda]
 

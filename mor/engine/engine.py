@@ -30,7 +30,7 @@ from mor.engine.sampling import SamplingRows, logprob_rows, sample_rows
 from mor.engine.scheduler import Scheduler
 from mor.engine.weights import for_decoding
 from mor.generation import SamplingParams
-from mor.model.transformer import Output, Transformer
+from mor.model.transformer import Output, Transformer, passes
 
 Batching = Literal["depth_wise", "lock_step", "static"]
 Loop = Literal["auto", "host", "device"]
@@ -148,7 +148,10 @@ class Engine:
         self._number = 0
 
     def _runs_on_device(self, model: Transformer, device: torch.device) -> bool:
-        asked, layers = self.config.loop, [layers for _, layers in model.recursions.passes]
+        asked, layers = (
+            self.config.loop,
+            [layers for _, layers in passes(model.config)],
+        )
         fits = self.config.batching == "depth_wise" and all(part == layers[0] for part in layers)
         if asked == "device" and not fits:
             raise ValueError(

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mor.engine.paged_kv import PagedBatch, PagedKV
 from mor.model.packing import PackedTokens
-from mor.model.routing import Routing, RoutingStep, at_least_fp32
-from mor.model.transformer import Logits, Output, Transformer, rotary_angles
+from mor.model.routers import at_least_fp32
+from mor.model.routing import Memory
+from mor.model.transformer import Logits, Output, Transformer, passes, rotary_angles
 
 
 class Runner:
@@ -40,9 +41,9 @@ class Runner:
         longest: int | None = None,
     ) -> None:
         config, device = model.config, model.embedding.weight.device
-        self.model, self.kv, self.router, self.longest = model, kv, model.recursions.router, longest
+        self.model, self.kv, self.router, self.longest = model, kv, model.router, longest
         self.max_depth = max_depth or config.num_recursions
-        self.passes = [p for p in model.recursions.passes if p[0] < self.max_depth]
+        self.passes = passes(config, self.max_depth)
         # One more: where a token is that took its last pass. It has no recursion of its own.
         self.recursion_P = torch.tensor(
             [*(recursion for recursion, _ in self.passes), 0], device=device
@@ -51,16 +52,19 @@ class Runner:
         self.h_SD = torch.zeros(
             slots, config.dim, dtype=model.embedding.weight.dtype, device=device
         )
-        self.first_SD = torch.zeros_like(self.h_SD)
         self.gate_S = at_least_fp32(self.h_SD.new_zeros(slots))
-        self.score_SR = self.gate_S.new_zeros(slots, config.num_recursions)
-        self.id_S, self.position_S, self.stage_S, self.choice_S = (
-            torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4)
+        self.id_S, self.position_S, self.stage_S = (
+            torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(3)
         )
         self.took_SR = torch.zeros(slots, config.num_recursions, dtype=torch.bool, device=device)
         self.angles_L = rotary_angles(
             torch.arange(kv.max_len, device=device), config.head_dim, config.rope_theta
         )
+        # Started on nothing, the router shows what it will want to remember of each token.
+        tokens = self._tokens(torch.arange(slots, device=device))
+        with torch.no_grad():
+            memory = self.router.start(self.h_SD, tokens, self.max_depth)
+        self.memory_S: Memory = {name: value.clone() for name, value in memory.items()}
         self.model_s = 0.0
 
     @contextmanager
@@ -100,15 +104,11 @@ class Runner:
             with self._in_model():
                 for layer, block in enumerate(self.model.prelude):
                     x_MD = block(x_MD, angles, lanes, layer)
-        self.h_SD[slot_M] = self.first_SD[slot_M] = x_MD
-        routing = self._routing(tokens)
+        self.h_SD[slot_M] = x_MD
         with self._in_model():
-            self.router.start(x_MD, routing)
-        if routing.choice_M is not None and routing.score_MR is not None:
-            self.choice_S[slot_M], self.score_SR[slot_M] = (
-                routing.choice_M,
-                routing.score_MR.to(self.score_SR.dtype),
-            )
+            memory = self.router.start(x_MD, tokens, self.max_depth)
+        for name, value in memory.items():
+            self.memory_S[name][slot_M] = value
         self._route(slot_M, x_MD, tokens, entering=True)
 
     def block(self, slot_M: Tensor, layers: Sequence[int]) -> None:
@@ -124,9 +124,8 @@ class Runner:
         angles = self._angles(tokens)
         with self._in_model():
             out_MD = self.model.recursions.stack(h_MD, angles, lanes, layers).contiguous()
-        step = RoutingStep(recursion_M, tokens, gate_K=self.gate_S[slot_M])  # type: ignore[arg-type]
         h_MD = self.router.combine(
-            step, h_MD, out_MD, self.first_SD[slot_M], self._routing(tokens, slot_M)
+            recursion_M, h_MD, out_MD, self.gate_S[slot_M], self._memory(slot_M)
         )
         self.h_SD[slot_M] = h_MD
         self.stage_S[slot_M] += 1
@@ -155,27 +154,26 @@ class Runner:
     def _route(self, slot_M: Tensor, h_MD: Tensor, tokens: PackedTokens, *, entering: bool) -> None:
         """Move every slot on to the next pass that its token takes, or past the last one. entering:
         all are at the first pass; else none is."""
-        routing, end = self._routing(tokens, slot_M), len(self.passes)
+        memory, end = self._memory(slot_M), len(self.passes)
         stage_M, gate_M = self.stage_S[slot_M], self.gate_S[slot_M]
+        capacities = self.model.config.capacities
         for stage, (recursion, _) in list(enumerate(self.passes))[0 if entering else 1 :]:
             with self._in_model():
-                takes_M, new_gate_M = self.router.takes(recursion, h_MD, routing)
+                decision = self.router.decide(
+                    recursion, h_MD, tokens, memory, capacities[recursion]
+                )
             here_M = stage_M == stage
-            if new_gate_M is not None:
-                gate_M = torch.where(here_M, new_gate_M.to(gate_M.dtype), gate_M)
-            if takes_M is not None:
-                next_stage = end if self.model.config.router.hierarchical else stage + 1
-                stage_M = torch.where(here_M & ~takes_M, next_stage, stage_M)
+            if decision.gate_C is not None:
+                gate_M = torch.where(here_M, decision.gate_C.to(gate_M.dtype), gate_M)
+            if decision.takes_C is not None:
+                next_stage = end if self.router.is_hierarchical else stage + 1
+                stage_M = torch.where(here_M & ~decision.takes_C, next_stage, stage_M)
             elif entering:
                 break
         self.stage_S[slot_M], self.gate_S[slot_M] = stage_M, gate_M
 
-    def _routing(self, tokens: PackedTokens, slot_M: Tensor | None = None) -> Routing:
-        """A record in which these tokens are all there are: each is a candidate."""
-        routing = Routing(tokens, "threshold", self.model.config.capacities, self.max_depth)
-        if slot_M is not None:
-            routing.choice_M, routing.score_MR = self.choice_S[slot_M], self.score_SR[slot_M]
-        return routing
+    def _memory(self, slot_M: Tensor) -> Memory:
+        return {name: value_S[slot_M] for name, value_S in self.memory_S.items()}
 
     def _tokens(self, slot_M: Tensor) -> PackedTokens:
         every_M = torch.arange(len(slot_M), device=slot_M.device)

@@ -11,6 +11,7 @@ import torch
 from mor.data.stream import TaskData, Windows
 from mor.model.config import Selection
 from mor.model.loss import IGNORED
+from mor.model.routers import Router
 from mor.model.transformer import Transformer
 
 
@@ -43,15 +44,18 @@ def evaluate(
     max_windows: int | None = None,
     selection: Selection = "threshold",
     max_depth: int | None = None,
+    router: Router | None = None,
     document_mask: bool = False,
 ) -> Evaluation:
     """Mean NLL over consecutive windows of the data.
 
     selection: ``topk`` reproduces the paper's evaluation, which sees the future, and is labelled
     so.
+    router: decides in place of the model's own.
     document_mask: documents do not see each other, as a model trained so expects.
     max_windows: only that many windows, spread evenly.
     """
+    router = router or model.router
     length = seq_len or model.config.max_seq_len
     available = data.windows(length)
     if available < 1:
@@ -62,7 +66,7 @@ def evaluate(
     chosen = [i * available // count for i in range(count)]
     device = model.embedding.weight.device
     nll, targets = 0.0, 0
-    taken = torch.zeros(max_depth or model.config.num_recursions)
+    taken = torch.zeros(max_depth or router.num_recursions)
     for start in range(0, count, batch_size):
         batch = data.batch(chosen[start : start + batch_size], length, documents=document_mask)
         output = model(
@@ -71,6 +75,7 @@ def evaluate(
             documents_BT=None if batch.documents_BT is None else batch.documents_BT.to(device),
             selection=selection,
             max_depth=max_depth,
+            router=router,
         )
         counted = int((batch.targets_BT != IGNORED).sum())
         nll, targets = nll + output.nll.item() * counted, targets + counted
@@ -79,8 +84,8 @@ def evaluate(
     nll /= targets
     return Evaluation(
         selection=selection,
-        causal=selection == "threshold" or not model.recursions.router.has_topk,
-        max_depth=max_depth or model.config.num_recursions,
+        causal=selection == "threshold" or not router.has_topk,
+        max_depth=max_depth or router.num_recursions,
         tokens=tokens,
         nll=nll,
         perplexity=math.exp(nll),

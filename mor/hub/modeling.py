@@ -30,7 +30,6 @@ except ImportError as error:
 from mor.hub.configuration import MoRConfig
 from mor.model.config import Selection
 from mor.model.kv_cache import KVCache
-from mor.model.routing import TokenChoiceRouter
 from mor.model.transformer import Output, RMSNorm, Transformer
 
 # generate() hands the cache over as "cache" since transformers 5.24, before that as
@@ -231,8 +230,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def balances_by_bias(self) -> bool:
         """Whether the router's load is balanced between the steps of training and not by a loss."""
-        router = self.model.recursions.router
-        return isinstance(router, TokenChoiceRouter) and router.config.balancing == "loss_free"
+        return self.model.router.balances_between_steps
 
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:

@@ -35,7 +35,7 @@ class LoadBalancing(TrainerCallback):
             self.loads.append(torch.bincount(depths, minlength=model.config.num_recursions + 1)[1:])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.model.model.recursions.router.update_bias(torch.stack(self.loads).sum(0))
+        self.model.model.router.update_bias(torch.stack(self.loads).sum(0))
         self.loads.clear()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -173,16 +173,18 @@ class KVCache:
         config: ModelConfig,
         batch: int,
         *,
+        num_recursions: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        """num_recursions: with a router that goes on after the trained ones; None: the trained."""
         if batch < 1:
             raise ValueError(f"a cache needs at least one sequence, got batch={batch}")
         reads = READS[config.kv_strategy]
         entry = (batch, 0, config.num_kv_heads, config.head_dim)
         self.batch = batch
         self.streams: list[_Stream] = []
-        for stream in range(config.num_recursions + 1):
+        for stream in range((num_recursions or config.num_recursions) + 1):
             layers = config.shared_layers if stream else config.prelude_layers + config.coda_layers
             layers = layers if stream in reads(stream) else 0
             self.streams.append(

@@ -11,7 +11,7 @@ dim · V vocab
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,10 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from mor.model.config import ModelConfig, Selection
 from mor.model.kv_cache import READS, AttentionPass, Cache, KVStore, Scratch
 from mor.model.loss import linear_cross_entropy
-from mor.model.packing import PackedTokens, pack, take
-from mor.model.routing import Routing, build_router
+from mor.model.packing import PackedTokens, pack
+from mor.model.routers import Router, build_router
+from mor.model.routing import Routing, RoutingRule, RoutingStep, route
 
 Logits = Literal["all", "last", "none"]
+Angles = tuple[Tensor, Tensor]
+"""Cosines and sines of rotary embedding."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x_MD, self.weight.shape, self.weight, self.eps)
 
 
-def rotary_angles(position_M: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_angles(position_M: Tensor, head_dim: int, theta: float) -> Angles:
     """Cosines and sines for rotary embedding, each (M, 1, H/2), fp32."""
     exponent = (
         torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_M.device) / head_dim
@@ -58,7 +61,7 @@ def rotary_angles(position_M: Tensor, head_dim: int, theta: float) -> tuple[Tens
     return angle_M1H.cos(), angle_M1H.sin()
 
 
-def rotate(x_MNH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x_MNH: Tensor, angles: Angles) -> Tensor:
     """Rotate dimension pairs (i, i + H/2)."""
     cos, sin = (a.to(x_MNH.dtype) for a in angles)
     a, b = x_MNH.chunk(2, dim=-1)
@@ -75,7 +78,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
 
     def project(
-        self, x_MD: Tensor, angles: tuple[Tensor, Tensor], with_kv: bool
+        self, x_MD: Tensor, angles: Angles, with_kv: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Queries (M, N, H), and keys and values (M, G, H) if the pass writes any."""
         q_MNH = rotate(self.q_proj(x_MD).unflatten(-1, (-1, self.head_dim)), angles)
@@ -106,16 +109,14 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(
-        self, x_MD: Tensor, angles: tuple[Tensor, Tensor], kv: AttentionPass, layer: int
-    ) -> Tensor:
+    def forward(self, x_MD: Tensor, angles: Angles, kv: AttentionPass, layer: int) -> Tensor:
         q_MNH, k_MGH, v_MGH = self.enter(x_MD, angles, kv.writes)
         if k_MGH is not None and v_MGH is not None:
             kv.write(layer, k_MGH, v_MGH)
         return self.leave(x_MD, kv.attend(layer, q_MNH))
 
     def enter(
-        self, x_MD: Tensor, angles: tuple[Tensor, Tensor], with_kv: bool
+        self, x_MD: Tensor, angles: Angles, with_kv: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Everything before the attention kernel."""
         return self.attention.project(self.attention_norm(x_MD), angles, with_kv)
@@ -141,15 +142,15 @@ class Block(nn.Module):
             )
 
 
-def run(function: Callable[..., Tensor], *args: object, recompute: bool) -> Tensor:
+def checkpointed(function: Callable[..., Tensor], *args: object, recompute: bool) -> Tensor:
     """``function(*args)``; with ``recompute`` its activations are made again in the backward
     pass."""
     return checkpoint(function, *args, use_reentrant=False) if recompute else function(*args)
 
 
-def passes(config: ModelConfig) -> list[tuple[int, list[int]]]:
-    """(recursion, shared layers that it applies), in order."""
-    layers, recursions = range(config.shared_layers), range(config.num_recursions)
+def passes(config: ModelConfig, num_recursions: int | None = None) -> list[tuple[int, list[int]]]:
+    """(recursion, shared layers that it applies), in order. None: for the trained recursions."""
+    layers, recursions = range(config.shared_layers), range(num_recursions or config.num_recursions)
     return {
         "cycle": [(r, list(layers)) for r in recursions],
         "sequence": [(r, [layer]) for layer in layers for r in recursions],
@@ -161,54 +162,59 @@ class Recursions(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.shared_blocks = nn.ModuleList(Block(config) for _ in range(config.shared_layers))
         self.router = build_router(config)
-        self.reads = READS[config.kv_strategy]
-        self.passes = passes(config)
 
     def stack(
         self,
         x_KD: Tensor,
-        angles: tuple[Tensor, Tensor],
+        angles: Angles,
         kv: AttentionPass,
         layers: Sequence[int],
         recompute: bool = False,
     ) -> Tensor:
         for layer in layers:
-            x_KD = run(self.shared_blocks[layer], x_KD, angles, kv, layer, recompute=recompute)
+            x_KD = checkpointed(
+                self.shared_blocks[layer], x_KD, angles, kv, layer, recompute=recompute
+            )
         return x_KD
 
     def forward(
         self,
         x_MD: Tensor,
-        angles: tuple[Tensor, Tensor],
-        routing: Routing,
+        angles: Angles,
+        tokens: PackedTokens,
         store: KVStore,
-        recompute: bool,
-    ) -> Tensor:
-        first_MD, passes_kv = x_MD, {}
-        self.router.start(x_MD, routing)
-        for recursion, layers in self.passes:
-            if recursion >= routing.max_depth:
-                continue
-            step = self.router.select(recursion, x_MD, routing)  # route
-            if len(routing.steps) == recursion:
-                routing.steps.append(step)
-            if not len(step.tokens):
-                continue
-            index_K = step.index_K
-            if recursion not in passes_kv:
-                passes_kv[recursion] = store.open(
-                    recursion + 1, self.reads(recursion + 1), step.tokens
-                )
-            h_KD = x_MD if index_K is None else take(x_MD, index_K)  # gather
-            here = angles if index_K is None else (angles[0][index_K], angles[1][index_K])
+        rule: RoutingRule,
+        *,
+        router: Router | None = None,
+        recompute: bool = False,
+        keep_states: bool = False,
+    ) -> tuple[Tensor, Routing]:
+        router, reads = router or self.router, READS[self.config.kv_strategy]
+        memory = router.start(x_MD, tokens, rule.max_depth)
+        steps: list[RoutingStep] = []
+        states, passes_kv = [x_MD], dict[int, AttentionPass]()
+        for recursion, layers in passes(self.config, rule.max_depth):
+            if recursion == len(steps):
+                steps.append(route(router, recursion, x_MD, tokens, memory, steps, rule))
+            step = steps[recursion]
+            if len(step.tokens):
+                if recursion not in passes_kv:
+                    stream = recursion + 1
+                    passes_kv[recursion] = store.open(stream, reads(stream), step.tokens)
+                here = step.gather(angles[0]), step.gather(angles[1])
+                h_KD, memory_K = step.gather(x_MD), {n: step.gather(m) for n, m in memory.items()}
 
-            out_KD = self.stack(h_KD, here, passes_kv[recursion], layers, recompute)
+                out_KD = self.stack(h_KD, here, passes_kv[recursion], layers, recompute)
 
-            new_KD = self.router.combine(step, h_KD, out_KD, first_MD, routing)  # gate
-            x_MD = new_KD if index_K is None else x_MD.index_copy(0, index_K, new_KD)  # scatter
-        return x_MD
+                new_KD = router.combine(recursion, h_KD, out_KD, step.gate_K, memory_K)
+                x_MD = step.scatter(new_KD, x_MD)
+            if keep_states:
+                states.append(x_MD)
+        routing = Routing(tokens, rule, memory, steps, states if keep_states else ())
+        return x_MD, replace(routing, losses=router.losses(routing))
 
 
 class Transformer(nn.Module):
@@ -237,8 +243,10 @@ class Transformer(nn.Module):
         selection: Selection = "threshold",
         capacities: Sequence[float] | None = None,
         max_depth: int | None = None,
+        router: Router | None = None,
         logits: Logits = "all",
         recompute: bool = False,
+        keep_states: bool = False,
     ) -> Output:
         """Logits for the next token at every position, and the routing that led there.
 
@@ -251,23 +259,20 @@ class Transformer(nn.Module):
         selection: ``threshold`` is causal; ``topk`` is the paper's training selection and sees the
         future.
         capacities: replaces the configured ones (warm-up). max_depth: caps the recursions.
+        router: decides in place of the model's own, such as one of :mod:`mor.model.other_depths`.
         logits: of ``all`` tokens, the ``last`` of each row, or ``none``.
         recompute: keep no activations inside the layers; backward makes them again.
+        keep_states: put the states before the first pass and after each one into the record.
         Raises ValueError for an empty batch, capacities or a depth that do not fit, or top-k with a
         cache; IndexError for ids outside the vocabulary.
         """
-        self._check(tokens_BT, documents_BT, cache, selection, max_depth, logits)
-        tokens = pack(
-            tokens_BT, mask_BT, start_B=cache.length_B if cache else None, documents_BT=documents_BT
-        )
+        self._check(tokens_BT, documents_BT, cache, selection, logits)
+        start_B = None if cache is None else cache.length_B
+        tokens = pack(tokens_BT, mask_BT, start_B=start_B, documents_BT=documents_BT)
         if not len(tokens):
             raise ValueError("the mask hides every token of the batch")
-        capacities = self.config.capacities if capacities is None else capacities
-        if len(capacities) != self.config.num_recursions:
-            raise ValueError(
-                f"got {len(capacities)} capacities for {self.config.num_recursions} recursions"
-            )
-        routing = Routing(tokens, selection, capacities, max_depth or self.config.num_recursions)
+        router = router or self.router
+        rule = self._rule(router, selection, capacities, max_depth)
         store: KVStore = cache or Scratch(
             kept=() if self.config.kv_strategy == "recursion_wise" else (1,)
         )
@@ -276,10 +281,19 @@ class Transformer(nn.Module):
 
         everyone = store.open(0, (0,), tokens)
         for layer, block in enumerate(self.prelude):
-            x_MD = run(block, x_MD, angles, everyone, layer, recompute=recompute)
-        x_MD = self.recursions(x_MD, angles, routing, store, recompute)
+            x_MD = checkpointed(block, x_MD, angles, everyone, layer, recompute=recompute)
+        x_MD, routing = self.recursions(
+            x_MD,
+            angles,
+            tokens,
+            store,
+            rule,
+            router=router,
+            recompute=recompute,
+            keep_states=keep_states,
+        )
         for layer, block in enumerate(self.coda, start=len(self.prelude)):
-            x_MD = run(block, x_MD, angles, everyone, layer, recompute=recompute)
+            x_MD = checkpointed(block, x_MD, angles, everyone, layer, recompute=recompute)
         if targets_BT is not None:
             target_M = targets_BT.flatten()[tokens.place_M]
             nll = linear_cross_entropy(self.final_norm(x_MD), self.head_weight, target_M)
@@ -295,6 +309,11 @@ class Transformer(nn.Module):
         return self
 
     @property
+    def router(self) -> Router:
+        """The router that the model was trained with."""
+        return self.recursions.router
+
+    @property
     def head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
 
@@ -304,7 +323,6 @@ class Transformer(nn.Module):
         documents_BT: Tensor | None,
         cache: Cache | None,
         selection: str,
-        max_depth: int | None,
         logits: Logits,
     ) -> None:
         if tokens_BT.ndim != 2 or tokens_BT.numel() == 0:
@@ -323,10 +341,6 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"the cache holds {cache.batch} sequences, the batch has {tokens_BT.shape[0]}"
             )
-        if max_depth is not None and not 1 <= max_depth <= self.config.num_recursions:
-            raise ValueError(
-                f"max_depth must lie in 1..{self.config.num_recursions}, got {max_depth}"
-            )
         if logits not in ("all", "last", "none"):
             raise ValueError(f"logits={logits!r} is not known; choose 'all', 'last' or 'none'")
         if documents_BT is not None and (cache is not None or logits == "last"):
@@ -334,6 +348,22 @@ class Transformer(nn.Module):
                 "documents_BT splits rows into several sequences; it goes with neither cache nor "
                 "logits='last'"
             )
+
+    def _rule(
+        self,
+        router: Router,
+        selection: Selection,
+        capacities: Sequence[float] | None,
+        max_depth: int | None,
+    ) -> RoutingRule:
+        trained, R = self.config.num_recursions, router.num_recursions
+        if max_depth is not None and not 1 <= max_depth <= R:
+            raise ValueError(f"max_depth must lie in 1..{R}, got {max_depth}")
+        capacities = self.config.capacities if capacities is None else tuple(capacities)
+        if len(capacities) != trained:
+            raise ValueError(f"got {len(capacities)} capacities for {trained} recursions")
+        further = capacities[-1:] * (R - trained)  # beyond the trained ones, all are as the last
+        return RoutingRule(selection, (*capacities, *further), max_depth or R)
 
     def predict(self, x_MD: Tensor) -> Tensor:
         """Final norm and head: logits, (M, V)."""

@@ -161,9 +161,7 @@ def _row(
 ) -> DemoRow:
     causal = evaluate(model, data, seq_len=SEQ_LEN)
     topk = (
-        evaluate(model, data, seq_len=SEQ_LEN, selection="topk")
-        if model.recursions.router.has_topk
-        else None
+        evaluate(model, data, seq_len=SEQ_LEN, selection="topk") if model.router.has_topk else None
     )
     return DemoRow(
         name=name,

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mor.analysis.views import TableRouter, with_router
 from mor.data.stream import Windows
 from mor.model.loss import IGNORED
+from mor.model.other_depths import ForcedRouter
 from mor.model.random import hash_uniform
 from mor.model.transformer import Transformer
 
@@ -77,8 +77,8 @@ def all_to_depth(model: Transformer, tokens_BT: Tensor, depth: int) -> Tensor:
     would decide."""
     wanted_R = torch.arange(model.config.num_recursions, device=tokens_BT.device) < depth
     table_RM = wanted_R[:, None].expand(-1, tokens_BT.numel())
-    view = with_router(model, TableRouter(model.recursions.router, table_RM))
-    return view(tokens_BT, max_depth=depth).logits_BTV
+    forced = ForcedRouter(model.router, table_RM)
+    return model(tokens_BT, max_depth=depth, router=forced).logits_BTV
 
 
 def _predictions(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:

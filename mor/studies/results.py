@@ -52,7 +52,7 @@ def measure(run: Run, result: TrainResult) -> dict[str, Any]:
         seq_len=config.seq_len, max_windows=run.windows, document_mask=config.data.document_mask
     )
     causal = evaluate(model, data, **settings)
-    router = model.recursions.router
+    router = model.router
     state = result.state
     return {
         "validation_nll": causal.nll,

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mor.device import pick_device
-from mor.model.routing import TokenChoiceRouter
 from mor.model.transformer import Transformer
 
 Parallel = Literal["ddp", "fsdp"]
@@ -94,9 +93,7 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
 
 def spread(model: Transformer, ranks: Ranks, how: Parallel) -> nn.Module:
     """What to call for a training forward; ``model`` stays the module that holds the weights."""
-    router = model.recursions.router
-    if isinstance(router, TokenChoiceRouter):
-        router.mean_over_ranks = ranks.mean
+    model.router.processes = ranks
     if ranks.size == 1:
         return model
     if how == "ddp":

@@ -27,13 +27,12 @@ from mor.data.stream import Batch, Corpus, DataState, load_corpus
 from mor.device import preferred_kernels
 from mor.evaluation.nll import evaluate
 from mor.files import write_json
-from mor.model.packing import tally
-from mor.model.routing import FrequencyRouter, Routing, TokenChoiceRouter
+from mor.model.routing import Routing
 from mor.model.transformer import Output, Transformer
 from mor.training import distributed
 from mor.training.config import TrainConfig, capacities_at, step_flops, total_steps
 from mor.training.distributed import Ranks, reducing, reshard, spread, whole
-from mor.training.metrics import MetricsLog, ProgressLine, health_text, router_health
+from mor.training.metrics import MetricsLog, ProgressLine, health_text
 from mor.training.optim import build_optimizers, learning_rate
 from mor.training.trackers import TRACKERS, Tracker, routing_histograms
 
@@ -150,7 +149,7 @@ def train_step(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optim, state.step, total)
             optimizer.step()
-        _balance(model, routings)
+        model.router.after_step(routings)
     else:
         state.skipped += 1
     for optimizer in state.optimizers:
@@ -181,13 +180,6 @@ def _forward(
 def _autocast(config: TrainConfig, device: torch.device) -> Any:
     on = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16) if on else nullcontext()
-
-
-def _balance(model: Transformer, routings: Sequence[Routing]) -> None:
-    router = model.recursions.router
-    if isinstance(router, TokenChoiceRouter) and router.config.balancing == "loss_free":
-        choices = torch.cat([r.choice_M for r in routings if r.choice_M is not None])
-        router.update_bias(tally(choices - 1, router.num_recursions))
 
 
 def train(
@@ -258,10 +250,8 @@ def _train(
         config, model=config.model.replace(vocab_size=corpus.tokenizer.vocab_size)
     )
     model = saved.model.train() if saved else Transformer(config.model).init_weights(config.seed)
-    if saved is None and isinstance(model.recursions.router, FrequencyRouter):
-        model.recursions.router.set_counts(
-            corpus.train.token_counts(config.model.vocab_size, config.seq_len)
-        )
+    if saved is None and model.router.needs_token_counts:
+        model.router.fit(corpus.train.token_counts(config.model.vocab_size, config.seq_len))
     model.to(ranks.device)
     if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
         model.compile_blocks()
@@ -421,7 +411,7 @@ def _log_step(
     log: MetricsLog,
 ) -> dict[str, Any]:
     """Write the step's row; returns its router health."""
-    health = router_health(state.model.recursions.router, result.routings, state.ranks)
+    health = state.model.router.health(result.routings, state.ranks)
     log.tracker.histograms(
         state.step, routing_histograms(result.routings) if config.tracker != "none" else {}
     )

@@ -124,7 +124,7 @@ def routing_histograms(routings: Sequence[Routing]) -> dict[str, np.ndarray]:
     this rank."""
     found = {"routing/depth": torch.cat([r.depth_M for r in routings])}
     for recursion in range(len(routings[0].steps)):
-        logits = [r.steps[recursion].logit_C for r in routings]
+        logits = [r.steps[recursion].decision.logit_C for r in routings]
         given = [logit_C for logit_C in logits if logit_C is not None]
         if given:
             found[f"routing/logit/{recursion + 1}"] = torch.cat(given).float()

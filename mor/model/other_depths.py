@@ -1,0 +1,78 @@
+"""The same weights under other decisions: depths from a table, more recursions than were trained.
+
+These routers go around the one that a model was trained with, and are given to a forward:
+``model(tokens, router=ForcedRouter(model.router, taken_RM))``. Nothing is copied.
+
+M packed tokens · C candidates · D model · R recursions
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from mor.model.packing import PackedTokens
+from mor.model.routers import Router, RouterAround
+from mor.model.routing import Decision, Memory
+
+
+class ForcedRouter(RouterAround):
+    """Depths come from a table; gates and everything else are those of the router inside.
+
+    taken_RM: whether each packed token of the forward takes each recursion.
+    """
+
+    def __init__(self, inner: Router, taken_RM: Tensor) -> None:
+        super().__init__(inner)
+        self.is_hierarchical = self.has_topk = False
+        self.taken_RM = taken_RM
+
+    def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
+        memory = self.inner.start(x_MD, tokens, max_depth)
+        return self.inner.with_depth(memory, self.taken_RM.sum(0))
+
+    def decide(
+        self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
+    ) -> Decision:
+        decided = self.inner.decide(recursion, h_CD, tokens, memory, capacity)
+        return replace(decided, takes_C=self.taken_RM[recursion], rank_C=None)
+
+
+class RepeatLastRouter(RouterAround):
+    """More recursions than were trained: each further one decides and gates as the last trained one
+    does.
+
+    Expert-choice: the last score net and threshold, on the new state. Token-choice: tokens that
+    chose the last depth go on to the end, with that depth's gate. Fixed and random: the same tokens
+    again. Raises ValueError for fewer recursions, and for a vanilla model, which has no recursion
+    to repeat.
+    """
+
+    def __init__(self, inner: Router, num_recursions: int) -> None:
+        trained = inner.num_recursions
+        if trained == 1:
+            raise ValueError(
+                "a model with one recursion was never trained to repeat its layers; "
+                "there is nothing to extend"
+            )
+        if num_recursions < trained:
+            raise ValueError(
+                f"the model has {trained} recursions already; "
+                f"cap it with max_depth={num_recursions} instead"
+            )
+        super().__init__(inner, num_recursions)
+
+    def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
+        trained = self.inner.num_recursions
+        memory = self.inner.start(x_MD, tokens, min(max_depth, trained))
+        depth_M = self.inner.chosen_depth(memory)
+        if depth_M is None:
+            return memory
+        return self.inner.with_depth(memory, depth_M.masked_fill(depth_M >= trained, max_depth))
+
+    def decide(
+        self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
+    ) -> Decision:
+        last = self.inner.num_recursions - 1
+        return self.inner.decide(min(recursion, last), h_CD, tokens, memory, capacity)

@@ -1,0 +1,500 @@
+"""Routers: who takes which recursion, and how a pass's output joins a token's state.
+
+Every router answers three questions. ``start``: what is to be remembered of each token from before
+the first recursion? ``decide``: which candidates take this recursion, and with what gate?
+``combine``: what becomes of the state of a token that did?
+
+M packed tokens · C candidates · K selected · D model · R recursions · V vocab
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mor.model.config import ModelConfig, RouterConfig
+from mor.model.packing import PackedTokens, tally
+from mor.model.random import hash_uniform
+from mor.model.routing import AuxiliaryLoss, Decision, Memory, Routing, RoutingStep
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "none": lambda logits: logits,
+    "softmax": lambda logits: logits.softmax(-1),
+}
+
+# How the gated output of the stack joins the state it started from.
+GATES: dict[str, Callable[[Tensor, Tensor, Tensor | float], Tensor]] = {
+    "paper": lambda h, out, gate: h + gate * out,
+    "residual": lambda h, out, gate: h + gate * (out - h),
+}
+
+
+class Processes(Protocol):
+    """The processes of a training run, as routers see them; each gives a tensor of one shape."""
+
+    def mean(self, x: Tensor) -> Tensor: ...
+
+    def sum(self, x: Tensor) -> Tensor: ...
+
+    def max(self, x: Tensor) -> Tensor: ...
+
+
+class _SingleProcess:
+    def mean(self, x: Tensor) -> Tensor:
+        return x
+
+    sum = max = mean
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def router_logits(net: nn.Module, x_MD: Tensor) -> Tensor:
+    """``net(x)`` in the precision of its weights, also under autocast: bf16 has too few digits to
+    rank tokens by."""
+    with torch.autocast(x_MD.device.type, enabled=False):
+        return at_least_fp32(net(x_MD.to(next(net.parameters()).dtype)))
+
+
+def score_net(architecture: str, dim: int, outputs: int) -> nn.Module:
+    """The router's network: linear, or one hidden layer of width dim or 4 * dim."""
+    if architecture == "linear":
+        return nn.Linear(dim, outputs, bias=False)
+    hidden = dim if architecture == "mlp" else 4 * dim
+    into, out = nn.Linear(dim, hidden, bias=False), nn.Linear(hidden, outputs, bias=False)
+    return nn.Sequential(into, nn.GELU(), out)
+
+
+class Router(nn.Module):
+    """Base of all routers: every token takes every recursion, and the stack's output replaces its
+    state.
+
+    processes: those of a training run, over which loads are averaged.
+    """
+
+    is_hierarchical = False
+    """Only tokens that took a recursion are candidates for the next."""
+    has_topk = False
+    """Training selects in a way that sees the future."""
+    is_learned = False
+    """Scores tokens with weights that training fits."""
+    needs_token_counts = False
+    """:meth:`fit` has to be called before training."""
+    balances_between_steps = False
+    """:meth:`after_step` has to be called after every optimizer step."""
+    processes: Processes = _SingleProcess()
+
+    def __init__(self, config: RouterConfig, dim: int, num_recursions: int) -> None:
+        super().__init__()
+        self.config, self.num_recursions = config, num_recursions
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Router:
+        """The router of a model."""
+        return cls(config.router, config.dim, config.num_recursions)
+
+    def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
+        """What to remember of each token. x: states before the first recursion. max_depth:
+        recursions that a token takes at most."""
+        return {}
+
+    def decide(
+        self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
+    ) -> Decision:
+        """Which of these candidates take a recursion (counted from 0).
+
+        h: their states. tokens and memory: the candidates', too. capacity: the share of all tokens
+        that the recursion is meant for.
+        """
+        return Decision()
+
+    def combine(
+        self,
+        recursion: int | Tensor,
+        h_KD: Tensor,
+        out_KD: Tensor,
+        gate_K: Tensor | None,
+        memory: Memory,
+    ) -> Tensor:
+        """New states of tokens that took a recursion. h: before the pass; out: the stack's output.
+
+        recursion: one number, or (K,) where tokens at different recursions share a pass.
+        """
+        return out_KD
+
+    def chosen_depth(self, memory: Memory) -> Tensor | None:
+        """Depths that tokens chose before the first recursion, (M,), counted from 1; None where
+        each recursion decides."""
+        return None
+
+    def with_depth(self, memory: Memory, depth_M: Tensor) -> Memory:
+        """The memory as if tokens had chosen these depths."""
+        return memory
+
+    def losses(self, routing: Routing) -> dict[str, AuxiliaryLoss]:
+        """Auxiliary losses of a forward, by name."""
+        return {}
+
+    def threshold(self, recursion: int) -> float | None:
+        """The score above which a token takes a recursion; None if there is no such number."""
+        return None
+
+    def score_M(self, routing: Routing, recursion: int) -> Tensor | None:
+        """Scores for people, between 0 and 1; NaN for tokens that were not candidates. None: the
+        router scores nothing."""
+        return None
+
+    @torch.no_grad()
+    def health(
+        self, routings: Sequence[Routing], processes: Processes | None = None
+    ) -> dict[str, Any]:
+        """What shows whether routing works, over the forwards of one step on all processes.
+
+        mean_depth; share_per_recursion: of all tokens; depth_entropy: of the depths that tokens
+        took, 1 if all are equally frequent; dead_positions: share of columns in which no row
+        reached the last recursion.
+        """
+        processes, R = processes or self.processes, self.num_recursions
+        taken_R = torch.stack([r.taken_RM.sum(1) for r in routings]).sum(0)
+        depths_R1 = tally(torch.cat([r.depth_M for r in routings]), R + 1)
+        counts = processes.sum(torch.cat([taken_R, depths_R1])).double()
+        taken_R, depths_R1 = counts[:R], counts[R:]
+        tokens = depths_R1.sum()
+        found: dict[str, Any] = {
+            "mean_depth": float(taken_R.sum() / tokens),
+            "share_per_recursion": (taken_R / tokens).tolist(),
+        }
+        return found | self._routing_health(routings, depths_R1, processes)
+
+    def _routing_health(
+        self, routings: Sequence[Routing], depths_R1: Tensor, processes: Processes
+    ) -> dict[str, Any]:
+        share_R = depths_R1[1:] / depths_R1.sum()
+        last = self.num_recursions - 1
+        reached_T = torch.stack([r.selected_BT(last).any(0) for r in routings]).any(0)
+        return {
+            "depth_entropy": float(torch.special.entr(share_R).sum()) / math.log(last + 1),
+            "dead_positions": 1 - float(processes.max(reached_T.float()).mean()),
+        }
+
+    def after_step(self, routings: Sequence[Routing]) -> None:
+        """Called after an optimizer step with the forwards that led to it."""
+
+    def fit(self, count_V: Tensor) -> None:
+        """Called before training with the occurrences of each token in the training text."""
+
+
+class FixedDepthRouter(Router):
+    """The Recursive Transformer, and with one recursion the vanilla one."""
+
+    def _routing_health(self, *_: Any) -> dict[str, Any]:
+        return {}
+
+
+class ExpertChoiceRouter(Router):
+    """Each recursion picks its tokens (arXiv 2507.10524, expert-choice routing).
+
+    Training selects with ``topk``, which compares a token with later ones. ``threshold`` looks at
+    the token alone: its logit (the router's own or the auxiliary router's) against ``threshold_R``.
+    """
+
+    has_topk = is_learned = True
+    threshold_R: Tensor
+
+    def __init__(self, config: RouterConfig, dim: int, num_recursions: int) -> None:
+        super().__init__(config, dim, num_recursions)
+        self.is_hierarchical = config.hierarchical
+        self.score, self.gate = SCORES[config.score_name], GATES[config.gate]
+        auxiliary = num_recursions if config.causal_selection == "aux_router" else 0
+        self.nets, self.aux_nets = (
+            nn.ModuleList(score_net(config.architecture, dim, 1) for _ in range(count))
+            for count in (num_recursions, auxiliary)
+        )
+        self.register_buffer("threshold_R", torch.full((num_recursions,), 0.5))
+
+    def decide(
+        self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
+    ) -> Decision:
+        logit_C = causal_C = router_logits(self.nets[recursion], h_CD).squeeze(-1)
+        if self.aux_nets:  # learns from its own loss alone: no gradient goes back into the states
+            causal_C = router_logits(self.aux_nets[recursion], h_CD.detach()).squeeze(-1)
+        takes_C = None if capacity == 1 else causal_C.sigmoid() > self.threshold_R[recursion]
+        gate_C = self.config.gate_scale * self.score(logit_C)
+        # The logit ranks as the score does, and does not saturate.
+        return Decision(takes_C, gate_C, logit_C, logit_C, causal_C)
+
+    def combine(
+        self,
+        recursion: int | Tensor,
+        h_KD: Tensor,
+        out_KD: Tensor,
+        gate_K: Tensor | None,
+        memory: Memory,
+    ) -> Tensor:
+        assert gate_K is not None
+        return self.gate(h_KD, out_KD, gate_K[:, None].to(out_KD.dtype))
+
+    def losses(self, routing: Routing) -> dict[str, AuxiliaryLoss]:
+        """Binary cross-entropy of the causal logits against membership in the top-k, which teaches
+        the threshold to decide alike; and the z-loss."""
+        if routing.rule.selection != "topk":
+            return {}
+        zero = torch.zeros((), device=routing.tokens.row_M.device)
+        selection = sum((self._selection_loss(step) for step in routing.steps), zero)
+        found = {"selection": AuxiliaryLoss(selection, self.config.selection_weight)}
+        if self.config.z_loss_weight:
+            logits = [step.decision.logit_C for step in routing.steps]
+            squares = [logit_C.square().mean() for logit_C in logits if logit_C is not None]
+            found["z_loss"] = AuxiliaryLoss(sum(squares, zero), self.config.z_loss_weight)
+        return found
+
+    def _selection_loss(self, step: RoutingStep) -> Tensor:
+        causal_C = step.decision.causal_logit_C
+        assert causal_C is not None
+        return F.binary_cross_entropy_with_logits(causal_C, step.chosen_C.to(causal_C.dtype))
+
+    def threshold(self, recursion: int) -> float | None:
+        return float(self.threshold_R[recursion])
+
+    def score_M(self, routing: Routing, recursion: int) -> Tensor | None:
+        """Sigmoid of the logit that the threshold looks at."""
+        step = routing.steps[recursion]
+        assert step.decision.causal_logit_C is not None
+        return routing.place_M(step.candidate_C, step.decision.causal_logit_C.sigmoid())
+
+    def _routing_health(
+        self, routings: Sequence[Routing], depths_R1: Tensor, processes: Processes
+    ) -> dict[str, Any]:
+        """Also agreement: share of decisions that the threshold would have taken as top-k did."""
+        found = super()._routing_health(routings, depths_R1, processes)
+        same, count = depths_R1.new_zeros(()), 0
+        for step in (step for routing in routings for step in routing.steps):
+            if step.decision.takes_C is not None:
+                same = same + (step.chosen_C == step.decision.takes_C).sum()
+                count += len(step.candidates)
+        all_same, all_count = processes.sum(torch.stack([same, same.new_tensor(count)])).tolist()
+        return found | {"agreement": all_same / all_count if all_count else None}
+
+
+class TokenChoiceRouter(Router):
+    """Each token picks its depth once, from its state before the first recursion (arXiv 2507.10524,
+    token-choice)."""
+
+    is_learned = True
+    bias_R: Tensor
+
+    def __init__(self, config: RouterConfig, dim: int, num_recursions: int) -> None:
+        super().__init__(config, dim, num_recursions)
+        self.score, self.gate = SCORES[config.score_name], GATES[config.gate]
+        self.net = score_net(config.architecture, dim, num_recursions)
+        self.register_buffer("bias_R", torch.zeros(num_recursions))
+        self.balances_between_steps = config.balancing == "loss_free"
+        forms = {"last": self._gate_last, "every": self._gate_every}
+        self.combine_form = forms[config.combination]
+
+    def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
+        logit_MR = router_logits(self.net, x_MD)
+        score_MR = self.score(logit_MR)
+        wish_M = (score_MR + self.bias_R).argmax(-1) + 1  # the bias balances, it does not gate
+        depth_M = wish_M.clamp(max=max_depth)
+        return dict(logit=logit_MR, score=score_MR, wish=wish_M, depth=depth_M, first=x_MD)
+
+    def decide(
+        self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
+    ) -> Decision:
+        takes_C = None if recursion == 0 else memory["depth"] > recursion  # all take at least one
+        gate_C = self.config.gate_scale * memory["score"][:, recursion]
+        return Decision(takes_C, gate_C, logit_C=memory["logit"][:, recursion])
+
+    def combine(
+        self,
+        recursion: int | Tensor,
+        h_KD: Tensor,
+        out_KD: Tensor,
+        gate_K: Tensor | None,
+        memory: Memory,
+    ) -> Tensor:
+        assert gate_K is not None
+        last_K1 = (memory["depth"] == recursion + 1)[:, None]
+        gate_K1 = gate_K[:, None].to(out_KD.dtype)
+        return self.combine_form(out_KD, memory["first"], gate_K1, last_K1)
+
+    def _gate_last(
+        self, out_KD: Tensor, first_KD: Tensor, gate_K1: Tensor, last_K1: Tensor
+    ) -> Tensor:
+        return torch.where(last_K1, self.gate(first_KD, out_KD, gate_K1), out_KD)
+
+    def _gate_every(
+        self, out_KD: Tensor, first_KD: Tensor, gate_K1: Tensor, last_K1: Tensor
+    ) -> Tensor:
+        return gate_K1 * out_KD + last_K1 * first_KD
+
+    def chosen_depth(self, memory: Memory) -> Tensor | None:
+        return memory["depth"]
+
+    def with_depth(self, memory: Memory, depth_M: Tensor) -> Memory:
+        return memory | {"depth": depth_M}
+
+    def losses(self, routing: Routing) -> dict[str, AuxiliaryLoss]:
+        """The balancing loss, 1 if all depths are equally frequent; and the z-loss."""
+        found, score_MR = {}, routing.memory["score"]
+        if self.config.balancing == "loss":
+            wish_M = routing.memory["wish"]
+            share_R = tally(wish_M - 1, self.num_recursions) / wish_M.numel()
+            share_R = self.processes.mean(share_R)
+            mean_R = (score_MR / score_MR.sum(-1, keepdim=True)).mean(0)
+            balance = self.num_recursions * (share_R * mean_R).sum()
+            found["balancing"] = AuxiliaryLoss(balance, self.config.balancing_weight)
+        if self.config.z_loss_weight:
+            z_loss = routing.memory["logit"].logsumexp(-1).square().mean()
+            found["z_loss"] = AuxiliaryLoss(z_loss, self.config.z_loss_weight)
+        return found
+
+    def score_M(self, routing: Routing, recursion: int) -> Tensor | None:
+        """The depth's share of all depths' scores."""
+        score_MR = routing.memory["score"]
+        return score_MR[:, recursion] / score_MR.sum(-1)
+
+    def _routing_health(
+        self, routings: Sequence[Routing], depths_R1: Tensor, processes: Processes
+    ) -> dict[str, Any]:
+        """Also max_violation: how far the most chosen depth lies above the mean load."""
+        found = super()._routing_health(routings, depths_R1, processes)
+        share_R = depths_R1[1:] / depths_R1.sum()
+        return found | {"max_violation": float(share_R.max()) * self.num_recursions - 1}
+
+    def after_step(self, routings: Sequence[Routing]) -> None:
+        if self.balances_between_steps:
+            depth_M = torch.cat([routing.memory["depth"] for routing in routings])
+            self.update_bias(tally(depth_M - 1, self.num_recursions))
+
+    @torch.no_grad()
+    def update_bias(self, load_R: Tensor) -> None:
+        """Loss-free balancing. load_R: tokens that chose each depth since the last step."""
+        load_R = self.processes.mean(load_R.to(self.bias_R))
+        self.bias_R += self.config.bias_update_rate * torch.sign(load_R.mean() - load_R)
+
+
+class RandomRouter(Router):
+    """The control: depth is drawn from (seed, token, position), so it is causal and the same
+    everywhere."""
+
+    has_topk = True
+
+    def __init__(self, config: RouterConfig, dim: int, num_recursions: int) -> None:
+        super().__init__(config, dim, num_recursions)
+        self.gate = GATES[config.gate]
+
+    def need(self, tokens: PackedTokens) -> Tensor:
+        """Who goes first, (M,), evenly spread over [0, 1): a recursion of capacity c takes those
+        from 1 - c on."""
+        return hash_uniform(self.config.seed, tokens.id_M, tokens.position_M)
+
+    def decide(
+        self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
+    ) -> Decision:
+        if capacity == 1:
+            return Decision()
+        need_C = self.need(tokens)
+        return Decision(takes_C=need_C >= 1 - capacity, rank_C=need_C)
+
+    def combine(
+        self,
+        recursion: int | Tensor,
+        h_KD: Tensor,
+        out_KD: Tensor,
+        gate_K: Tensor | None,
+        memory: Memory,
+    ) -> Tensor:
+        return self.gate(h_KD, out_KD, self.config.gate_scale)
+
+
+class PositionRouter(RandomRouter):
+    """A baseline: depth follows from the position alone, spread as evenly over positions as can
+    be."""
+
+    def need(self, tokens: PackedTokens) -> Tensor:
+        # Multiples of the golden ratio fill [0, 1) evenly.
+        return (tokens.position_M.double() * ((5**0.5 - 1) / 2)) % 1
+
+
+class FrequencyRouter(RandomRouter):
+    """A baseline: the rarer a token, the deeper it goes. Knows no more than how often each token
+    occurs."""
+
+    needs_token_counts = True
+    need_V: Tensor
+
+    def __init__(
+        self, config: RouterConfig, dim: int, num_recursions: int, vocab_size: int
+    ) -> None:
+        super().__init__(config, dim, num_recursions)
+        self.register_buffer("need_V", torch.zeros(vocab_size))
+        self.fit(torch.ones(vocab_size))
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Router:
+        return cls(config.router, config.dim, config.num_recursions, config.vocab_size)
+
+    @torch.no_grad()
+    def fit(self, count_V: Tensor) -> None:
+        """A token's need becomes the share of the text that more frequent tokens make up."""
+        order_V = count_V.argsort(descending=True, stable=True)
+        ordered_V = count_V[order_V].double()
+        middle_V = (ordered_V.cumsum(0) - ordered_V / 2) / ordered_V.sum().clamp(min=1)
+        self.need_V[order_V] = middle_V.to(self.need_V)
+
+    def need(self, tokens: PackedTokens) -> Tensor:
+        return self.need_V[tokens.id_M]
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "fixed": FixedDepthRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "token_choice": TokenChoiceRouter,
+    "random": RandomRouter,
+    "position": PositionRouter,
+    "frequency": FrequencyRouter,
+}
+
+
+def build_router(config: ModelConfig) -> Router:
+    return ROUTERS[config.router.kind].of(config)
+
+
+class RouterAround(Router):
+    """A router that asks another one and changes some of its answers. Nothing is copied.
+
+    num_recursions: None for as many as the other has.
+    """
+
+    def __init__(self, inner: Router, num_recursions: int | None = None) -> None:
+        super().__init__(inner.config, 0, num_recursions or inner.num_recursions)
+        self.inner = inner
+        self.is_hierarchical, self.has_topk = inner.is_hierarchical, inner.has_topk
+
+    def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
+        return self.inner.start(x_MD, tokens, max_depth)
+
+    def decide(
+        self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
+    ) -> Decision:
+        return self.inner.decide(recursion, h_CD, tokens, memory, capacity)
+
+    def combine(
+        self,
+        recursion: int | Tensor,
+        h_KD: Tensor,
+        out_KD: Tensor,
+        gate_K: Tensor | None,
+        memory: Memory,
+    ) -> Tensor:
+        return self.inner.combine(recursion, h_KD, out_KD, gate_K, memory)
