@@ -60,7 +60,7 @@ def models():
     expert = RouterConfig(kind="expert_choice")
     return {
         "vanilla": preset("mini", **SHAPE),
-        "recursive-3": preset("mini", num_recursions=3, **SHAPE),
+        "recursive-3": preset("mini", num_recursions=3, router="fixed", **SHAPE),
         "mor-2": preset("mini", num_recursions=2, router=expert, **SHAPE),
         "mor-3": preset("mini", num_recursions=3, router=expert, **SHAPE),
     }

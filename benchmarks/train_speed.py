@@ -62,7 +62,8 @@ def configs(size):
     name = shape.pop("preset")
 
     def mor(recursions, router="expert_choice", **settings):
-        return preset(name, num_recursions=recursions, router=router, **shape, **settings)
+        choices = dict(num_recursions=recursions, router=router, recipe="paper")
+        return preset(name, **choices, **shape, **settings)
 
     return {
         "vanilla": preset(name, **shape),

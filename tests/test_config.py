@@ -19,6 +19,33 @@ def test_every_preset_allows_two_to_four_recursions(name):
         assert preset(name, num_recursions=recursions, router="expert_choice").family == "mor"
 
 
+def test_a_recipe_fills_in_what_is_not_given():
+    mor, paper = (preset("tiny", num_recursions=3, recipe=r) for r in ("recommended", "paper"))
+    assert (mor.router.kind, mor.router.gate, mor.router.gate_scale) == (
+        "expert_choice",
+        "residual",
+        1.0,
+    )
+    assert (paper.router.kind, paper.router.gate, paper.router.gate_scale) == (
+        "expert_choice",
+        "paper",
+        0.1,
+    )
+    assert (mor.kv_strategy, paper.kv_strategy) == ("hybrid", "recursion_wise")
+    assert preset("tiny", num_recursions=3, kv_strategy="shared").kv_strategy == "shared"
+    assert preset("tiny", num_recursions=3, router="random").router.gate == "residual"
+    assert preset("tiny", num_recursions=3, router="token_choice").router.gate == "paper"
+    fixed = preset("tiny", num_recursions=3, router="fixed")
+    assert (fixed.family, fixed.kv_strategy) == ("recursive", "recursion_wise")
+    assert preset("tiny").family == "vanilla"
+
+
+def test_a_router_config_is_taken_as_it_is():
+    router = RouterConfig(kind="random", capacities=(0.5, 0.3, 0.1))
+    made = preset("tiny", num_recursions=3, router=router)
+    assert made.router == router and made.kv_strategy == "recursion_wise"
+
+
 def test_impossible_depths_are_refused_with_the_nearest_valid_ones():
     with pytest.raises(ValueError, match="nearest valid: 29 or 32"):
         preset("smollm-135m", num_recursions=3, num_layers=30)

@@ -15,13 +15,13 @@ SHAPE = dict(num_layers=14, vocab_size=2048, max_seq_len=256)
 
 
 def model_config(name):
-    expert = dict(router="expert_choice")
+    expert = dict(recipe="paper")
     return preset(
         "mini",
         **SHAPE,
         **{
             "vanilla": {},
-            "recursive": dict(num_recursions=3),
+            "recursive": dict(num_recursions=3, router="fixed"),
             "mor-2": dict(num_recursions=2, **expert),
             "mor-3": dict(num_recursions=3, **expert),
             "shared": dict(num_recursions=3, kv_strategy="shared", **expert),

@@ -344,7 +344,7 @@ def test_exits_keep_the_mean_depth_and_an_oracle_knows_best():
 
 def test_exits_are_measured_at_every_depth_of_the_model():
     data = load_corpus(DataConfig(path="task:state-tracking")).validation
-    config = preset("tiny", vocab_size=15, num_recursions=3)
+    config = preset("tiny", vocab_size=15, num_recursions=3, router="fixed")
     model = Transformer(config).init_weights().eval()
     found = early_exits(model, data, 20, 32)
     caps = [evaluate(model, data, seq_len=20, max_windows=32, max_depth=r).nll for r in (1, 2, 3)]

@@ -95,7 +95,11 @@ class Bench:
         def make(recursions: int) -> Transformer:
             router: RouterKind = "random" if recursions > 1 else "fixed"
             shape = preset(
-                self.preset, num_recursions=recursions, num_layers=self.num_layers, router=router
+                self.preset,
+                num_recursions=recursions,
+                num_layers=self.num_layers,
+                recipe="paper",
+                router=router,
             )
             return Transformer(shape).init_weights().eval()
 

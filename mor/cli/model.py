@@ -9,7 +9,7 @@ from rich.console import Console
 from tyro.conf import arg
 
 from mor.cli.show import print_rows
-from mor.model.config import KVStrategyName, ModelConfig, RouterKind, Sharing, preset
+from mor.model.config import KVStrategyName, ModelConfig, Recipe, RouterKind, Sharing, preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,12 @@ class ModelChoice:
     router: RouterKind | None = None
     """Default: expert_choice with several recursions, fixed with one."""
     sharing: Sharing = "middle_cycle"
-    kv_strategy: KVStrategyName = "recursion_wise"
+    recipe: Recipe = "recommended"
+    """Router, gate, keys and values where they are not given. recommended: expert-choice, residual
+    gate with alpha 1, hybrid; paper: expert-choice, the paper's gate with alpha 0.1,
+    recursion_wise."""
+    kv_strategy: KVStrategyName | None = None
+    """Default: the recipe's."""
     num_layers: int | None = None
     """Effective depth. Default: the preset's, rounded up to one that the sharing scheme allows."""
 
@@ -33,7 +38,8 @@ class ModelChoice:
             num_recursions=self.num_recursions,
             sharing=self.sharing,
             num_layers=self.num_layers,
-            router=self.router or ("expert_choice" if self.num_recursions > 1 else "fixed"),
+            recipe=self.recipe,
+            router=self.router,
             kv_strategy=self.kv_strategy,
         )
 
@@ -79,15 +85,12 @@ class Costs:
     def run(self, console: Console) -> None:
         from mor.costs.flops import costs
 
-        config = self.choice.build()
-        row = asdict(
-            costs(
-                config, context=self.context, kv_dtype_bytes=4 if self.kv_dtype == "float32" else 2
-            )
-        )
-        print_rows(
-            [row | self.train.memory(config, row["context"])],
-            self.json,
-            console,
-            title=self.choice.preset,
-        )
+        config, dtype_bytes = self.choice.build(), 4 if self.kv_dtype == "float32" else 2
+        found = asdict(costs(config, context=self.context, kv_dtype_bytes=dtype_bytes))
+        chosen = {
+            "recipe": self.choice.recipe,
+            "router": config.router.kind,
+            "kv_strategy": config.kv_strategy,
+        }
+        row = chosen | found | self.train.memory(config, found["context"])
+        print_rows([row], self.json, console, title=self.choice.preset)

@@ -18,6 +18,7 @@ RouterKind = Literal["fixed", "expert_choice", "token_choice", "random", "positi
 KVStrategyName = Literal["recursion_wise", "shared", "hybrid"]
 Sharing = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
 Selection = Literal["topk", "threshold"]
+Recipe = Literal["recommended", "paper"]
 
 # Options that only some routers read. Setting one for another router is a warning, not silence.
 _UNLEARNT: tuple[RouterKind, ...] = ("random", "position", "frequency")
@@ -336,16 +337,23 @@ def preset(
     name: str,
     *,
     num_recursions: int = 1,
+    recipe: Recipe = "recommended",
+    router: RouterKind | RouterConfig | None = None,
+    kv_strategy: KVStrategyName | None = None,
     sharing: Sharing = "middle_cycle",
-    router: RouterKind | RouterConfig = "fixed",
     num_layers: int | None = None,
     **overrides: Any,
 ) -> ModelConfig:
     """A named model shape with the layout for ``num_recursions``.
 
-    Without ``num_layers`` the preset's depth is rounded up to the next one that the sharing scheme
+    recipe: what is not given. ``recommended`` is what our studies favour: with several recursions
+    expert-choice, ``hybrid`` keys and values, the residual gate with alpha 1. ``paper`` is
+    arXiv 2507.10524: expert-choice, ``recursion_wise``, its gate with alpha 0.1.
+    router: a kind takes its gate from the recipe; a RouterConfig is taken as it is, and then keys
+    and values are ``recursion_wise`` unless given. ``fixed`` makes a Recursive Transformer.
+    num_layers: without it the preset's depth is rounded up to the next one that the sharing scheme
     allows, which gives the paper's layouts (360M: 1+15+1, 1+10+1, 1+8+1 for 2, 3, 4 recursions).
-    A given ``num_layers`` must fit exactly.
+    One that is given must fit exactly.
     """
     if name not in _PRESETS:
         raise ValueError(
@@ -357,13 +365,26 @@ def preset(
     depth, shape = _PRESETS[name]
     if num_layers is None:
         own = 2 if sharing.startswith("middle") else 0
-        num_layers = (
-            depth
-            if num_recursions == 1
-            else own + -(-(depth - own) // num_recursions) * num_recursions
-        )
-    chosen = RouterConfig(kind=router) if isinstance(router, str) else router
+        passes = -(-(depth - own) // num_recursions)
+        num_layers = depth if num_recursions == 1 else own + passes * num_recursions
+    if router is None:
+        router = "expert_choice" if num_recursions > 1 else "fixed"
+    if isinstance(router, str):
+        kv_strategy = kv_strategy or _kv_strategy(router, recipe)
+        router = RouterConfig(kind=router, **_gate(router, recipe))
+    settings = layout(num_layers, num_recursions, sharing) | {"router": router} | overrides
     return from_dict(
-        ModelConfig,
-        {**shape, **layout(num_layers, num_recursions, sharing), "router": chosen, **overrides},
+        ModelConfig, {**shape, **settings, "kv_strategy": kv_strategy or "recursion_wise"}
     )
+
+
+def _gate(kind: RouterKind, recipe: Recipe) -> dict[str, Any]:
+    """Token-choice keeps the paper's gate in every recipe: no study of ours says otherwise."""
+    if recipe == "paper" or kind in ("fixed", "token_choice"):
+        return {}
+    return {"gate": "residual", "alpha": 1.0}
+
+
+def _kv_strategy(kind: RouterKind, recipe: Recipe) -> KVStrategyName:
+    """Only where tokens leave do the entries of those that left matter."""
+    return "recursion_wise" if recipe == "paper" or kind == "fixed" else "hybrid"

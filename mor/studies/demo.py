@@ -63,7 +63,7 @@ def models() -> dict[str, ModelConfig]:
     pass."""
     return {
         "vanilla": preset("tiny", num_layers=LAYERS, **SHAPE),
-        "recursive": preset("tiny", num_layers=LAYERS, num_recursions=3, **SHAPE),
+        "recursive": preset("tiny", num_layers=LAYERS, num_recursions=3, router="fixed", **SHAPE),
         "mor": preset(
             "tiny",
             num_layers=LAYERS,

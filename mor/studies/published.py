@@ -25,7 +25,7 @@ class PublishedPoint:
 
     def point(self) -> Point:
         """Sizes are unique parameters without embeddings, in the paper's layout (middle_cycle)."""
-        facts = model_facts(preset(self.preset, num_recursions=self.num_recursions))
+        facts = model_facts(preset(self.preset, num_recursions=self.num_recursions, router="fixed"))
         return Point(
             family=self.family,
             size=facts["params"],

@@ -21,9 +21,7 @@ from mor.training.trackers import TrackerName
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    model: ModelConfig = field(
-        default_factory=lambda: preset("mini", num_recursions=3, router="expert_choice")
-    )
+    model: ModelConfig = field(default_factory=lambda: preset("mini", num_recursions=3))
     """vocab_size is taken from the tokenizer."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
