@@ -7,7 +7,7 @@ from conftest import random_tokens, tiny
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
-from mor.model import attention
+from mor import device
 from mor.model.config import RouterConfig
 
 WARM_UP = [(1.0, 1.0, 1.0), (1.0, 0.9, 0.8), (1.0, 0.8, 0.6), (1.0, 2 / 3, 1 / 3)]
@@ -104,9 +104,9 @@ def test_cudnn_comes_first_on_hopper_only(monkeypatch):
         monkeypatch.setattr(
             torch.cuda, "get_device_capability", lambda device, major=major: (major, 0)
         )
-        with attention.preferred_kernels(torch.device("cuda")):
+        with device.preferred_kernels(torch.device("cuda")):
             assert torch._C._get_sdp_priority_order()[0] == first
-    with attention.preferred_kernels(torch.device("cpu")):
+    with device.preferred_kernels(torch.device("cpu")):
         assert torch._C._get_sdp_priority_order() == usual
     assert torch._C._get_sdp_priority_order() == usual
 
@@ -119,7 +119,7 @@ def test_compiled_bf16_training_on_a_gpu_stays_close_to_fp32_on_the_cpu(router, 
     model = tiny(router, kv_strategy=kv, head_dim=16, dim=64).cuda().compile_blocks()
     tokens = random_tokens(2, 48)
     expected = plain(tokens, targets_BT=tokens, selection="topk").nll
-    with attention.preferred_kernels(torch.device("cuda")), torch.autocast("cuda", torch.bfloat16):
+    with device.preferred_kernels(torch.device("cuda")), torch.autocast("cuda", torch.bfloat16):
         output = model(tokens.cuda(), targets_BT=tokens.cuda(), selection="topk")
     assert output.nll.dtype == torch.float32
     torch.testing.assert_close(output.nll.cpu(), expected, atol=0.05, rtol=0.05)
