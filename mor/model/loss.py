@@ -21,7 +21,10 @@ CHUNK_LOGITS = 1 << 25  # logits alive at a time; 128 MiB in fp32
 def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, target_M: Tensor) -> Tensor:
     """Mean of ``cross_entropy(x @ weight.T, target)`` over the targets that are not ``IGNORED``, in
     nats."""
-    return _LinearCrossEntropy.apply(x_MD, weight_VD, target_M)
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        x_MD, weight_VD, target_M
+    )
+    return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

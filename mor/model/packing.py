@@ -191,7 +191,8 @@ class _Take(torch.autograd.Function):
 def take(x_M: Tensor, index_K: Tensor) -> Tensor:
     """``x_M[index_K]`` where no index occurs twice: then the gradient is a copy, and needs neither
     sums nor sorting."""
-    return _Take.apply(x_M, index_K)
+    taken: Tensor = _Take.apply(x_M, index_K)  # type: ignore[no-untyped-call]
+    return taken
 
 
 def tally(index_M: Tensor, length: int) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,8 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x_MD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_MD)) * self.up_proj(x_MD))
+        out_MD: Tensor = self.down_proj(F.silu(self.gate_proj(x_MD)) * self.up_proj(x_MD))
+        return out_MD
 
 
 class Block(nn.Module):
@@ -124,7 +125,8 @@ class Block(nn.Module):
     def leave(self, x_MD: Tensor, mixed_MNH: Tensor) -> Tensor:
         """Everything after it."""
         x_MD = x_MD + self.attention.o_proj(mixed_MNH.flatten(-2))
-        return x_MD + self.feed_forward(self.feed_forward_norm(x_MD))
+        out_MD: Tensor = x_MD + self.feed_forward(self.feed_forward_norm(x_MD))
+        return out_MD
 
     def compile_parts(self, **settings: Any) -> None:
         """Compile what stands before and after attention, each into one graph for any number of
@@ -301,6 +303,10 @@ class Transformer(nn.Module):
         if logits == "none":
             return Output(x_MD.new_empty(0), routing)
         return Output(self._logits(x_MD, tokens, logits), routing)
+
+    if TYPE_CHECKING:  # nn.Module's own __call__ says nothing of what comes back
+
+        def __call__(self, tokens_BT: Tensor, **settings: Any) -> Output: ...
 
     def compile_blocks(self, **settings: Any) -> Transformer:
         """Compile all layers (see :meth:`Block.compile_parts`)."""
