@@ -1,0 +1,103 @@
+"""MkDocs hook: a line ``<!-- settings: MODULE.CLASS PREFIX -->`` becomes a table of the settings.
+
+The tables come from the dataclasses themselves: fields, types, defaults, bounds declared in
+``Annotated`` types or in a field's metadata, and the docstring below each field. So they cannot
+fall behind the code.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+import textwrap
+import types
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+MARK = re.compile(r"<!-- settings: (\S+)\.(\w+) ?(\S*) -->")
+BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    return MARK.sub(lambda found: table(*found.groups()), markdown)
+
+
+def table(module: str, name: str, prefix: str = "") -> str:
+    """A Markdown table of a dataclass's plain settings; nested ones have tables of their own."""
+    cls = getattr(importlib.import_module(module), name)
+    hints, notes = get_type_hints(cls, include_extras=True), field_docstrings(cls)
+    rows = ["| Setting | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(_plain(hints[field.name])):
+            continue
+        cells = (
+            f"`{prefix}{field.name}`",
+            type_name(hints[field.name]) + bounds(hints[field.name], field.metadata),
+            f"`{_default(field)}`",
+            notes.get(field.name, ""),
+        )
+        rows.append("| " + " | ".join(cell.replace("|", "&#124;") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def field_docstrings(cls: type) -> dict[str, str]:
+    """The string below each field, which Python itself forgets."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        before.target.id: " ".join(after.value.value.split())
+        for before, after in zip(body.body, body.body[1:], strict=False)
+        if isinstance(before, ast.AnnAssign)
+        and isinstance(before.target, ast.Name)
+        and isinstance(after, ast.Expr)
+        and isinstance(after.value, ast.Constant)
+        and isinstance(after.value.value, str)
+    }
+
+
+def type_name(hint: Any) -> str:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return type_name(parts[0])
+    if origin is Literal:
+        return ", ".join(f"`{choice!r}`" for choice in parts)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(type_name, parts))
+    if origin is tuple:
+        return f"list of {type_name(parts[0])}"
+    return "`None`" if hint is type(None) else f"`{getattr(hint, '__name__', hint)}`"
+
+
+def bounds(hint: Any, metadata: Mapping[Any, Any]) -> str:
+    """``, ≥ 1`` and the like, from anything that says gt, ge, lt or le."""
+    found = dict.fromkeys(
+        f", {sign} {value:g}"
+        for constraint in [*_constraints(hint), *metadata.values()]
+        for name, sign in BOUNDS.items()
+        if isinstance(value := getattr(constraint, name, None), int | float)
+    )
+    return "".join(found)
+
+
+def _constraints(hint: Any) -> Iterator[Any]:
+    if get_origin(hint) is Annotated:
+        for constraint in hint.__metadata__:
+            yield constraint
+            yield from getattr(constraint, "metadata", ())  # a Field that collects several
+    for part in get_args(hint):
+        yield from _constraints(part)
+
+
+def _plain(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return repr(field.default)
+    if field.default_factory is not dataclasses.MISSING:
+        return repr(field.default_factory())
+    return "required"
