@@ -52,7 +52,7 @@ def section(study: str, file: str = "rows.csv") -> str:
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    lines = [f"| {' | '.join(COLUMNS)} |", f"| --- |{' ---: |' * (len(COLUMNS) - 1)}"]
+    lines = [f"| {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
     for row in rows:
         cells = (
             row["row"],
