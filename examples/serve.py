@@ -14,7 +14,9 @@ def main(run: str, *prompts: str) -> None:
         model, tokenizer, mor.EngineConfig(max_num_seqs=8, kv_cache_memory=16 * 1024**2)
     )
     params = mor.SamplingParams(max_new_tokens=12, temperature=0.8, seed=1)
-    requests = [engine.add_request(prompt, params) for prompt in prompts or ("Return the", "import")]
+    requests = [
+        engine.add_request(prompt, params) for prompt in prompts or ("Return the", "import")
+    ]
 
     while engine.has_unfinished:
         for output in engine.step():

@@ -16,9 +16,7 @@ def main(run: str, prompt: str = "Return the") -> None:
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     inputs = tokenizer(prompt, return_tensors="pt")
-    out = model.generate(
-        **inputs, max_new_tokens=12, do_sample=False, return_dict_in_generate=True
-    )
+    out = model.generate(**inputs, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
     print(tokenizer.decode(out.sequences[0]))
     print("recursions:", out.past_key_values.depth_BT[0].tolist())
 

@@ -23,7 +23,7 @@ SITE = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *SITE]
 OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md"]
 # Written on other branches. These tests fail as soon as the command line has them: then remove.
-COMING = ("mor compare", "--recipe")
+COMING = ("mor compare", "mor info", "mor runs", "--recipe")
 
 sys.path.insert(0, str(ROOT / "docs" / "scripts"))
 layer_table, settings_tables, study_tables = map(
@@ -145,23 +145,31 @@ def test_python_names_exist(page):
             found = getattr(found, part)
 
 
+@dataclass(frozen=True)
 class AtLeast:
-    ge = 1
+    ge: int
+
+
+@dataclass(frozen=True)
+class Collected:
+    metadata: tuple[AtLeast, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    steps: Annotated[int, AtLeast()] = 5
+    steps: Annotated[int, AtLeast(1)] = 5
     """How many."""
     form: Literal["paper", "residual"] | None = None
+    seed: Annotated[int, Collected((AtLeast(-(2**63)),))] | None = 0
     shares: tuple[float, ...] = field(default=(), metadata={"bound": SimpleNamespace(gt=0, le=1)})
 
 
 def test_settings_table_has_types_bounds_defaults_and_docstrings():
     assert settings_tables.table(__name__, "Sample", "x.").splitlines()[2:] == [
-        "| `x.steps` | `int`, ≥ 1 | `5` | How many. |",
+        "| `x.steps` | `int` ≥ 1 | `5` | How many. |",
         "| `x.form` | `'paper'`, `'residual'` or `None` | `None` |  |",
-        "| `x.shares` | list of `float`, > 0, ≤ 1 | `()` |  |",
+        "| `x.seed` | `int` ≥ -2^63 or `None` | `0` |  |",
+        "| `x.shares` | list of `float` > 0, ≤ 1 | `()` |  |",
     ]
 
 

@@ -7,7 +7,7 @@ Both runs are those of docs/quickstart.md.
 
 from __future__ import annotations
 
-import os
+import io
 import re
 import sys
 from pathlib import Path
@@ -32,7 +32,7 @@ QUIET = "#9aa5b1"
 
 
 def main(prose_run: str, task_run: str, out: Path) -> None:
-    console = Console(record=True, width=88, file=open(os.devnull, "w"), force_terminal=True)
+    console = Console(record=True, width=88, file=io.StringIO(), force_terminal=True)
     console.print()
     prose = explained(prose_run, PROSE)
     console.print(heading("MoR-3 on text", prose))
@@ -56,9 +56,7 @@ def explained(run: str, text: str, *, task: bool = False) -> Explanation:
 
 
 def heading(title: str, found: Explanation) -> Text:
-    return Text.assemble(
-        (title, "bold #e9ecef"), (f"   mean depth {found.mean_depth:.2f}", QUIET)
-    )
+    return Text.assemble((title, "bold #e9ecef"), (f"   mean depth {found.mean_depth:.2f}", QUIET))
 
 
 def coloured(found: Explanation) -> Text:

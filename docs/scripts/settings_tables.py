@@ -14,7 +14,7 @@ import inspect
 import re
 import textwrap
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 MARK = re.compile(r"<!-- settings: (\S+)\.(\w+) ?(\S*) -->")
@@ -35,7 +35,7 @@ def table(module: str, name: str, prefix: str = "") -> str:
             continue
         cells = (
             f"`{prefix}{field.name}`",
-            type_name(hints[field.name]) + bounds(hints[field.name], field.metadata),
+            type_name(hints[field.name]) + bounds(field.metadata.values()),
             f"`{_default(field)}`",
             notes.get(field.name, ""),
         )
@@ -59,9 +59,10 @@ def field_docstrings(cls: type) -> dict[str, str]:
 
 
 def type_name(hint: Any) -> str:
+    """In words, with the bounds that it declares: ``list of `int` ≥ 1``."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return type_name(parts[0])
+        return type_name(parts[0]) + bounds(hint.__metadata__)
     if origin is Literal:
         return ", ".join(f"`{choice!r}`" for choice in parts)
     if origin in (Union, types.UnionType):
@@ -71,24 +72,21 @@ def type_name(hint: Any) -> str:
     return "`None`" if hint is type(None) else f"`{getattr(hint, '__name__', hint)}`"
 
 
-def bounds(hint: Any, metadata: Mapping[Any, Any]) -> str:
-    """``, ≥ 1`` and the like, from anything that says gt, ge, lt or le."""
+def bounds(constraints: Iterable[Any]) -> str:
+    """`` ≥ 1`` and the like, from anything that says gt, ge, lt or le, or collects what does."""
+    each = [c for whole in constraints for c in (whole, *getattr(whole, "metadata", ()))]
     found = dict.fromkeys(
-        f", {sign} {value:g}"
-        for constraint in [*_constraints(hint), *metadata.values()]
+        f"{sign} {_number(value)}"
+        for constraint in each
         for name, sign in BOUNDS.items()
         if isinstance(value := getattr(constraint, name, None), int | float)
     )
-    return "".join(found)
+    return " " + ", ".join(found) if found else ""
 
 
-def _constraints(hint: Any) -> Iterator[Any]:
-    if get_origin(hint) is Annotated:
-        for constraint in hint.__metadata__:
-            yield constraint
-            yield from getattr(constraint, "metadata", ())  # a Field that collects several
-    for part in get_args(hint):
-        yield from _constraints(part)
+def _number(value: float) -> str:
+    large = abs(value) == 2**63
+    return f"{'-' if value < 0 else ''}2^63" if large else f"{value:g}"
 
 
 def _plain(hint: Any) -> Any:
