@@ -138,7 +138,7 @@ def stream(
     *,
     max_depth: int | None = None,
 ) -> Iterator[TokenEvent]:
-    """Yield every new token as soon as it is known. Arguments as in ``generate``."""
+    """Yield every new token as soon as it is known. Arguments as in :func:`generate`."""
     results = [Generation(list(p)) for p in prompts]
     yield from _decode(model, results, _per_prompt(params, len(prompts)), max_depth)
 

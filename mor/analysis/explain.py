@@ -97,7 +97,7 @@ class TokenRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What ``explain`` found. model: what the model is, for a heading. asked: what targets
+    """What :func:`explain` found. model: what the model is, for a heading. asked: what targets
     are."""
 
     name: str

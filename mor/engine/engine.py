@@ -99,7 +99,7 @@ class EngineConfig:
 class Engine:
     """Serves a model to any number of requests. Not thread-safe: one thread adds, steps and aborts.
 
-    tokenizer: for prompts given as text and for ``text``; requests of token ids need none.
+    tokenizer: for prompts given as text and for :meth:`text`; requests of token ids need none.
     ``seconds`` counts the time spent in each part of the model, ``passes`` and ``tokens`` what it
     did there.
     """
@@ -233,7 +233,7 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Request]:
         """Continue prompts, all together; finished requests in their order. Arguments as in
-        ``stream``."""
+        :meth:`stream`."""
         own = self._add_all(prompts, params)
         while any(request.finish_reason is None for request in own.values()):
             self.step()

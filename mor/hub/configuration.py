@@ -13,7 +13,7 @@ _SETTINGS = tuple(ModelConfig.__dataclass_fields__)
 
 
 class MoRConfig(PreTrainedConfig):
-    """A ``ModelConfig`` as transformers wants it: the same settings as attributes, plus its
+    """A :class:`ModelConfig` as transformers wants it: the same settings as attributes, plus its
     own.
 
     Raises ValueError for a value that ModelConfig refuses and for a misspelt setting.
@@ -58,5 +58,5 @@ class MoRConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **choices: Any) -> MoRConfig:
-        """Arguments of ``mor.model.config.preset``."""
+        """Arguments of :func:`mor.model.config.preset`."""
         return cls.from_model_config(preset(name, **choices))

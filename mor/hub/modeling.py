@@ -40,7 +40,7 @@ _CACHE = "cache" if "cache" in _GENERATE_ARGUMENTS else "past_key_values"
 
 
 class MoRCache(Cache):
-    """A ``KVCache`` with the methods that ``generate`` calls. It is made when the first tokens
+    """A :class:`KVCache` with the methods that ``generate`` calls. It is made when the first tokens
     arrive.
 
     depth_BT: recursions that each token of each column took; 0 at padding.
@@ -123,7 +123,7 @@ class MoROutput(ModelOutput):
 
 
 class MoRForCausalLM(PreTrainedModel, GenerationMixin):
-    """``Transformer`` as a transformers causal language model."""
+    """:class:`Transformer` as a transformers causal language model."""
 
     config_class = MoRConfig
     config: MoRConfig

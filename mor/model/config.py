@@ -131,7 +131,7 @@ class RouterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of a model. Validated when made; ``preset`` and ``layout`` help to make one."""
+    """Shape of a model. Validated when made; :func:`preset` and :func:`layout` help to make one."""
 
     vocab_size: int = 49_152
     dim: int = 576

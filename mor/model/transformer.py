@@ -212,7 +212,7 @@ class Recursions(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model for any ``ModelConfig``. Holds each shared layer once."""
+    """A causal language model for any :class:`ModelConfig`. Holds each shared layer once."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -289,7 +289,7 @@ class Transformer(nn.Module):
         return Output(self._logits(x_MD, tokens, logits), routing)
 
     def compile_blocks(self, **settings: Any) -> Transformer:
-        """Compile all layers (see ``Block.compile_parts``)."""
+        """Compile all layers (see :meth:`Block.compile_parts`)."""
         for block in (*self.prelude, *self.recursions.shared_blocks, *self.coda):
             block.compile_parts(**settings)
         return self
