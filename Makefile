@@ -23,8 +23,9 @@ lint: .venv/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The site goes to build/site; a warning is an error.
+# The site goes to build/site; a warning is an error. Tables are made anew first.
 docs: .venv/.docs
+	$(BIN)/python docs/scripts/refresh.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 

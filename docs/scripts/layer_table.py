@@ -1,18 +1,12 @@
-"""MkDocs hook: ``<!-- layers -->`` becomes a table of the rooms, from the contract in pyproject."""
+"""The table of the rooms, made of the contract in pyproject. ``refresh.py`` puts it into a page."""
 
 from __future__ import annotations
 
 import ast
 import tomllib
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[2]
-MARK = "<!-- layers -->"
-
-
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    return markdown.replace(MARK, layer_table()) if MARK in markdown else markdown
 
 
 def layer_table() -> str:

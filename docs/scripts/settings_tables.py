@@ -1,33 +1,29 @@
-"""MkDocs hook: a line ``<!-- settings: MODULE.CLASS PREFIX -->`` becomes a table of the settings.
+"""Tables of settings, made of the dataclasses themselves.
 
-The tables come from the dataclasses themselves: fields, types, defaults, bounds declared in
-``Annotated`` types or in a field's metadata, and the docstring below each field. So they cannot
-fall behind the code.
+Fields, types, defaults, bounds declared in ``Annotated`` types or in a field's metadata, and the
+docstring below each field. ``refresh.py`` puts them into the pages.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib
 import inspect
-import re
+import pkgutil
 import textwrap
 import types
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-MARK = re.compile(r"<!-- settings: (\S+)\.(\w+) ?(\S*) -->")
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    return MARK.sub(lambda found: table(*found.groups()), markdown)
+def table(name: str, prefix: str = "") -> str:
+    """A Markdown table of a dataclass's plain settings; nested ones have tables of their own.
 
-
-def table(module: str, name: str, prefix: str = "") -> str:
-    """A Markdown table of a dataclass's plain settings; nested ones have tables of their own."""
-    cls = getattr(importlib.import_module(module), name)
+    name: with its module, such as ``mor.engine.EngineConfig``.
+    """
+    cls = pkgutil.resolve_name(name)
     hints, notes = get_type_hints(cls, include_extras=True), field_docstrings(cls)
     rows = ["| Setting | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
     for field in dataclasses.fields(cls):

@@ -1,21 +1,18 @@
-"""MkDocs hook: a line ``<!-- study: NAME [FILE] -->`` becomes what the study NAME found.
+"""What a study found, made of its result files, so that a page cannot say anything else.
 
-Question, command, control and rows come from ``benchmarks/results/studies-2026-11-25/NAME/``, so
-the page cannot say anything else than the files do. FILE is the table, rows.csv by default.
+Question, command, control and rows come from ``benchmarks/results/studies-2026-11-25/NAME/``.
+``refresh.py`` puts them into the pages.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path("benchmarks/results/studies-2026-11-25")
-MARK = re.compile(r"<!-- study: (\S+) ?(\S*) -->")
 COLUMNS = (
     "Row",
     "n",
@@ -29,11 +26,8 @@ COLUMNS = (
 )
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    return MARK.sub(lambda found: section(found[1], found[2] or "rows.csv"), markdown)
-
-
 def section(study: str, file: str = "rows.csv") -> str:
+    """Markdown for a study. file: the table in its folder."""
     folder = RESULTS / study
     summary = json.loads((ROOT / folder / "summary.json").read_text())
     with (ROOT / folder / file).open(newline="") as content:
