@@ -16,9 +16,12 @@ import settings_tables
 import study_tables
 
 DOCS = Path(__file__).parents[1]
-MARKED = re.compile(r"(<!-- (settings|study|layers):? ?(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(<!-- (settings|presets|study|layers)(?:: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 MAKERS = {
     "settings": settings_tables.table,
+    "presets": settings_tables.preset_table,
     "study": study_tables.section,
     "layers": layer_table.layer_table,
 }
@@ -26,9 +29,12 @@ MAKERS = {
 
 def refreshed(page: str) -> str:
     """A page with the tables of today."""
-    return MARKED.sub(
-        lambda found: f"{found[1]}\n{MAKERS[found[2]](*found[3].split())}\n\n{found[4]}", page
-    )
+
+    def fill(found: re.Match[str]) -> str:
+        start, kind, arguments, end = found.groups()
+        return f"{start}\n{MAKERS[kind](*(arguments or '').split())}\n\n{end}"
+
+    return MARKED.sub(fill, page)
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ import types
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from mor.model.config import PRESET_NAMES, preset
+
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
@@ -36,6 +38,18 @@ def table(name: str, prefix: str = "") -> str:
             notes.get(field.name, ""),
         )
         rows.append("| " + " | ".join(cell.replace("|", "&#124;") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def preset_table() -> str:
+    """The shapes that presets give."""
+    heads = ("Layers", "Dimension", "Heads", "Key/value heads", "Feed-forward", "Vocabulary")
+    names = ("num_layers", "dim", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size")
+    rows = [f"| Preset | {' | '.join(heads)} | Longest sequence |", "| --- |" + " ---: |" * 7]
+    for name in PRESET_NAMES:
+        shape = preset(name)
+        figures = (f"{getattr(shape, setting):,}" for setting in (*names, "max_seq_len"))
+        rows.append(f"| `{name}` | {' | '.join(figures)} |")
     return "\n".join(rows)
 
 
