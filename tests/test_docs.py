@@ -194,3 +194,13 @@ def test_the_tables_of_the_pages_are_those_of_code_and_results():
 def test_a_study_claims_a_difference_only_where_the_interval_leaves_out_0(low, high, words):
     row = {"seeds": "3", "difference": low, "difference_low": low, "difference_high": high}
     assert study_tables.verdict(row) == words
+
+
+def test_arguments_of_docstrings_get_a_line_each():
+    docstrings = importlib.import_module("docstrings")
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="api.md"))
+    html = "<p>tokens_BT: ids of a :func:<code>pack</code>. top_k, top_p: cuts. Raises OSError.</p>"
+    assert docstrings.on_page_content(html, page=page) == (
+        "<p><code>tokens_BT</code>: ids of a <code>pack</code>."
+        "<br><code>top_k, top_p</code>: cuts.<br>Raises OSError.</p>"
+    )
