@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint docs clean
 
 demo: .venv/.core
 	$(BIN)/mor demo
@@ -13,14 +13,24 @@ demo: .venv/.core
 test: .venv/.dev
 	$(BIN)/pytest -q -n 2 tests
 
+# Also the tests that take more than a minute each.
+test-all: .venv/.dev
+	$(BIN)/pytest -q -n 2 --slow tests
+
 lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The site goes to build/site; a warning is an error. Tables are made anew first.
+docs: .venv/.docs
+	$(BIN)/python docs/scripts/refresh.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
 clean:
-	rm -rf .venv
+	rm -rf .venv build
 
 .venv/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -30,4 +40,8 @@ clean:
 
 .venv/.dev: .venv/.core
 	$(PIP) -e ".[dev]"
+	touch $@
+
+.venv/.docs: .venv/.core
+	$(PIP) -e ".[docs]"
 	touch $@
