@@ -16,7 +16,7 @@ from mor.data.tokenizer import byte_tokenizer
 from mor.evaluation.nll import evaluate
 from mor.model.config import RouterConfig
 from mor.model.loss import IGNORED
-from mor.training.metrics import router_health
+from mor.training.router_health import router_health
 
 WINDOW = 24
 TEXT = "The cat sat on the mat, and 12 naïve dogs watched it; then 7 left. "

@@ -24,16 +24,15 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mor.files import write_json
+from mor.files import extra, write_json
+from mor.progress import ProgressBar
+from mor.run_folder import RunFolder
 from mor.studies.results import collect, flat, measure, tuned_rates
 from mor.studies.settings import Workers
 from mor.studies.study import ABOUT, ERROR, RESULT, Run, Study, main_runs, study_rows, tuning_runs
 from mor.training.config import TrainConfig, branch, load_config, step_flops, total_steps
-from mor.training.distributed import ALONE
-from mor.training.loop import alone_in, train
-from mor.training.metrics import read_metrics
+from mor.training.loop import train
 
 Status = Literal["finished", "kept", "interrupted", "failed"]
 DIED = "its process died: killed from outside or out of memory"
@@ -89,7 +88,7 @@ def run_one(run: Run, threads: int) -> Outcome:
     path = Path(run.config.out)
     try:
         # before anything is written: another sweep may be at work on it
-        with alone_in(path, ALONE):
+        with RunFolder(path).lock():
             return Outcome(run=run, status=_run_alone(run, path))
     except Exception as error:  # whatever it is, the other runs go on
         return Outcome(run=run, status="failed", reason=_reason(error))
@@ -119,7 +118,7 @@ def _reason(error: Exception) -> str:
 def check_trunk(run: Run) -> None:
     """Raises ValueError if there is nothing to branch off, or what is there was trained with other
     settings."""
-    if run.config.branch_from is None or (Path(run.config.out) / "train.json").is_file():
+    if run.config.branch_from is None or RunFolder(Path(run.config.out)).settings.is_file():
         return
     if not Path(run.config.branch_from).is_dir():
         raise ValueError(
@@ -132,9 +131,10 @@ def check_trunk(run: Run) -> None:
 
 def is_done(path: Path, config: TrainConfig) -> bool:
     """Whether this run is finished. Raises ValueError if another one lies in its place."""
-    if not (path / "train.json").is_file():
+    settings = RunFolder(path).settings
+    if not settings.is_file():
         return False
-    _check_settings(load_config(path / "train.json"), config, f"{path} holds")
+    _check_settings(load_config(settings), config, f"{path} holds")
     return (path / RESULT).is_file()
 
 
@@ -166,16 +166,16 @@ def launch(
     if not workers.cluster:
         _check_gpus(runs, workers.gpus)
     done: list[Outcome] = []
-    with _Bar(runs, console) as bar:
-        idle = bar.update
-        outcomes = (
-            _on_cluster(runs, workers, folder, idle)
-            if workers.cluster
-            else _in_processes(runs, workers, idle)
-        )
+    watch = _Watch(runs, console)
+    outcomes = (
+        _on_cluster(runs, workers, folder, watch.update)
+        if workers.cluster
+        else _in_processes(runs, workers, watch.update)
+    )
+    with watch.bar:
         for outcome in outcomes:
             done.append(outcome)
-            bar.note(outcome)
+            watch.note(outcome)
     return done
 
 
@@ -273,12 +273,8 @@ def _on_cluster(
 ) -> Iterator[Outcome]:
     """Interrupted, it cancels the jobs that are not done; their runs save themselves and go on
     later."""
-    try:
+    with extra("cluster", needed_for="a cluster"):
         import submitit
-    except ImportError:
-        raise ImportError(
-            'a cluster needs submitit: pip install "mixture-of-recursions[cluster]"'
-        ) from None
     if workers.cluster == "slurm" and not shutil.which("srun"):
         raise ValueError(
             "this machine has no srun: call mor sweep where jobs are submitted to Slurm, or use "
@@ -313,37 +309,19 @@ def _outcome(job: Any, run: Run, submitit: Any) -> Outcome:
         return Outcome(run=run, status="failed", reason=f"job {job.job_id}: {_reason(error)}")
 
 
-class _Bar:
-    """Progress in FLOPs over all runs, read from their metrics, with the time left."""
+class _Watch:
+    """Progress in FLOPs over all runs, read from their metrics, and a line for each that ends."""
 
     def __init__(self, runs: Sequence[Run], console: Console) -> None:
         self.flops = [(run, flops_of(run)) for run in runs]
-        self.console, self.left, self.looked = console, len(runs), 0.0
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task(
-            f"{len(runs)} runs", total=sum(flops for _, flops in self.flops)
-        )
-
-    def __enter__(self) -> _Bar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
+        self.left, self.looked = len(runs), 0.0
+        total = sum(flops for _, flops in self.flops)
+        self.bar = ProgressBar(console, f"{len(runs)} runs", total=total)
 
     def update(self) -> None:
         if time.monotonic() - self.looked > 3:
             self.looked = time.monotonic()
-            self.bar.update(self.task, completed=self._done(), description=f"{self.left} runs")
+            self.bar.update(self._done(), label=f"{self.left} runs")
 
     def note(self, outcome: Outcome) -> None:
         self.left -= 1
@@ -352,7 +330,7 @@ class _Bar:
         run = outcome.run
         text = f"{outcome.status:<11} {run.stage:<6} {run.row}, {_which(run)}"
         text += f": {outcome.reason}" if outcome.reason else ""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.bar.note(text)
 
     def _done(self) -> float:
         return sum(flops * _share(run) for run, flops in self.flops)
@@ -375,6 +353,6 @@ def _share(run: Run) -> float:
     path = Path(run.config.out)
     if (path / RESULT).is_file():
         return 1.0
-    rows = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else []
+    rows = RunFolder(path).read_metrics()
     done = rows[-1]["step"] - run.branch_step if rows else 0
     return min(1.0, done / max(1, total_steps(run.config) - run.branch_step))

@@ -75,8 +75,8 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 @contextmanager
 def ranks(device: str = "auto") -> Iterator[Ranks]:
-    """The ranks that torchrun's environment describes; one alone without it. device: ``auto``, or a
-    torch device."""
+    """The ranks that torchrun's environment describes; without it this process alone. device:
+    ``auto``, or a torch device."""
     place = pick_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -94,9 +94,7 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
 
 def spread(model: Transformer, ranks: Ranks, how: Parallel) -> nn.Module:
     """What to call for a training forward; ``model`` stays the module that holds the weights."""
-    router = model.recursions.router
-    if isinstance(router, TokenChoiceRouter):
-        router.mean_over_ranks = ranks.mean
+    _share_load(model, ranks)
     if ranks.size == 1:
         return model
     if how == "ddp":
@@ -116,10 +114,17 @@ def spread(model: Transformer, ranks: Ranks, how: Parallel) -> nn.Module:
     return model
 
 
+def _share_load(model: Transformer, ranks: Ranks) -> None:
+    """Let a router that balances its load see that of all ranks."""
+    router = model.recursions.router
+    if isinstance(router, TokenChoiceRouter):
+        router.mean_over_ranks = ranks.mean
+
+
 @contextmanager
 def reducing(forward: nn.Module, last: bool) -> Iterator[None]:
     """Around a forward and backward: gradients are averaged over ranks only in the ``last`` one of
-    a step."""
+    a step, however many batches it accumulates."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(forward, FSDPModule):
