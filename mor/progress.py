@@ -67,12 +67,11 @@ class ProgressBar:
 
 
 class _WithText(Progress):
-    """With a line of its own for the text, so that a long one is cut off but never moves the bar
-    out of view."""
+    """With the text below the bar, so that a long one never pushes the bar out of view."""
 
     text = ""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
         if self.text:
-            yield Text(self.text, no_wrap=True, overflow="ellipsis")
+            yield Text(self.text)

@@ -5,9 +5,10 @@ A prepared directory holds the tokenizer, one pair of files per split and chunk 
 manifest.json:
 
     train-00000.bin         tokens, uint16 or uint32; every document is its tokens and end-of-text
-    train-00000.ends.npy    int64, where each document ends in it (a text may contain the
-    end-of-text string) progress.jsonl          while unfinished: the settings, then one line per
-    finished chunk
+    train-00000.ends.npy    int64, where each document ends in it: a text may itself contain the
+                            end-of-text string
+    progress.jsonl          while unfinished: the settings, then one line per finished chunk
+    .lock                   held by the process that prepares
 
 The main process reads, workers tokenize and write. At most ``workers + 2`` chunks are held at a
 time.
@@ -103,7 +104,7 @@ def prepare(
     places: files (.txt, .jsonl, these as .gz or .zst, .parquet), folders of them, or
     hub:OWNER/NAME. Raises ValueError for sources that cannot be read, for a directory that was
     begun with other settings, sources or tokenizer, and for a full disk; what is finished stays,
-    and the same call goes on from there.
+    and the same call continues from there.
     """
     config, console, out = config or PrepareConfig(), console or Console(), Path(out)
     if not places:
@@ -335,7 +336,7 @@ def _tokenize(
         ) from error
     except KeyboardInterrupt:
         console.print(
-            f"interrupted: the same command goes on with {out} where it stopped", highlight=False
+            f"interrupted: the same command continues {out} where it stopped", highlight=False
         )
         raise
     finally:

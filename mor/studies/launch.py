@@ -1,7 +1,7 @@
 """Runs of a study on the cores, GPUs or cluster at hand.
 
-Every run is an ordinary run directory. A finished one has ``result.json`` and is kept; one that was
-interrupted goes on where it stopped; one that fails leaves ``error.txt`` and stops no other.
+Every run is an ordinary run folder. A finished one has ``result.json`` and is kept; one that was
+interrupted continues where it stopped; one that fails leaves ``error.txt`` and stops no other.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Outcome:
 
 
 def run_study(study: Study, out: Path, workers: Workers, console: Console) -> list[Outcome]:
-    """Every run of a study that is not finished. A stage waits for the one before it: tuning, then
-    the runs that count, then those that branch off them."""
-    stages = main_runs(study, out, {})  # what does not fit together is said before anything runs
+    """Run everything of a study that is not finished. A stage waits for the one before it: tuning,
+    then the runs that count, then those that branch off them."""
+    stages = main_runs(study, out, {})  # settings that do not fit are refused before anything runs
     tuning = tuning_runs(study, out)
     outcomes = launch(tuning, workers, console, folder=out)
     if tuning:
@@ -56,8 +56,8 @@ def run_study(study: Study, out: Path, workers: Workers, console: Console) -> li
             run.row for run in tuning if not was_tried(Path(run.config.out))
         ):
             raise ValueError(
-                f"rates of {', '.join(untried)} are still to be tried; start the study again to go "
-                "on"
+                f"rates of {', '.join(untried)} are still to be tried; start the study again to "
+                "continue"
             )
         rates = tuned_rates(collect(out), study.tuning.rates)
         if failed := [row.name for row in study_rows(study) if row.name not in rates]:
@@ -68,13 +68,13 @@ def run_study(study: Study, out: Path, workers: Workers, console: Console) -> li
     for runs in stages:
         outcomes += launch(runs, workers, console, folder=out)
         if interrupted(outcomes):
-            raise ValueError("the study was interrupted; start it again to go on")
+            raise ValueError("the study was interrupted; start it again to continue")
     return outcomes
 
 
 def was_tried(path: Path) -> bool:
-    """Whether a run finished or failed by itself: interrupted or killed, it says nothing about its
-    settings."""
+    """Whether a run finished or failed by itself. One that was interrupted or killed says nothing
+    about its settings."""
     return (path / RESULT).is_file() or (path / ERROR).is_file()
 
 
@@ -83,14 +83,14 @@ def interrupted(outcomes: Sequence[Outcome]) -> bool:
 
 
 def run_one(run: Run, threads: int) -> Outcome:
-    """Train, measure, write ``result.json``. Never raises for what goes wrong in the run itself."""
+    """Train, measure, write ``result.json``. An error in the run becomes a failed outcome."""
     torch.set_num_threads(threads)
     path = Path(run.config.out)
     try:
-        # before anything is written: another sweep may be at work on it
+        # before anything is written: another sweep may be working on it
         with RunFolder(path).lock():
             return Outcome(run=run, status=_run_alone(run, path))
-    except Exception as error:  # whatever it is, the other runs go on
+    except Exception as error:  # whatever it is, the other runs continue
         return Outcome(run=run, status="failed", reason=_reason(error))
 
 
@@ -116,7 +116,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_trunk(run: Run) -> None:
-    """Raises ValueError if there is nothing to branch off, or what is there was trained with other
+    """Raise ValueError if there is no checkpoint to branch off, or one trained with other
     settings."""
     if run.config.branch_from is None or RunFolder(Path(run.config.out)).settings.is_file():
         return
@@ -130,7 +130,7 @@ def check_trunk(run: Run) -> None:
 
 
 def is_done(path: Path, config: TrainConfig) -> bool:
-    """Whether this run is finished. Raises ValueError if another one lies in its place."""
+    """Whether this run is finished. Raises ValueError if its folder holds another one."""
     settings = RunFolder(path).settings
     if not settings.is_file():
         return False
@@ -160,7 +160,7 @@ def _difference(saved: TrainConfig, wanted: TrainConfig) -> str:
 def launch(
     runs: Sequence[Run], workers: Workers, console: Console, *, folder: Path
 ) -> list[Outcome]:
-    """All runs, none of which needs another. folder: for the cluster's logs."""
+    """Run all of these, none of which needs another. folder: for the cluster's logs."""
     if not runs:
         return []
     if not workers.cluster:
@@ -193,8 +193,8 @@ def _check_gpus(runs: Sequence[Run], wanted: int) -> None:
 def _in_processes(
     runs: Sequence[Run], workers: Workers, idle: Callable[[], None]
 ) -> Iterator[Outcome]:
-    """idle: called about every second while runs go on. A run whose process dies is tried once
-    more, alone: what killed it may have been the memory that the others took."""
+    """idle: called about every second while runs are going. A run whose process dies is tried once
+    more, alone: it may have been killed because the others took the memory."""
     os.environ["OMP_NUM_THREADS"] = str(workers.threads)
     places = visible_gpus(workers.gpus) if workers.gpus else [""] * workers.jobs
     died = []
@@ -210,10 +210,13 @@ def _in_processes(
 def _side_by_side(
     runs: Sequence[Run], places: Sequence[str], threads: int, idle: Callable[[], None]
 ) -> Iterator[Outcome]:
-    """A process for every run, as many at a time as there are places: GPUs, or empty names."""
+    """A process for every run, as many at a time as there are places: GPUs, or empty names.
+
+    Not a pool: its workers share a pipe and a lock, so one that is killed can take others with it,
+    and they ignore Ctrl-C, after which these save their runs.
+    """
     context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    # What every run imports sooner or later is imported once, not by each process anew: that takes
-    # seconds.
+    # Once for all processes what every run imports sooner or later: that takes seconds.
     multiprocessing.set_forkserver_preload(
         [__name__, "mor.training.sharded_state", "torch._dynamo"]
     )
@@ -245,8 +248,7 @@ def _side_by_side(
 
 
 def visible_gpus(count: int) -> list[str]:
-    """Names of the first ``count`` GPUs that this process may use, each to be the only one of a
-    worker."""
+    """Names of the first ``count`` GPUs that this process may use, one for each worker."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (given.split(",") if given else [str(gpu) for gpu in range(count)])[:count]
 
@@ -261,7 +263,7 @@ def _run_in_process(run: Run, threads: int, gpu: str, answer: Connection) -> Non
 
 
 def _stop_with_parent() -> None:
-    """A worker whose study is gone saves its run and ends; nobody would stop it otherwise."""
+    """Save the run and end when the study is gone: nobody else would stop this worker."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -271,7 +273,7 @@ def _stop_with_parent() -> None:
 def _on_cluster(
     runs: Sequence[Run], workers: Workers, folder: Path, idle: Callable[[], None]
 ) -> Iterator[Outcome]:
-    """Interrupted, it cancels the jobs that are not done; their runs save themselves and go on
+    """An interruption cancels the jobs that are not done; their runs save themselves, to continue
     later."""
     with extra("cluster", needed_for="a cluster"):
         import submitit

@@ -39,7 +39,7 @@ from mor.training.trackers import TRACKERS, Tracker, routing_histograms
 
 
 class TrainingError(ValueError):
-    """A run that cannot go on; the message says why and what to do."""
+    """A run that cannot continue; the message says why and what to do."""
 
 
 @dataclass(frozen=True)

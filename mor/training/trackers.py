@@ -55,8 +55,7 @@ class TensorBoard:
 
 
 class Logged:
-    """Weights & Biases, and trackio, which has the same interface; a resumed run goes on under its
-    name."""
+    """Weights & Biases, and trackio, which has the same interface. A resumed run keeps its name."""
 
     def __init__(
         self, library: ModuleType, out: Path, config: Mapping[str, Any], **settings: Any
