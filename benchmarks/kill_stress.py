@@ -22,7 +22,9 @@ from pathlib import Path
 import torch
 
 from mor import checkpoint
+from mor.run_folder import RunFolder
 from mor.training.optim import OptimConfig, build_optimizers
+from mor.training.sharded_state import load_optimizers
 
 SETTINGS = """
 steps = {steps}
@@ -106,7 +108,7 @@ def disturb(folder: Path, kills: int, draw: random.Random) -> dict[str, int]:
         if process.returncode != -signal.SIGKILL:
             raise SystemExit(f"the run failed by itself:\n{errors}")
         done += 1
-        in_checkpoint += bool(list((out / "checkpoints").glob(".*.tmp")))
+        in_checkpoint += bool(list(RunFolder(out).checkpoint(0).parent.glob(".*.tmp")))
         start = command("--resume", "--out", out)
 
 
@@ -118,7 +120,7 @@ def wait_for_progress(process: subprocess.Popen, out: Path) -> None:
 
 
 def newest(out: Path) -> str:
-    return max((p.name for p in (out / "checkpoints").glob("step-*")), default="")
+    return max((path.name for path in RunFolder(out).checkpoints()), default="")
 
 
 def identical(a: Path, b: Path) -> bool:
@@ -134,7 +136,7 @@ def everything(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Weights and moments by name, and the counters of a run's newest checkpoint."""
     _, model, _ = checkpoint.load(run)
     optimizers = build_optimizers(model, OptimConfig())
-    checkpoint.load_optimizers(run, model, optimizers)
+    load_optimizers(checkpoint.resolve(run), model, optimizers)
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments = {
         f"{names[p]} {k}": v for p, state in optimizers[0].state.items() for k, v in state.items()

@@ -23,10 +23,10 @@ from mor.costs import flops as costs
 from mor.data.stream import DataConfig, load_corpus
 from mor.evaluation.nll import evaluate
 from mor.model.config import RouterConfig, preset
+from mor.run_folder import RunFolder
 from mor.studies.demo import plot_curves, step_flops
 from mor.training.config import TrainConfig
 from mor.training.loop import train
-from mor.training.metrics import read_metrics
 from mor.training.optim import OptimConfig
 
 SHAPE = dict(
@@ -99,7 +99,7 @@ def run(settings, corpus, model, lr, flops, folder):
         if not result.finished:
             raise SystemExit("interrupted; run it again to go on")
         (folder / "done").touch()
-    return [m for m in read_metrics(folder / "metrics.jsonl") if "validation_nll" in m]
+    return [m for m in RunFolder(folder).read_metrics() if "validation_nll" in m]
 
 
 def main():

@@ -1,11 +1,13 @@
 """Time of a training step against the FLOPs it does: vanilla, recursive and MoR models of equal
 depth, interleaved.
 
-    python benchmarks/train_speed.py                      # CPU: d 192, 14 layers, 4x512 tokens,
-    fp32 python benchmarks/train_speed.py --size 360m --compile  # a GPU: 16x2048 tokens, bf16
+    # CPU: d 192, 14 layers, 4x512 tokens, fp32
+    python benchmarks/train_speed.py
+    # a GPU: 16x2048 tokens, bf16
+    python benchmarks/train_speed.py --size 360m --compile
 
-Every model makes a step in turn, round after round, every other round in reverse order, because a
-step finds the memory that the one before it left; times are medians, ratios are medians of the
+The models take steps in turn, round after round. Every other round runs in reverse order, because
+the state of the memory depends on the step before. Times are medians; ratios are medians of the
 ratios to vanilla's step of the same round. FLOPs are exact, of the tokens that were really routed.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mor.data.tokenizer import Tokenizer
+from mor.files import extra
 
 Message = Mapping[str, str]
 
@@ -13,16 +14,12 @@ class Chat:
     """The chat template of a tokenizer.
 
     stop_token_ids: the end-of-text token and the one that the template puts after an answer.
-    Raises ValueError if the tokenizer has no template or transformers is missing.
+    Raises ValueError if the tokenizer has no template, ImportError if transformers is missing.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        try:
+        with extra("hf", needed_for="chat"):
             self.theirs = tokenizer.to_transformers()
-        except ImportError as error:
-            raise ValueError(
-                'chat needs transformers: pip install "mixture-of-recursions[hf]"'
-            ) from error
         if not self.theirs.chat_template:
             raise ValueError(
                 "this checkpoint's tokenizer has no chat template; it was not trained to chat, so "

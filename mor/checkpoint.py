@@ -1,41 +1,36 @@
 """A checkpoint is a directory: config.json, model.safetensors, tokenizer files, training_state/.
 
-transformers reads and writes the same directories (see hf.py), and so names of weights carry its
-prefix. It is written under a temporary name and renamed when complete, so a crash leaves no broken
-one; checksums.json tells one that was damaged later.
+transformers reads and writes the same directories (see hub/), so names of weights carry its
+prefix. A checkpoint appears under its name when it is complete, so a crash leaves no broken one;
+checksums.json shows whether one was damaged later.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.optim import Optimizer
+from torch import Tensor
 
 from mor.data.tokenizer import Tokenizer
+from mor.files import replacing, write_checksums
 from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
-from mor.training.distributed import ALONE, Ranks
+from mor.run_folder import RunFolder
 
+OPTIMIZER = Path("training_state") / "optimizer"
+"""Where training puts the state of its optimizers."""
 _PROGRESS = Path("training_state") / "progress.json"
-_OPTIMIZER = Path("training_state") / "optimizer"
-_CHECKSUMS = "checksums.json"
+_WEIGHTS = "model.safetensors"
 _PREFIX = "model."  # MoRForCausalLM holds the Transformer under this name
-# in config.json beside the ModelConfig
-_OUR_EXTRAS = {
-    "model_type",
-    "architectures",
-    "eos_token_id",
-    "auto_map",
-}
+# in config.json beside the settings of ModelConfig
+_OUR_EXTRAS = {"model_type", "architectures", "eos_token_id", "auto_map"}
 
 
 class Checkpoint(NamedTuple):
@@ -49,190 +44,90 @@ def save(
     model: Transformer,
     tokenizer: Tokenizer,
     *,
-    progress: dict[str, Any] | None = None,
-    optimizers: Sequence[Optimizer] = (),
-    ranks: Ranks = ALONE,
+    progress: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint directory, replacing one of the same name only when the new one is
-    complete.
-
-    progress: plain values for resuming. optimizers: theirs is written with it, by every rank its
-    share; the weights are always written whole.
-    """
-    from mor.training import sharded_state as shares
-
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        if ranks.is_first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            (unfinished / _PROGRESS).parent.mkdir(parents=True)
-        ranks.wait()
-        state = shares.whole_weights(model)
-        if optimizers:
-            shares.save_optimizers(unfinished / _OPTIMIZER, model, optimizers, ranks)
-        if ranks.is_first:
-            _write_rest(unfinished, model, state, tokenizer, progress)
-            _rename(unfinished, path)
-        ranks.wait()
-    finally:
-        if ranks.is_first:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    complete. progress: plain values for whoever continues from it."""
+    with replacing(path) as folder:
+        write(folder, model.config, model.state_dict(), tokenizer, progress=progress)
     return path
 
 
-def _write_rest(
+def write(
     folder: Path,
-    model: Transformer,
-    state: dict[str, Any],
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
     tokenizer: Tokenizer,
-    progress: dict[str, Any] | None,
+    *,
+    progress: Mapping[str, Any] | None = None,
 ) -> None:
+    """Fill a folder, which may hold the optimizers' state already; checksums cover all of it."""
+    folder.mkdir(parents=True, exist_ok=True)
     extras = {
         "model_type": "mor",
         "architectures": ["MoRForCausalLM"],
         "eos_token_id": tokenizer.end_of_text_id,
     }
-    (folder / "config.json").write_text(json.dumps(extras | model.config.to_dict(), indent=2))
+    (folder / "config.json").write_text(json.dumps(extras | config.to_dict(), indent=2))
     save_file(
-        {_PREFIX + name: tensor.detach().contiguous() for name, tensor in state.items()},
-        folder / "model.safetensors",
+        {_PREFIX + name: tensor.detach().contiguous() for name, tensor in weights.items()},
+        folder / _WEIGHTS,
         metadata={"format": "pt"},
     )
     open_weights(folder)
     tokenizer.save(folder)
     if progress is not None:
+        (folder / _PROGRESS).parent.mkdir(exist_ok=True)
         (folder / _PROGRESS).write_text(json.dumps(progress))
-    else:
-        (folder / _PROGRESS).parent.rmdir()
-    sums = {str(f.relative_to(folder)): _checksum(f) for f in folder.rglob("*") if f.is_file()}
-    (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=2))
+    write_checksums(folder)
 
 
 def open_weights(folder: Path) -> None:
-    """Let whoever may read config.json read the weights: safetensors writes them for their owner
-    alone."""
+    """Let everyone who may read config.json read the weights: safetensors writes them for their
+    owner alone."""
     for weights in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", weights)
 
 
-def _rename(unfinished: Path, path: Path) -> None:
-    for file in (*unfinished.rglob("*"), unfinished):
-        _flush(file)
-    if path.exists():
-        old = path.with_name(f".{path.name}.replaced.old")
-        path.rename(old)
-        unfinished.rename(path)
-        shutil.rmtree(old)
-    else:
-        unfinished.rename(path)
-    _flush(path.parent)
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def verify(path: Path) -> None:
-    """Raise ValueError naming the first file of a checkpoint that is missing or not as it was
-    written."""
-    if not (path / _CHECKSUMS).is_file():
-        raise ValueError(f"{path} has no {_CHECKSUMS}: it was not written by mor or not to its end")
-    for name, expected in json.loads((path / _CHECKSUMS).read_text()).items():
-        if not (path / name).is_file():
-            raise ValueError(f"{path / name} is missing")
-        if _checksum(path / name) != expected:
-            raise ValueError(
-                f"{path / name} is damaged: its checksum is not the one it was written with"
-            )
-
-
-def newest_intact(run: Path) -> Path | None:
-    """The newest checkpoint of a run, None if it has none yet.
-
-    Raises ValueError if that one is damaged, naming the newest one that is not.
-    """
-    found = sorted(run.glob("checkpoints/step-*"))
-    problems: dict[Path, ValueError] = {}
-    for path in reversed(found):
-        try:
-            verify(path)
-        except ValueError as error:
-            problems[path] = error
-            continue
-        if not problems:
-            return path
-        doomed = " ".join(str(p) for p in problems)
-        raise ValueError(
-            f"{problems[found[-1]]}; {path} is intact: to go on from there, delete what is damaged "
-            f"(rm -r {doomed})"
-        ) from problems[found[-1]]
-    if problems:
-        raise ValueError(f"{problems[found[-1]]}; no checkpoint of {run} is intact") from problems[
-            found[-1]
-        ]
-    return None
-
-
-def tidy(folder: Path) -> None:
-    """Undo what a killed process left in a folder of checkpoints: halves of new ones, old ones set
-    aside."""
-    for left in folder.glob(".*.tmp"):
-        shutil.rmtree(left)
-    for aside in folder.glob(".*.old"):
-        name = aside.name.removeprefix(".").rsplit(".", 2)[0]
-        if (folder / name).exists() or aside.name.endswith(".removed.old"):
-            shutil.rmtree(aside)
-        else:  # killed between the two renames of a replacement
-            aside.rename(folder / name)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def resolve(path: str | Path) -> Path:
-    """The checkpoint that ``path`` means: itself, or the newest one of a run directory."""
+    """The checkpoint that ``path`` means: itself, or the newest one of a run. Raises ValueError if
+    there is none."""
     path = Path(path)
-    if (path / "config.json").is_file():
-        return path
-    found = sorted(path.glob("checkpoints/step-*/config.json"))
-    if not found:
-        raise ValueError(
-            f"{path} is neither a checkpoint (no config.json) nor a run with checkpoints in it"
-        )
-    return found[-1].parent
+    for folder in (path, *reversed(RunFolder(path).checkpoints())):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ValueError(
+        f"{path} is neither a checkpoint (no config.json) nor a run with checkpoints in it"
+    )
 
 
 def load(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read a checkpoint or the newest one of a run. Raises ValueError saying what is wrong with
-    it."""
+    """Read a checkpoint, or the newest one of a run, with the model in evaluation mode.
+
+    Raises ValueError that says what is wrong with it.
+    """
     folder = resolve(path)
     config = read_config(folder)
     model = Transformer(config)
     try:
-        state = load_file(folder / "model.safetensors")
+        state = load_file(folder / _WEIGHTS)
         model.load_state_dict(
             {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
         )
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(
-            f"{folder / 'model.safetensors'} is damaged or belongs to another config: {error}"
+            f"{folder / _WEIGHTS} is damaged or belongs to another config: {error}"
         ) from error
     return Checkpoint(config, model.to(device).eval(), Tokenizer.load(folder))
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The model that a checkpoint directory holds. Raises ValueError if it is none of mor's."""
+    """The settings of a checkpoint's model. Raises ValueError if it is not a mor model."""
     file = folder / "config.json"
     values = json.loads(file.read_text())
     if values.get("model_type") != "mor":
         raise ValueError(f"{file} does not describe a mor model (model_type is not 'mor')")
-    # written by transformers, which adds settings of its own
+    # transformers adds settings of its own
     theirs = "transformers_version" in values
     ignored = values.keys() - ModelConfig.__dataclass_fields__.keys() if theirs else _OUR_EXTRAS
     return ModelConfig.from_dict(
@@ -241,28 +136,8 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def load_progress(path: str | Path) -> dict[str, Any]:
-    """What ``save`` was given as progress. Raises ValueError if the checkpoint has none."""
-    file = resolve(path) / _PROGRESS
-    if not file.is_file():
-        raise ValueError(
-            f"{resolve(path)} was saved without training state and cannot be continued"
-        )
-    return json.loads(file.read_text())
-
-
-def load_optimizers(
-    path: str | Path, model: Transformer, optimizers: Sequence[Optimizer], *, ranks: Ranks = ALONE
-) -> None:
-    """Fill the optimizers of ``model`` from a checkpoint; it may have been written by another
-    number of ranks."""
-    from mor.training import sharded_state as shares
-
-    shares.load_optimizers(resolve(path) / _OPTIMIZER, model, optimizers, ranks)
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint; it disappears from view first, so that an interruption leaves no half of
-    it."""
-    doomed = path.with_name(f".{path.name}.removed.old")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    """What was saved as progress. Raises ValueError if the checkpoint has none."""
+    folder = resolve(path)
+    if not (folder / _PROGRESS).is_file():
+        raise ValueError(f"{folder} was saved without training state and cannot be continued")
+    return json.loads((folder / _PROGRESS).read_text())

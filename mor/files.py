@@ -1,26 +1,184 @@
-"""Small JSON files that a crash leaves whole, and whose damage is said with their name."""
+"""Files and folders that appear whole or not at all, locks, the cache folder, optional packages."""
 
 from __future__ import annotations
 
+import atexit
+import functools
+import hashlib
 import json
-from collections.abc import Mapping
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"
+CHECKSUMS = "checksums.json"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A free name beside ``path`` to write a file or folder under. When the block ends it becomes
+    ``path``, in place of what was there; if the block fails, ``path`` stays as it was.
+
+    The content is on the disk before the name changes, so a crash leaves the old or the new one,
+    and at most hidden leftovers that :func:`tidy` removes.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _delete(unfinished)  # of an earlier process with the same number
+    try:
+        yield unfinished
+        for file in (*unfinished.rglob("*"), unfinished):
+            _flush(file)
+        if path.is_dir():  # a folder cannot be renamed over one that holds something
+            aside = path.rename(path.with_name(f".{path.name}.replaced.old"))
+            unfinished.rename(path)
+            shutil.rmtree(aside)
+        else:
+            unfinished.replace(path)
+        _flush(path.parent)
+    finally:
+        _delete(unfinished)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder. It disappears from view first, so an interruption leaves no half of it."""
+    doomed = path.rename(path.with_name(f".{path.name}.removed.old"))
+    shutil.rmtree(doomed)
+
+
+def tidy(folder: Path) -> None:
+    """Undo what a killed process left in a folder: halves of new files and folders, old ones set
+    aside."""
+    for unfinished in folder.glob(".*.tmp"):
+        _delete(unfinished)
+    for aside in folder.glob(".*.old"):
+        name = aside.name.removeprefix(".").rsplit(".", 2)[0]
+        if (folder / name).exists() or aside.name.endswith(".removed.old"):
+            _delete(aside)
+        else:  # killed between the two renames of a replacement
+            aside.rename(folder / name)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Replace a file, only when the new one is complete."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(json.dumps(values, indent=2))
-    unfinished.replace(path)
+    """Replace a JSON file, only when the new one is complete."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(values, indent=2))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The table that a file holds. Raises ValueError if it is damaged."""
+    """The table that a JSON file holds. Raises ValueError if the file is damaged."""
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; delete it or take it from a copy") from None
+        raise ValueError(f"{path} is damaged: {error}; delete it or restore a copy") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it holds no table; delete it or take it from a copy")
+        raise ValueError(f"{path} is damaged: it holds no table; delete it or restore a copy")
     return values
+
+
+def write_checksums(folder: Path) -> None:
+    """Note the checksum of every file in a folder, for :func:`verify`."""
+    sums = {str(f.relative_to(folder)): _checksum(f) for f in folder.rglob("*") if f.is_file()}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2))
+
+
+def verify(folder: Path) -> None:
+    """Raise ValueError naming the first file of a folder that is missing or has changed since its
+    checksum was written."""
+    if not (folder / CHECKSUMS).is_file():
+        raise ValueError(f"{folder} has no {CHECKSUMS}: mor did not write it, or did not finish it")
+    for name, expected in read_json(folder / CHECKSUMS).items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing")
+        if _checksum(folder / name) != expected:
+            raise ValueError(f"{folder / name} is damaged: its checksum has changed")
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+@contextmanager
+def alone_in(folder: Path, *, doing: str) -> Iterator[None]:
+    """Make a folder and be the only process at work in it. doing: for the message, "training in".
+
+    The lock goes with the process however that ends; its holder may take it again. A folder that
+    is left empty is removed. Raises ValueError if another process holds the lock.
+    """
+    lock = FileLock(folder / LOCK, blocking=False, is_singleton=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"another process is {doing} {folder}; wait until it ends, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        outermost = lock.lock_counter == 1
+        if outermost and [file.name for file in folder.iterdir()] == [LOCK]:
+            shutil.rmtree(folder)  # before the lock is free, while nobody else can have begun here
+        lock.release()
+
+
+def cache_folder() -> Path:
+    """An existing folder for what can be made again: ``$XDG_CACHE_HOME/mor``, else
+    ``~/.cache/mor``. Where neither can be written, a private one that goes with this process."""
+    for place in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
+        folder = Path(place) / "mor"
+        if folder.is_absolute() and _is_writable(folder):
+            return folder
+    return _temporary_folder()
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    # Nobody else may write there: the cache holds compiled code. So its name cannot be a fixed one.
+    folder = tempfile.mkdtemp(prefix="mor-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+@contextmanager
+def extra(name: str, *, needed_for: str) -> Iterator[None]:
+    """Around imports of optional packages: says how to install them if one is missing.
+
+    name: the extra in pyproject.toml that brings them. Raises ImportError.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            f"{needed_for} needs more packages ({error}); install them with: "
+            f'pip install "mixture-of-recursions[{name}]"'
+        ) from error

@@ -19,7 +19,9 @@ from torch.distributed import TCPStore
 
 from mor import checkpoint
 from mor.data.stream import DataConfig
+from mor.files import remove_folder
 from mor.model.config import RouterConfig, preset
+from mor.run_folder import RunFolder
 from mor.training.config import TrainConfig, load_config
 from mor.training.loop import train
 from mor.training.optim import OptimConfig
@@ -193,7 +195,7 @@ def alone(config, **settings):
 
 
 def curve(out, *names):
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = RunFolder(out).read_metrics()
     return [[row[n] for n in names] for row in rows if all(n in row for n in names)]
 
 
@@ -284,15 +286,15 @@ def test_a_run_goes_on_with_another_number_of_ranks(how, data, tmp_path, pair):
         data, tmp_path / "shrinking", ROUTERS["expert"], parallel=how, save_every=10, keep=0
     )
     pair(shrinking)
-    checkpoint.remove(tmp_path / "shrinking" / "checkpoints" / "step-00000020")
-    saved = load_config(tmp_path / "shrinking" / "train.json")
+    remove_folder(RunFolder(tmp_path / "shrinking").checkpoint(20))
+    saved = load_config(RunFolder(tmp_path / "shrinking").settings)
     alone(dataclasses.replace(saved, batch_size=4), resume=True)
     assert torch.tensor(curve(tmp_path / "shrinking", "step", "loss")) == pytest.approx(
         torch.tensor(expected), abs=1e-5
     )
 
-    checkpoint.remove(tmp_path / "whole" / "checkpoints" / "step-00000020")
-    growing = load_config(tmp_path / "whole" / "train.json")
+    remove_folder(RunFolder(tmp_path / "whole").checkpoint(20))
+    growing = load_config(RunFolder(tmp_path / "whole").settings)
     pair(dataclasses.replace(growing, batch_size=2, parallel=how), resume=True)
     assert torch.tensor(curve(tmp_path / "whole", "step", "loss")) == pytest.approx(
         torch.tensor(expected), abs=1e-5
@@ -320,7 +322,7 @@ def test_muon_learns_and_refuses_shards(data, tmp_path):
     )
     held = [p for o in (adamw, matrices) for g in o.param_groups for p in g["params"]]
     assert len(held) == len(set(held)) == len(list(result.state.model.parameters()))
-    checkpoint.remove(result.path)
+    remove_folder(result.path)
     again = alone(
         settings(data, tmp_path / "a", ROUTERS["expert"], optim=muon, batch_size=4), resume=True
     )

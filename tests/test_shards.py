@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny
+from filelock import FileLock
 
 from mor.data.shards import PrepareConfig, prepare, read_manifest
 from mor.data.sources import find_sources
@@ -25,6 +26,7 @@ from mor.data.stream import (
     open_shards,
 )
 from mor.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from mor.files import LOCK
 
 TEXTS = [f"Document {i}: the square of {i} is {i * i}. é☃ " * (1 + i % 7) for i in range(150)]
 SMALL = PrepareConfig(tokenizer="bytes", chunk_megabytes=0.002, workers=1, validation_share=0.2)
@@ -96,6 +98,7 @@ def test_a_finished_directory_is_left_alone_and_other_settings_are_refused(prepa
         prepare([other], out, SMALL)
     with pytest.raises(ValueError, match=r"holds other things, such as b.jsonl"):
         prepare([other], tmp_path, SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.jsonl"], "nothing was left there"
     with pytest.raises(ValueError, match="no source was given"):
         prepare([], tmp_path / "x", SMALL)
 
@@ -143,14 +146,13 @@ def test_kills_at_any_moment_change_nothing(prepared, tmp_path):
 
 
 def test_two_processes_do_not_prepare_the_same_directory(prepared):
-    import fcntl
-
-    source, out, _ = prepared
-    other = os.open(out, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="another process is preparing"):
+    source, out, manifest = prepared
+    with (
+        FileLock(out / LOCK),
+        pytest.raises(ValueError, match="another process is preparing"),
+    ):
         prepare([source], out, SMALL)
-    os.close(other)
+    assert prepare([source], out, SMALL) == manifest
 
 
 def test_finished_files_are_not_read_again(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from mor.data.stream import DataConfig, load_corpus
 from mor.evaluation.nll import by_hops, evaluate
 from mor.model.config import RouterConfig, preset
 from mor.model.transformer import Transformer
+from mor.run_folder import RunFolder
 from mor.studies import compare
 from mor.studies.exits import all_to_depth, confident_exits, early_exits, oracle_exits
 from mor.studies.launch import flops_of, run_one, run_study
@@ -25,7 +26,6 @@ from mor.studies.results import collect, finished, model_facts
 from mor.studies.settings import Workers
 from mor.studies.study import DepthPays, Study, load_study, main_runs, study_rows, tuning_runs
 from mor.training.config import load_config
-from mor.training.metrics import read_metrics
 
 STUDY = """
 title = "Test"
@@ -97,7 +97,7 @@ def test_the_figure_that_counts_is_causal_and_top_k_has_its_own(ran):
     _, _, rows = ran
     for row in of(rows, "main", "branch"):
         model, path = checkpoint.load(row["path"]).model.eval(), row["path"]
-        config = load_config(Path(path) / "train.json")
+        config = load_config(RunFolder(Path(path)).settings)
         data = load_corpus(config.data).validation
         causal, topk = (
             evaluate(model, data, seq_len=16, max_windows=16, selection=name)
@@ -115,7 +115,7 @@ def test_the_figure_that_counts_is_causal_and_top_k_has_its_own(ran):
 def test_router_health_is_that_of_the_last_tenth_of_training(ran):
     for row in of(ran[2], "main"):
         if row["variant"] == "MoR":
-            log = [x for x in read_metrics(Path(row["path"]) / "metrics.jsonl") if "loss" in x]
+            log = [x for x in RunFolder(Path(row["path"])).read_metrics() if "loss" in x]
             last = log[-(len(log) // 10) :]
             assert len(log) >= 20 and row["depth_entropy"] == pytest.approx(
                 fmean(x["depth_entropy"] for x in last)

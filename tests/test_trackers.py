@@ -1,5 +1,5 @@
-"""Trackers get what metrics.jsonl gets, and histograms of the routing; a missing package names the
-extra."""
+"""Trackers get what the metrics file gets, and histograms of the routing; a missing package names
+the extra."""
 
 import io
 import json
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mor.data.stream import DataConfig
 from mor.model.config import preset
+from mor.run_folder import RunFolder
 from mor.training.config import TrainConfig
 from mor.training.loop import train
 from mor.training.trackers import flat_scalars, routing_histograms
@@ -46,13 +47,11 @@ def run(config, tracker, **settings):
     train(replace(config, tracker=tracker), console=Console(file=io.StringIO()), **settings)
 
 
-def test_tensorboard_reads_back_what_metrics_jsonl_holds(config, tmp_path):
+def test_tensorboard_reads_back_what_the_metrics_file_holds(config, tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(config, "tensorboard")
     events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    rows = [
-        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
+    rows = RunFolder(tmp_path / "run").read_metrics()
     for name in ("loss", "agreement", "validation_nll"):
         expected = [
             (row["step"], pytest.approx(row[name])) for row in rows if row.get(name) is not None
@@ -103,10 +102,10 @@ def test_a_missing_package_names_the_extra_before_anything_is_written(
     for module in (name, "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
-        ValueError, match=rf"tracker='{name}' needs the package {name}; .*\[track\]"
+        ImportError, match=rf"tracker='{name}' needs more packages .*{name}.*\[track\]"
     ):
         run(config, name)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not RunFolder(tmp_path / "run").is_begun
 
 
 def test_numbers_and_histograms():

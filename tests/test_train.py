@@ -16,7 +16,10 @@ from rich.console import Console
 from mor import checkpoint
 from mor.data.stream import DataConfig
 from mor.evaluation.nll import evaluate
+from mor.files import remove_folder
 from mor.model.config import RouterConfig, preset
+from mor.run_folder import RunFolder
+from mor.training import sharded_state
 from mor.training.config import TrainConfig, branch, capacities_at, load_config, total_steps
 from mor.training.loop import TrainingError, collapse_message, train
 from mor.training.optim import OptimConfig, learning_rate
@@ -54,7 +57,7 @@ def quiet():
 
 
 def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in RunFolder(out).metrics.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +80,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(data, tmp_path, rou
     part = settings(data, tmp_path / "part", router, **common)
     train(part, console=quiet())
     # as if killed after step 10
-    checkpoint.remove(tmp_path / "part" / "checkpoints" / "step-00000012")
+    remove_folder(RunFolder(tmp_path / "part").checkpoint(12))
     resumed = train(part, resume=True, console=quiet())
     ours, theirs = resumed.state.model.state_dict(), whole.state.model.state_dict()
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
@@ -164,7 +167,7 @@ def test_sigterm_saves_as_ctrl_c_does(data, tmp_path, monkeypatch):
 def test_a_run_without_a_checkpoint_yet_resumes_at_its_beginning(data, tmp_path):
     config, console = settings(data, tmp_path / "run", steps=3), quiet()
     whole = train(config, console=quiet())
-    checkpoint.remove(whole.path)
+    remove_folder(whole.path)
     again = train(config, resume=True, console=console)
     assert "starting at its beginning" in console.file.getvalue()
     for a, b in zip(again.state.model.parameters(), whole.state.model.parameters(), strict=True):
@@ -173,7 +176,7 @@ def test_a_run_without_a_checkpoint_yet_resumes_at_its_beginning(data, tmp_path)
 
 def poisoned(monkeypatch, steps):
     """Batches of these steps give a loss that is not finite."""
-    import mor.training.loop as module
+    import mor.training.step as module
 
     real = module.compute_loss
 
@@ -202,7 +205,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(data, tmp_path, monkey
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_although_its_loss_is(data, tmp_path, monkeypatch):
-    import mor.training.loop as module
+    import mor.training.step as module
 
     real, console = module.compute_loss, quiet()
 
@@ -234,7 +237,7 @@ def test_steps_that_stay_not_finite_stop_the_run_with_the_last_good_checkpoint(
         match=r"3 steps in a row .* step 8: its loss .*; lower optim.lr .*step-00000004",
     ):
         train(settings(data, tmp_path / "run", save_every=4, max_skipped=3), console=quiet())
-    assert checkpoint.newest_intact(tmp_path / "run").name == "step-00000004"
+    assert RunFolder(tmp_path / "run").newest_intact().name == "step-00000004"
 
 
 def test_a_learning_rate_that_explodes_says_what_to_change(data, tmp_path):
@@ -246,7 +249,7 @@ def test_a_learning_rate_that_explodes_says_what_to_change(data, tmp_path):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(data, tmp_path):
     config = settings(data, tmp_path / "run", save_every=4, keep=0)
     train(config, console=quiet())
-    newest = tmp_path / "run" / "checkpoints" / "step-00000012"
+    newest = RunFolder(tmp_path / "run").checkpoint(12)
     for name in ("model.safetensors", "training_state/optimizer/__0_0.distcp"):
         file = newest / name
         whole = file.read_bytes()
@@ -260,7 +263,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(data, tmp_path
     (newest / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"tokenizer.json is missing"):
         train(config, resume=True, console=quiet())
-    checkpoint.remove(newest)
+    remove_folder(newest)
     assert train(config, resume=True, console=quiet()).finished
 
 
@@ -268,7 +271,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(data, tmp_path, monke
     """A limit on the size of files refuses writes as a full disk does: real errors of every
     library."""
     config = settings(data, tmp_path / "run", save_every=4)
-    folder, real = tmp_path / "run" / "checkpoints", checkpoint.save
+    folder, real = tmp_path / "run" / "checkpoints", sharded_state.save
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for largest in (2_000, 100_000):  # the optimizer's file is refused, or only the weights
 
@@ -277,7 +280,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(data, tmp_path, monke
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
             return real(path, *arguments, **others)
 
-        monkeypatch.setattr(checkpoint, "save", full)
+        monkeypatch.setattr(sharded_state, "save", full)
         try:
             with pytest.raises(
                 TrainingError,
@@ -309,7 +312,7 @@ def test_what_a_killed_process_left_is_tidied(data, tmp_path):
 def test_a_branch_decays_from_the_stable_phase(data, tmp_path):
     stable = settings(data, tmp_path / "long", steps=20, save_every=5, keep=0)
     train(stable, console=quiet())
-    start = tmp_path / "long" / "checkpoints" / "step-00000010"
+    start = RunFolder(tmp_path / "long").checkpoint(10)
     config = branch(start, cooldown_steps=4, out=str(tmp_path / "short"))
     result = train(dataclasses.replace(config, log_every=1), console=quiet())
     assert result.finished and result.state.step == 14 and result.state.tokens == 14 * 4 * 32
@@ -328,10 +331,10 @@ def test_a_branch_decays_from_the_stable_phase(data, tmp_path):
 
 def test_a_resumed_branch_starts_where_the_branch_did(data, tmp_path):
     train(settings(data, tmp_path / "long", steps=20, save_every=5, keep=0), console=quiet())
-    start = tmp_path / "long" / "checkpoints" / "step-00000010"
+    start = RunFolder(tmp_path / "long").checkpoint(10)
     config = branch(start, cooldown_steps=4, out=str(tmp_path / "short"))
     first = train(config, console=quiet())
-    checkpoint.remove(first.path)
+    remove_folder(first.path)
     again = train(config, resume=True, console=quiet())
     for a, b in zip(first.state.model.parameters(), again.state.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -412,7 +415,7 @@ def test_an_existing_run_is_not_overwritten(data, tmp_path):
 def test_a_run_keeps_its_settings(data, tmp_path):
     config = settings(data, tmp_path / "run", steps=1)
     result = train(config, console=quiet())
-    kept = load_config(tmp_path / "run" / "train.json")
+    kept = load_config(RunFolder(tmp_path / "run").settings)
     assert (
         kept.model == result.state.model.config and kept.optim == config.optim and kept.data == data
     )
@@ -424,7 +427,7 @@ def test_a_flop_budget_is_spent_to_within_a_step(data, tmp_path):
     # the vocabulary comes from the tokenizer, so the spent budget is what counts, not the planned
     # steps
     assert abs(result.state.flops / 2e9 - 1) < 0.1
-    assert result.state.step == total_steps(load_config(tmp_path / "run" / "train.json"))
+    assert result.state.step == total_steps(load_config(RunFolder(tmp_path / "run").settings))
 
 
 def test_capacity_warm_up_falls_from_one(data, tmp_path):

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from mor.analysis import corpus, figures
 from mor.checkpoint import Checkpoint
 from mor.data.stream import Windows
-from mor.training.metrics import read_metrics
+from mor.run_folder import RunFolder
 
 Rows = list[dict[str, Any]]
 SUMMARY = "summary.json"
@@ -169,8 +169,8 @@ HEALTH = (
 
 
 def run_tables(run: Path) -> dict[str, Rows]:
-    """What metrics.jsonl of a run tells: the loss and, where there is a router, its health."""
-    metrics = read_metrics(run / "metrics.jsonl")
+    """What the metrics of a run tell: the loss and, where there is a router, its health."""
+    metrics = RunFolder(run).read_metrics()
     routed = [m for m in metrics if "depth_entropy" in m]
     found = {
         "loss": [_only(m, LOSS) for m in metrics],

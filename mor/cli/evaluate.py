@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -14,11 +14,6 @@ from tyro.conf import Positional
 
 from mor.cli.show import cell, flag, print_json
 from mor.model.config import Selection
-
-if TYPE_CHECKING:
-    from mor.checkpoint import Checkpoint
-    from mor.data.stream import Windows
-    from mor.training.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +108,10 @@ class Eval:
         from mor.checkpoint import load
         from mor.device import pick_device
         from mor.evaluation.nll import Evaluation, evaluate, leak
+        from mor.training.validation import validation_of
 
         loaded = load(self.checkpoint, device=pick_device())
-        length, mask, data = text_of(
+        data, length, mask = validation_of(
             self.checkpoint, loaded, self.data, text_field=self.text_field, seq_len=self.seq_len
         )
         model, deepest = loaded.model, loaded.config.num_recursions
@@ -146,35 +142,6 @@ class Eval:
                 label, str(row.max_depth), *("" if x is None else cell(x) for x in figures)
             )
         console.print(made)
-
-
-def run_of(checkpoint: Path) -> TrainConfig | None:
-    """Settings of the run that a checkpoint is from; None for one that lies alone."""
-    from mor.checkpoint import resolve
-    from mor.training.config import load_config
-
-    saved = resolve(checkpoint).parent.parent / "train.json"
-    return load_config(saved) if saved.is_file() else None
-
-
-def text_of(
-    checkpoint: Path,
-    loaded: Checkpoint,
-    data: Path | None,
-    *,
-    text_field: str = "text",
-    seq_len: int | None = None,
-) -> tuple[int, bool, Windows]:
-    """Window length, whether documents are masked (both as in the run), and ``data``, or the run's
-    validation text."""
-    from mor.data.stream import DataConfig, load_corpus, load_tokens
-
-    run = run_of(checkpoint)
-    length = seq_len or (run.seq_len if run else loaded.config.max_seq_len)
-    mask = run.data.document_mask if run else False
-    if data:
-        return length, mask, load_tokens(data, loaded.tokenizer, text_field)
-    return length, mask, load_corpus(run.data if run else DataConfig(), loaded.tokenizer).validation
 
 
 def _refuse_others(given: Eval, nll: bool) -> None:

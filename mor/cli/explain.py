@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from tyro.conf import Positional
 
-from mor.cli.evaluate import run_of
 from mor.cli.show import flag
 
 if TYPE_CHECKING:
@@ -108,8 +107,9 @@ class Explain:
         self, checkpoint: Path, model: Transformer, tokenizer: Tokenizer, text: str
     ) -> Explanation:
         from mor.analysis.explain import explain
+        from mor.training.config import settings_of
 
-        run = run_of(checkpoint)
+        run = settings_of(checkpoint)
         return explain(
             model,
             tokenizer,

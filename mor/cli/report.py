@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from tyro.conf import Positional
 
-from mor.cli.evaluate import run_of, text_of
+from mor.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Report:
             raise ValueError(f"{self.folder} is not a folder; give a run or a study")
         if self.max_windows < 1:
             raise ValueError(f"--max-windows must be at least 1, got {self.max_windows}")
-        is_run = any(self.folder.glob("checkpoints/step-*/config.json"))
+        is_run = bool(RunFolder(self.folder).checkpoints())
         settings = self._analyse() if is_run and self.analyse else {}
         out = self.out or self.folder / "report.html"
         out.write_text(report_page(self.folder, settings=settings), encoding="utf-8")
@@ -49,13 +49,15 @@ class Report:
     def _analyse(self) -> dict[str, Any]:
         from mor.analysis.report import analyses, collapse, run_tables, write
         from mor.checkpoint import load, resolve
+        from mor.training.config import settings_of
+        from mor.training.validation import validation_of
 
         loaded = load(self.folder)
-        length, _, data = text_of(self.folder, loaded, self.data, seq_len=self.seq_len)
-        tables = run_tables(self.folder) if (self.folder / "metrics.jsonl").is_file() else {}
+        data, length, _ = validation_of(self.folder, loaded, self.data, seq_len=self.seq_len)
+        tables = run_tables(self.folder)
         tables |= analyses(loaded, data, seq_len=length, max_windows=self.max_windows)
         write(self.folder, tables)
-        run = run_of(self.folder)
+        run = settings_of(self.folder)
         last = next(
             (m for m in reversed(tables.get("loss", [])) if m.get("validation_nll") is not None), {}
         )

@@ -14,6 +14,7 @@ from tyro.conf import arg
 
 from mor.cli.model import ModelChoice
 from mor.cli.show import flag
+from mor.run_folder import RunFolder
 from mor.settings import from_dict
 from mor.training.config import TrainConfig
 
@@ -24,7 +25,7 @@ class Train:
     flags."""
 
     config: Path | None = None
-    """TOML file with the settings below; an earlier run's train.json works too."""
+    """TOML file with the settings below; the settings that an earlier run wrote work too."""
     resume: bool = False
     """Continue the run in --out with the settings it was started with."""
     cooldown_steps: int | None = None
@@ -42,9 +43,9 @@ class Train:
                 settings.branch_from, cooldown_steps=self.cooldown_steps, out=settings.out
             )
         if self.resume:
-            saved = Path(settings.out) / "train.json"
+            saved = RunFolder(Path(settings.out)).settings
             if not saved.is_file():
-                raise ValueError(f"{settings.out} holds no run to resume (no train.json)")
+                raise ValueError(f"{settings.out} holds no run to resume (no {saved.name})")
             settings = replace(load_config(saved), out=settings.out)
         result = train(settings, resume=self.resume, console=console)
         if result.state.ranks.is_first:

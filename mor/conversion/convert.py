@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from mor import checkpoint
 from mor.data.tokenizer import Tokenizer
+from mor.files import extra, replacing
 from mor.model.config import KVStrategyName, ModelConfig, RouterConfig, Sharing, layout
 from mor.model.transformer import Transformer, passes
 
@@ -361,13 +360,9 @@ def _read_mor(path: Path) -> Source:
 
 
 def _read_llama(name: str, *, gguf: Path | None) -> Source:
-    try:
+    with extra("hf", needed_for="this source"):
         import transformers
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise ValueError(
-            'this source needs transformers: pip install "mixture-of-recursions[hf]"'
-        ) from error
     transformers.utils.logging.disable_progress_bar()
     which, said = {}, _GGUFTokenizer()
     if gguf is not None:
@@ -400,10 +395,8 @@ def _check_gguf(gguf: Path) -> _GGUFTokenizer:
     the beginning's token). Raises ValueError for scaled rotary angles, without which it would
     compute something else in silence.
     """
-    try:
+    with extra("hf", needed_for="a GGUF file"):
         from gguf import GGUFReader, GGUFValueType
-    except ImportError as error:
-        raise ValueError('GGUF files need gguf: pip install "mixture-of-recursions[hf]"') from error
     reader = GGUFReader(gguf)
     values = {
         name.partition(".")[2]: f.contents()
@@ -543,15 +536,10 @@ def _save_llama(out: Path, model: Transformer, tokenizer: Tokenizer) -> int:
         setattr(theirs.config, name, getattr(special, name))
         setattr(theirs.generation_config, name, getattr(special, name))
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        unfinished.chmod(0o755)  # mkdtemp's is for the owner alone
+    with replacing(out) as unfinished:
         theirs.save_pretrained(unfinished)
         checkpoint.open_weights(unfinished)
         tokenizer.save(unfinished)
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return count(theirs)
 
 

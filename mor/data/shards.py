@@ -5,9 +5,10 @@ A prepared directory holds the tokenizer, one pair of files per split and chunk 
 manifest.json:
 
     train-00000.bin         tokens, uint16 or uint32; every document is its tokens and end-of-text
-    train-00000.ends.npy    int64, where each document ends in it (a text may contain the
-    end-of-text string) progress.jsonl          while unfinished: the settings, then one line per
-    finished chunk
+    train-00000.ends.npy    int64, where each document ends in it: a text may itself contain the
+                            end-of-text string
+    progress.jsonl          while unfinished: the settings, then one line per finished chunk
+    .lock                   held by the process that prepares
 
 The main process reads, workers tokenize and write. At most ``workers + 2`` chunks are held at a
 time.
@@ -15,7 +16,6 @@ time.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -24,7 +24,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -32,10 +31,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mor.data.sources import Record, Source, draw, find_sources
 from mor.data.tokenizer import COMPANIONS, Tokenizer, train_bpe
+from mor.files import LOCK, alone_in, replacing, tidy
+from mor.progress import ProgressBar
 
 FORMAT = 1
 MANIFEST, JOURNAL = "manifest.json", "progress.jsonl"
@@ -104,7 +104,7 @@ def prepare(
     places: files (.txt, .jsonl, these as .gz or .zst, .parquet), folders of them, or
     hub:OWNER/NAME. Raises ValueError for sources that cannot be read, for a directory that was
     begun with other settings, sources or tokenizer, and for a full disk; what is finished stays,
-    and the same call goes on from there.
+    and the same call continues from there.
     """
     config, console, out = config or PrepareConfig(), console or Console(), Path(out)
     if not places:
@@ -117,10 +117,9 @@ def prepare(
             f"left out {len(left_out)} file(s) of other kinds, such as {left_out[0]}",
             highlight=False,
         )
-    out.mkdir(parents=True, exist_ok=True)
-    with _lock(out):
-        for half in out.glob(".*.tmp"):
-            half.unlink()
+    _refuse_strangers(out)
+    with alone_in(out, doing="preparing"):
+        tidy(out)
         begun = _begun(out)
         tokenizer = _tokenizer(config, sources, out, begun)
         settings = _settings(config, sources, tokenizer)
@@ -132,24 +131,9 @@ def prepare(
         if begun is None:
             # a wrong field or a damaged file must not fix the settings of ``out``
             next(sources[0].read(), None)
-            _write_atomically(out / JOURNAL, json.dumps(settings).encode() + b"\n")
+            _write(out / JOURNAL, json.dumps(settings).encode() + b"\n")
         _tokenize(config, sources, out, settings, console)
         return _finish(out, settings)
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of a killed one's lock."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ValueError(
-            f"another process is preparing {folder}; wait for it, or choose another directory"
-        ) from None
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -173,17 +157,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _refuse_strangers(out: Path) -> None:
+    """Raise ValueError if a directory that was not begun holds what no preparation writes first."""
+    if not out.is_dir() or (out / MANIFEST).is_file() or (out / JOURNAL).is_file():
+        return
+    first = {LOCK, "tokenizer.json", *(name.split("/")[0] for name in COMPANIONS)}
+    unfinished = {path.name for path in out.glob(".*.tmp")}
+    if strange := sorted({path.name for path in out.iterdir()} - first - unfinished):
+        raise ValueError(
+            f"{out} holds other things, such as {strange[0]}; choose an empty or new directory"
+        )
+
+
 def _begun(out: Path) -> dict[str, Any] | None:
     """Settings that a directory was begun or finished with."""
     if (out / MANIFEST).is_file():
         return read_manifest(out)["settings"]
     if not (out / JOURNAL).is_file():
-        expected = {"tokenizer.json", *(name.split("/")[0] for name in COMPANIONS)}
-        if stranger := next((p for p in out.iterdir() if p.name not in expected), None):
-            raise ValueError(
-                f"{out} holds other things, such as {stranger.name}; choose an empty or new "
-                "directory"
-            )
         return None
     with (out / JOURNAL).open(encoding="utf-8") as journal:
         return json.loads(journal.readline())
@@ -325,10 +315,8 @@ def _tokenize(
         initargs=(str(out),),
     )
     try:
-        with (
-            _Bar(console, sources, seen) as bar,
-            (out / JOURNAL).open("a", encoding="utf-8") as journal,
-        ):
+        watch = _Watch(console, sources, seen)
+        with watch.bar, (out / JOURNAL).open("a", encoding="utf-8") as journal:
             for chunk in islice(chunks, workers + 2):
                 _submit(pool, waiting, chunk, settings)
             while waiting:
@@ -338,7 +326,7 @@ def _tokenize(
                     journal.write(json.dumps(row) + "\n")
                     journal.flush()
                     os.fsync(journal.fileno())
-                    bar.add(row)
+                    watch.add(row)
                     if (following := next(chunks, None)) is not None:
                         _submit(pool, waiting, following, settings)
     except OSError as error:
@@ -348,7 +336,7 @@ def _tokenize(
         ) from error
     except KeyboardInterrupt:
         console.print(
-            f"interrupted: the same command goes on with {out} where it stopped", highlight=False
+            f"interrupted: the same command continues {out} where it stopped", highlight=False
         )
         raise
     finally:
@@ -390,9 +378,7 @@ def _progress(out: Path) -> tuple[int, tuple[int, int], list[dict[str, Any]]]:
     rows = _journal(out)
     with (out / JOURNAL).open(encoding="utf-8") as journal:
         header = journal.readline()
-    _write_atomically(
-        out / JOURNAL, (header + "".join(json.dumps(row) + "\n" for row in rows)).encode()
-    )
+    _write(out / JOURNAL, (header + "".join(json.dumps(row) + "\n" for row in rows)).encode())
     return len(rows), tuple(rows[-1]["next_place"]) if rows else (0, 0), rows
 
 
@@ -412,7 +398,7 @@ def _finish(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         )
     found |= {name: sum(row[name] for row in rows) for name in ("empty", "broken")}
     found["problems"] = [problem for row in rows for problem in row["problems"]][:SHOWN_PROBLEMS]
-    _write_atomically(out / MANIFEST, json.dumps(found, indent=1).encode())
+    _write(out / MANIFEST, json.dumps(found, indent=1).encode())
     (out / JOURNAL).unlink()
     return found
 
@@ -461,8 +447,8 @@ def _write_shard(name: str, texts: list[str], dtype: str) -> dict[str, Any]:
             parts.append(np.array(ids + end_of_text, dtype=dtype))
             lengths.append(len(ids) + 1)
     tokens, ends = np.concatenate(parts), np.cumsum(lengths, dtype=np.int64)
-    _write_atomically(_out_of_worker / f"{name}.bin", tokens)
-    _write_atomically(_out_of_worker / f"{name}.ends.npy", ends)
+    _write(_out_of_worker / f"{name}.bin", tokens)
+    _write(_out_of_worker / f"{name}.ends.npy", ends)
     num_bytes = sum(len(text.encode()) for text in texts)
     return {"name": name, "documents": len(texts), "tokens": len(tokens), "bytes": num_bytes}
 
@@ -480,54 +466,31 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _write_atomically(path: Path, content: bytes | np.ndarray) -> None:
+def _write(path: Path, content: bytes | np.ndarray) -> None:
     """All of it under its name, or nothing. Arrays are written raw, or as .npy if the name says
     so."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            if path.suffix == ".npy":
-                np.save(file, content)
-            else:
-                file.write(content if isinstance(content, bytes) else content.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        if path.suffix == ".npy":
+            np.save(file, content)
+        else:
+            file.write(content if isinstance(content, bytes) else content.tobytes())
 
 
-class _Bar:
-    """Progress by bytes of the sources where these are known; plain lines where there is no
-    terminal."""
+class _Watch:
+    """Progress by bytes of the sources, where these are known."""
 
     def __init__(
         self, console: Console, sources: Sequence[Source], seen: list[dict[str, Any]]
     ) -> None:
         sizes = [source.num_bytes for source in sources]
-        known = all(size is not None for size in sizes)
-        self.console, self.started, self.new_tokens = console, time.monotonic(), 0
+        known = [size for size in sizes if size is not None]
+        self.started, self.new_tokens = time.monotonic(), 0
         self.documents = sum(s["documents"] for row in seen for s in row["splits"].values())
         self.bytes_read = max((row["bytes_read"] for row in seen), default=0)
         if seen:
             console.print(f"continuing after {self.documents:,} documents", highlight=False)
-        self.bar = Progress(
-            TextColumn("tokenizing"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[text]}"),
-            *([TimeRemainingColumn()] if known else []),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        total = sum(size or 0 for size in sizes) if known else None
-        self.task = self.bar.add_task("tokenizing", total=total, completed=self.bytes_read, text="")
-
-    def __enter__(self) -> _Bar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
+        total = sum(known) if len(known) == len(sizes) else None
+        self.bar = ProgressBar(console, "tokenizing", total=total, done=self.bytes_read)
 
     def add(self, row: dict[str, Any]) -> None:
         self.documents += sum(s["documents"] for s in row["splits"].values())
@@ -535,4 +498,4 @@ class _Bar:
         self.bytes_read = max(self.bytes_read, row["bytes_read"])
         rate = self.new_tokens / max(time.monotonic() - self.started, 1e-9)
         text = f"{self.documents:,} documents · {self.new_tokens:,} tokens · {rate:,.0f} tok/s"
-        self.bar.update(self.task, completed=self.bytes_read, text=text)
+        self.bar.update(self.bytes_read, text)

@@ -13,7 +13,6 @@ import hashlib
 import importlib
 import itertools
 import json
-import os
 import sys
 import sysconfig
 import warnings
@@ -24,6 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple, Protocol
+
+from mor.files import cache_folder, extra, replacing
 
 KINDS = (".txt", ".jsonl", ".parquet")
 PACKINGS = (".gz", ".zst")
@@ -270,12 +271,8 @@ def draw(name: str) -> float:
 
 
 def _extra(module: str) -> ModuleType:
-    try:
+    with extra("data", needed_for="this kind of source"):
         return importlib.import_module(module)
-    except ImportError:
-        raise ValueError(
-            f'this kind of source needs {module}: pip install "mixture-of-recursions[data]"'
-        ) from None
 
 
 def damage_errors() -> tuple[type[Exception], ...]:
@@ -456,25 +453,20 @@ def python_documents() -> list[Document]:
 
     Gathered once per Python version and kept in the user's cache folder.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mor"
-    kept = (
-        cache
-        / f"python-{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}.jsonl"
-    )
+    version = ".".join(map(str, sys.version_info[:3]))
+    kept = cache_folder() / f"python-{version}.jsonl"
     if kept.is_file():
         return [
             Document(**json.loads(line)) for line in kept.read_text(encoding="utf-8").splitlines()
         ]
     documents = without_repeats([*_help_topics(), *_builtin_docstrings(), *_library_docstrings()])
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(
-            "".join(json.dumps(d._asdict()) + "\n" for d in documents), encoding="utf-8"
-        )
-        unfinished.replace(kept)
-    except OSError as error:  # a read-only home costs a few seconds per run, nothing else
-        print(f"note: could not keep the corpus in {cache}: {error}", file=sys.stderr)
+        with replacing(kept) as unfinished:
+            unfinished.write_text(
+                "".join(json.dumps(d._asdict()) + "\n" for d in documents), encoding="utf-8"
+            )
+    except OSError as error:  # a full disk costs a few seconds per run, nothing else
+        print(f"note: could not keep the corpus in {kept}: {error}", file=sys.stderr)
     return documents
 
 

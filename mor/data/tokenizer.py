@@ -16,6 +16,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mor.files import extra
+
 END_OF_TEXT = "<|endoftext|>"
 _SAMPLE = (
     "  Größe 日本語 don't \t\n\n def f(x): return x**2 # 1234567 naïve CO₂ 🙂 e\u0301 A\u00a0B "
@@ -141,13 +143,8 @@ class Tokenizer:
             return byte_tokenizer()
         if Path(name).exists() or name.count("/") > 1 or name.startswith(("/", ".")):
             return cls.load(name)
-        try:
+        with extra("hf", needed_for=f"there is no directory {name!r}, and a tokenizer of the hub"):
             from transformers import AutoTokenizer
-        except ImportError:
-            raise ValueError(
-                f"no directory {name!r}; a tokenizer of the hub needs transformers: "
-                'pip install "mixture-of-recursions[hf]"'
-            ) from None
         try:
             return cls.from_transformers(AutoTokenizer.from_pretrained(name))
         except OSError as error:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mor.evaluation.task_data import LocalTask, load_local
+from mor.files import extra
 
-try:
+with extra("eval", needed_for="mor eval --tasks"):
     import datasets
     import lm_eval
     from lm_eval.api.group import Group
@@ -30,11 +31,6 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable
-except ImportError as error:
-    raise ImportError(
-        "mor eval --tasks needs lm-evaluation-harness; install it with: pip install "
-        '"mixture-of-recursions[eval]"'
-    ) from error
 
 
 class _Benchmark(NamedTuple):

@@ -77,6 +77,7 @@ def evaluate(
             max_depth=max_depth,
             router=router,
         )
+        assert output.nll is not None
         counted = int((batch.targets_BT != IGNORED).sum())
         nll, targets = nll + output.nll.item() * counted, targets + counted
         taken += torch.tensor(output.routing.tokens_per_recursion())

@@ -1,16 +1,12 @@
 """mor in transformers. Importing this package registers its classes with the Auto classes."""
 
-try:
-    from transformers import AutoConfig, AutoModelForCausalLM
-except ImportError as error:
-    raise ImportError(
-        "mor.hub needs transformers 5 or newer; install it with: pip install "
-        '"mixture-of-recursions[hf]" '
-        f"({error})"
-    ) from error
+from mor.files import extra
 
-from mor.hub.configuration import MoRConfig
-from mor.hub.modeling import MoRCache, MoRForCausalLM, MoROutput
+with extra("hf", needed_for="mor.hub"):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from mor.hub.configuration import MoRConfig
+    from mor.hub.modeling import MoRCache, MoRForCausalLM, MoROutput
 
 AutoConfig.register("mor", MoRConfig)
 AutoModelForCausalLM.register(MoRConfig, MoRForCausalLM)

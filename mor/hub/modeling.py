@@ -15,17 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-try:
-    from transformers import GenerationMixin, PreTrainedModel
-    from transformers import initialization as init
-    from transformers.cache_utils import Cache
-    from transformers.utils import ModelOutput
-except ImportError as error:
-    raise ImportError(
-        "mor.hub.modeling needs transformers 5 or newer; install it with: pip install "
-        f'"mixture-of-recursions[hf]" ({error})'
-    ) from error
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
 
 from mor.hub.configuration import MoRConfig
 from mor.model.config import Selection

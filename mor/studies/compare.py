@@ -26,7 +26,7 @@ class Line:
     """A row of a study's table. NLL in nats, causal; difference: against the reference row, seed by
     seed.
 
-    dead_positions to depth_entropy: the router's health in training, see metrics.router_health.
+    dead_positions to depth_entropy: the router's health in training, see Router.health.
     """
 
     row: str

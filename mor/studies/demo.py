@@ -24,9 +24,9 @@ from mor.generation import SamplingParams, generate
 from mor.model.config import ModelConfig, RouterConfig, preset
 from mor.model.kv_cache import KVCache
 from mor.model.transformer import Transformer
+from mor.run_folder import RunFolder
 from mor.training.config import TrainConfig
 from mor.training.loop import train
-from mor.training.metrics import read_metrics
 from mor.training.optim import OptimConfig
 
 SHAPE: dict[str, Any] = dict(
@@ -110,7 +110,7 @@ def run_demo(out: Path, *, flops: float, seed: int, console: Console) -> list[De
             raise ValueError("the demo was interrupted; run it again, it starts afresh")
         model = result.state.model.eval()
         rows.append(_row(name, config, model, corpus.validation, result.state, result.path))
-        metrics = read_metrics(Path(config.out) / "metrics.jsonl")
+        metrics = RunFolder(Path(config.out)).read_metrics()
         curves[name] = [
             (m["flops"], m["validation_bits_per_byte"])
             for m in metrics

@@ -1,7 +1,7 @@
 """Runs of a study on the cores, GPUs or cluster at hand.
 
-Every run is an ordinary run directory. A finished one has ``result.json`` and is kept; one that was
-interrupted goes on where it stopped; one that fails leaves ``error.txt`` and stops no other.
+Every run is an ordinary run folder. A finished one has ``result.json`` and is kept; one that was
+interrupted continues where it stopped; one that fails leaves ``error.txt`` and stops no other.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mor.files import write_json
+from mor.files import extra, write_json
+from mor.progress import ProgressBar
+from mor.run_folder import RunFolder
 from mor.studies.results import collect, flat, measure, tuned_rates
 from mor.studies.settings import Workers
 from mor.studies.study import ABOUT, ERROR, RESULT, Run, Study, main_runs, study_rows, tuning_runs
 from mor.training.config import TrainConfig, branch, load_config, step_flops, total_steps
-from mor.training.distributed import ALONE
-from mor.training.loop import alone_in, train
-from mor.training.metrics import read_metrics
+from mor.training.loop import train
 
 Status = Literal["finished", "kept", "interrupted", "failed"]
 DIED = "its process died: killed from outside or out of memory"
@@ -47,9 +46,9 @@ class Outcome:
 
 
 def run_study(study: Study, out: Path, workers: Workers, console: Console) -> list[Outcome]:
-    """Every run of a study that is not finished. A stage waits for the one before it: tuning, then
-    the runs that count, then those that branch off them."""
-    stages = main_runs(study, out, {})  # what does not fit together is said before anything runs
+    """Run everything of a study that is not finished. A stage waits for the one before it: tuning,
+    then the runs that count, then those that branch off them."""
+    stages = main_runs(study, out, {})  # settings that do not fit are refused before anything runs
     tuning = tuning_runs(study, out)
     outcomes = launch(tuning, workers, console, folder=out)
     if tuning:
@@ -57,8 +56,8 @@ def run_study(study: Study, out: Path, workers: Workers, console: Console) -> li
             run.row for run in tuning if not was_tried(Path(run.config.out))
         ):
             raise ValueError(
-                f"rates of {', '.join(untried)} are still to be tried; start the study again to go "
-                "on"
+                f"rates of {', '.join(untried)} are still to be tried; start the study again to "
+                "continue"
             )
         rates = tuned_rates(collect(out), study.tuning.rates)
         if failed := [row.name for row in study_rows(study) if row.name not in rates]:
@@ -69,13 +68,13 @@ def run_study(study: Study, out: Path, workers: Workers, console: Console) -> li
     for runs in stages:
         outcomes += launch(runs, workers, console, folder=out)
         if interrupted(outcomes):
-            raise ValueError("the study was interrupted; start it again to go on")
+            raise ValueError("the study was interrupted; start it again to continue")
     return outcomes
 
 
 def was_tried(path: Path) -> bool:
-    """Whether a run finished or failed by itself: interrupted or killed, it says nothing about its
-    settings."""
+    """Whether a run finished or failed by itself. One that was interrupted or killed says nothing
+    about its settings."""
     return (path / RESULT).is_file() or (path / ERROR).is_file()
 
 
@@ -84,14 +83,14 @@ def interrupted(outcomes: Sequence[Outcome]) -> bool:
 
 
 def run_one(run: Run, threads: int) -> Outcome:
-    """Train, measure, write ``result.json``. Never raises for what goes wrong in the run itself."""
+    """Train, measure, write ``result.json``. An error in the run becomes a failed outcome."""
     torch.set_num_threads(threads)
     path = Path(run.config.out)
     try:
-        # before anything is written: another sweep may be at work on it
-        with alone_in(path, ALONE):
+        # before anything is written: another sweep may be working on it
+        with RunFolder(path).lock():
             return Outcome(run=run, status=_run_alone(run, path))
-    except Exception as error:  # whatever it is, the other runs go on
+    except Exception as error:  # whatever it is, the other runs continue
         return Outcome(run=run, status="failed", reason=_reason(error))
 
 
@@ -117,9 +116,9 @@ def _reason(error: Exception) -> str:
 
 
 def check_trunk(run: Run) -> None:
-    """Raises ValueError if there is nothing to branch off, or what is there was trained with other
+    """Raise ValueError if there is no checkpoint to branch off, or one trained with other
     settings."""
-    if run.config.branch_from is None or (Path(run.config.out) / "train.json").is_file():
+    if run.config.branch_from is None or RunFolder(Path(run.config.out)).settings.is_file():
         return
     if not Path(run.config.branch_from).is_dir():
         raise ValueError(
@@ -131,10 +130,11 @@ def check_trunk(run: Run) -> None:
 
 
 def is_done(path: Path, config: TrainConfig) -> bool:
-    """Whether this run is finished. Raises ValueError if another one lies in its place."""
-    if not (path / "train.json").is_file():
+    """Whether this run is finished. Raises ValueError if its folder holds another one."""
+    settings = RunFolder(path).settings
+    if not settings.is_file():
         return False
-    _check_settings(load_config(path / "train.json"), config, f"{path} holds")
+    _check_settings(load_config(settings), config, f"{path} holds")
     return (path / RESULT).is_file()
 
 
@@ -160,22 +160,22 @@ def _difference(saved: TrainConfig, wanted: TrainConfig) -> str:
 def launch(
     runs: Sequence[Run], workers: Workers, console: Console, *, folder: Path
 ) -> list[Outcome]:
-    """All runs, none of which needs another. folder: for the cluster's logs."""
+    """Run all of these, none of which needs another. folder: for the cluster's logs."""
     if not runs:
         return []
     if not workers.cluster:
         _check_gpus(runs, workers.gpus)
     done: list[Outcome] = []
-    with _Bar(runs, console) as bar:
-        idle = bar.update
-        outcomes = (
-            _on_cluster(runs, workers, folder, idle)
-            if workers.cluster
-            else _in_processes(runs, workers, idle)
-        )
+    watch = _Watch(runs, console)
+    outcomes = (
+        _on_cluster(runs, workers, folder, watch.update)
+        if workers.cluster
+        else _in_processes(runs, workers, watch.update)
+    )
+    with watch.bar:
         for outcome in outcomes:
             done.append(outcome)
-            bar.note(outcome)
+            watch.note(outcome)
     return done
 
 
@@ -193,8 +193,8 @@ def _check_gpus(runs: Sequence[Run], wanted: int) -> None:
 def _in_processes(
     runs: Sequence[Run], workers: Workers, idle: Callable[[], None]
 ) -> Iterator[Outcome]:
-    """idle: called about every second while runs go on. A run whose process dies is tried once
-    more, alone: what killed it may have been the memory that the others took."""
+    """idle: called about every second while runs are going. A run whose process dies is tried once
+    more, alone: it may have been killed because the others took the memory."""
     os.environ["OMP_NUM_THREADS"] = str(workers.threads)
     places = visible_gpus(workers.gpus) if workers.gpus else [""] * workers.jobs
     died = []
@@ -210,10 +210,13 @@ def _in_processes(
 def _side_by_side(
     runs: Sequence[Run], places: Sequence[str], threads: int, idle: Callable[[], None]
 ) -> Iterator[Outcome]:
-    """A process for every run, as many at a time as there are places: GPUs, or empty names."""
+    """A process for every run, as many at a time as there are places: GPUs, or empty names.
+
+    Not a pool: its workers share a pipe and a lock, so one that is killed can take others with it,
+    and they ignore Ctrl-C, after which these save their runs.
+    """
     context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    # What every run imports sooner or later is imported once, not by each process anew: that takes
-    # seconds.
+    # Once for all processes what every run imports sooner or later: that takes seconds.
     multiprocessing.set_forkserver_preload(
         [__name__, "mor.training.sharded_state", "torch._dynamo"]
     )
@@ -245,8 +248,7 @@ def _side_by_side(
 
 
 def visible_gpus(count: int) -> list[str]:
-    """Names of the first ``count`` GPUs that this process may use, each to be the only one of a
-    worker."""
+    """Names of the first ``count`` GPUs that this process may use, one for each worker."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (given.split(",") if given else [str(gpu) for gpu in range(count)])[:count]
 
@@ -261,7 +263,7 @@ def _run_in_process(run: Run, threads: int, gpu: str, answer: Connection) -> Non
 
 
 def _stop_with_parent() -> None:
-    """A worker whose study is gone saves its run and ends; nobody would stop it otherwise."""
+    """Save the run and end when the study is gone: nobody else would stop this worker."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -271,14 +273,10 @@ def _stop_with_parent() -> None:
 def _on_cluster(
     runs: Sequence[Run], workers: Workers, folder: Path, idle: Callable[[], None]
 ) -> Iterator[Outcome]:
-    """Interrupted, it cancels the jobs that are not done; their runs save themselves and go on
+    """An interruption cancels the jobs that are not done; their runs save themselves, to continue
     later."""
-    try:
+    with extra("cluster", needed_for="a cluster"):
         import submitit
-    except ImportError:
-        raise ImportError(
-            'a cluster needs submitit: pip install "mixture-of-recursions[cluster]"'
-        ) from None
     if workers.cluster == "slurm" and not shutil.which("srun"):
         raise ValueError(
             "this machine has no srun: call mor sweep where jobs are submitted to Slurm, or use "
@@ -313,37 +311,19 @@ def _outcome(job: Any, run: Run, submitit: Any) -> Outcome:
         return Outcome(run=run, status="failed", reason=f"job {job.job_id}: {_reason(error)}")
 
 
-class _Bar:
-    """Progress in FLOPs over all runs, read from their metrics, with the time left."""
+class _Watch:
+    """Progress in FLOPs over all runs, read from their metrics, and a line for each that ends."""
 
     def __init__(self, runs: Sequence[Run], console: Console) -> None:
         self.flops = [(run, flops_of(run)) for run in runs]
-        self.console, self.left, self.looked = console, len(runs), 0.0
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task(
-            f"{len(runs)} runs", total=sum(flops for _, flops in self.flops)
-        )
-
-    def __enter__(self) -> _Bar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
+        self.left, self.looked = len(runs), 0.0
+        total = sum(flops for _, flops in self.flops)
+        self.bar = ProgressBar(console, f"{len(runs)} runs", total=total)
 
     def update(self) -> None:
         if time.monotonic() - self.looked > 3:
             self.looked = time.monotonic()
-            self.bar.update(self.task, completed=self._done(), description=f"{self.left} runs")
+            self.bar.update(self._done(), label=f"{self.left} runs")
 
     def note(self, outcome: Outcome) -> None:
         self.left -= 1
@@ -352,7 +332,7 @@ class _Bar:
         run = outcome.run
         text = f"{outcome.status:<11} {run.stage:<6} {run.row}, {_which(run)}"
         text += f": {outcome.reason}" if outcome.reason else ""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.bar.note(text)
 
     def _done(self) -> float:
         return sum(flops * _share(run) for run, flops in self.flops)
@@ -375,6 +355,6 @@ def _share(run: Run) -> float:
     path = Path(run.config.out)
     if (path / RESULT).is_file():
         return 1.0
-    rows = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else []
+    rows = RunFolder(path).read_metrics()
     done = rows[-1]["step"] - run.branch_step if rows else 0
     return min(1.0, done / max(1, total_steps(run.config) - run.branch_step))

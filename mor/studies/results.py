@@ -7,6 +7,7 @@ import json
 import math
 import sqlite3
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -15,14 +16,14 @@ from typing import Any
 from mor.costs import flops as costs
 from mor.data.stream import TaskData, Windows
 from mor.evaluation.nll import by_hops, evaluate
-from mor.files import read_json
+from mor.files import read_json, replacing
 from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
+from mor.run_folder import RunFolder
 from mor.studies.exits import early_exits
 from mor.studies.study import ABOUT, ERROR, LABEL, RESULT, Run
 from mor.training.config import load_config
 from mor.training.loop import TrainResult
-from mor.training.metrics import read_metrics
 
 TABLE = "results.sqlite"
 NEEDED = (  # of a result, by tables, figures and fits
@@ -43,11 +44,12 @@ HEALTH = ("dead_positions", "agreement", "max_violation", "depth_entropy")
 def measure(run: Run, result: TrainResult) -> dict[str, Any]:
     """Numbers of a finished run: causal ones, and top-k's under a name that says non-causal. NLL in
     nats."""
-    model, config, data = (
+    model, data, folder = (
         result.state.model.eval(),
-        load_config(Path(run.config.out) / "train.json"),
         result.corpus.validation,
+        RunFolder(Path(run.config.out)),
     )
+    config = load_config(folder.settings)
     settings: dict[str, Any] = dict(
         seq_len=config.seq_len, max_windows=run.windows, document_mask=config.data.document_mask
     )
@@ -63,7 +65,7 @@ def measure(run: Run, result: TrainResult) -> dict[str, Any]:
         if router.has_topk
         else None,
         "nll_by_max_depth": _by_depth(model, data, settings),
-        **_health(Path(run.config.out) / "metrics.jsonl"),
+        **_health(folder),
         **model_facts(config.model),
         "steps": state.step,
         "tokens": state.tokens,
@@ -75,10 +77,10 @@ def measure(run: Run, result: TrainResult) -> dict[str, Any]:
     }
 
 
-def _health(log: Path) -> dict[str, Any]:
-    """How the router did at the end of training (see metrics.router_health): over the last tenth of
-    what was logged."""
-    rows = [row for row in read_metrics(log) if "loss" in row]
+def _health(run: RunFolder) -> dict[str, Any]:
+    """How the router did at the end of training (see Router.health): means over the last
+    tenth of what was logged."""
+    rows = [row for row in run.read_metrics() if "loss" in row]
     rows = rows[-max(1, len(rows) // 10) :]
     known = {name: [row[name] for row in rows if row.get(name) is not None] for name in HEALTH}
     return {name: fmean(values) for name, values in known.items() if values}
@@ -139,10 +141,11 @@ def _row(path: Path) -> dict[str, Any]:
     row |= {k: about[k] for k in ("row", "variant", "stage", "seed", "budget")} | {
         LABEL + k: v for k, v in labels
     }
-    if (path / "train.json").is_file() or (path / RESULT).is_file():
+    settings = RunFolder(path).settings
+    if settings.is_file() or (path / RESULT).is_file():
         row |= {
             f"config_{k.replace('.', '_')}": v
-            for k, v in flat(asdict(load_config(path / "train.json"))).items()
+            for k, v in flat(asdict(load_config(settings))).items()
         }
     if (path / RESULT).is_file():
         row |= {"status": "finished"} | known(path / RESULT, *NEEDED)
@@ -170,19 +173,12 @@ def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Table ``runs``; lists and tables as JSON. pandas:
     ``read_sql("select * from runs", sqlite3.connect(path))``."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.unlink(missing_ok=True)
-    database = sqlite3.connect(unfinished)
-    try:
-        with database:
-            database.execute(f"create table runs ({', '.join(map(_quoted, columns)) or 'path'})")
-            places = ", ".join("?" * len(columns))
-            values = [[_plain(row.get(name)) for name in columns] for row in rows]
-            if columns:
-                database.executemany(f"insert into runs values ({places})", values)
-    finally:
-        database.close()
-    unfinished.replace(path)
+    places = ", ".join("?" * len(columns))
+    values = [[_plain(row.get(name)) for name in columns] for row in rows]
+    with replacing(path) as unfinished, closing(sqlite3.connect(unfinished)) as database, database:
+        database.execute(f"create table runs ({', '.join(map(_quoted, columns)) or 'path'})")
+        if columns:
+            database.executemany(f"insert into runs values ({places})", values)
 
 
 def _quoted(name: str) -> str:

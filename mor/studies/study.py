@@ -41,6 +41,7 @@ from typing import Any, get_type_hints
 
 from mor.data.stream import vocab_size
 from mor.model.config import ModelConfig, RouterConfig, preset
+from mor.run_folder import RunFolder
 from mor.settings import fits, from_dict
 from mor.training.config import TrainConfig, cooled, total_steps
 
@@ -383,7 +384,7 @@ def _budget_runs(study: Study, row: Row, config: TrainConfig, place: Path) -> It
                 f"({steps[-1]} steps) to branch off its stable phase; leave it out or lower "
                 "optim.cooldown"
             )
-        start = names[-1] / "checkpoints" / f"step-{at:08d}"
+        start = RunFolder(names[-1]).checkpoint(at)
         made = _run(study, row, "branch", cooled(trunk, start, total, total - at), name)
         yield replace(made, budget=budget, trunk=str(names[-1]), branch_step=at)
 

@@ -13,6 +13,7 @@ from mor.costs import flops as costs
 from mor.data.stream import DataConfig
 from mor.files import read_json
 from mor.model.config import ModelConfig, preset
+from mor.run_folder import RunFolder
 from mor.settings import check_choices, from_dict
 from mor.training.distributed import Parallel
 from mor.training.optim import OptimConfig
@@ -131,10 +132,10 @@ def branch(start: str | Path, *, cooldown_steps: int, out: str) -> TrainConfig:
     lies in the warm-up or in the decay of its own run.
     """
     folder = checkpoint.resolve(start)
-    run = folder.parent.parent / "train.json"
-    if not run.is_file():
-        raise ValueError(f"{folder} belongs to no run (no {run})")
-    config = load_config(run)
+    run = RunFolder.of(folder)
+    if not run.settings.is_file():
+        raise ValueError(f"{folder} does not belong to a run (there is no {run.settings})")
+    config = load_config(run.settings)
     saved = checkpoint.load_progress(folder)
     step, total = saved["step"], saved["total_steps"]
     stable = (
@@ -161,9 +162,16 @@ def cooled(config: TrainConfig, start: Path, steps: int, cooldown_steps: int) ->
 
 
 def load_config(path: Path) -> TrainConfig:
-    """A run's train.json."""
+    """The settings that a run keeps in its folder."""
     values = read_json(path)
     try:
         return from_dict(TrainConfig, values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def settings_of(path: str | Path) -> TrainConfig | None:
+    """Settings of the run that ``path``, a run or a checkpoint, means; None for a checkpoint that
+    lies alone."""
+    saved = RunFolder.of(checkpoint.resolve(path)).settings
+    return load_config(saved) if saved.is_file() else None

@@ -74,8 +74,8 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 @contextmanager
 def ranks(device: str = "auto") -> Iterator[Ranks]:
-    """The ranks that torchrun's environment describes; one alone without it. device: ``auto``, or a
-    torch device."""
+    """The ranks that torchrun's environment describes; without it this process alone. device:
+    ``auto``, or a torch device."""
     place = pick_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -116,7 +116,7 @@ def spread(model: Transformer, ranks: Ranks, how: Parallel) -> nn.Module:
 @contextmanager
 def reducing(forward: nn.Module, last: bool) -> Iterator[None]:
     """Around a forward and backward: gradients are averaged over ranks only in the ``last`` one of
-    a step."""
+    a step, however many batches it accumulates."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(forward, FSDPModule):

@@ -1,110 +1,43 @@
 """Training: one loop for every family, on one process or many.
 
-text -> batches -> forward (top-k selection) -> LM loss + auxiliary losses -> step -> checkpoint
+text -> batches -> steps -> metrics, validation, checkpoints in the run's folder
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors import SafetensorError
-from torch import Tensor, nn
 
 from mor import checkpoint
-from mor.data.stream import Batch, Corpus, DataState, load_corpus
+from mor.data.stream import Corpus, load_corpus
 from mor.device import preferred_kernels
-from mor.evaluation.nll import evaluate
-from mor.files import write_json
-from mor.model.routing import Routing
-from mor.model.transformer import Output, Transformer
-from mor.training import distributed
-from mor.training.config import TrainConfig, capacities_at, step_flops, total_steps
-from mor.training.distributed import Ranks, reducing, reshard, spread, whole
-from mor.training.metrics import MetricsLog, ProgressLine, health_text
+from mor.evaluation.nll import Evaluation, evaluate
+from mor.files import verify, write_json
+from mor.model.transformer import Transformer
+from mor.progress import ProgressBar
+from mor.run_folder import RunFolder
+from mor.training import distributed, sharded_state
+from mor.training.config import TrainConfig, total_steps
+from mor.training.distributed import Ranks, reshard, spread
+from mor.training.log import MetricsLog, health_text
 from mor.training.optim import build_optimizers, learning_rate
+from mor.training.step import StepResult, TrainState, train_step
 from mor.training.trackers import TRACKERS, Tracker, routing_histograms
 
 
 class TrainingError(ValueError):
-    """A run that cannot go on; the message says why and what to do."""
-
-
-@dataclass
-class TrainState:
-    """Everything that changes from step to step."""
-
-    model: Transformer
-    optimizers: list[torch.optim.Optimizer]
-    ranks: Ranks
-    forward: nn.Module
-    """What a training step calls: the model, or what spreads it over the ranks."""
-    step: int = 0
-    data: DataState = field(default_factory=DataState)
-    tokens: int = 0
-    flops: float = 0.0
-    train_s: float = 0.0
-    skipped: int = 0
-    """Steps whose loss or gradient was not finite."""
-
-    _COUNTERS = ("step", "tokens", "flops", "train_s", "skipped")
-
-    @property
-    def progress(self) -> dict[str, Any]:
-        """Plain values that say where the run is. Nothing random is left to save: batches follow
-        from the position."""
-        return {name: getattr(self, name) for name in self._COUNTERS} | {
-            "position": self.data.position
-        }
-
-    def load(self, path: Path) -> None:
-        checkpoint.load_optimizers(path, self.model, self.optimizers, ranks=self.ranks)
-        saved = checkpoint.load_progress(path)
-        self.data = DataState(saved["position"])
-        for name in self._COUNTERS:
-            setattr(self, name, saved[name])
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """loss: language-model loss, nats per token. routings: one per forward of the step."""
-
-    loss: float
-    grad_norm: float
-    routings: list[Routing]
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(r.tokens) for r in self.routings)
-
-    @property
-    def mean_depth(self) -> float:
-        return sum(sum(r.tokens_per_recursion()) for r in self.routings) / self.tokens
-
-    def aux_losses(self, ranks: Ranks) -> dict[str, float]:
-        """Means over the forwards of the step on all ranks, without their weights."""
-        names = list(self.routings[0].losses)
-        if not names:
-            return {}
-        values = torch.stack(
-            [torch.stack([r.losses[n].value.detach() for n in names]) for r in self.routings]
-        )
-        return dict(zip(names, ranks.mean(values.mean(0)).tolist(), strict=True))
+    """A run that cannot continue; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -114,72 +47,6 @@ class TrainResult:
     state: TrainState
     corpus: Corpus
     finished: bool
-
-
-def compute_loss(output: Output) -> Tensor:
-    """What training minimises: language-model loss plus the weighted auxiliary losses, means over
-    tokens."""
-    assert output.nll is not None
-    return output.nll + output.routing.weighted_loss
-
-
-def train_step(
-    config: TrainConfig, state: TrainState, batches: Iterator[Any], total: int
-) -> StepResult:
-    """One optimizer step over ``config.accumulate`` batches; weights stay as they are if it is not
-    finite."""
-    model, device = state.model, state.ranks.device
-    capacities, routings, losses = capacities_at(config, state.step), [], []
-    for i in range(config.accumulate):
-        batch, state.data = next(batches)
-        with reducing(state.forward, last=i == config.accumulate - 1):
-            with _autocast(config, device):
-                output = _forward(config, state.forward, batch, capacities, device)
-                loss = compute_loss(output)
-            (loss / config.accumulate).backward()
-        assert output.nll is not None
-        losses.append(output.nll.detach())
-        routings.append(output.routing)
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip))
-    result = StepResult(
-        state.ranks.mean(torch.stack(losses).mean()).item(), grad_norm.item(), routings
-    )
-    if result.is_finite:
-        for optimizer in state.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optim, state.step, total)
-            optimizer.step()
-        model.router.after_step(routings)
-    else:
-        state.skipped += 1
-    for optimizer in state.optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    state.tokens += config.batch_size * config.accumulate * config.seq_len * state.ranks.size
-    state.flops += step_flops(config, state.step - 1, state.ranks.size)
-    return result
-
-
-def _forward(
-    config: TrainConfig,
-    forward: nn.Module,
-    batch: Batch,
-    capacities: Sequence[float],
-    device: torch.device,
-) -> Output:
-    return forward(
-        batch.tokens_BT.to(device),
-        targets_BT=batch.targets_BT.to(device),
-        documents_BT=None if batch.documents_BT is None else batch.documents_BT.to(device),
-        selection="topk",
-        capacities=capacities,
-        recompute=config.recompute,
-    )
-
-
-def _autocast(config: TrainConfig, device: torch.device) -> Any:
-    on = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16) if on else nullcontext()
 
 
 def train(
@@ -197,89 +64,89 @@ def train(
     TrainingError if the loss stays not finite or a checkpoint cannot be written, ValueError if the
     newest one is damaged or another process trains in ``config.out``.
     """
-    with distributed.ranks(config.device) as ranks, alone_in(Path(config.out), ranks):
+    run = RunFolder(Path(config.out))
+    with distributed.ranks(config.device) as ranks, _alone_in(run, ranks):
         shown = (console or Console()) if ranks.is_first else Console(quiet=True)
-        return _train(config, ranks, resume, corpus, shown, label)
+        return _prepare(config, run, ranks, resume, corpus, shown, label).train()
 
 
 @contextmanager
-def alone_in(out: Path, ranks: Ranks) -> Iterator[None]:
-    """A lock on the run directory, which goes with the process however that ends. Who holds it may
-    take it again.
-
-    Raises ValueError if another process holds it.
-    """
-    lock, taken = FileLock(out / ".lock", blocking=False, is_singleton=True), False
-    if ranks.is_first:
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            taken = True
-    if ranks.from_first(taken):
-        raise ValueError(
-            f"another process is training in {out}; wait for its end, or choose another --out"
-        )
-    try:
+def _alone_in(run: RunFolder, ranks: Ranks) -> Iterator[None]:
+    """The first rank holds the run's lock for all; if it cannot, every rank raises its error."""
+    with ExitStack() as stack:
+        error = None
+        if ranks.is_first:
+            try:
+                stack.enter_context(run.lock())
+            except ValueError as taken:
+                error = taken
+        if error := ranks.from_first(error):
+            raise error
         yield
-    finally:
-        # nothing was begun
-        if ranks.is_first and [file.name for file in out.iterdir()] == [".lock"]:
-            shutil.rmtree(out)  # before the lock is free, so that it is nobody else's folder
-        lock.release()
 
 
-def _train(
+def _prepare(
     config: TrainConfig,
+    run: RunFolder,
     ranks: Ranks,
     resume: bool,
     corpus: Corpus | None,
     console: Console,
     label: str,
-) -> TrainResult:
-    out = Path(config.out)
-    if ranks.from_first(not resume and (out / "metrics.jsonl").exists()):
+) -> Trainer:
+    """Everything that a run needs, at its beginning or where it was interrupted."""
+    if ranks.from_first(not resume and run.is_begun):
         raise ValueError(
-            f"{out} already holds a run; resume it with --resume, choose another --out, or delete "
-            "it"
+            f"{run.path} already holds a run; resume it with --resume, choose another --out, or "
+            "delete it"
         )
-    start = ranks.from_first(_start(config, resume, console) if ranks.is_first else None)
+    start = ranks.from_first(_start(config, run, resume, console) if ranks.is_first else None)
     saved = checkpoint.load(start) if start else None
     corpus = corpus or load_corpus(config.data, saved.tokenizer if saved else None)
     config = dataclasses.replace(
         config, model=config.model.replace(vocab_size=corpus.tokenizer.vocab_size)
     )
-    model = saved.model.train() if saved else Transformer(config.model).init_weights(config.seed)
-    if saved is None and model.router.needs_token_counts:
-        model.router.fit(corpus.train.token_counts(config.model.vocab_size, config.seq_len))
-    model.to(ranks.device)
-    if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
-        model.compile_blocks()
-    forward = spread(model, ranks, config.parallel)
-    state = TrainState(model, build_optimizers(model, config.optim), ranks, forward)
+    model = saved.model.train() if saved else _fresh_model(config, corpus)
+    state = _on_ranks(config, model.to(ranks.device), ranks)
     if start:
         state.load(start)
     tracker = _tracker(config, state)
-    log = MetricsLog(
-        out / "metrics.jsonl",
-        truncate_to=state.step if resume else None,
-        active=ranks.is_first,
-        tracker=tracker,
-    )
+    log = MetricsLog(run, step=state.step, active=ranks.is_first, tracker=tracker)
     if ranks.is_first:
-        write_json(out / "train.json", dataclasses.asdict(config))
+        write_json(run.settings, dataclasses.asdict(config))
     total = total_steps(config, ranks.size)
-    with (
-        ProgressLine(console, total, state.step, label) as progress,
-        _interruptible() as interrupted,
-        preferred_kernels(ranks.device),
-        closing(tracker),
-    ):
-        finished = _loop(config, state, corpus, total, log, progress, interrupted)
-    path = _save(config, state, corpus, total)
-    # freed after its process group, DistributedDataParallel can wait for ever for gloo's threads
-    state.forward = model
-    return TrainResult(path, state, corpus, finished)
+    progress = ProgressBar(console, label, total=total, done=state.step, counted=True)
+    return Trainer(config, state, corpus, run, log, progress, total)
+
+
+def _start(config: TrainConfig, run: RunFolder, resume: bool, console: Console) -> Path | None:
+    """The checkpoint that a run begins with; None for fresh weights."""
+    run.tidy()
+    if resume:
+        if newest := run.newest_intact():
+            return newest
+        console.print(
+            f"{run.path} has no checkpoint yet: starting at its beginning", highlight=False
+        )
+    if config.branch_from is None:
+        return None
+    start = checkpoint.resolve(config.branch_from)
+    verify(start)
+    return start
+
+
+def _fresh_model(config: TrainConfig, corpus: Corpus) -> Transformer:
+    model = Transformer(config.model).init_weights(config.seed)
+    if model.router.needs_token_counts:
+        model.router.fit(corpus.train.token_counts(config.model.vocab_size, config.seq_len))
+    return model
+
+
+def _on_ranks(config: TrainConfig, model: Transformer, ranks: Ranks) -> TrainState:
+    if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
+        model.compile_blocks()
+    forward = spread(model, ranks, config.parallel)
+    return TrainState(model, build_optimizers(model, config.optim), ranks, forward)
 
 
 def _tracker(config: TrainConfig, state: TrainState) -> Tracker:
@@ -287,92 +154,176 @@ def _tracker(config: TrainConfig, state: TrainState) -> Tracker:
     return make(Path(config.out), dataclasses.asdict(config), state.step + 1)
 
 
-def _start(config: TrainConfig, resume: bool, console: Console) -> Path | None:
-    """The checkpoint that a run begins with; None for fresh weights."""
-    checkpoint.tidy(Path(config.out) / "checkpoints")
-    if resume:
-        if newest := checkpoint.newest_intact(Path(config.out)):
-            return newest
-        console.print(
-            f"{config.out} has no checkpoint yet: starting at its beginning", highlight=False
-        )
-    if config.branch_from is None:
-        return None
-    start = checkpoint.resolve(config.branch_from)
-    checkpoint.verify(start)
-    return start
+@dataclass
+class Trainer:
+    """A run under way: steps, and what is due between them."""
 
+    config: TrainConfig
+    state: TrainState
+    corpus: Corpus
+    run: RunFolder
+    log: MetricsLog
+    progress: ProgressBar
+    total: int
+    """Steps of the whole run."""
 
-def _loop(
-    config: TrainConfig,
-    state: TrainState,
-    corpus: Corpus,
-    total: int,
-    log: MetricsLog,
-    progress: ProgressLine,
-    interrupted: list[bool],
-) -> bool:
-    """Steps until ``total`` or an interruption; True if it got to the end."""
-    batches = corpus.train.batches(
-        config.batch_size,
-        config.seq_len,
-        seed=config.seed,
-        state=state.data,
-        rank=state.ranks.rank,
-        world_size=state.ranks.size,
-        documents=config.data.document_mask,
-    )
+    health: dict[str, Any] = field(default_factory=dict)
+    """Of the router, as last logged."""
+    skipped_in_a_row: int = 0
     warned: str | None = None
-    health: dict[str, Any] = {}  # as last logged
-    skipped_in_a_row = 0
-    while state.step < total:
-        started = time.perf_counter()
-        result = train_step(config, state, batches, total)
-        elapsed_s = time.perf_counter() - started
-        state.train_s += elapsed_s
-        skipped_in_a_row = 0 if result.is_finite else skipped_in_a_row + 1
-        if skipped_in_a_row:
-            progress.note(f"warning: step {state.step} is skipped: {_not_finite(result)}")
-        if skipped_in_a_row == config.max_skipped:
-            raise TrainingError(_stop_message(config, state, result))
-        if state.step % config.log_every == 0 or state.step == total:
-            health = _log_step(config, state, result, elapsed_s, total, log)
-        rate = result.tokens * state.ranks.size / elapsed_s
-        shown = health_text(health) if health else f"depth {result.mean_depth:.2f}"
-        progress.update(state.step, f"loss {result.loss:.3f} · {rate:,.0f} tok/s · {shown}")
-        if state.step % config.eval_every == 0 or state.step == total:
-            found = evaluate(
-                state.model,
-                corpus.validation,
-                seq_len=config.seq_len,
-                max_windows=config.eval_windows,
-                document_mask=config.data.document_mask,
-            )
-            reshard(state.model)
-            message = collapse_message(found.share_per_recursion)
-            if message and message != warned:
-                progress.note(f"warning: step {state.step}: {message}")
-            warned = message
-            log.write(
-                step=state.step,
-                flops=state.flops,
-                tokens=state.tokens,
-                validation_nll=found.nll,
-                validation_bits_per_byte=found.bits_per_byte,
-                validation_mean_depth=found.mean_depth,
-                validation_share_per_recursion=found.share_per_recursion,
-            )
-            if not progress.console.is_terminal:
-                progress.note(
-                    f"{progress.label} {state.step}/{total} · loss {result.loss:.3f} · "
-                    f"{found.bits_per_byte:.3f} bits/byte · {rate:,.0f} tok/s · {shown}"
+
+    def train(self) -> TrainResult:
+        """Train to the end or an interruption, and save."""
+        with (
+            self.progress,
+            _interruptible() as interrupted,
+            preferred_kernels(self.state.ranks.device),
+            closing(self.log.tracker),
+        ):
+            finished = self._steps(interrupted)
+        path = self.save()
+        # Freed after its process group, DDP can wait forever for gloo's threads.
+        self.state.forward = self.state.model
+        return TrainResult(path, self.state, self.corpus, finished)
+
+    def _steps(self, interrupted: Sequence[bool]) -> bool:
+        """True if it got to the end."""
+        config, state = self.config, self.state
+        batches = self.corpus.train.batches(
+            config.batch_size,
+            config.seq_len,
+            seed=config.seed,
+            state=state.data,
+            rank=state.ranks.rank,
+            world_size=state.ranks.size,
+            documents=config.data.document_mask,
+        )
+        while state.step < self.total:
+            started = time.perf_counter()
+            result = train_step(config, state, batches, self.total)
+            elapsed_s = time.perf_counter() - started
+            state.train_s += elapsed_s
+            self._after_step(result, result.tokens * state.ranks.size / elapsed_s)
+            if self._any_rank(interrupted):
+                self.progress.note(
+                    f"interrupted: saved after step {state.step}; continue with --resume"
                 )
-        if config.save_every and state.step % config.save_every == 0 and state.step < total:
-            _save(config, state, corpus, total)
-        if state.ranks.max(torch.tensor(float(bool(interrupted)), device=state.ranks.device)):
-            progress.note(f"interrupted: saved after step {state.step}; continue with --resume")
-            return state.step >= total
-    return True
+                return state.step >= self.total
+        return True
+
+    def _any_rank(self, interrupted: Sequence[bool]) -> bool:
+        ranks = self.state.ranks
+        return bool(ranks.max(torch.tensor(float(bool(interrupted)), device=ranks.device)))
+
+    def _after_step(self, result: StepResult, tokens_per_s: float) -> None:
+        config, step = self.config, self.state.step
+        self._check_finite(result)
+        if self._is_due(config.log_every):
+            self.health = self._log(result, tokens_per_s)
+        shown = health_text(self.health) if self.health else f"depth {result.mean_depth:.2f}"
+        self.progress.update(step, f"loss {result.loss:.3f} · {tokens_per_s:,.0f} tok/s · {shown}")
+        if self._is_due(config.eval_every):
+            found = self._validate()
+            if not self.progress.is_shown:
+                self.progress.note(
+                    f"{self.progress.label} {step}/{self.total} · loss {result.loss:.3f} · "
+                    f"{found.bits_per_byte:.3f} bits/byte · {tokens_per_s:,.0f} tok/s · {shown}"
+                )
+        if config.save_every and self._is_due(config.save_every) and step < self.total:
+            self.save()
+
+    def _is_due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.total
+
+    def _check_finite(self, result: StepResult) -> None:
+        """Count and report a skipped step. Raises TrainingError after ``max_skipped`` in a row."""
+        if result.is_finite:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        step, most = self.state.step, self.config.max_skipped
+        what = f"its {'gradient' if math.isfinite(result.loss) else 'loss'} is not finite"
+        self.progress.note(f"warning: step {step} is skipped: {what}")
+        if self.skipped_in_a_row == most:
+            kept = self.run.checkpoints()
+            raise TrainingError(
+                f"{most} steps in a row were skipped, the last at step {step}: {what}; "
+                f"lower optim.lr (now {self.config.optim.lr:g}) or lengthen optim.warmup. "
+                + (f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was saved")
+            )
+
+    def _log(self, result: StepResult, tokens_per_s: float) -> dict[str, Any]:
+        """Write the step's row; returns its router health."""
+        state = self.state
+        health = state.model.router.health(result.routings, state.ranks)
+        if self.config.tracker != "none":
+            self.log.tracker.histograms(state.step, routing_histograms(result.routings))
+        self.log.write(
+            step=state.step,
+            flops=state.flops,
+            tokens=state.tokens,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=learning_rate(self.config.optim, state.step - 1, self.total),
+            skipped=state.skipped,
+            tokens_per_s=tokens_per_s,
+            **health,
+            **result.aux_losses(state.ranks),
+        )
+        return health
+
+    def _validate(self) -> Evaluation:
+        """Causal loss on validation text, logged; warns of a router that has just collapsed."""
+        config, state = self.config, self.state
+        found = evaluate(
+            state.model,
+            self.corpus.validation,
+            seq_len=config.seq_len,
+            max_windows=config.eval_windows,
+            document_mask=config.data.document_mask,
+        )
+        reshard(state.model)
+        message = collapse_message(found.share_per_recursion)
+        if message and message != self.warned:
+            self.progress.note(f"warning: step {state.step}: {message}")
+        self.warned = message
+        self.log.write(
+            step=state.step,
+            flops=state.flops,
+            tokens=state.tokens,
+            validation_nll=found.nll,
+            validation_bits_per_byte=found.bits_per_byte,
+            validation_mean_depth=found.mean_depth,
+            validation_share_per_recursion=found.share_per_recursion,
+        )
+        return found
+
+    def save(self) -> Path:
+        """Write the checkpoint of this step and delete those that are no longer kept."""
+        state, path = self.state, self.run.checkpoint(self.state.step)
+        try:
+            sharded_state.save(
+                path,
+                state.model,
+                self.corpus.tokenizer,
+                state.optimizers,
+                progress=state.progress | {"total_steps": self.total},
+                ranks=state.ranks,
+            )
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, by library
+            kept = self.run.checkpoints()
+            raise TrainingError(
+                f"could not write {path}: {error}. "
+                + (
+                    f"The last good checkpoint is {kept[-1]}; "
+                    if kept
+                    else "There is no earlier checkpoint; "
+                )
+                + "make room and continue with --resume"
+            ) from error
+        if state.ranks.is_first:
+            self.run.prune(self.config.keep, self.config.keep_steps)
+        return path
 
 
 def collapse_message(share_per_recursion: Sequence[float]) -> str | None:
@@ -383,88 +334,8 @@ def collapse_message(share_per_recursion: Sequence[float]) -> str | None:
     return (
         f"no validation token takes recursion {', '.join(map(str, empty))}: the router collapsed. "
         "For token-choice raise router.balancing_weight; for expert-choice raise "
-        "router.selection_weight "
-        "or lower optim.lr"
+        "router.selection_weight or lower optim.lr"
     )
-
-
-def _not_finite(result: StepResult) -> str:
-    return f"its {'gradient' if math.isfinite(result.loss) else 'loss'} is not finite"
-
-
-def _stop_message(config: TrainConfig, state: TrainState, result: StepResult) -> str:
-    kept = sorted(Path(config.out).glob("checkpoints/step-*"))
-    return (
-        f"{config.max_skipped} steps in a row were skipped, the last at step {state.step}: "
-        f"{_not_finite(result)}; "
-        f"lower optim.lr (now {config.optim.lr:g}) or lengthen optim.warmup. "
-        + (f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was saved before")
-    )
-
-
-def _log_step(
-    config: TrainConfig,
-    state: TrainState,
-    result: StepResult,
-    elapsed_s: float,
-    total: int,
-    log: MetricsLog,
-) -> dict[str, Any]:
-    """Write the step's row; returns its router health."""
-    health = state.model.router.health(result.routings, state.ranks)
-    log.tracker.histograms(
-        state.step, routing_histograms(result.routings) if config.tracker != "none" else {}
-    )
-    log.write(
-        step=state.step,
-        flops=state.flops,
-        tokens=state.tokens,
-        loss=result.loss,
-        grad_norm=result.grad_norm,
-        lr=learning_rate(config.optim, state.step - 1, total),
-        skipped=state.skipped,
-        tokens_per_s=result.tokens * state.ranks.size / elapsed_s,
-        **health,
-        **result.aux_losses(state.ranks),
-    )
-    return health
-
-
-def _save(config: TrainConfig, state: TrainState, corpus: Corpus, total: int) -> Path:
-    folder = Path(config.out) / "checkpoints"
-    path = folder / f"step-{state.step:08d}"
-    # what a full disk looks like, by library
-    try:
-        checkpoint.save(
-            path,
-            state.model,
-            corpus.tokenizer,
-            progress=state.progress | {"total_steps": total},
-            optimizers=state.optimizers,
-            ranks=state.ranks,
-        )
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
-        kept = sorted(folder.glob("step-*"))
-        raise TrainingError(
-            f"could not write {path}: {error}. "
-            + (
-                f"The last good checkpoint is {kept[-1]}; "
-                if kept
-                else "There is no earlier checkpoint; "
-            )
-            + "make room and continue with --resume"
-        ) from error
-    if config.keep and state.ranks.is_first:
-        spared = {f"step-{step:08d}" for step in config.keep_steps}
-        for old in [path for path in sorted(folder.glob("step-*")) if path.name not in spared][
-            : -config.keep
-        ]:
-            checkpoint.remove(old)
-    return path
 
 
 @contextmanager

@@ -1,10 +1,14 @@
-"""What ranks hold in shares, gathered and written; apart from checkpoint.py, which every command
-loads, because torch.distributed.checkpoint takes half a second to import."""
+"""Checkpoints of a run on several ranks: weights gathered, the optimizers' state in shares.
+
+Apart from checkpoint.py, which knows no ranks and is loaded by every command: importing
+torch.distributed.checkpoint takes half a second.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +22,58 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from mor import checkpoint
+from mor.data.tokenizer import Tokenizer
+from mor.files import replacing
 from mor.model.transformer import Transformer
-from mor.training.distributed import Ranks
+from mor.training.distributed import ALONE, Ranks
 
 
-def whole_weights(model: Transformer) -> dict[str, Any]:
-    """The weights by name, on the CPU, whole on the first rank. Every rank must call it."""
-    return get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-
-
-def save_optimizers(
-    folder: Path, model: Transformer, optimizers: Sequence[Optimizer], ranks: Ranks
+def save(
+    path: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    optimizers: Sequence[Optimizer],
+    *,
+    progress: Mapping[str, Any],
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Write the optimizers' state, every rank its share. Raises OSError with what went wrong on a
-    rank."""
-    shares = {"optimizer": get_optimizer_state_dict(model, optimizers)}
-    _quietly(dcp.save, shares, checkpoint_id=folder, no_dist=ranks.size == 1)
+    """Write a checkpoint that training can continue from. Every rank must call it: the first one
+    writes the whole weights, each its share of the optimizers' state.
+
+    Raises OSError with what went wrong on a rank.
+    """
+    with ExitStack() as stack:
+        folder = stack.enter_context(replacing(path)) if ranks.is_first else None
+        folder = ranks.from_first(folder)
+        weights: dict[str, Any] = get_model_state_dict(
+            model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+        shares = {"optimizer": get_optimizer_state_dict(model, optimizers)}
+        _quietly(dcp.save, shares, folder / checkpoint.OPTIMIZER, ranks)
+        if ranks.is_first:
+            checkpoint.write(folder, model.config, weights, tokenizer, progress=progress)
+    ranks.wait()
 
 
 def load_optimizers(
-    folder: Path, model: Transformer, optimizers: Sequence[Optimizer], ranks: Ranks
+    path: Path, model: Transformer, optimizers: Sequence[Optimizer], ranks: Ranks = ALONE
 ) -> None:
-    """Fill the optimizers; another number of ranks may have written them. Raises OSError as
-    above."""
+    """Fill the optimizers of ``model`` from a checkpoint, which another number of ranks may have
+    written. Every rank must call it. Raises OSError as above."""
     shares = {"optimizer": get_optimizer_state_dict(model, optimizers)}
-    _quietly(dcp.load, shares, checkpoint_id=folder, no_dist=ranks.size == 1)
+    _quietly(dcp.load, shares, path / checkpoint.OPTIMIZER, ranks)
     set_optimizer_state_dict(model, optimizers, shares["optimizer"])
 
 
-def _quietly(function: Callable[..., Any], *arguments: Any, **settings: Any) -> None:
-    """Without the library's notes on running in a single process."""
+def _quietly(
+    function: Callable[..., Any], shares: dict[str, Any], folder: Path, ranks: Ranks
+) -> None:
+    """Without the library's warnings about running in a single process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            function(*arguments, **settings)
-        except CheckpointException as error:  # no Exception, so that nobody else would catch it
+            function(shares, checkpoint_id=folder, no_dist=ranks.size == 1)
+        except CheckpointException as error:  # not an Exception: nobody else would catch it
             rank, (cause, _) = next(iter(error.failures.items()))
             raise OSError(f"rank {rank}: {cause}") from error

@@ -1,11 +1,10 @@
-"""Optional trackers: where a run's metrics and histograms of its routing go besides
-metrics.jsonl."""
+"""Optional trackers: where a run's metrics and histograms of its routing go besides its folder."""
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol
@@ -13,6 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
+from mor.files import extra
 from mor.model.routing import Routing
 
 TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
@@ -38,8 +38,9 @@ class TensorBoard:
     """Event files in the run directory: ``tensorboard --logdir runs``."""
 
     def __init__(self, out: Path, config: Mapping[str, Any], first_step: int) -> None:
-        board = _imported("torch.utils.tensorboard", needs="tensorboard")
-        self.writer = board.SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+        with _needs("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -54,8 +55,7 @@ class TensorBoard:
 
 
 class Logged:
-    """Weights & Biases, and trackio, which has the same interface; a resumed run goes on under its
-    name."""
+    """Weights & Biases, and trackio, which has the same interface. A resumed run keeps its name."""
 
     def __init__(
         self, library: ModuleType, out: Path, config: Mapping[str, Any], **settings: Any
@@ -76,12 +76,16 @@ class Logged:
 
 
 def _wandb(out: Path, config: Mapping[str, Any], first_step: int) -> Tracker:
+    with _needs("wandb"):
+        import wandb
     name = _run_name(out)
-    return Logged(_imported("wandb", needs="wandb"), out, config, name=name, id=name, dir=str(out))
+    return Logged(wandb, out, config, name=name, id=name, dir=str(out))
 
 
 def _trackio(out: Path, config: Mapping[str, Any], first_step: int) -> Tracker:
-    return Logged(_imported("trackio", needs="trackio"), out, config, name=_run_name(out))
+    with _needs("trackio"):
+        import trackio
+    return Logged(trackio, out, config, name=_run_name(out))
 
 
 def _run_name(out: Path) -> str:
@@ -96,14 +100,8 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
 }
 
 
-def _imported(module: str, *, needs: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(
-            f"tracker={needs!r} needs the package {needs}; install it with "
-            f'pip install "mixture-of-recursions[track]", or train with --tracker none'
-        ) from error
+def _needs(name: str) -> AbstractContextManager[None]:
+    return extra("track", needed_for=f"tracker={name!r}")
 
 
 def flat_scalars(values: Mapping[str, Any]) -> dict[str, float]:

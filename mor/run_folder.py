@@ -1,0 +1,118 @@
+"""A training run on disk: what lies where, who may write to it, and which checkpoints it has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mor.files import alone_in, remove_folder, replacing, tidy, verify
+
+_STEP = "step-"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run. Nothing needs to exist yet.
+
+    train.json                   its settings
+    metrics.jsonl                a JSON object for each step that was logged or validated
+    checkpoints/step-00000500/   see checkpoint.py
+    .lock                        held by the process that trains
+    """
+
+    path: Path
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> RunFolder:
+        """The run that wrote a checkpoint, if any did: one that lies alone has no settings here."""
+        return cls(checkpoint.parent.parent)
+
+    @property
+    def settings(self) -> Path:
+        return self.path / "train.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def is_begun(self) -> bool:
+        return self.settings.exists() or self.metrics.exists()
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Makes the folder, and holds it for this process; see :func:`mor.files.alone_in`."""
+        return alone_in(self.path, doing="training in")
+
+    def tidy(self) -> None:
+        """Remove what a killed process left unfinished. Needs the lock."""
+        tidy(self.path)
+        tidy(self._checkpoints)
+
+    # Metrics
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All rows, none before the run began. A last line that a crash cut off is left out."""
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def keep_metrics(self, up_to: int) -> None:
+        """Drop the rows after a step, which the run is about to write again."""
+        kept = [row for row in self.read_metrics() if row["step"] <= up_to]
+        with replacing(self.metrics) as unfinished:
+            unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    # Checkpoints
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint after so many steps lies, or will lie."""
+        return self._checkpoints / f"{_STEP}{step:08d}"
+
+    def checkpoints(self) -> list[Path]:
+        """Those that there are, the oldest first."""
+        return sorted(self._checkpoints.glob(f"{_STEP}*"))
+
+    def newest_intact(self) -> Path | None:
+        """The newest checkpoint, None if there is none yet.
+
+        Raises ValueError if that one is damaged, naming the newest one that is not.
+        """
+        problems: dict[Path, ValueError] = {}
+        for path in reversed(self.checkpoints()):
+            try:
+                verify(path)
+            except ValueError as error:
+                problems[path] = error
+                continue
+            if not problems:
+                return path
+            first, damaged = next(iter(problems.values())), " ".join(map(str, problems))
+            raise ValueError(
+                f"{first}; {path} is intact: to continue from there, delete what is damaged "
+                f"(rm -r {damaged})"
+            ) from first
+        if problems:
+            first = next(iter(problems.values()))
+            raise ValueError(f"{first}; no checkpoint of {self.path} is intact") from first
+        return None
+
+    def prune(self, keep: int, keep_steps: Iterable[int] = ()) -> None:
+        """Delete all checkpoints but the newest ``keep`` (0: delete none) and those of
+        ``keep_steps``, which do not count towards ``keep``."""
+        spared = {self.checkpoint(step) for step in keep_steps}
+        others = [path for path in self.checkpoints() if path not in spared]
+        for path in others[:-keep] if keep else []:
+            remove_folder(path)

@@ -1,0 +1,167 @@
+"""One optimizer step.
+
+batches -> forward (top-k selection) -> LM loss + auxiliary losses -> gradients -> update
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mor import checkpoint
+from mor.data.stream import Batch, DataState
+from mor.model.routing import Routing
+from mor.model.transformer import Output, Transformer
+from mor.training import sharded_state
+from mor.training.config import TrainConfig, capacities_at, step_flops
+from mor.training.distributed import Ranks, reducing, whole
+from mor.training.optim import learning_rate
+
+
+@dataclass
+class TrainState:
+    """Everything that changes from step to step."""
+
+    model: Transformer
+    optimizers: list[torch.optim.Optimizer]
+    ranks: Ranks
+    forward: nn.Module
+    """What a training step calls: the model, or what spreads it over the ranks."""
+    step: int = 0
+    data: DataState = field(default_factory=DataState)
+    tokens: int = 0
+    flops: float = 0.0
+    train_s: float = 0.0
+    skipped: int = 0
+    """Steps whose loss or gradient was not finite."""
+
+    _COUNTERS = ("step", "tokens", "flops", "train_s", "skipped")
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """Plain values that say where the run is. No random state is needed: batches follow from
+        the position."""
+        return {name: getattr(self, name) for name in self._COUNTERS} | {
+            "position": self.data.position
+        }
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint, whose weights the model has already."""
+        sharded_state.load_optimizers(path, self.model, self.optimizers, self.ranks)
+        saved = checkpoint.load_progress(path)
+        self.data = DataState(saved["position"])
+        for name in self._COUNTERS:
+            setattr(self, name, saved[name])
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: language-model loss, nats per token. routings: one per forward of the step."""
+
+    loss: float
+    grad_norm: float
+    routings: list[Routing]
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def tokens(self) -> int:
+        """Of this rank."""
+        return sum(len(r.tokens) for r in self.routings)
+
+    @property
+    def mean_depth(self) -> float:
+        return sum(sum(r.tokens_per_recursion()) for r in self.routings) / self.tokens
+
+    def aux_losses(self, ranks: Ranks) -> dict[str, float]:
+        """Means over the forwards of the step on all ranks, without their weights."""
+        names = list(self.routings[0].losses)
+        if not names:
+            return {}
+        values = torch.stack(
+            [torch.stack([r.losses[n].value.detach() for n in names]) for r in self.routings]
+        )
+        return dict(zip(names, ranks.mean(values.mean(0)).tolist(), strict=True))
+
+
+def compute_loss(output: Output) -> Tensor:
+    """What training minimises: language-model loss plus the weighted auxiliary losses, means over
+    tokens."""
+    assert output.nll is not None
+    return output.nll + output.routing.weighted_loss
+
+
+def train_step(
+    config: TrainConfig, state: TrainState, batches: Iterator[Any], total: int
+) -> StepResult:
+    """One optimizer step over ``config.accumulate`` batches. Where loss or gradient is not finite,
+    the weights stay as they are.
+
+    total: steps of the whole run, which the learning rate depends on.
+    """
+    result = _backward(config, state, batches)
+    if result.is_finite:
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optim, state.step, total)
+            optimizer.step()
+        state.model.router.after_step(result.routings)
+    else:
+        state.skipped += 1
+    for optimizer in state.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.tokens += config.batch_size * config.accumulate * config.seq_len * state.ranks.size
+    state.flops += step_flops(config, state.step - 1, state.ranks.size)
+    return result
+
+
+def _backward(config: TrainConfig, state: TrainState, batches: Iterator[Any]) -> StepResult:
+    """Gradients of the mean loss over the step's batches, clipped."""
+    device, capacities = state.ranks.device, capacities_at(config, state.step)
+    routings, losses = [], []
+    for i in range(config.accumulate):
+        batch, state.data = next(batches)
+        with reducing(state.forward, last=i == config.accumulate - 1):
+            with _autocast(config, device):
+                output = _forward(config, state.forward, batch, capacities, device)
+                loss = compute_loss(output)
+            (loss / config.accumulate).backward()
+        assert output.nll is not None
+        losses.append(output.nll.detach())
+        routings.append(output.routing)
+    parameters = state.model.parameters()
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip))
+    loss = state.ranks.mean(torch.stack(losses).mean())
+    return StepResult(loss.item(), grad_norm.item(), routings)
+
+
+def _forward(
+    config: TrainConfig,
+    forward: nn.Module,
+    batch: Batch,
+    capacities: Sequence[float],
+    device: torch.device,
+) -> Output:
+    return forward(
+        batch.tokens_BT.to(device),
+        targets_BT=batch.targets_BT.to(device),
+        documents_BT=None if batch.documents_BT is None else batch.documents_BT.to(device),
+        selection="topk",
+        capacities=capacities,
+        recompute=config.recompute,
+    )
+
+
+def _autocast(config: TrainConfig, device: torch.device) -> Any:
+    on = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16) if on else nullcontext()

@@ -1,0 +1,124 @@
+"""Files and folders appear whole or not at all, locks, the cache folder, hints at extras."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from mor.files import (
+    LOCK,
+    alone_in,
+    cache_folder,
+    extra,
+    read_json,
+    replacing,
+    tidy,
+    verify,
+    write_checksums,
+    write_json,
+)
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_json(tmp_path / "a.json", {"a": 1})
+
+    def half(path, text):
+        with path.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError("no space left")
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", half)
+        with pytest.raises(OSError, match="no space"):
+            write_json(tmp_path / "a.json", {"a": 2})
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"], "no half is left"
+
+
+def test_a_folder_takes_the_place_of_another_only_when_it_is_complete(tmp_path):
+    place = tmp_path / "folder"
+
+    def fill(*names, fail=False):
+        with replacing(place) as unfinished:
+            unfinished.mkdir()
+            for name in names:
+                (unfinished / name).write_text(name)
+            if fail:
+                raise OSError("no space left")
+
+    fill("a", "b")
+    with pytest.raises(OSError, match="no space"):
+        fill("c", fail=True)
+    assert sorted(path.name for path in place.iterdir()) == ["a", "b"]
+    fill("c")
+    assert [path.name for path in place.iterdir()] == ["c"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_a_killed_process_left_is_undone(tmp_path):
+    for name in (".half.12.tmp", ".gone.removed.old", ".set-aside.replaced.old", ".new.9.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    (tmp_path / "new").mkdir()
+    (tmp_path / ".file.12.tmp").touch()
+    tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "set-aside"]
+    tidy(tmp_path / "nowhere")
+
+
+def test_a_changed_or_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="has no checksums"):
+        verify(tmp_path)
+    (tmp_path / "inner").mkdir()
+    for name in ("a", "inner/b"):
+        (tmp_path / name).write_text(name)
+    write_checksums(tmp_path)
+    verify(tmp_path)
+    (tmp_path / "inner/b").write_text("c")
+    with pytest.raises(ValueError, match="inner/b is damaged"):
+        verify(tmp_path)
+    (tmp_path / "a").unlink()
+    with pytest.raises(ValueError, match="a is missing"):
+        verify(tmp_path)
+
+
+def test_a_lock_is_for_one_process_and_leaves_no_empty_folder(tmp_path):
+    place = tmp_path / "a" / "b"
+    with alone_in(place, doing="working in"), alone_in(place, doing="working in"):
+        assert place.is_dir()
+    assert not place.exists(), "nothing was begun"
+    with alone_in(place, doing="working in"):
+        (place / "file").touch()
+    with FileLock(place / LOCK), pytest.raises(ValueError, match=r"another process is working in"):
+        alone_in(place, doing="working in").__enter__()
+    with alone_in(place, doing="working in"):
+        pass
+    assert (place / "file").exists()
+
+
+def test_the_cache_folder_falls_back_where_it_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cache_folder() == tmp_path / "cache" / "mor" and cache_folder().is_dir()
+    (tmp_path / "file").touch()  # no folder can be made in it, whoever asks
+    for place in ("", "relative", str(tmp_path / "file")):
+        monkeypatch.setenv("XDG_CACHE_HOME", place)
+        assert cache_folder() == tmp_path / "home" / ".cache" / "mor"
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    private = cache_folder()
+    assert private == cache_folder() and not private.is_relative_to(tmp_path)
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700 and private.stat().st_uid == os.getuid()
+    assert not (Path.cwd() / "relative").exists()
+
+
+def test_a_missing_package_names_its_extra():
+    with (
+        pytest.raises(
+            ImportError,
+            match=r"charts needs more packages \(No module named 'nowhere'\).*recursions\[hf\]",
+        ),
+        extra("hf", needed_for="charts"),
+    ):
+        import nowhere  # noqa: F401
