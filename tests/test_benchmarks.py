@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_convert import chat_tokenizer, llama
-from test_harness import FLAT
+from test_flat_tasks import FLAT
 
 from mor.cli import main
 from mor.costs import flops as costs

@@ -34,7 +34,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mor.data.sources import Record, Source, draw, find_sources
+from mor.data.readers import Record
+from mor.data.sources import Source, draw, find_sources
 from mor.data.tokenizer import COMPANIONS, Tokenizer, train_bpe
 
 FORMAT = 1

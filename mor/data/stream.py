@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from mor.data.problems import PREFIX, Problems, Task, parse_task, task_tokenizer
+from mor.data.python_docs import python_documents
 from mor.data.shards import MANIFEST, read_manifest
-from mor.data.sources import Document, draw, python_documents, read_documents
+from mor.data.sources import Document, draw, read_documents
 from mor.data.tokenizer import Tokenizer, train_bpe
 
 
@@ -98,6 +99,12 @@ def _map(shard: Shard) -> Part:
     return Part(np.memmap(shard.file, dtype=shard.dtype, mode="r"), ends)
 
 
+def evenly_spaced(count: int, total: int) -> list[int]:
+    """At most ``count`` of 0..total-1, spread evenly, the first included."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
+
+
 class Windows:
     """Training or validation sequences that can be asked for by number.
 
@@ -110,9 +117,25 @@ class Windows:
         """How much there is, in words."""
         raise NotImplementedError
 
-    def windows(self, seq_len: int) -> int:
+    def num_windows(self, seq_len: int) -> int:
         """Sequences of seq_len tokens with their targets that there are."""
         raise NotImplementedError
+
+    def spread(self, seq_len: int, max_windows: int | None = None) -> list[int]:
+        """Indices of at most ``max_windows`` windows, spread evenly over the data; None: of all.
+
+        Raises ValueError for data shorter than a window.
+        """
+        available = self._available(seq_len)
+        return evenly_spaced(available if max_windows is None else max_windows, available)
+
+    def _available(self, seq_len: int) -> int:
+        if (available := self.num_windows(seq_len)) < 1:
+            raise ValueError(
+                f"the data ({self.describe()}) holds less than one window of {seq_len + 1} tokens; "
+                "lower seq_len"
+            )
+        return available
 
     def batch(self, indices: Sequence[int], seq_len: int, *, documents: bool = False) -> Batch:
         """The windows with these indices; documents: with the numbers of their documents."""
@@ -120,10 +143,8 @@ class Windows:
 
     def token_counts(self, vocab_size: int, seq_len: int, max_windows: int = 4096) -> Tensor:
         """How often each token occurs in some windows, spread evenly."""
-        available = self.windows(seq_len)
-        count = min(max_windows, available)
-        chosen = [i * available // count for i in range(count)]
-        return torch.bincount(self.batch(chosen, seq_len).tokens_BT.flatten(), minlength=vocab_size)
+        batch = self.batch(self.spread(seq_len, max_windows), seq_len)
+        return torch.bincount(batch.tokens_BT.flatten(), minlength=vocab_size)
 
     def batches(
         self,
@@ -140,9 +161,7 @@ class Windows:
 
         All ranks together see what one process with a batch of world_size * batch_size sees.
         """
-        per_epoch = self.windows(seq_len)
-        if per_epoch < 1:
-            raise ValueError(f"the data holds less than one sequence of {seq_len + 1} tokens")
+        per_epoch = self._available(seq_len)
         orders: dict[int, Tensor] = {}
         position = state.position
         while True:
@@ -207,7 +226,7 @@ class TokenData(Windows):
                 return
             yield part.open(), max(start - begin, 0), min(stop - begin, part.num_tokens)
 
-    def windows(self, seq_len: int) -> int:
+    def num_windows(self, seq_len: int) -> int:
         """Sequences of seq_len tokens with their targets that the stream holds."""
         return (len(self) - 1) // seq_len
 
@@ -238,7 +257,7 @@ class TaskData(Windows):
     def describe(self) -> str:
         return f"{self.count:,} problems"
 
-    def windows(self, seq_len: int) -> int:
+    def num_windows(self, seq_len: int) -> int:
         return self.count
 
     def batch(self, indices: Sequence[int], seq_len: int, *, documents: bool = False) -> Batch:

@@ -53,17 +53,11 @@ def evaluate(
     max_windows: only that many windows, spread evenly.
     """
     length = seq_len or model.config.max_seq_len
-    available = data.windows(length)
-    if available < 1:
-        raise ValueError(
-            f"the data holds less than one window of {length + 1} tokens; lower seq_len"
-        )
-    count = min(max_windows or available, available)
-    chosen = [i * available // count for i in range(count)]
+    chosen = data.spread(length, max_windows)
     device = model.embedding.weight.device
     nll, targets = 0.0, 0
     taken = torch.zeros(max_depth or model.config.num_recursions)
-    for start in range(0, count, batch_size):
+    for start in range(0, len(chosen), batch_size):
         batch = data.batch(chosen[start : start + batch_size], length, documents=document_mask)
         output = model(
             batch.tokens_BT.to(device),
@@ -75,7 +69,7 @@ def evaluate(
         counted = int((batch.targets_BT != IGNORED).sum())
         nll, targets = nll + output.nll.item() * counted, targets + counted
         taken += torch.tensor(output.routing.tokens_per_recursion())
-    tokens = count * length
+    tokens = len(chosen) * length
     nll /= targets
     return Evaluation(
         selection=selection,
@@ -109,7 +103,7 @@ def by_hops(model: Transformer, data: TaskData, seq_len: int, max_windows: int) 
     mean_depth_by_hops begins with the tokens that ask for nothing (0 hops). None where there are
     none.
     """
-    count = min(max_windows, data.windows(seq_len))
+    count = min(max_windows, data.num_windows(seq_len))
     K = data.task.hops
     asked, right, depth = torch.zeros(K + 1), torch.zeros(K + 1), torch.zeros(K + 1)
     for start in range(0, count, 16):

@@ -12,13 +12,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mor.analysis.early_exit import early_exits
 from mor.costs import flops as costs
 from mor.data.stream import TaskData, Windows
 from mor.evaluation.nll import by_hops, evaluate
 from mor.files import read_json
 from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
-from mor.studies.exits import early_exits
 from mor.studies.study import ABOUT, ERROR, LABEL, RESULT, Run
 from mor.training.config import load_config
 from mor.training.loop import TrainResult

@@ -54,13 +54,11 @@ def _by_depth(
     model: Transformer, data: Windows, seq_len: int, max_windows: int
 ) -> tuple[Tensor, Tensor]:
     """NLL and largest probability after each recursion, (M, R) each."""
-    available = data.windows(seq_len)
-    count = min(max_windows, available)
-    chosen = [i * available // count for i in range(count)]
+    chosen = data.spread(seq_len, max_windows)
     R = model.config.num_recursions
     nll: list[list[Tensor]] = [[] for _ in range(R)]
     sure: list[list[Tensor]] = [[] for _ in range(R)]
-    for start in range(0, count, 16):
+    for start in range(0, len(chosen), 16):
         batch = data.batch(chosen[start : start + 16], seq_len)
         tokens_BT, targets_BT = (
             x.to(model.embedding.weight.device) for x in (batch.tokens_BT, batch.targets_BT)
