@@ -20,16 +20,10 @@ from transformers import (
 
 from mor import checkpoint
 from mor.cli import main
-from mor.conversion.convert import (
-    convert,
-    fitting_depth,
-    from_llama,
-    layer_sources,
-    llama_config,
-    recursive_init,
-    stored_blocks,
-    to_llama,
-)
+from mor.conversion.convert import convert
+from mor.conversion.initialise import fitting_depth, layer_sources, recursive_init
+from mor.conversion.layers import stored_layers
+from mor.conversion.llama import from_llama, llama_config, to_llama
 from mor.data.tokenizer import Tokenizer, byte_tokenizer
 from mor.generation import SamplingParams, generate
 from mor.model.config import RouterConfig, layout
@@ -167,7 +161,7 @@ def test_a_recursive_model_unrolls_into_a_llama_of_the_same_function():
         (LlamaConfig(quantization_config={"quant_method": "gptq"}), "quantized"),
     ],
 )
-def test_settings_that_mor_has_not_are_named(config, words):
+def test_settings_that_mor_does_not_have_are_named(config, words):
     with pytest.raises(ValueError, match=words):
         llama_config(config)
 
@@ -229,7 +223,7 @@ def test_every_layer_starts_where_it_should(init, sharing):
         expected = [*last[:1], *(groups[i] for i in sorted(groups)), *last[1:]]
     else:
         expected = [[i] for i in CHOSEN[init, "middle" if middle else "plain"]]
-    blocks = stored_blocks(made)
+    blocks = stored_layers(made)
     assert len(blocks) == len(expected) == (5 if middle else 4)
     for block, group in zip(blocks, expected, strict=True):
         for name, weight in block.state_dict().items():
@@ -339,7 +333,7 @@ def test_impossible_initialisations_are_refused():
         initialised(source, 2, "cycle", "first")
     with pytest.raises(ValueError, match="dim=24 differs"):
         recursive_init(source, source.config.replace(dim=24))
-    with pytest.raises(ValueError, match="stands in for none"):
+    with pytest.raises(ValueError, match="replace none"):
         layer_sources(source.config.replace(shared_layers=7, num_recursions=3), 8, "average")
 
 
@@ -499,9 +493,7 @@ def test_convert_prints_where_layers_came_from(folder, tmp_path, capsys):
         ]
     )
     shown = capsys.readouterr().out
-    assert (
-        "MoR model in float32, written for mor" in shown and "1 + 2 x 4 + 1 = 10 effective" in shown
-    )
+    assert "MoR model in float32, written for mor" in shown and "1+2x4+1 = 10 effective" in shown
     assert "shared 1   <- source layer 6" in shown and "coda 0     <- source layer 7" in shown
     router = checkpoint.load(tmp_path / "a").config.router
     assert (router.kind, router.gate, router.alpha) == ("expert_choice", "residual", 1.0)
@@ -543,7 +535,7 @@ def test_convert_prints_where_layers_came_from(folder, tmp_path, capsys):
         ),
         (["{full}", "{out}"], "neither a checkpoint"),
         (["/no/such/place", "{out}"], "does not exist"),
-        (["{source}/config.json", "{out}"], "no .gguf"),
+        (["{source}/config.json", "{out}"], "not a .gguf"),
     ],
 )
 def test_mistakes_are_refused_and_nothing_is_written(arguments, words, folder, tmp_path, capsys):

@@ -98,8 +98,7 @@ def model_facts(config: ModelConfig) -> dict[str, Any]:
     shared -= costs.router_params(config)
     return {
         "family": config.family,
-        "layout": f"{config.prelude_layers}+{config.shared_layers}x{config.num_recursions}"
-        f"+{config.coda_layers}",
+        "layout": config.layout_name,
         "params": costs.non_embedding_params(config),
         "looped_params": shared if config.num_recursions > 1 else 0,
         "params_with_embeddings": costs.unique_params(config),
