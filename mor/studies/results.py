@@ -1,5 +1,5 @@
-"""What finished runs found, and one sqlite table of them. Run directories hold everything; the
-table can be deleted."""
+"""What finished runs found, and one sqlite table of them. The table can be deleted: run directories
+hold everything."""
 
 from __future__ import annotations
 
@@ -25,29 +25,24 @@ from mor.training.loop import TrainResult
 from mor.training.metrics import read_metrics
 
 TABLE = "results.sqlite"
-NEEDED = (  # of a result, by tables, figures and fits
-    *(
-        "validation_nll",
-        "mean_depth",
-        "family",
-        "params",
-        "looped_params",
-        "tokens",
-        "train_flops",
-        "train_s",
-    ),
+# What tables, figures and fits read of a result.
+NEEDED = (
+    "validation_nll",
+    "mean_depth",
+    "family",
+    "params",
+    "looped_params",
+    "tokens",
+    "train_flops",
+    "train_s",
 )
 HEALTH = ("dead_positions", "agreement", "max_violation", "depth_entropy")
 
 
 def measure(run: Run, result: TrainResult) -> dict[str, Any]:
-    """Numbers of a finished run: causal ones, and top-k's under a name that says non-causal. NLL in
-    nats."""
-    model, config, data = (
-        result.state.model.eval(),
-        load_config(Path(run.config.out) / "train.json"),
-        result.corpus.validation,
-    )
+    """The numbers of a finished run. NLL in nats, causal unless the name says otherwise."""
+    model, data = result.state.model.eval(), result.corpus.validation
+    config = load_config(Path(run.config.out) / "train.json")
     settings: dict[str, Any] = dict(
         seq_len=config.seq_len, max_windows=run.windows, document_mask=config.data.document_mask
     )
@@ -76,12 +71,12 @@ def measure(run: Run, result: TrainResult) -> dict[str, Any]:
 
 
 def _health(log: Path) -> dict[str, Any]:
-    """How the router did at the end of training (see metrics.router_health): over the last tenth of
-    what was logged."""
+    """The router's health at the end of training (see metrics.router_health): means over the last
+    tenth of the log."""
     rows = [row for row in read_metrics(log) if "loss" in row]
     rows = rows[-max(1, len(rows) // 10) :]
-    known = {name: [row[name] for row in rows if row.get(name) is not None] for name in HEALTH}
-    return {name: fmean(values) for name, values in known.items() if values}
+    logged = {name: [row[name] for row in rows if row.get(name) is not None] for name in HEALTH}
+    return {name: fmean(values) for name, values in logged.items() if values}
 
 
 def _by_depth(model: Transformer, data: Windows, settings: dict[str, Any]) -> list[float]:
@@ -90,8 +85,8 @@ def _by_depth(model: Transformer, data: Windows, settings: dict[str, Any]) -> li
 
 
 def model_facts(config: ModelConfig) -> dict[str, Any]:
-    """Sizes, without embeddings. looped_params are those of the shared stack of a model that
-    loops."""
+    """Family, layout and parameters, without embeddings where the name does not say otherwise.
+    looped_params: those of the shared stack; 0 for a model that applies it once."""
     shared = (
         costs.non_embedding_params(config.replace(prelude_layers=0, coda_layers=0)) - config.dim
     )
@@ -132,7 +127,7 @@ def collect(study: Path) -> list[dict[str, Any]]:
 
 
 def _row(path: Path) -> dict[str, Any]:
-    about = known(path / ABOUT, "row", "variant", "stage", "seed", "budget", "labels")
+    about = read_result(path / ABOUT, "row", "variant", "stage", "seed", "budget", "labels")
     row: dict[str, Any] = {"path": str(path), "status": "unfinished", "reason": None}
     labels = about["labels"].items()
     row |= {k: about[k] for k in ("row", "variant", "stage", "seed", "budget")} | {
@@ -144,8 +139,8 @@ def _row(path: Path) -> dict[str, Any]:
             for k, v in flat(asdict(load_config(path / "train.json"))).items()
         }
     if (path / RESULT).is_file():
-        row |= {"status": "finished"} | known(path / RESULT, *NEEDED)
-    # of a finished one, too: the study now asks for another run in its place
+        row |= {"status": "finished"} | read_result(path / RESULT, *NEEDED)
+    # a finished run can fail, too: when the study asks for another run in its place
     if (path / ERROR).is_file():
         row |= {
             "status": "failed",
@@ -154,19 +149,19 @@ def _row(path: Path) -> dict[str, Any]:
     return row
 
 
-def known(path: Path, *names: str) -> dict[str, Any]:
-    """A JSON file that has these entries. Raises ValueError if it has not."""
+def read_result(path: Path, *needed: str) -> dict[str, Any]:
+    """A JSON file. Raises ValueError if it lacks one of the ``needed`` entries."""
     values = read_json(path)
-    if missing := [name for name in names if name not in values]:
+    if missing := [name for name in needed if name not in values]:
         raise ValueError(
-            f"{path} has no {', '.join(missing)}; delete it and start the study again to have it "
-            "anew"
+            f"{path} has no {', '.join(missing)}; delete it and start the study again, which "
+            "writes it anew"
         )
     return values
 
 
 def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Table ``runs``; lists and tables as JSON. pandas:
+    """Write the table ``runs``; lists and nested tables become JSON. With pandas:
     ``read_sql("select * from runs", sqlite3.connect(path))``."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     unfinished = path.with_name(f".{path.name}.tmp")
@@ -199,8 +194,8 @@ def finished(rows: Iterable[dict[str, Any]], *stages: str) -> list[dict[str, Any
 
 
 def tuned_rates(rows: Iterable[dict[str, Any]], rates: Sequence[float]) -> dict[str, float]:
-    """By row of the study: the one of these rates whose short run has the lowest causal validation
-    NLL."""
+    """For each row of the study, the one of these learning rates whose short run has the lowest
+    causal validation NLL."""
     best: dict[str, dict[str, Any]] = {}
     for row in finished(rows, "tuning"):
         if row.get("config_optim_lr") not in rates:  # of an earlier version of the file
