@@ -1,4 +1,4 @@
-"""Export a checkpoint with the code that runs it, for machines that have transformers but not
+"""Export a checkpoint with the code that runs it, for machines with transformers but without
 mor."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def export(source: str | Path, out: str | Path) -> Path:
     ``trust_remote_code=True``.
 
     The directory holds this package's own modules, their imports made relative. mor reads it as
-    well. Raises ValueError if ``out`` exists or ``source`` is no checkpoint.
+    well. Raises ValueError if ``out`` exists or ``source`` is not a checkpoint.
     """
     source, out = checkpoint.resolve(source), Path(out)
     checkpoint.read_config(source)

@@ -43,8 +43,8 @@ def python_documents() -> list[Document]:
 
 
 def without_repeats(documents: list[Document]) -> list[Document]:
-    """Documents without paragraphs that an earlier one has: else validation would hold training
-    text."""
+    """The documents without paragraphs that occur in an earlier one: validation must not hold
+    training text."""
     seen: set[str] = set()
     kept = []
     for document in documents:

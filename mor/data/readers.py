@@ -25,8 +25,8 @@ _LONGEST_PIECE_CHARACTERS = 100_000
 
 
 class Record(NamedTuple):
-    """What stands at one place of a source. text: blank if empty. problem: why it is broken; then
-    text is blank."""
+    """One entry of a source. text: blank if the entry is empty. problem: why it is broken, which
+    leaves the text blank as well."""
 
     name: str
     text: str
@@ -250,8 +250,7 @@ def _blocks(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def _unpack_zstd(file: BinaryIO) -> Iterator[bytes]:
-    """Frame by frame, because the library's own stream reader takes a file that is cut off for a
-    complete one."""
+    """Frame by frame: the library's own stream reader does not notice that a file is cut off."""
     unpacker = optional_module("zstandard").ZstdDecompressor(max_window_size=2**31)
     frame = None
     while block := file.read(_BLOCK_BYTES):

@@ -42,7 +42,7 @@ class Source(Protocol):
     def num_bytes(self) -> int | None: ...
 
     def describe(self) -> dict[str, Any]:
-        """What tells this source, in this state, from others; plain values."""
+        """What identifies this source in its present state, as plain values."""
         ...
 
     def read(self, skip: int = 0) -> Iterator[tuple[Record, int]]:
@@ -128,11 +128,11 @@ def find_sources(
     subset: str | None = None,
     split: str = "train",
 ) -> tuple[list[Source], list[str]]:
-    """Sources behind ``places`` in reading order, and the files in folders that were left out for
+    """The sources at ``places``, in reading order, and the files in folders that were left out for
     their suffix.
 
-    Folders are walked in sorted order, hidden files excepted. Raises ValueError for what cannot be
-    read.
+    places: files, folders or hub:OWNER/NAME. Folders are walked in sorted order, without hidden
+    files. subset, split: of hub data sets. Raises ValueError for what cannot be read.
     """
     found: list[Source] = []
     left_out: list[str] = []
@@ -192,8 +192,11 @@ def _hidden(path: Path) -> bool:
 
 
 def read_documents(path: str | Path, text_field: str = "text") -> list[Document]:
-    """All documents of a file, folder or hub data set, in memory. Broken records are a warning with
-    their count."""
+    """All documents of a file, folder or hub data set, in memory.
+
+    Broken records and files of other kinds are left out with a warning that counts them. Raises
+    ValueError for what cannot be read or holds no text.
+    """
     sources, left_out = find_sources([path], text_field=text_field)
     documents, problems = [], []
     for source in sources:
@@ -216,8 +219,8 @@ def read_documents(path: str | Path, text_field: str = "text") -> list[Document]
 
 
 def draw(name: str) -> float:
-    """A number in [0, 1) that depends on a document's name alone: below the validation share it is
-    held out."""
+    """A number in [0, 1) that depends only on a document's name. Documents below the validation
+    share are held out."""
     return (
         int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
     )

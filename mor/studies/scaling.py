@@ -23,7 +23,7 @@ from mor.statistics import bootstrap_bounds
 from mor.studies.study import LABEL, row_name
 
 Array = NDArray[np.float64]
-# A minimum farther outside the measured log sizes does not count: the curve is flat or a slope.
+# a minimum farther outside the measured log sizes does not count: the curve is flat or a slope
 REACH = math.log(1000)
 PHI_BOUND = 3.0
 
@@ -46,12 +46,12 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimum:
-    """The best size for a budget, from a parabola in log size. inside: whether it lies between the
-    smallest and the largest size measured; otherwise it is extrapolated and worth little.
+    """The best size for a budget, from a parabola in log size. inside: between the smallest and the
+    largest size measured, otherwise it is extrapolated and worth little.
 
-    no_minimum: share of the resamples whose curve has no lowest point. Any size may be best for
-    them, so they count as smaller and as larger than all others: where they are more than one in
-    forty the bounds are NaN. The size itself is NaN where the measured curve has no lowest point.
+    no_minimum: share of the bootstrap resamples whose parabola has no minimum. Their best size is
+    unknown, so each widens the interval at both ends; above one in forty the bounds are NaN. The
+    size itself is NaN where the measured parabola has no minimum.
     """
 
     family: str
@@ -72,8 +72,8 @@ class ScalingPath:
     """How the best model grows with the budget: best size ~ budget ** size_slope, best tokens ~
     budget ** tokens_slope.
 
-    no_minimum: share of the resamples without a slope, because the curve of some budget has no
-    lowest point (see :class:`Optimum`).
+    no_minimum: share of the resamples without a slope, because the parabola of some budget has no
+    minimum (see Optimum).
     """
 
     family: str

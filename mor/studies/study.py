@@ -177,7 +177,7 @@ def study_rows(study: Study) -> list[Row]:
         changes = study.variants[variant]
         try:
             merged = merge(
-                study.base, _shape(study, changes), *settings, *_changes_at(study, changes, labels)
+                study.base, _shape(study, changes), *settings, *_there(study, changes, labels)
             )
             found.append(Row(variant=variant, labels=labels, config=train_config(merged)))
         except ValueError as error:
@@ -240,7 +240,7 @@ def _shape(study: Study, changes: Mapping[str, Any]) -> dict[str, Any]:
     return merge(study.shapes[like], own)
 
 
-def _changes_at(
+def _there(
     study: Study, changes: Mapping[str, Any], labels: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """What a variant changes only at these values of the axes."""
