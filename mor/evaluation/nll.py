@@ -1,6 +1,6 @@
 """Validation: negative log-likelihood and bits per byte, causal by default.
 
-B batch · T tokens
+B batch · T tokens · V vocabulary
 """
 
 from __future__ import annotations
