@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,34 +26,45 @@ Record = dict[str, Any]
 
 class FlatFile(NamedTuple):
     """stem: the file is STEM.jsonl. stock: the task file that lm-eval has. split: which of its
-    splits this is. settings: what differs, by lm-eval's names."""
+    splits this is. settings: what differs, by lm-eval's names. forms: what fields must look like
+    for the task to ask what lm-eval's own asks, as regular expressions."""
 
     stem: str
     stock: str
     split: str
     settings: dict[str, Any]
+    forms: dict[str, str]
 
 
 _CHOICE = {"doc_to_text": "query", "doc_to_choice": "choices", "doc_to_target": "gold"}
+_QUESTION = {"query": "Question: .*\nAnswer:"}
 FLAT_FILES = {
     "lambada_openai": FlatFile(
         "lambada_openai_test",
         "lambada/lambada_openai.yaml",
         "test",
         {"doc_to_text": "context", "doc_to_target": "continuation", "target_delimiter": ""},
+        {"continuation": " [^ ]+"},
     ),
     "hellaswag": FlatFile(
-        "hellaswag_val", "hellaswag/hellaswag.yaml", "validation", _CHOICE | {"process_docs": None}
+        "hellaswag_val",
+        "hellaswag/hellaswag.yaml",
+        "validation",
+        _CHOICE | {"process_docs": None},
+        {},
     ),
-    "piqa": FlatFile("piqa_val", "piqa/piqa.yaml", "validation", _CHOICE),
+    "piqa": FlatFile("piqa_val", "piqa/piqa.yaml", "validation", _CHOICE, _QUESTION),
     "winogrande": FlatFile(
         "winogrande_xl_val",
         "winogrande/default.yaml",
         "validation",
         {"doc_to_text": "gold", "doc_to_choice": "contexts", "doc_to_target": "continuation"},
+        {},
     ),
-    "arc_easy": FlatFile("arc_easy_test", "arc/arc_easy.yaml", "test", _CHOICE),
-    "arc_challenge": FlatFile("arc_challenge_test", "arc/arc_challenge.yaml", "test", _CHOICE),
+    "arc_easy": FlatFile("arc_easy_test", "arc/arc_easy.yaml", "test", _CHOICE, _QUESTION),
+    "arc_challenge": FlatFile(
+        "arc_challenge_test", "arc/arc_challenge.yaml", "test", _CHOICE, _QUESTION
+    ),
 }
 _MMLU_FIELDS = ("subject", "question", "choices", "gold")
 
@@ -78,7 +90,7 @@ def write_tasks(flat: Path, out: Path) -> list[str]:
     for name, file in FLAT_FILES.items():
         if (path := find_file(flat, file.stem)) is not None:
             fields = [v for k, v in file.settings.items() if k.startswith("doc_to_")]
-            records = read_records(path, fields)
+            records = read_records(path, fields, file.forms)
             splits = {f"{kind}_split": None for kind in ("training", "validation", "test")}
             splits |= {f"{file.split}_split": file.split, "fewshot_split": None}
             settings = splits | {"num_fewshot": 0} | file.settings
@@ -134,23 +146,33 @@ def find_file(flat: Path, stem: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def read_records(path: Path, fields: tuple[str, ...] | list[str]) -> list[Record]:
-    """The records of a file, each checked. Raises ValueError naming the file and the line."""
+def read_records(
+    path: Path, fields: Sequence[str], forms: Mapping[str, str] | None = None
+) -> list[Record]:
+    """The records of a file with these fields only. Raises ValueError naming a wrong line."""
     records = []
     for number, line in enumerate(read_lines(path), start=1):
-        record = json.loads(line)
-        if missing := [name for name in fields if name not in record]:
-            raise ValueError(
-                f"{path}:{number} has no {', '.join(missing)}; it has {', '.join(record)}"
-            )
-        choices = record.get("choices", record.get("contexts", []))
-        if "gold" in fields and record["gold"] not in range(len(choices)):
-            raise ValueError(
-                f"{path}:{number}: gold {record['gold']!r} is not the place of one of its "
-                f"{len(choices)} choices"
-            )
-        records.append({name: record[name] for name in fields})
+        try:
+            records.append(checked_record(json.loads(line), fields, forms or {}))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
     return records
+
+
+def checked_record(record: Any, fields: Sequence[str], forms: Mapping[str, str]) -> Record:
+    if not isinstance(record, dict):
+        raise ValueError(f"not an object with fields but {type(record).__name__}")
+    if missing := [name for name in fields if name not in record]:
+        raise ValueError(f"no field {', '.join(missing)}; it has {', '.join(record)}")
+    choices = record.get("choices", record.get("contexts", []))
+    if "gold" in fields and record["gold"] not in range(len(choices)):
+        raise ValueError(
+            f"gold {record['gold']!r} is not the place of one of its {len(choices)} choices"
+        )
+    for name, form in forms.items():
+        if not re.fullmatch(form, record[name], re.DOTALL):
+            raise ValueError(f"{name} {record[name]!r} does not read {form!r}")
+    return {name: record[name] for name in fields}
 
 
 def read_lines(path: Path) -> Iterator[bytes]:

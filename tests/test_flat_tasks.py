@@ -123,10 +123,14 @@ def test_mistakes_in_flat_files_are_explained(tmp_path):
         write_tasks(tmp_path, tmp_path / "out")
     (tmp_path / "piqa_val.jsonl").write_text('{"goal": 1}\n')
     with pytest.raises(
-        ValueError, match=r"piqa_val.jsonl:1 has no query, choices, gold; it has goal"
+        ValueError, match=r"piqa_val.jsonl:1: no field query, choices, gold; it has goal"
     ):
         write_tasks(tmp_path, tmp_path / "out")
-    row = {"query": "a", "choices": ["b", "c"], "gold": 2}
+    row = {"query": "a", "choices": ["b", "c"], "gold": 1}
+    (tmp_path / "piqa_val.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"piqa_val.jsonl:1: query 'a' does not read 'Question: "):
+        write_tasks(tmp_path, tmp_path / "out")
+    row["gold"] = 2
     (tmp_path / "piqa_val.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=r"piqa_val.jsonl:1: gold 2 is not .* of its 2 choices"):
         write_tasks(tmp_path, tmp_path / "out")

@@ -265,6 +265,10 @@ def test_mistakes_are_explained(hub, tmp_path):
     write_task(tmp_path, "piqa", dict.fromkeys(("train", "validation"), HUB["piqa"]), num_fewshot=0)
     with pytest.raises(ValueError, match=r"num_fewshot: 0, .* with 2 examples; use --shots 0"):
         evaluate_tasks(*wrapped(), ["piqa"], shots=2, include_path=tmp_path)
+    (tmp_path / "arc_easy.yaml").write_text("task: [arc_easy\n")
+    with pytest.warns(UserWarning, match=r"no task in .*arc_easy.yaml"):
+        evaluate_tasks(*wrapped(), ["piqa"], include_path=tmp_path)
+    (tmp_path / "arc_easy.yaml").unlink()
     (tmp_path / "piqa-validation.jsonl").unlink()
     with pytest.raises(ValueError, match=r"data of piqa could not be read .*--include-path DIR"):
         evaluate_tasks(*wrapped(), ["piqa"], include_path=tmp_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import torch
+
+from mor.checkpoint import resolve
 from mor.data.stream import evenly_spaced
+from mor.device import pick_device
 from mor.evaluation.quiet import quiet, without_bars
 from mor.settings import suggestion
 
@@ -29,6 +34,9 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import mor.hub  # noqa: F401 (registers the model class)
 except ImportError as error:
     raise ImportError(
         "mor eval --tasks needs lm-evaluation-harness; install it with: pip install "
@@ -203,13 +211,21 @@ def _mean(name: str, parts: list[TaskResult]) -> TaskResult:
 
 
 def _task_manager(include_path: Path | None) -> TaskManager:
-    """lm-eval's files of the benchmarks alone, which are quick to index, and the caller's own."""
-    if include_path is not None and not any(include_path.rglob("*.yaml")):
-        raise ValueError(f"{include_path} is not a folder with task files (.yaml) for lm-eval")
+    """Finds lm-eval's files of these benchmarks, and the caller's, which take their place.
+
+    Warns of files without a task: lm-eval passes over them, and would read its own in their place.
+    """
     folders = [STOCK_TASKS / benchmark.folder for benchmark in _BENCHMARKS.values()]
-    return TaskManager(
-        include_defaults=False, include_path=[*folders, *([include_path] if include_path else [])]
-    )
+    if include_path is None:
+        return TaskManager(include_defaults=False, include_path=folders)
+    files = set(include_path.rglob("*.yaml"))
+    if not files:
+        raise ValueError(f"{include_path} is not a folder with task files (.yaml) for lm-eval")
+    manager = TaskManager(include_defaults=False, include_path=[*folders, include_path])
+    if unread := files - {entry.yaml_path for entry in manager.task_index.values()}:
+        names = ", ".join(sorted(str(file) for file in unread))
+        warnings.warn(f"lm-eval finds no task in {names}", stacklevel=3)
+    return manager
 
 
 def _load_tasks(manager: TaskManager, part: str, shots: int) -> list[Task]:
@@ -285,12 +301,6 @@ def _to_run(
 def load_model(checkpoint: str | Path, *, device: str = "auto") -> tuple[Any, Any]:
     """A transformers model and tokenizer from a mor run or checkpoint, a transformers directory, a
     hub name or a .gguf file. fp32 on CPUs, elsewhere the precision it was saved in."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import mor.hub  # noqa: F401 (registers the model class)
-    from mor.device import pick_device
-
     place = pick_device(device)
     name, settings = _locate(str(checkpoint))
     with without_bars():
@@ -300,8 +310,6 @@ def load_model(checkpoint: str | Path, *, device: str = "auto") -> tuple[Any, An
 
 
 def _locate(checkpoint: str) -> tuple[str, dict[str, str]]:
-    from mor.checkpoint import resolve
-
     path = Path(checkpoint)
     if path.suffix == ".gguf":
         if not path.is_file():
