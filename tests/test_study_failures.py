@@ -170,7 +170,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
             "'model.alpha' and 'router.alpha' have the same label",
         ),
         ("[tuning]\nrates = 3e-3", "Tuning.rates must be list.*, got 0.003"),
-        ("[variants.x]\nlike = ['x']", "not a shape"),
+        ("[variants.x]\nlike = ['x']", "no shape"),
         ('[variants.x]\n"model.dim" = 32', "model.dim without quotes"),
         ("[variants.x]\nsteps = 'two'", "TrainConfig.steps must be int, got 'two'"),
         ("[variants.x]\nmodel = 3", "TrainConfig.model must be ModelConfig, got 3"),

@@ -1,5 +1,5 @@
-"""Early exits decided after the fact, on one trained model: at random, when the early prediction is
-confident, or by an oracle.
+"""Exits chosen after training, on one trained model: at random, when the early prediction is sure,
+by an oracle.
 
 The model runs once for every depth with all tokens going that deep; then every token is given the
 prediction of the depth at which a policy lets it exit. So a token's context is always as deep as

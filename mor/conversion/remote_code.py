@@ -1,4 +1,4 @@
-"""Export a checkpoint with the code that runs it, for machines with transformers but without
+"""Export a checkpoint with the code that runs it, for machines that have transformers but not
 mor."""
 
 from __future__ import annotations

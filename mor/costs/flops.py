@@ -241,7 +241,7 @@ def costs(config: ModelConfig, *, context: int | None = None, kv_dtype_bytes: in
     forward = forward_flops(config, sequence_workload(config, length)) / length
     return Costs(
         family=config.family,
-        layout=config.layout_name,
+        layout=f"{config.prelude_layers}+{config.shared_layers}x{config.num_recursions}+{config.coda_layers}",
         num_layers=config.num_layers,
         context=length,
         params=unique_params(config),

@@ -49,18 +49,20 @@ def evaluate(
 ) -> Evaluation:
     """Mean NLL over consecutive windows of the data.
 
-    selection: ``topk`` reproduces the paper's evaluation; it sees the future and is labelled so.
-    document_mask: documents do not see each other, as in training with document_mask.
+    selection: ``topk`` reproduces the paper's evaluation, which sees the future, and is labelled
+    so.
+    document_mask: documents do not see each other, as a model trained so expects.
     max_windows: only that many windows, spread evenly.
 
     Raises ValueError for data shorter than a window.
     """
     length = seq_len or model.config.max_seq_len
     chosen = data.spread(length, max_windows)
+    count = len(chosen)
     device = model.embedding.weight.device
     nll, targets = 0.0, 0
     taken = torch.zeros(max_depth or model.config.num_recursions)
-    for start in range(0, len(chosen), batch_size):
+    for start in range(0, count, batch_size):
         batch = data.batch(chosen[start : start + batch_size], length, documents=document_mask)
         output = model(
             batch.tokens_BT.to(device),
@@ -72,7 +74,7 @@ def evaluate(
         counted = int((batch.targets_BT != IGNORED).sum())
         nll, targets = nll + output.nll.item() * counted, targets + counted
         taken += torch.tensor(output.routing.tokens_per_recursion())
-    tokens = len(chosen) * length
+    tokens = count * length
     nll /= targets
     return Evaluation(
         selection=selection,

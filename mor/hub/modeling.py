@@ -230,7 +230,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def balances_by_bias(self) -> bool:
-        """Whether the router's load is balanced between training steps, not by a loss."""
+        """Whether the router's load is balanced between the steps of training and not by a loss."""
         router = self.model.recursions.router
         return isinstance(router, TokenChoiceRouter) and router.config.balancing == "loss_free"
 

@@ -48,10 +48,10 @@ class Published:
 
 
 def load_published(path: Path) -> Published:
-    """Raises ValueError for a file without points, and for unknown or missing settings."""
+    """Raises ValueError for settings that it does not know or lacks."""
     values = tomllib.loads(path.read_text())
     if "points" not in values:
-        raise ValueError(f"{path} holds no points to fit; to run a study, leave out --fit")
+        raise ValueError(f"{path} holds no points; a study is run without --fit")
     points = [from_dict(PublishedPoint, row).point() for row in values["points"]]
     return Published(
         title=values.get("title", path.stem), noise=float(values.get("noise", 0.0)), points=points

@@ -127,7 +127,7 @@ def collect(study: Path) -> list[dict[str, Any]]:
 
 
 def _row(path: Path) -> dict[str, Any]:
-    about = read_result(path / ABOUT, "row", "variant", "stage", "seed", "budget", "labels")
+    about = known(path / ABOUT, "row", "variant", "stage", "seed", "budget", "labels")
     row: dict[str, Any] = {"path": str(path), "status": "unfinished", "reason": None}
     labels = about["labels"].items()
     row |= {k: about[k] for k in ("row", "variant", "stage", "seed", "budget")} | {
@@ -139,7 +139,7 @@ def _row(path: Path) -> dict[str, Any]:
             for k, v in flat(asdict(load_config(path / "train.json"))).items()
         }
     if (path / RESULT).is_file():
-        row |= {"status": "finished"} | read_result(path / RESULT, *NEEDED)
+        row |= {"status": "finished"} | known(path / RESULT, *NEEDED)
     # a finished run can fail, too: when the study asks for another run in its place
     if (path / ERROR).is_file():
         row |= {
@@ -149,13 +149,13 @@ def _row(path: Path) -> dict[str, Any]:
     return row
 
 
-def read_result(path: Path, *needed: str) -> dict[str, Any]:
-    """A JSON file. Raises ValueError if it lacks one of the ``needed`` entries."""
+def known(path: Path, *names: str) -> dict[str, Any]:
+    """A JSON file that has these entries. Raises ValueError if one is missing."""
     values = read_json(path)
-    if missing := [name for name in needed if name not in values]:
+    if missing := [name for name in names if name not in values]:
         raise ValueError(
             f"{path} has no {', '.join(missing)}; delete it and start the study again, which "
-            "writes it anew"
+            "makes a new one"
         )
     return values
 

@@ -235,7 +235,7 @@ def _shape(study: Study, changes: Mapping[str, Any]) -> dict[str, Any]:
         return own
     if not isinstance(like, str) or like not in study.shapes:
         raise ValueError(
-            f"like={like!r} is not a shape; there are {', '.join(study.shapes) or 'none'}"
+            f"there is no shape {like!r}; there are {', '.join(study.shapes) or 'none'}"
         )
     return merge(study.shapes[like], own)
 
@@ -266,7 +266,7 @@ def _values(axis: str, values: Any) -> Iterator[tuple[str, str, dict[str, Any]]]
 
 
 def merge(*tables: Mapping[str, Any]) -> dict[str, Any]:
-    """One nested table of several. Where they differ, the later one counts."""
+    """Nested tables merged into one; later ones win."""
     merged: dict[str, Any] = {}
     for table in tables:
         for key, value in table.items():
