@@ -6,8 +6,8 @@ manifest.json:
 
     train-00000.bin         tokens, uint16 or uint32; every document is its tokens and end-of-text
     train-00000.ends.npy    int64, where each document ends in it (a text may contain the
-                            end-of-text string)
-    progress.jsonl          while unfinished: the settings, then one line per finished chunk
+    end-of-text string) progress.jsonl          while unfinished: the settings, then one line per
+    finished chunk
 
 The main process reads; workers tokenize and write. At most ``workers + 2`` chunks are held at a
 time.

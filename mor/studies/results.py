@@ -40,9 +40,13 @@ HEALTH = ("dead_positions", "agreement", "max_violation", "depth_entropy")
 
 
 def measure(run: Run, result: TrainResult) -> dict[str, Any]:
-    """The numbers of a finished run. NLL in nats, causal unless the name says otherwise."""
-    model, data = result.state.model.eval(), result.corpus.validation
-    config = load_config(Path(run.config.out) / "train.json")
+    """Numbers of a finished run: causal ones, and top-k's under a name that says non-causal. NLL in
+    nats."""
+    model, config, data = (
+        result.state.model.eval(),
+        load_config(Path(run.config.out) / "train.json"),
+        result.corpus.validation,
+    )
     settings: dict[str, Any] = dict(
         seq_len=config.seq_len, max_windows=run.windows, document_mask=config.data.document_mask
     )
@@ -71,8 +75,8 @@ def measure(run: Run, result: TrainResult) -> dict[str, Any]:
 
 
 def _health(log: Path) -> dict[str, Any]:
-    """The router's health at the end of training (see metrics.router_health): means over the last
-    tenth of the log."""
+    """How the router did at the end of training (see metrics.router_health): over the last tenth of
+    what was logged."""
     rows = [row for row in read_metrics(log) if "loss" in row]
     rows = rows[-max(1, len(rows) // 10) :]
     logged = {name: [row[name] for row in rows if row.get(name) is not None] for name in HEALTH}
