@@ -62,10 +62,10 @@ def main():
     weights = again.state_dict()
     texts = read_documents(options.validation)
     data = tokenize(texts, tokenizer)
-    total = data.windows(options.seq_len)
     scale, there, back_again = [], [], []
-    for i in range(options.windows):
-        ids = data.batch([i * total // options.windows], options.seq_len).tokens_BT
+    windows = data.spread(options.seq_len, options.windows)
+    for i in windows:
+        ids = data.batch([i], options.seq_len).tokens_BT
         expected = theirs(ids).logits
         scale.append(expected.abs().max())
         there.append((ours(ids).logits_BTV - expected).abs().max())
@@ -86,7 +86,7 @@ def main():
         same += generate(ours, [prompt], params)[0].token_ids == expected
     found = {
         "source": options.source.name,
-        "tokens": options.windows * options.seq_len,
+        "tokens": len(windows) * options.seq_len,
         "largest_logit": torch.stack(scale).max().item(),
         "max_abs_difference": torch.stack(there).max().item(),
         "max_abs_difference_after_the_way_back": torch.stack(back_again).max().item(),

@@ -23,7 +23,7 @@ import torch
 import tyro
 
 from mor import checkpoint
-from mor.conversion.convert import to_llama
+from mor.conversion.llama import to_llama
 from mor.engine import Engine, EngineConfig, SamplingParams
 from mor.engine.bench import Lengths, decode_rows, load_for, measure_machine, take_turns
 from mor.model.config import RouterConfig, preset

@@ -4,17 +4,20 @@ it.
     mor convert smol smol-llama --to llama
     python benchmarks/harness_parity.py smol-llama smol --task-data DIR --limit 50
 
-Prints both scores of every task and the largest difference of a log-likelihood; JSON in the last
-line.
+DIR: flat copies of the benchmarks (see flat_tasks.py); without it lm-eval reads the hub. Prints
+both scores of every task and the largest difference of a log-likelihood; JSON in the last line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
+import datasets
 import torch
+from flat_tasks import write_tasks
 
 from mor.evaluation.harness import TASK_NAMES, HarnessResult, evaluate_tasks, load_model
 
@@ -25,23 +28,31 @@ def main() -> None:
     )
     parser.add_argument("first")
     parser.add_argument("second")
-    parser.add_argument("--task-data", type=Path, action="append", default=[])
+    parser.add_argument("--task-data", type=Path)
     parser.add_argument("--tasks", default=",".join(TASK_NAMES))
     parser.add_argument("--limit", type=int, default=50)
     parser.add_argument("--batch-sizes", type=int, nargs=2, default=[8, 8])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = []
-    for checkpoint, batch_size in zip(
-        (options.first, options.second), options.batch_sizes, strict=True
-    ):
-        model, tokenizer = load_model(checkpoint)
-        tasks, data = options.tasks.split(","), options.task_data
-        result = evaluate_tasks(
-            model, tokenizer, tasks, limit=options.limit, batch_size=batch_size, task_data=data
-        )
-        found.append(result)
+    with tempfile.TemporaryDirectory() as folder:
+        include_path = None
+        if options.task_data:
+            include_path = Path(folder, "tasks")
+            write_tasks(options.task_data, include_path)
+            datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
+        found = [
+            evaluate_tasks(
+                *load_model(checkpoint),
+                options.tasks.split(","),
+                limit=options.limit,
+                batch_size=batch_size,
+                include_path=include_path,
+            )
+            for checkpoint, batch_size in zip(
+                (options.first, options.second), options.batch_sizes, strict=True
+            )
+        ]
     rows = []
     print(f"{'task':12} {'items':>6} {'first':>8} {'second':>8}")
     for a, b in zip(found[0].tasks, found[1].tasks, strict=True):

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-from mor.conversion.convert import count, fitting_depth, read_source, recursive_init
+from mor.conversion.convert import read_source
+from mor.conversion.initialise import fitting_depth, recursive_init
+from mor.conversion.layers import count_parameters
 from mor.data.sources import read_documents
 from mor.data.stream import tokenize
 from mor.evaluation.nll import evaluate
@@ -33,7 +35,7 @@ def measure(model, data, settings, **labels):
     found = evaluate(model, data, batch_size=4, **settings)
     row = labels | {
         "layers": model.config.num_layers,
-        "params": count(model),
+        "params": count_parameters(model),
         "nll": found.nll,
         "bits_per_byte": found.bits_per_byte,
         "mean_depth": found.mean_depth,

@@ -38,12 +38,11 @@ class Settings:
 def nll(model, data, settings):
     """Nats per token over windows spread evenly, causal; from logits, since an int8 head has no
     weight matrix."""
-    available = data.windows(settings.seq_len)
-    total = 0.0
-    for i in range(settings.windows):
-        batch = data.batch([i * available // settings.windows], settings.seq_len)
+    total, chosen = 0.0, data.spread(settings.seq_len, settings.windows)
+    for i in chosen:
+        batch = data.batch([i], settings.seq_len)
         total += F.cross_entropy(model(batch.tokens_BT).logits_BTV[0], batch.targets_BT[0]).item()
-    return total / settings.windows
+    return total / len(chosen)
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Chat: messages to a prompt by the tokenizer's own template, and the tokens that end an answer."""
+"""Chat: messages become a prompt by the tokenizer's template; which tokens end an answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Chat:
         self.stop_token_ids = tuple({tokenizer.end_of_text_id, *self._end_of_answer()})
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids up to the place where the assistant's answer begins.
+        """Token ids of the conversation, up to where the assistant's answer begins.
 
         messages: role (system, user or assistant) and content of each turn.
         """

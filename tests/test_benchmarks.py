@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_convert import chat_tokenizer, llama
-from test_harness import FLAT
+from small_llama import save_llama
+from test_flat_tasks import FLAT
 
 from mor.cli import main
 from mor.costs import flops as costs
@@ -21,8 +21,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 def folder(tmp_path_factory):
     """A Llama directory, what mor makes of it, and text."""
     path = tmp_path_factory.mktemp("benchmarks")
-    llama().save_pretrained(path / "llama")
-    chat_tokenizer().save_pretrained(path / "llama")
+    save_llama(path / "llama")
     main(["convert", str(path / "llama"), str(path / "mor")])
     texts = (f"The square of {i} is {i * i}. " * 4 for i in range(30))
     (path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -37,7 +37,7 @@ def reading_of(data, router="expert_choice", **settings):
 
 def test_windows_lie_evenly_and_are_read_causally(data):
     reading = reading_of(data)
-    assert reading.tokens_BT.shape == (5, WINDOW) and data.windows(WINDOW) > 10
+    assert reading.tokens_BT.shape == (5, WINDOW) and data.num_windows(WINDOW) > 10
     assert torch.equal(reading.tokens_BT[:, 1:], reading.targets_BT[:, :-1])
     with torch.no_grad():
         assert torch.equal(reading.depth_BT, reading.model(reading.tokens_BT).routing.depth_BT)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mor.data.sources import python_documents, read_documents, without_repeats
+from mor.data.python_docs import python_documents, without_repeats
+from mor.data.sources import read_documents
 from mor.data.stream import (
     DataConfig,
     DataState,

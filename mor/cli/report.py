@@ -69,7 +69,7 @@ class Report:
             "effective layers": loaded.config.num_layers,
             "checkpoint": resolve(self.folder).name,
             "text": str(self.data or "validation text of the run"),
-            "windows": f"{min(self.max_windows, data.windows(length))} × {length} tokens",
+            "windows": f"{min(self.max_windows, data.num_windows(length))} × {length} tokens",
         }
         if found := collapse(tables):
             settings |= {"router collapsed": found}

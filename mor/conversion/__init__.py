@@ -1,2 +1,2 @@
-"""Models of other formats in and out, and models made of the layers of pretrained ones. Needs no
-transformers."""
+"""Models of other formats in and out, and models that start from the layers of pretrained
+ones."""

@@ -23,7 +23,7 @@ def export(source: str | Path, out: str | Path) -> Path:
     ``trust_remote_code=True``.
 
     The directory holds this package's own modules, their imports made relative. mor reads it as
-    well. Raises ValueError if ``out`` exists or ``source`` is no checkpoint.
+    well. Raises ValueError if ``out`` exists or ``source`` is not a checkpoint.
     """
     source, out = checkpoint.resolve(source), Path(out)
     checkpoint.read_config(source)

@@ -1,5 +1,4 @@
-"""Tasks of known depth: endless problems from a rule, so that what depth is worth can be measured
-in minutes.
+"""Tasks of known depth: endless problems made by a rule, to measure in minutes what depth is worth.
 
 ``data.path="task:state-tracking?hops=16"`` trains on them. Problem i is a pure function of (seed,
 i); nothing is stored, no problem comes twice in an epoch, and the loss counts only on answers.
@@ -29,8 +28,8 @@ NAMES = "abcdefghijklmnopqrstuvwxyz"
 
 
 class Problems(NamedTuple):
-    """hops_BT: look-ups, one after the other, that the answer at a token takes, from 1; 0 where
-    nothing is asked."""
+    """tokens_BT, targets_BT: int64; IGNORED where there is nothing to answer. hops_BT: look-ups,
+    one after the other, that the answer takes, from 1; 0 where there is nothing to answer."""
 
     tokens_BT: Tensor
     targets_BT: Tensor
@@ -40,7 +39,7 @@ class Problems(NamedTuple):
 class Task(Protocol):
     @property
     def hops(self) -> int:
-        """The most that an answer takes."""
+        """The most hops that an answer takes."""
         ...
 
     def words(self) -> list[str]:
@@ -53,8 +52,8 @@ class Task(Protocol):
         ...
 
     def answers(self, ids: Sequence[int]) -> list[int]:
-        """What is right at each token of any text of the task; IGNORED where nothing is asked or
-        can be known."""
+        """The right target at each token of any text of the task; IGNORED where nothing is asked or
+        the text does not say enough."""
         ...
 
 
@@ -63,8 +62,8 @@ class PointerChasing:
     """A cycle through all nodes, its edges in random order, then queries with their answers.
 
     ``c>f a>c f>a +2 a f``: two hops on from a comes f. Every word is one token; the answer f is
-    predicted at a. A query needs as many look-ups, one after the other, as it has hops, so depth
-    has something to do, and queries differ in how much of it they need.
+    predicted at a. A query needs as many look-ups, one after the other, as it has hops: depth
+    helps, and queries differ in how much of it they need.
     """
 
     nodes: int = 8
@@ -225,7 +224,7 @@ def parse_task(path: str) -> Task:
 
 
 def task_tokenizer(words: Sequence[str]) -> Tokenizer:
-    """One token per word; words stand between blanks."""
+    """One token per word; words are separated by white space."""
     backend = tokenizers.Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=END_OF_TEXT)
     )

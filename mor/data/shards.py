@@ -1,5 +1,5 @@
-"""Documents to memory-mapped token shards: parallel, restartable, the same bytes for any number of
-workers.
+"""From documents to memory-mapped token shards: in parallel, restartable, with the same bytes for
+any number of workers.
 
 A prepared directory holds the tokenizer, one pair of files per split and chunk of documents, and
 manifest.json:
@@ -10,7 +10,7 @@ manifest.json:
     progress.jsonl          while unfinished: the settings, then one line per finished chunk
     .lock                   held by the process that prepares
 
-The main process reads, workers tokenize and write. At most ``workers + 2`` chunks are held at a
+The main process reads; workers tokenize and write. At most ``workers + 2`` chunks are held at a
 time.
 """
 
@@ -32,7 +32,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from mor.data.sources import Record, Source, draw, find_sources
+from mor.data.readers import Record
+from mor.data.sources import Source, draw, find_sources
 from mor.data.tokenizer import COMPANIONS, Tokenizer, train_bpe
 from mor.files import LOCK, alone_in, replacing, tidy
 from mor.progress import ProgressBar
@@ -78,7 +79,7 @@ class PrepareConfig:
 
 @dataclass
 class Chunk:
-    """Consecutive documents. next_place: (source, record) where the one after begins."""
+    """Consecutive documents. next_place: (source, record) where the next chunk begins."""
 
     number: int
     documents: list[tuple[str, str]] = field(default_factory=list)
@@ -87,7 +88,7 @@ class Chunk:
     problems: list[str] = field(default_factory=list)
     next_place: tuple[int, int] = (0, 0)
     size: int = 0
-    """Characters; a record without text counts as 100, so that a long run of them ends as well."""
+    """Characters; a record without text counts as 100, so that many of them fill a chunk, too."""
     bytes_read: int = 0
 
 
@@ -129,7 +130,7 @@ def prepare(
             console.print(f"{out} is complete: nothing to do", highlight=False)
             return read_manifest(out)
         if begun is None:
-            # a wrong field or a damaged file must not fix the settings of ``out``
+            # a wrong field or a damaged file is an error before the settings of ``out`` are fixed
             next(sources[0].read(), None)
             _write(out / JOURNAL, json.dumps(settings).encode() + b"\n")
         _tokenize(config, sources, out, settings, console)
@@ -137,8 +138,8 @@ def prepare(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises ValueError for a directory that is not prepared, not to its end, or by a later
-    version."""
+    """Raises ValueError for a directory that was not prepared, is unfinished, or was made by a
+    later version."""
     if not (folder / MANIFEST).is_file():
         hint = (
             "it is unfinished: run the same `mor data prepare` again"
@@ -182,7 +183,7 @@ def _begun(out: Path) -> dict[str, Any] | None:
 def _tokenizer(
     config: PrepareConfig, sources: Sequence[Source], out: Path, begun: dict[str, Any] | None
 ) -> Tokenizer:
-    """The tokenizer asked for, saved in ``out``. A trained one is trained once."""
+    """The configured tokenizer, saved in ``out``. A BPE is trained only once."""
     trained = config.tokenizer == "bpe"
     if trained and begun is not None and begun["tokenizer"]["asked"] == _asked(config):
         return Tokenizer.load(out)
@@ -196,7 +197,7 @@ def _tokenizer(
 
 
 def _first_texts(config: PrepareConfig, sources: Sequence[Source]) -> Iterator[str]:
-    """The first training documents."""
+    """The first ``bpe_megabytes`` of training text, by documents."""
     characters = config.bpe_megabytes * 1e6
     for source in sources:
         for record, _ in source.read():
@@ -218,7 +219,7 @@ def _asked(config: PrepareConfig) -> str:
 def _settings(
     config: PrepareConfig, sources: Sequence[Source], tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """All that the bytes of the result depend on."""
+    """Everything that determines the bytes of the result."""
     return {
         "format": FORMAT,
         "sources": [source.describe() for source in sources],
@@ -266,7 +267,8 @@ def _refuse_changes(begun: dict[str, Any], now: dict[str, Any], out: Path) -> No
 def _chunks(
     sources: Sequence[Source], size: int, number: int, place: tuple[int, int]
 ) -> Iterator[Chunk]:
-    """Chunks of at least ``size`` from ``place`` (source, record) on; the last may be smaller."""
+    """Chunks of at least ``size`` characters, starting at ``place`` (source, record); the last may
+    be smaller."""
     chunk = Chunk(number)
     finished_bytes = sum(source.num_bytes or 0 for source in sources[: place[0]])
     for index in range(place[0], len(sources)):
@@ -303,7 +305,7 @@ def _tokenize(
     settings: dict[str, Any],
     console: Console,
 ) -> None:
-    """Everything that the journal does not have yet."""
+    """Tokenize and write every chunk that the journal does not have yet."""
     number, place, seen = _progress(out)
     workers = config.workers or os.cpu_count() or 1
     chunks = _chunks(sources, int(config.chunk_megabytes * 1e6), number, place)
@@ -364,8 +366,8 @@ def _row(chunk: Chunk, splits: dict[str, Any]) -> dict[str, Any]:
 
 
 def _journal(out: Path) -> list[dict[str, Any]]:
-    """Rows of finished chunks in order, up to the first that is missing; a cut-off line does not
-    count."""
+    """Rows of finished chunks in order, up to the first missing one; a line that was cut off does
+    not count."""
     with (out / JOURNAL).open(encoding="utf-8") as journal:
         lines = [line for line in journal if line.endswith("\n")][1:]
     rows = {row["chunk"]: row for row in map(json.loads, lines)}
@@ -373,8 +375,8 @@ def _journal(out: Path) -> list[dict[str, Any]]:
 
 
 def _progress(out: Path) -> tuple[int, tuple[int, int], list[dict[str, Any]]]:
-    """Next chunk, its place, and the rows of those before. The journal is cut to exactly these
-    rows."""
+    """The next chunk's number, where it begins, and the rows of those before. The journal is cut to
+    exactly these rows."""
     rows = _journal(out)
     with (out / JOURNAL).open(encoding="utf-8") as journal:
         header = journal.readline()
@@ -427,7 +429,7 @@ def _end_with_parent() -> None:
 def _write_shards(
     number: int, documents: list[tuple[str, str]], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write a chunk's shards; returns what the manifest says of them, by split."""
+    """Write a chunk's shards; returns their entries in the manifest, by split."""
     share = settings["validation_share"]
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
     for name, text in documents:

@@ -1,9 +1,9 @@
-"""Tokens -> batches: a stream of documents cut into windows, from memory or from prepared shards.
+"""From tokens to batches: a stream of documents cut into windows, from memory or prepared shards.
 
 Batches are a pure function of (seed, position, rank, world size), so a run continues exactly where
 it stopped.
 
-B batch · T sequence length
+B batch · T tokens of a window
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from mor.data.problems import PREFIX, Problems, Task, parse_task, task_tokenizer
+from mor.data.python_docs import python_documents
 from mor.data.shards import MANIFEST, read_manifest
-from mor.data.sources import Document, draw, python_documents, read_documents
+from mor.data.sources import Document, draw, read_documents
 from mor.data.tokenizer import Tokenizer, train_bpe
 
 
@@ -28,8 +29,9 @@ from mor.data.tokenizer import Tokenizer, train_bpe
 class DataConfig:
     path: str | None = None
     """A .txt, .jsonl (these also .gz or .zst) or .parquet file, a folder of them, or a directory
-    made by `mor data prepare`; or a task such as task:state-tracking?hops=16 (mor/tasks.py), which
-    has its own tokenizer and validation split. None: the prose of Python's own standard library."""
+    made by `mor data prepare`; or a task such as task:state-tracking?hops=16, which has its own
+    tokenizer and validation split. None: Python's own documentation, which every installation
+    has."""
     validation_path: str | None = None
     """Validation text of the same kinds. None: a share of the documents, or the prepared validation
     split."""
@@ -52,14 +54,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DataState:
-    """Sequences handed out so far, over all ranks; all that is needed to continue."""
+    """Sequences handed out so far, by all ranks together: all that is needed to continue."""
 
     position: int = 0
 
 
 class Batch(NamedTuple):
-    """documents_BT: which document each input token belongs to, if asked for; see
-    TokenData.documents."""
+    """All int64. documents_BT: which document each input token belongs to (see
+    :meth:`TokenData.documents`); None unless requested."""
 
     tokens_BT: Tensor
     targets_BT: Tensor
@@ -67,7 +69,7 @@ class Batch(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A stretch of tokens and where its documents end in it, in memory or mapped from a shard."""
+    """Consecutive tokens, and where documents end in them, in memory or mapped from a shard."""
 
     tokens: np.ndarray
     ends: np.ndarray
@@ -81,7 +83,7 @@ class Part(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A part on disk. It is mapped when it is read: there may be more of them than files a process
+    """A part on disk, mapped when it is read: there may be more shards than files that a process
     may open."""
 
     file: Path
@@ -98,10 +100,16 @@ def _map(shard: Shard) -> Part:
     return Part(np.memmap(shard.file, dtype=shard.dtype, mode="r"), ends)
 
 
-class Windows:
-    """Training or validation sequences that can be asked for by number.
+def evenly_spaced(count: int, total: int) -> list[int]:
+    """At most ``count`` of 0..total-1, spread evenly, the first included."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
 
-    bytes_per_token: UTF-8 bytes of text for each token, which turns nats into bits per byte.
+
+class Windows:
+    """Training or validation sequences, numbered from 0.
+
+    bytes_per_token: UTF-8 bytes of text per token, which turns nats into bits per byte.
     """
 
     bytes_per_token: float
@@ -110,20 +118,34 @@ class Windows:
         """How much there is, in words."""
         raise NotImplementedError
 
-    def windows(self, seq_len: int) -> int:
-        """Sequences of seq_len tokens with their targets that there are."""
+    def num_windows(self, seq_len: int) -> int:
+        """How many sequences of ``seq_len`` tokens with a target each there are."""
         raise NotImplementedError
 
+    def spread(self, seq_len: int, max_windows: int | None = None) -> list[int]:
+        """Indices of at most ``max_windows`` windows, spread evenly over the data; None: of all.
+
+        Raises ValueError for data shorter than a window.
+        """
+        available = self._available(seq_len)
+        return evenly_spaced(available if max_windows is None else max_windows, available)
+
+    def _available(self, seq_len: int) -> int:
+        if (available := self.num_windows(seq_len)) < 1:
+            raise ValueError(
+                f"the data ({self.describe()}) holds less than one window of {seq_len + 1} tokens; "
+                "lower seq_len"
+            )
+        return available
+
     def batch(self, indices: Sequence[int], seq_len: int, *, documents: bool = False) -> Batch:
-        """The windows with these indices; documents: with the numbers of their documents."""
+        """The windows with these indices. documents: also which document each token belongs to."""
         raise NotImplementedError
 
     def token_counts(self, vocab_size: int, seq_len: int, max_windows: int = 4096) -> Tensor:
-        """How often each token occurs in some windows, spread evenly."""
-        available = self.windows(seq_len)
-        count = min(max_windows, available)
-        chosen = [i * available // count for i in range(count)]
-        return torch.bincount(self.batch(chosen, seq_len).tokens_BT.flatten(), minlength=vocab_size)
+        """How often each token occurs in at most ``max_windows`` windows, spread evenly, (V,)."""
+        batch = self.batch(self.spread(seq_len, max_windows), seq_len)
+        return torch.bincount(batch.tokens_BT.flatten(), minlength=vocab_size)
 
     def batches(
         self,
@@ -136,13 +158,12 @@ class Windows:
         world_size: int = 1,
         documents: bool = False,
     ) -> Iterator[tuple[Batch, DataState]]:
-        """Endless batches from ``state`` on; every epoch visits all windows in an order of its own.
+        """Endless batches, starting at ``state``; every epoch visits all windows in a new order.
 
-        All ranks together see what one process with a batch of world_size * batch_size sees.
+        Together the ranks see what one process with a batch of world_size * batch_size sees. Raises
+        ValueError for data shorter than a window.
         """
-        per_epoch = self.windows(seq_len)
-        if per_epoch < 1:
-            raise ValueError(f"the data holds less than one sequence of {seq_len + 1} tokens")
+        per_epoch = self._available(seq_len)
         orders: dict[int, Tensor] = {}
         position = state.position
         while True:
@@ -176,7 +197,7 @@ class TokenData(Windows):
 
     @cached_property
     def starts(self) -> list[int]:
-        """First token of each part, and of what would follow."""
+        """The first token of each part, and of the one that would follow the last."""
         return [0, *np.cumsum([part.num_tokens for part in self.parts]).tolist()]
 
     def __len__(self) -> int:
@@ -200,19 +221,17 @@ class TokenData(Windows):
         return torch.from_numpy(np.concatenate(found).astype(np.int64))
 
     def _stretches(self, start: int, stop: int) -> Iterator[tuple[Part, int, int]]:
-        """The parts that hold start..stop-1, each with its own range."""
+        """The parts that hold tokens start..stop-1, each with the range of its own tokens."""
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
         for part, begin in zip(self.parts[first:], self.starts[first:], strict=False):
             if begin >= stop:
                 return
             yield part.open(), max(start - begin, 0), min(stop - begin, part.num_tokens)
 
-    def windows(self, seq_len: int) -> int:
-        """Sequences of seq_len tokens with their targets that the stream holds."""
+    def num_windows(self, seq_len: int) -> int:
         return (len(self) - 1) // seq_len
 
     def batch(self, indices: Sequence[int], seq_len: int, *, documents: bool = False) -> Batch:
-        """The windows with these indices; documents: with the numbers of their documents."""
         block = torch.stack([self.tokens(i * seq_len, (i + 1) * seq_len + 1) for i in indices])
         found = (
             torch.stack([self.documents(i * seq_len, (i + 1) * seq_len) for i in indices])
@@ -238,7 +257,7 @@ class TaskData(Windows):
     def describe(self) -> str:
         return f"{self.count:,} problems"
 
-    def windows(self, seq_len: int) -> int:
+    def num_windows(self, seq_len: int) -> int:
         return self.count
 
     def batch(self, indices: Sequence[int], seq_len: int, *, documents: bool = False) -> Batch:
@@ -247,7 +266,7 @@ class TaskData(Windows):
         return Batch(found.tokens_BT, found.targets_BT, rows)
 
     def problems(self, indices: Sequence[int], seq_len: int) -> Problems:
-        """The batch with what is known about it."""
+        """The batch, with the hops of every answer."""
         return self.task.problems(torch.tensor(indices) + self.first, seq_len)
 
 
@@ -259,8 +278,11 @@ class Corpus:
 
 
 def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
-    """Read, split and tokenize, or open what is prepared. A given tokenizer (from a checkpoint)
-    must be the one that the data was prepared with, and otherwise replaces the configured one."""
+    """Read, split and tokenize text, or open prepared data or a task.
+
+    tokenizer: that of a checkpoint, which replaces the configured one; prepared data must have been
+    made with it. Raises ValueError for data that cannot be read or split.
+    """
     if config.path and config.path.startswith(PREFIX):
         return _task_corpus(config.path)
     if config.path and is_prepared(config.path):
@@ -278,8 +300,8 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpu
 
 
 def vocab_size(config: DataConfig) -> int:
-    """Size of the vocabulary that :func:`load_corpus` brings along, without reading the data. A BPE
-    still to be trained on text with fewer pieces than asked for may come out smaller."""
+    """Size of the vocabulary that :func:`load_corpus` would return, without reading the data. A BPE
+    that is yet to be trained may come out smaller, if the text has too few different pieces."""
     if config.path and config.path.startswith(PREFIX):
         return len(parse_task(config.path).words())
     if config.path and is_prepared(config.path):
@@ -337,9 +359,9 @@ def open_shards(folder: str | Path, split: str, tokenizer: Tokenizer) -> TokenDa
     if made_by["fingerprint"] != tokenizer.fingerprint:
         raise ValueError(
             f"{folder} was prepared with the tokenizer {made_by['asked']!r} "
-            f"({made_by['fingerprint']}), not with the "
-            f"one asked for ({tokenizer.fingerprint}); prepare it with --tokenizer and the other's "
-            "directory"
+            f"({made_by['fingerprint']}), not with the one of this model or run "
+            f"({tokenizer.fingerprint}); prepare it again with --tokenizer and the directory "
+            "of the latter"
         )
     if split not in manifest["splits"]:
         raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(manifest['splits'])}")
@@ -379,7 +401,8 @@ def tokenize(documents: list[Document], tokenizer: Tokenizer) -> TokenData:
 def split_documents(
     documents: list[Document], validation_share: float
 ) -> tuple[list[Document], list[Document]]:
-    """Train and validation documents, chosen by a hash of the name: adding one moves no other."""
+    """Training and validation documents, chosen by a hash of their names: adding a document moves
+    no other."""
     if len(documents) < 2:
         raise ValueError(
             "the data holds a single document; training needs at least one more to validate on"

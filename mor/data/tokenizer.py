@@ -40,8 +40,8 @@ class Tokenizer:
         end_of_text: str = END_OF_TEXT,
         files: Mapping[str, str] | None = None,
     ) -> None:
-        """files: names and texts of a Hugging Face tokenizer's other files, which save writes as
-        they are."""
+        """files: a Hugging Face tokenizer's other files, texts by name, which :meth:`save` writes
+        unchanged."""
         self.backend, self.end_of_text = backend, end_of_text
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_text}
         self.files = dict(files or {"tokenizer_config.json": json.dumps(settings, indent=2)})
@@ -56,8 +56,8 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """The same for tokenizers that make the same tokens: of the vocabulary and of a sample of
-        its work."""
+        """Equal for tokenizers that make the same tokens: a hash of the vocabulary and of a sample
+        text's tokens."""
         known = json.dumps(
             [sorted(self.backend.get_vocab().items()), self.end_of_text_id, self.encode(_SAMPLE)]
         )
@@ -75,8 +75,8 @@ class Tokenizer:
             raise ValueError(f"the text is not valid UTF-8: {text[:40]!r}") from error
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Tokens of a text to continue, with the beginning-of-text token where the tokenizer puts
-        one (Llama 2, 3)."""
+        """Tokens of a text to continue, with the beginning-of-text token if the tokenizer adds one
+        (Llama 2 and 3 do)."""
         return self._encoding(text, add_special_tokens=True).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -89,8 +89,8 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def encode_with_pieces(self, text: str) -> tuple[list[int], list[str]]:
-        """Ids, and for each the piece of ``text`` it stands for, which together are the text,
-        special tokens included; characters of several tokens appear with the last of them."""
+        """Ids, and the piece of ``text`` that each stands for. Together the pieces are the text,
+        special tokens included; a character of several tokens appears with the last of them."""
         encoding = self._encoding(text)
         spans = [*encoding.offsets, (len(text), len(text))]
         ends = [min(end, following) for (_, end), (following, _) in pairwise(spans)]
@@ -98,8 +98,8 @@ class Tokenizer:
         return encoding.ids, [text[start:end] for start, end in pairwise(bounds[: len(spans)])]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Where only ids are at hand: what each adds to the decoded text, to which special tokens
-        add nothing."""
+        """What each id adds to the decoded text, for when only ids are at hand. Special tokens add
+        nothing."""
         pieces, done = [], ""
         for end in range(1, len(ids) + 1):
             text = self.decode(ids[:end])
@@ -150,12 +150,12 @@ class Tokenizer:
         except OSError as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"{name!r} is neither a directory nor a tokenizer that the hub gave: {first}"
+                f"{name!r} is neither a directory nor a tokenizer of the hub: {first}"
             ) from error
 
     @classmethod
     def from_transformers(cls, theirs: Any) -> Tokenizer:
-        """A transformers tokenizer with all its settings. Raises ValueError for one without a fast
+        """A transformers tokenizer with all its settings. Raises ValueError if it has no fast
         form."""
         if not theirs.is_fast:
             raise ValueError(

@@ -1,4 +1,7 @@
-"""Validation: negative log-likelihood and bits per byte, causal by default."""
+"""Validation: negative log-likelihood and bits per byte, causal by default.
+
+B batch · T tokens · V vocabulary
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,9 @@ from mor.model.transformer import Transformer
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """nll: nats per token. causal: no token could see later ones. share_per_recursion: of the
-    tokens.
-    leak_nats: by how much selection that sees the future lowers the NLL on the same text (see
-    leak)."""
+    """nll: nats per token. causal: no token could see later ones. share_per_recursion: of all
+    tokens, those that took each recursion. leak_nats: by how much selection that sees the future
+    lowers the NLL on the same text (see :func:`leak`)."""
 
     selection: Selection
     causal: bool
@@ -54,16 +56,13 @@ def evaluate(
     router: decides in place of the model's own.
     document_mask: documents do not see each other, as a model trained so expects.
     max_windows: only that many windows, spread evenly.
+
+    Raises ValueError for data shorter than a window.
     """
     router = router or model.router
     length = seq_len or model.config.max_seq_len
-    available = data.windows(length)
-    if available < 1:
-        raise ValueError(
-            f"the data holds less than one window of {length + 1} tokens; lower seq_len"
-        )
-    count = min(max_windows or available, available)
-    chosen = [i * available // count for i in range(count)]
+    chosen = data.spread(length, max_windows)
+    count = len(chosen)
     device = model.embedding.weight.device
     nll, targets = 0.0, 0
     taken = torch.zeros(max_depth or router.num_recursions)
@@ -99,9 +98,9 @@ def evaluate(
 def leak(model: Transformer, data: Windows, **settings: Any) -> tuple[Evaluation, Evaluation]:
     """The same text with top-k and with causal selection; the former carries ``leak_nats``.
 
-    The leak is causal NLL minus top-k NLL: what the paper's evaluation gains from comparing a token
-    with later ones, less what the thresholds lose by deciding otherwise than top-k. Settings as in
-    evaluate.
+    The leak is the causal NLL minus the top-k NLL: what the paper's evaluation gains from comparing
+    a token with later ones, and what thresholds lose by deciding otherwise. Settings as in
+    :func:`evaluate`.
     """
     causal = evaluate(model, data, selection="threshold", **settings)
     topk = evaluate(model, data, selection="topk", **settings)
@@ -110,14 +109,15 @@ def leak(model: Transformer, data: Windows, **settings: Any) -> tuple[Evaluation
 
 @torch.inference_mode()
 def by_hops(model: Transformer, data: TaskData, seq_len: int, max_windows: int) -> dict[str, Any]:
-    """Right answers by the hops asked for (from 1) and the mean depth their queries took, causal.
+    """Share of right answers by the hops of the question (from 1) and mean depth of its tokens,
+    causal.
 
-    mean_depth_by_hops begins with the tokens that ask for nothing (0 hops). None where there are
-    none.
+    mean_depth_by_hops begins with tokens without a question (0 hops). None for hops that do not
+    occur.
     """
-    count = min(max_windows, data.windows(seq_len))
-    K = data.task.hops
-    asked, right, depth = torch.zeros(K + 1), torch.zeros(K + 1), torch.zeros(K + 1)
+    count = min(max_windows, data.num_windows(seq_len))
+    most = data.task.hops
+    asked, right, depth = (torch.zeros(most + 1) for _ in range(3))
     for start in range(0, count, 16):
         indices = range(start, min(start + 16, count))
         batch = data.problems(indices, seq_len)

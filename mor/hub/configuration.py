@@ -1,4 +1,4 @@
-"""MoRConfig: a ModelConfig as transformers wants it."""
+"""The model's settings for transformers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _SETTINGS = tuple(ModelConfig.__dataclass_fields__)
 
 
 class MoRConfig(PreTrainedConfig):
-    """A :class:`ModelConfig` as transformers wants it: the same settings as attributes, plus its
-    own.
+    """A :class:`ModelConfig` for transformers: the same settings as attributes, and those of
+    transformers.
 
     Raises ValueError for a value that ModelConfig refuses and for a misspelt setting.
     """

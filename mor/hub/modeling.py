@@ -3,7 +3,7 @@
 ``import mor.hub`` registers these classes. A directory written by ``mor.checkpoint`` and one
 written by ``save_pretrained`` are the same thing, and either loads in both worlds.
 
-B rows · T columns
+B rows · T columns, padding included · V vocabulary
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _CACHE = "cache" if "cache" in _GENERATE_ARGUMENTS else "past_key_values"
 
 
 class MoRCache(Cache):
-    """A :class:`KVCache` with the methods that ``generate`` calls. It is made when the first tokens
-    arrive.
+    """A :class:`KVCache` with the methods that ``generate`` calls. It takes no memory until the
+    first tokens arrive.
 
     depth_BT: recursions that each token of each column took; 0 at padding.
     """
@@ -85,7 +85,7 @@ class MoRCache(Cache):
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last columns of every row; their number is given as a negative one."""
+        """Forget the last columns of every row. transformers passes their number negated."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes minus the number of tokens to remove, got {tokens_to_remove}"
@@ -203,7 +203,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     def _losses(
         self, output: Output, labels: Tensor, num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Tensor]:
-        """The sum of all losses, and the auxiliary ones alone."""
+        """The sum of all losses, and that of the auxiliary ones."""
         if self.training and self.balances_by_bias and not self.is_balanced:
             warnings.warn(
                 "balancing='loss_free' needs callbacks=[mor.hub.trainer.LoadBalancing()] in "
@@ -227,7 +227,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """The rule of Transformer.init_weights, for what a checkpoint does not hold."""
+        """As Transformer.init_weights does, for weights that a checkpoint does not hold."""
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=self.config.init_std)
         elif isinstance(module, RMSNorm):

@@ -1,4 +1,4 @@
-"""What transformers' Trainer needs beside the model."""
+"""What transformers' Trainer needs in addition to the model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from mor.hub.modeling import MoRForCausalLM, MoROutput
 
 
 class LoadBalancing(TrainerCallback):
-    """Loss-free balancing in Trainer: after every optimizer step the bias follows the step's load.
+    """Loss-free balancing in Trainer: every optimizer step moves the router's bias against the load
+    of that step.
 
-    With several processes the load is that of each one alone.
+    With several processes, each balances by its own load. Raises ValueError at the start of
+    training if the model's router does not balance this way.
     """
 
     def on_train_begin(

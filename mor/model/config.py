@@ -229,6 +229,12 @@ class ModelConfig:
         """Effective depth: layers that a token passes when it takes every recursion."""
         return self.prelude_layers + self.shared_layers * self.num_recursions + self.coda_layers
 
+    @property
+    def layout_name(self) -> str:
+        """prelude + shared x recursions + coda, such as 1+10x3+1."""
+        shared = f"{self.shared_layers}x{self.num_recursions}"
+        return f"{self.prelude_layers}+{shared}+{self.coda_layers}"
+
     def with_recursions(self, num_recursions: int) -> ModelConfig:
         """With more recursions, the further ones as large as the last of these."""
         router = self.router

@@ -54,11 +54,12 @@ def by_row(rows: Iterable[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]
     """Runs by row (with its budget, if there are several) and seed."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for run in rows:
-        found.setdefault(row_name(run), {})[run["seed"]] = run
+        found.setdefault(line_name(run), {})[run["seed"]] = run
     return found
 
 
-def row_name(run: dict[str, Any]) -> str:
+def line_name(run: dict[str, Any]) -> str:
+    """The row, and the budget if there are several."""
     return run["row"] + (f", {run['budget']:g} FLOPs" if run["budget"] else "")
 
 
@@ -111,7 +112,7 @@ def _reference_of(study: Study, run: dict[str, Any]) -> str | None:
     """The reference variant's row at the same place on every axis."""
     if not study.reference:
         return None
-    return row_name({**run, "row": run["row"].replace(run["variant"], study.reference, 1)})
+    return line_name({**run, "row": run["row"].replace(run["variant"], study.reference, 1)})
 
 
 def depth_verdict(study: Study, rows: Sequence[dict[str, Any]]) -> str:

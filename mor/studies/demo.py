@@ -182,7 +182,7 @@ def _row(
 @torch.inference_mode()
 def measured_kv_bytes(model: Transformer, data: Windows, windows: int = 16) -> float:
     """Bytes per token in a real cache after reading validation text."""
-    count = min(windows, data.windows(SEQ_LEN))
+    count = min(windows, data.num_windows(SEQ_LEN))
     cache = KVCache(model.config, count)
     model(data.batch(range(count), SEQ_LEN).tokens_BT, cache=cache, logits="last")
     return cache.nbytes / (count * SEQ_LEN)

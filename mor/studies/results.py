@@ -1,5 +1,5 @@
-"""What finished runs found, and one sqlite table of them. Run directories hold everything; the
-table can be deleted."""
+"""What finished runs found, and one sqlite table of them. The table can be deleted: run directories
+hold everything."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mor.analysis.early_exit import early_exits
 from mor.costs import flops as costs
 from mor.data.stream import TaskData, Windows
 from mor.evaluation.nll import by_hops, evaluate
@@ -20,23 +21,21 @@ from mor.files import read_json, replacing
 from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
 from mor.run_folder import RunFolder
-from mor.studies.exits import early_exits
 from mor.studies.study import ABOUT, ERROR, LABEL, RESULT, Run
 from mor.training.config import load_config
 from mor.training.loop import TrainResult
 
 TABLE = "results.sqlite"
-NEEDED = (  # of a result, by tables, figures and fits
-    *(
-        "validation_nll",
-        "mean_depth",
-        "family",
-        "params",
-        "looped_params",
-        "tokens",
-        "train_flops",
-        "train_s",
-    ),
+# What tables, figures and fits read of a result.
+NEEDED = (
+    "validation_nll",
+    "mean_depth",
+    "family",
+    "params",
+    "looped_params",
+    "tokens",
+    "train_flops",
+    "train_s",
 )
 HEALTH = ("dead_positions", "agreement", "max_violation", "depth_entropy")
 
@@ -82,8 +81,8 @@ def _health(run: RunFolder) -> dict[str, Any]:
     tenth of what was logged."""
     rows = [row for row in run.read_metrics() if "loss" in row]
     rows = rows[-max(1, len(rows) // 10) :]
-    known = {name: [row[name] for row in rows if row.get(name) is not None] for name in HEALTH}
-    return {name: fmean(values) for name, values in known.items() if values}
+    logged = {name: [row[name] for row in rows if row.get(name) is not None] for name in HEALTH}
+    return {name: fmean(values) for name, values in logged.items() if values}
 
 
 def _by_depth(model: Transformer, data: Windows, settings: dict[str, Any]) -> list[float]:
@@ -92,16 +91,15 @@ def _by_depth(model: Transformer, data: Windows, settings: dict[str, Any]) -> li
 
 
 def model_facts(config: ModelConfig) -> dict[str, Any]:
-    """Sizes, without embeddings. looped_params are those of the shared stack of a model that
-    loops."""
+    """Family, layout and parameters, without embeddings where the name does not say otherwise.
+    looped_params: those of the shared stack; 0 for a model that applies it once."""
     shared = (
         costs.non_embedding_params(config.replace(prelude_layers=0, coda_layers=0)) - config.dim
     )
     shared -= costs.router_params(config)
     return {
         "family": config.family,
-        "layout": f"{config.prelude_layers}+{config.shared_layers}x{config.num_recursions}"
-        f"+{config.coda_layers}",
+        "layout": config.layout_name,
         "params": costs.non_embedding_params(config),
         "looped_params": shared if config.num_recursions > 1 else 0,
         "params_with_embeddings": costs.unique_params(config),
@@ -149,7 +147,7 @@ def _row(path: Path) -> dict[str, Any]:
         }
     if (path / RESULT).is_file():
         row |= {"status": "finished"} | known(path / RESULT, *NEEDED)
-    # of a finished one, too: the study now asks for another run in its place
+    # a finished run can fail, too: when the study asks for another run in its place
     if (path / ERROR).is_file():
         row |= {
             "status": "failed",
@@ -159,18 +157,18 @@ def _row(path: Path) -> dict[str, Any]:
 
 
 def known(path: Path, *names: str) -> dict[str, Any]:
-    """A JSON file that has these entries. Raises ValueError if it has not."""
+    """A JSON file that has these entries. Raises ValueError if one is missing."""
     values = read_json(path)
     if missing := [name for name in names if name not in values]:
         raise ValueError(
-            f"{path} has no {', '.join(missing)}; delete it and start the study again to have it "
-            "anew"
+            f"{path} has no {', '.join(missing)}; delete it and start the study again, which "
+            "makes a new one"
         )
     return values
 
 
 def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Table ``runs``; lists and tables as JSON. pandas:
+    """Write the table ``runs``; lists and nested tables become JSON. With pandas:
     ``read_sql("select * from runs", sqlite3.connect(path))``."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     places = ", ".join("?" * len(columns))
@@ -196,8 +194,8 @@ def finished(rows: Iterable[dict[str, Any]], *stages: str) -> list[dict[str, Any
 
 
 def tuned_rates(rows: Iterable[dict[str, Any]], rates: Sequence[float]) -> dict[str, float]:
-    """By row of the study: the one of these rates whose short run has the lowest causal validation
-    NLL."""
+    """For each row of the study, the one of these learning rates whose short run has the lowest
+    causal validation NLL."""
     best: dict[str, dict[str, Any]] = {}
     for row in finished(rows, "tuning"):
         if row.get("config_optim_lr") not in rates:  # of an earlier version of the file

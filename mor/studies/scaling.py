@@ -1,9 +1,10 @@
 """Scaling fits: compute-optimal sizes from isoFLOP curves, and what one recursion is worth in
 parameters.
 
-Losses are NLL in nats, sizes are parameters, budgets are FLOPs. Intervals are 95% bootstrap
-intervals for noise as large as between seeds where there are several, else as large as the caller
-states. Noise multiplies the NLL: losses near 0 vary by little, and none falls below it.
+Losses are NLL in nats, sizes are parameters, budgets are training FLOPs. Intervals are 95%
+bootstrap intervals. Their noise is as large as between seeds where there are several, otherwise as
+large as the caller states. Noise multiplies the NLL: losses near 0 vary little, and none falls
+below 0.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from mor.statistics import bootstrap_bounds
 from mor.studies.study import LABEL, row_name
 
 Array = NDArray[np.float64]
-# a minimum farther outside the measured log sizes is none: the curve is flat or a slope
+# a minimum farther outside the measured log sizes does not count: the curve is flat or a slope
 REACH = math.log(1000)
 PHI_BOUND = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One measured model. size: parameters that the fit is over. once and looped: those used once
-    and those of the shared stack; loops: how often that one is applied."""
+    """One measured model. size: parameters, the axis of the fit. once: parameters that are applied
+    once; looped: those of the shared stack, which is applied ``loops`` times."""
 
     family: str
     size: float
@@ -48,9 +49,9 @@ class Optimum:
     """The best size for a budget, from a parabola in log size. inside: between the smallest and the
     largest size measured, otherwise it is extrapolated and worth little.
 
-    no_minimum: share of the resamples whose curve has no lowest point. They may be best at any
-    size, so they count as smaller and as larger than all others; where they are more than one in
-    forty the bounds are NaN. NaN too for a size that the measured curve does not have.
+    no_minimum: share of the bootstrap resamples whose parabola has no minimum. Their best size is
+    unknown, so each widens the interval at both ends; above one in forty the bounds are NaN. The
+    size itself is NaN where the measured parabola has no minimum.
     """
 
     family: str
@@ -67,11 +68,12 @@ class Optimum:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Path:
-    """Best size ~ budget ** size_slope, best tokens ~ budget ** tokens_slope.
+class ScalingPath:
+    """How the best model grows with the budget: best size ~ budget ** size_slope, best tokens ~
+    budget ** tokens_slope.
 
-    no_minimum: share of the resamples that lack the lowest point of some budget, and so a slope
-    (see Optimum).
+    no_minimum: share of the resamples without a slope, because the parabola of some budget has no
+    minimum (see Optimum).
     """
 
     family: str
@@ -89,7 +91,7 @@ class RecurrenceLaw:
     """NLL = floor + a * (once + loops ** phi * looped) ** -alpha + b * tokens ** -beta.
 
     phi = 1: a recursion is worth as much as fresh layers; phi = 0: nothing. A bound of phi is NaN
-    where the resamples reach the end of what the fit allows. rms: of the residuals, nats.
+    where the resamples reach the limit that the fit allows. rms: of the residuals, in nats.
     """
 
     family: str
@@ -109,8 +111,8 @@ def parabola(points: Sequence[Point]) -> Array:
 
 
 def lowest_point(points: Sequence[Point]) -> tuple[float, float]:
-    """(log size, NLL) where the parabola is lowest; NaN for a curve that has no such point, or only
-    beyond REACH."""
+    """(log size, NLL) where the parabola is lowest; NaN for a curve without such a point within
+    REACH."""
     curve = parabola(points)
     best = -curve[1] / (2 * curve[0]) if curve[0] > 0 else math.nan
     sizes = [math.log(p.size) for p in points]
@@ -122,8 +124,8 @@ def lowest_point(points: Sequence[Point]) -> tuple[float, float]:
 def optima(
     points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000, seed: int = 0
 ) -> list[Optimum]:
-    """One for each family and budget with at least three sizes. noise: standard deviation of an
-    NLL, for points without a second seed."""
+    """One for each family and budget with at least three sizes. noise: standard deviation of an NLL
+    in nats, for points without a second seed."""
     found = []
     for family, budget in _groups(points):
         chosen = [p for p in points if (p.family, p.budget) == (family, budget)]
@@ -158,7 +160,7 @@ def _groups(points: Iterable[Point]) -> list[tuple[str, float]]:
 
 
 def _log_tokens(points: Sequence[Point], log_size: Any) -> Any:
-    """What the budget buys at a size, along the straight line between log tokens and log size."""
+    """Log tokens that the budget buys at a size: a straight line over log size."""
     line = np.polyfit(np.log([p.size for p in points]), np.log([p.tokens for p in points]), 1)
     return np.polyval(line, log_size)
 
@@ -166,25 +168,23 @@ def _log_tokens(points: Sequence[Point], log_size: Any) -> Any:
 def _resamples(
     points: Sequence[Point], noise: float, count: int, seed: int
 ) -> Iterable[list[Point]]:
-    """The points with fresh noise (parametric bootstrap), as large as between seeds, else as stated
-    in nats."""
+    """The points with fresh noise (parametric bootstrap): as large as between seeds, otherwise
+    ``noise`` nats."""
     random = np.random.default_rng(seed)
-    spread = _spread_of_seeds(points)
+    between_seeds = _deviation_between_seeds(points)
     for _ in range(count):
-        yield [
-            replace(
-                p,
-                nll=p.nll * math.exp(random.normal(0, noise / p.nll if spread is None else spread)),
-            )
-            for p in points
-        ]
+        found = []
+        for p in points:
+            deviation = noise / p.nll if between_seeds is None else between_seeds
+            found.append(replace(p, nll=p.nll * math.exp(random.normal(0, deviation))))
+        yield found
 
 
-def _spread_of_seeds(points: Sequence[Point]) -> float | None:
+def _deviation_between_seeds(points: Sequence[Point]) -> float | None:
     """Standard deviation of the log NLL between seeds, pooled over all models; None where no model
     has two.
 
-    Pooled, because two or three seeds of one model tell next to nothing about its own spread.
+    Pooled, because two or three seeds of one model say next to nothing about its own deviation.
     """
     models: dict[Any, list[float]] = {}
     for p in points:
@@ -196,7 +196,7 @@ def _spread_of_seeds(points: Sequence[Point]) -> float | None:
 
 def paths(
     points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000, seed: int = 0
-) -> list[Path]:
+) -> list[ScalingPath]:
     """How the best size and token count grow with the budget, for each family with two or more
     budgets."""
     found = []
@@ -213,7 +213,7 @@ def paths(
             bootstrap_bounds(drawn[:, 1]),
         )
         found.append(
-            Path(
+            ScalingPath(
                 family=family,
                 size_slope=slopes[0],
                 size_low=size_low,
@@ -245,29 +245,29 @@ def _slopes(points: Sequence[Point]) -> tuple[float, float] | None:
 def recurrence_law(
     points: Sequence[Point], *, family: str, noise: float = 0.0, resamples: int = 200, seed: int = 0
 ) -> RecurrenceLaw:
-    """Fit of the law to one looped family together with the points that loop nothing.
+    """Fit of the law to one looped family together with the points that do not loop.
 
-    Raises ValueError where phi is not determined: from fewer points than the law has parameters,
-    from fewer than three sizes that loop or three that do not, or where the best fit lies at the
-    end of what phi may be.
+    Raises ValueError where the data do not determine phi: with no more points than the law has
+    parameters, with fewer than three sizes that loop or three that do not, or where the best fit
+    lies at a limit of phi.
     """
     chosen = [p for p in points if p.family == family or p.loops == 1]
     if len(chosen) < 7:
         raise ValueError(
-            f"the law has 6 parameters; {family!r} offers {len(chosen)} points, it takes 7"
+            f"the law has 6 parameters and needs 7 points; {family!r} has {len(chosen)}"
         )
     looped, once = ({p.size for p in chosen if (p.loops > 1) is loops} for loops in (True, False))
     if min(len(looped), len(once)) < 3:
         raise ValueError(
-            f"phi of {family!r} is not determined from {len(looped)} sizes that loop and "
-            f"{len(once)} that do not; it "
-            "takes three of each"
+            f"phi of {family!r} is not determined by {len(looped)} sizes that loop and "
+            f"{len(once)} that do not; it takes three of each"
         )
     measured = _columns(chosen)
     solution = _fit_law(measured, None)
     if _at_bound(solution[5]):
         raise ValueError(
-            f"phi of {family!r} is not determined: the best fit is at the end of [-3, 3]"
+            f"phi of {family!r} is not determined: the best fit is at a limit of "
+            f"[-{PHI_BOUND:g}, {PHI_BOUND:g}]"
         )
     drawn = np.array(
         [_fit_law(_columns(s), solution)[5] for s in _resamples(chosen, noise, resamples, seed)]
@@ -354,8 +354,8 @@ def _inside(bounds: Any) -> tuple[Array, Array]:
 def points_of(
     runs: Iterable[dict[str, Any]], size: Callable[[dict[str, Any]], float]
 ) -> list[Point]:
-    """Finished runs of a study with budgets as points. size: what counts as a model's size; an axis
-    along which it does not change, such as one of alphas, makes families of its own."""
+    """Finished runs of a study with budgets, as points. size: what counts as a model's size. An
+    axis that does not change it, such as one of alphas, makes a family of every value."""
     runs = [run for run in runs if run["budget"]]
     others = [axis for axis in labels_of(runs) if not _changes(runs, axis, size)]
     return [
@@ -378,7 +378,7 @@ def points_of(
 
 
 def labels_of(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """The columns that say which value of an axis a run has."""
+    """The columns that hold the axes' values."""
     return list(dict.fromkeys(name for run in runs for name in run if name.startswith(LABEL)))
 
 

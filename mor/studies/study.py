@@ -1,30 +1,30 @@
 """A study file (TOML) and the runs it asks for.
 
     title = "Gate form"
-    size = "sizes/small.toml"                        # merged below this file; --size puts another
-    one in its place seeds = [0, 1, 2]
-    reference = "paper"                              # the others are compared with this one, seed
-    by seed depth_pays = { deep = "recursive", shallow = "one pass" }   # shown before anything else
+    size = "sizes/small.toml"       # merged below this file; --size puts another one in its place
+    seeds = [0, 1, 2]
+    reference = "paper"             # the others are compared with this one, seed by seed
+    depth_pays = { deep = "recursive", shallow = "one pass" }   # shown before anything else
 
-    [base]                                           # settings of TrainConfig, as in a run's TOML
+    [base]                          # settings of TrainConfig, as in a run's TOML
     steps = 2000
-    model = { preset = "tiny", num_layers = 6 }      # of ModelConfig, or arguments of
-    mor.model.config.preset
+    # of ModelConfig, or arguments of mor.model.config.preset
+    model = { preset = "tiny", num_layers = 6 }
 
-    [shapes.mor]                                     # what several variants have in common; usually
-    in the size file model = { num_recursions = 4, router.kind = "expert_choice" }
+    [shapes.mor]                    # what several variants share; usually in the size file
+    model = { num_recursions = 4, router.kind = "expert_choice" }
 
-    [variants.paper]                                 # a shape, if any, and what the variant changes
+    [variants.paper]                # a shape, if any, and what the variant changes
     like = "mor"
     model.router.gate = "paper"
-    at.large = { model.num_layers = 4 }              # and what it changes at one value of an axis
+    at.large = { model.num_layers = 4 }     # and what it changes at one value of an axis
 
-    [axes]                                           # every variant with every value
+    [axes]                          # every variant with every value
     "model.router.alpha" = [0.1, 1.0]
     width = { small = { model.dim = 48 }, large = { model.dim = 96 } }
 
-    [tuning]                                         # the learning rate of every row, chosen on
-    short runs rates = [2e-3, 4e-3, 8e-3]
+    [tuning]                        # the learning rate of every row, chosen on short runs
+    rates = [2e-3, 4e-3, 8e-3]
 
 A *row* is a variant with one value of every axis (and one budget); its runs differ in their seeds.
 """
@@ -204,8 +204,8 @@ def _label(axis: str) -> str:
 
 
 def _check_places(study: Study) -> None:
-    """Every row needs a folder of its own, every axis a column of the table, whose names know no
-    case."""
+    """Every row needs a folder of its own, and every axis a column of the table; the names of
+    columns do not distinguish upper and lower case."""
     columns = {_label(axis).lower(): axis for axis in study.axes}
     if twins := [axis for axis in study.axes if columns[_label(axis).lower()] != axis]:
         raise ValueError(
@@ -229,14 +229,14 @@ def _check_places(study: Study) -> None:
 
 
 def _shape(study: Study, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A variant's settings with those of the shape that it is like."""
+    """A variant's settings merged over those of its shape."""
     own = {key: value for key, value in changes.items() if key not in ("like", "at")}
     like = changes.get("like")
     if like is None:
         return own
     if not isinstance(like, str) or like not in study.shapes:
         raise ValueError(
-            f"like={like!r} is no shape; there are {', '.join(study.shapes) or 'none'}"
+            f"there is no shape {like!r}; there are {', '.join(study.shapes) or 'none'}"
         )
     return merge(study.shapes[like], own)
 
@@ -244,7 +244,7 @@ def _shape(study: Study, changes: Mapping[str, Any]) -> dict[str, Any]:
 def _there(
     study: Study, changes: Mapping[str, Any], labels: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """What a variant changes at these values of the axes alone."""
+    """What a variant changes only at these values of the axes."""
     at = changes.get("at", {})
     if not fits(at, dict[str, dict[str, Any]]):
         raise ValueError(f"'at' is a table of what changes at each value of an axis, got {at!r}")
@@ -267,7 +267,7 @@ def _values(axis: str, values: Any) -> Iterator[tuple[str, str, dict[str, Any]]]
 
 
 def merge(*tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested tables, later ones first in doubt."""
+    """Nested tables merged into one; later ones win."""
     merged: dict[str, Any] = {}
     for table in tables:
         for key, value in table.items():
@@ -278,10 +278,10 @@ def merge(*tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train_config(settings: Mapping[str, Any]) -> TrainConfig:
-    """A run's settings; the model's may be those of :func:`mor.model.config.preset`."""
+    """A run's settings. The model's may be arguments of :func:`mor.model.config.preset`."""
     values = dict(settings)
     if dotted := [key for key in values if "." in key]:
-        raise ValueError(f"write {dotted[0]} without quotes: with them it is one name, not a path")
+        raise ValueError(f"write {dotted[0]} without quotes: in quotes it is one name, not a path")
     if isinstance(values.get("model"), Mapping):
         values["model"] = _model(values["model"])
     config = from_dict(TrainConfig, values)
@@ -302,7 +302,7 @@ def _model(table: Mapping[str, Any]) -> ModelConfig:
 
 
 def tuning_runs(study: Study, out: Path) -> list[Run]:
-    """Short runs of every row at every rate; none if the study fixes the rates."""
+    """Short runs of every row at every learning rate; none if the study does not tune rates."""
     runs = []
     for row in study_rows(study):
         for rate in study.tuning.rates:
@@ -338,7 +338,7 @@ def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
 
 
 def main_runs(study: Study, out: Path, rates: Mapping[str, float]) -> list[list[Run]]:
-    """The runs that count, in stages: those of a stage need the ones before. rates: learning rates
+    """The runs that count, in stages; a stage needs the ones before it. rates: tuned learning rates
     by row."""
     first, branches = [], []
     for row in study_rows(study):
@@ -363,7 +363,8 @@ BRANCH_POINTS = 4  # steps of the stable run to branch off, up to the first budg
 
 
 def _budget_runs(study: Study, row: Row, config: TrainConfig, place: Path) -> Iterator[Run]:
-    """The run of the largest budget, then those that branch off it; FLOPs are exact, to a step."""
+    """The run of the largest budget, then those that branch off it. Each meets its budget to within
+    one step."""
     steps = [total_steps(with_budget(config, budget)) for budget in study.budgets]
     stable = 1 - config.optim.cooldown
     every = max(1, round(steps[0] * stable / BRANCH_POINTS))
@@ -380,8 +381,7 @@ def _budget_runs(study: Study, row: Row, config: TrainConfig, place: Path) -> It
         if not 0 < at <= min(last, total - 1):
             raise ValueError(
                 f"{row.name}: a budget of {budget:g} FLOPs is {total} steps, too near the largest "
-                "one "
-                f"({steps[-1]} steps) to branch off its stable phase; leave it out or lower "
+                f"one ({steps[-1]} steps) to branch off its stable phase; leave it out or lower "
                 "optim.cooldown"
             )
         start = RunFolder(names[-1]).checkpoint(at)

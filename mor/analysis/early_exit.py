@@ -1,13 +1,13 @@
-"""Exits decided after the fact, on one trained model: at random, when the early prediction is sure,
+"""Exits chosen after training, on one trained model: at random, when the early prediction is sure,
 by an oracle.
 
 The model runs once for every depth with all tokens going that deep; then every token is given the
-prediction of the depth where a policy lets it out. So a token's context is always as deep as the
-token itself: nothing is lost by others leaving early, which no real decoder can promise. The
+prediction of the depth at which a policy lets it exit. So a token's context is always as deep as
+the token itself: nothing is lost because others exit early, which no real decoder can promise. The
 figures say how much there is to gain from choosing the depth token by token, not what an engine
 would reach.
 
-M tokens with a target · R recursions
+B batch · T tokens · M tokens with a target, or all B x T · R recursions · V vocabulary
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ def early_exits(
     """NLL in nats of each policy at the mean depth of the model's capacities, and of every fixed
     depth.
 
-    random: exits drawn; confidence: a token leaves when the probability of its likeliest next token
-    passes a threshold, chosen so that the mean depth fits; oracle: knows the target and spends
-    depth where it gains most.
+    random: exits are drawn.
+    confidence: a token exits once the probability of its likeliest next token passes a threshold,
+    chosen so that the mean depth fits.
+    oracle: knows the target and spends depth where it gains most.
     """
-    nll_MR, sure_MR = _by_depth(model, data, seq_len, max_windows)
+    nll_MR, confidence_MR = _by_depth(model, data, seq_len, max_windows)
     mean_depth = (
         sum(model.config.capacities)
         if model.config.family == "mor"
@@ -44,7 +45,7 @@ def early_exits(
     )
     found: dict[str, Any] = {"mean_depth": mean_depth, "fixed": nll_MR.mean(0).tolist()}
     for name, policy in POLICIES.items():
-        depth_M = policy(nll_MR, sure_MR, mean_depth)
+        depth_M = policy(nll_MR, confidence_MR, mean_depth)
         nll_M = nll_MR.gather(1, depth_M[:, None] - 1)
         found[name] = {"nll": float(nll_M.mean()), "mean_depth": float(depth_M.double().mean())}
     return found
@@ -54,22 +55,21 @@ def _by_depth(
     model: Transformer, data: Windows, seq_len: int, max_windows: int
 ) -> tuple[Tensor, Tensor]:
     """NLL and largest probability after each recursion, (M, R) each."""
-    available = data.windows(seq_len)
-    count = min(max_windows, available)
-    chosen = [i * available // count for i in range(count)]
+    chosen = data.spread(seq_len, max_windows)
     R = model.config.num_recursions
     nll: list[list[Tensor]] = [[] for _ in range(R)]
-    sure: list[list[Tensor]] = [[] for _ in range(R)]
-    for start in range(0, count, 16):
+    confidence: list[list[Tensor]] = [[] for _ in range(R)]
+    for start in range(0, len(chosen), 16):
         batch = data.batch(chosen[start : start + 16], seq_len)
         tokens_BT, targets_BT = (
             x.to(model.embedding.weight.device) for x in (batch.tokens_BT, batch.targets_BT)
         )
         for r in range(R):  # one depth at a time: logits are large
-            nll_M, sure_M = _predictions(all_to_depth(model, tokens_BT, r + 1), targets_BT)
+            nll_M, confidence_M = _predictions(all_to_depth(model, tokens_BT, r + 1), targets_BT)
             nll[r].append(nll_M.double().cpu())
-            sure[r].append(sure_M.double().cpu())
-    return torch.stack([torch.cat(x) for x in nll], 1), torch.stack([torch.cat(x) for x in sure], 1)
+            confidence[r].append(confidence_M.double().cpu())
+    nll_MR = torch.stack([torch.cat(found) for found in nll], 1)
+    return nll_MR, torch.stack([torch.cat(found) for found in confidence], 1)
 
 
 def all_to_depth(model: Transformer, tokens_BT: Tensor, depth: int) -> Tensor:
@@ -91,29 +91,29 @@ def _predictions(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor
     return total_M - target_M, (logits_MV.amax(-1) - total_M).exp()
 
 
-def random_exits(nll_MR: Tensor, sure_MR: Tensor, mean_depth: float) -> Tensor:
-    """After every recursion a token stays with the same probability, whatever it is."""
+def random_exits(nll_MR: Tensor, confidence_MR: Tensor, mean_depth: float) -> Tensor:
+    """After every recursion each token stays with the same probability."""
     M, R = nll_MR.shape
     _, stay = _solve(lambda p: float(sum(p**r for r in range(R))) - mean_depth, 0.0, 1.0)
     share_R = torch.tensor([stay**r for r in range(R)], dtype=torch.float64)
     return (hash_uniform(0, torch.arange(M))[:, None] < share_R).sum(1)
 
 
-def confident_exits(nll_MR: Tensor, sure_MR: Tensor, mean_depth: float) -> Tensor:
-    """The first depth whose prediction is sure enough; the last one if none is."""
+def confident_exits(nll_MR: Tensor, confidence_MR: Tensor, mean_depth: float) -> Tensor:
+    """The first depth whose prediction is confident enough; the last one if none is."""
     last = nll_MR.shape[1]
 
     def depth_M(limit: float) -> Tensor:
-        unsure_MR = (sure_MR[:, : last - 1] < limit).long()
+        unsure_MR = (confidence_MR[:, : last - 1] < limit).long()
         return 1 + unsure_MR.cumprod(1).sum(1)
 
     below, above = _solve(lambda x: float(depth_M(x).double().mean()) - mean_depth, 0.0, 1.0 + 1e-6)
     return _between(depth_M(below), depth_M(above), mean_depth)
 
 
-def oracle_exits(nll_MR: Tensor, sure_MR: Tensor, mean_depth: float) -> Tensor:
-    """For a price per recursion every token takes its cheapest depth; the price is what gives the
-    mean depth."""
+def oracle_exits(nll_MR: Tensor, confidence_MR: Tensor, mean_depth: float) -> Tensor:
+    """Every token takes the depth that costs least at a price per recursion; the price is the one
+    that gives the mean depth."""
     cost_R = torch.arange(nll_MR.shape[1], dtype=torch.float64)
 
     def depth_M(price: float) -> Tensor:
@@ -128,8 +128,8 @@ def oracle_exits(nll_MR: Tensor, sure_MR: Tensor, mean_depth: float) -> Tensor:
 
 
 def _between(shallow_M: Tensor, deep_M: Tensor, mean_depth: float) -> Tensor:
-    """The mean depth where tokens are equal, and a limit takes all or none of them deep: as many as
-    it needs go, in an order that knows nothing of them."""
+    """The mean depth where a limit would send equal tokens all or none deeper: as many go deeper as
+    it takes, in an order that does not depend on them."""
     order_M = hash_uniform(1, torch.arange(len(deep_M))).argsort()
     more_M = (deep_M - shallow_M)[order_M]
     more_M[more_M.cumsum(0) > mean_depth * len(deep_M) - shallow_M.sum()] = 0

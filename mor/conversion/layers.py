@@ -1,0 +1,41 @@
+"""A model's layers: in the order in which tokens pass them, and as they are stored."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mor.model.transformer import Transformer, passes
+
+
+def unrolled_layers(model: Transformer) -> list[nn.Module]:
+    """The layers in the order in which every token passes them, shared ones as often as they are
+    applied.
+
+    Raises ValueError where tokens differ in the layers they pass, or layers in what they attend to.
+    """
+    config = model.config
+    if config.family == "mor":
+        raise ValueError(
+            f"this is a MoR model (router.kind={config.router.kind!r}): its tokens skip layers and "
+            "its passes are gated, which a plain stack of layers cannot do; only vanilla and "
+            "recursive models convert"
+        )
+    if config.num_recursions > 1 and config.kv_strategy != "recursion_wise":
+        raise ValueError(
+            f"kv_strategy={config.kv_strategy!r} lets later recursions read the first one's keys, "
+            "which a plain stack of layers cannot do; only kv_strategy='recursion_wise' converts"
+        )
+    shared = [
+        model.recursions.shared_blocks[i] for _, layers in passes(model.config) for i in layers
+    ]
+    return [*model.prelude, *shared, *model.coda]
+
+
+def stored_layers(model: Transformer) -> list[nn.Module]:
+    """The layers with weights of their own: prelude, shared, coda."""
+    return [*model.prelude, *model.recursions.shared_blocks, *model.coda]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, each counted once."""
+    return sum(p.numel() for p in model.parameters())
