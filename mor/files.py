@@ -1,9 +1,12 @@
-"""Small JSON files that a crash leaves whole, and whose damage is said with their name."""
+"""Small files of settings and results: a crash leaves them whole, and a mistake in one is said with
+its name."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +27,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: it holds no table; delete it or take it from a copy")
     return values
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table that a file holds. Raises ValueError with the place of a mistake."""
+    with naming(path):
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def naming(place: object) -> Iterator[None]:
+    """Put the name of a file, or of what it holds, before what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None

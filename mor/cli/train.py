@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +12,7 @@ from tyro.conf import arg
 
 from mor.cli.model import ModelChoice
 from mor.cli.show import flag
-from mor.settings import from_dict
+from mor.files import naming, read_json, read_toml
 from mor.training.config import TrainConfig
 
 
@@ -78,11 +76,10 @@ def train_defaults(arguments: list[str]) -> Train:
     if start.config is None:
         settings = TrainConfig(model=start.choice.build())
     else:
-        values = start.config.read_text()
-        settings = from_dict(
-            TrainConfig,
-            tomllib.loads(values) if start.config.suffix == ".toml" else json.loads(values),
-        )
+        read = read_json if start.config.suffix == ".json" else read_toml
+        values = read(start.config)
+        with naming(start.config):
+            settings = TrainConfig.from_dict(values)
         if given & set(ModelChoice.__dataclass_fields__):
             settings = replace(settings, model=start.choice.build())
     return Train(config=start.config, choice=start.choice, settings=settings)

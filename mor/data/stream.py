@@ -12,20 +12,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from mor.data.problems import PREFIX, Problems, Task, parse_task, task_tokenizer
 from mor.data.shards import MANIFEST, read_manifest
 from mor.data.sources import Document, draw, python_documents, read_documents
 from mor.data.tokenizer import Tokenizer, train_bpe
+from mor.settings import PositiveInt, Settings
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Settings, prefix="data"):
     path: str | None = None
     """A .txt, .jsonl (these also .gz or .zst) or .parquet file, a folder of them, or a directory
     made by `mor data prepare`; or a task such as task:state-tracking?hops=16 (mor/tasks.py), which
@@ -37,17 +38,11 @@ class DataConfig:
     tokenizer: str = "bpe"
     """'bytes', 'bpe' (trained on the training documents), a directory or hub name; prepared data
     has its own."""
-    vocab_size: int = 2048
+    vocab_size: PositiveInt = 2048
     """Size of the trained BPE."""
-    validation_share: float = 0.05
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
     document_mask: bool = False
     """Documents of one sequence neither attend to nor compete with each other."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.validation_share < 1:
-            raise ValueError(
-                f"data.validation_share must lie between 0 and 1, got {self.validation_share}"
-            )
 
 
 @dataclass(frozen=True)

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
 from mor import checkpoint
 from mor.costs import flops as costs
 from mor.data.stream import DataConfig
-from mor.files import read_json
+from mor.files import naming, read_json
 from mor.model.config import ModelConfig, preset
-from mor.settings import check_choices, from_dict
+from mor.settings import (
+    Listed,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Settings,
+    checked,
+)
 from mor.training.distributed import Parallel
 from mor.training.optim import OptimConfig
 from mor.training.trackers import TrackerName
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
     model: ModelConfig = field(
         default_factory=lambda: preset("mini", num_recursions=3, router="expert_choice")
     )
@@ -29,32 +36,32 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     out: str = "runs/mor"
     """Run directory: metrics.jsonl, train.json, checkpoints/."""
-    steps: int = 500
-    flops: float | None = None
+    steps: PositiveInt = 500
+    flops: PositiveFloat | None = None
     """Training FLOPs to spend (exact count); replaces steps."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Sequences per forward and rank."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Forwards per optimizer step."""
-    seq_len: int = 256
-    capacity_warmup_steps: int = 0
+    seq_len: PositiveInt = 256
+    capacity_warmup_steps: NonNegativeInt = 0
     """Steps in which capacities fall from 1 to their value along a cosine."""
-    eval_every: int = 100
-    eval_windows: int = 64
-    save_every: int = 0
+    eval_every: PositiveInt = 100
+    eval_windows: PositiveInt = 64
+    save_every: NonNegativeInt = 0
     """Steps between checkpoints; 0 saves at the end only."""
-    keep: int = 2
+    keep: NonNegativeInt = 2
     """Checkpoints that are kept; 0 keeps all."""
-    keep_steps: tuple[int, ...] = ()
+    keep_steps: Listed[tuple[PositiveInt, ...]] = ()
     """Steps whose checkpoints are kept besides, such as those that other runs branch off."""
-    max_skipped: int = 5
+    max_skipped: NonNegativeInt = 5
     """Steps in a row whose loss or gradient is not finite before the run stops; each one is
     skipped."""
     branch_from: str | None = None
     """Checkpoint of another run's stable phase that this run starts from; it takes that run's
     settings."""
-    log_every: int = 10
-    seed: int = 0
+    log_every: PositiveInt = 10
+    seed: Seed = 0
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
@@ -71,18 +78,6 @@ class TrainConfig:
     comes anyway."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "seq_len",
-            "eval_every",
-            "eval_windows",
-            "log_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        check_choices(self)
         if self.parallel == "fsdp" and self.optim.name == "muon":
             raise ValueError(
                 "optim.name='muon' needs whole matrices; use parallel='ddp', or optim.name='adamw'"
@@ -125,7 +120,8 @@ def total_steps(config: TrainConfig, num_ranks: int = 1) -> int:
     )
 
 
-def branch(start: str | Path, *, cooldown_steps: int, out: str) -> TrainConfig:
+@checked
+def branch(start: str | Path, *, cooldown_steps: PositiveInt, out: str) -> TrainConfig:
     """Settings of a run that decays the learning rate from a checkpoint of another run's stable
     phase.
 
@@ -149,8 +145,6 @@ def branch(start: str | Path, *, cooldown_steps: int, out: str) -> TrainConfig:
             "trapezoid schedule, "
             f"here steps {stable[0]} to {stable[1]} (keep them with --save-every and --keep 0)"
         )
-    if cooldown_steps < 1:
-        raise ValueError(f"cooldown_steps must be at least 1, got {cooldown_steps}")
     return dataclasses.replace(
         cooled(config, folder, step + cooldown_steps, cooldown_steps), out=out
     )
@@ -165,7 +159,5 @@ def cooled(config: TrainConfig, start: Path, steps: int, cooldown_steps: int) ->
 def load_config(path: Path) -> TrainConfig:
     """A run's train.json."""
     values = read_json(path)
-    try:
-        return from_dict(TrainConfig, values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    with naming(path):
+        return TrainConfig.from_dict(values)
