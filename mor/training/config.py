@@ -37,6 +37,7 @@ class TrainConfig(Settings):
     out: str = "runs/mor"
     """Run directory: metrics.jsonl, train.json, checkpoints/."""
     steps: PositiveInt = 500
+    """Optimizer steps."""
     flops: PositiveFloat | None = None
     """Training FLOPs to spend (exact count); replaces steps."""
     batch_size: PositiveInt = 16
@@ -44,10 +45,13 @@ class TrainConfig(Settings):
     accumulate: PositiveInt = 1
     """Forwards per optimizer step."""
     seq_len: PositiveInt = 256
+    """Tokens in a training sequence."""
     capacity_warmup_steps: NonNegativeInt = 0
     """Steps in which capacities fall from 1 to their value along a cosine."""
     eval_every: PositiveInt = 100
+    """Steps between validations."""
     eval_windows: PositiveInt = 64
+    """Sequences that a validation reads."""
     save_every: NonNegativeInt = 0
     """Steps between checkpoints; 0 saves at the end only."""
     keep: NonNegativeInt = 2
@@ -61,8 +65,11 @@ class TrainConfig(Settings):
     """Checkpoint of another run's stable phase that this run starts from; it takes that run's
     settings."""
     log_every: PositiveInt = 10
+    """Steps between lines of metrics.jsonl."""
     seed: Seed = 0
+    """Of weights and data order."""
     device: str = "auto"
+    """auto, cpu, cuda or another of PyTorch's. auto: a GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
     parallel: Parallel = "ddp"
@@ -118,6 +125,14 @@ def total_steps(config: TrainConfig, num_ranks: int = 1) -> int:
     return max(
         1, len(warm) + round(left / step_flops(config, config.capacity_warmup_steps, num_ranks))
     )
+
+
+def total_flops(config: TrainConfig, num_ranks: int = 1) -> float:
+    """Training FLOPs of the whole run."""
+    steps = total_steps(config, num_ranks)
+    warm = min(steps, config.capacity_warmup_steps)
+    rest = (steps - warm) * step_flops(config, warm, num_ranks)
+    return sum(step_flops(config, step, num_ranks) for step in range(warm)) + rest
 
 
 @checked
