@@ -99,6 +99,7 @@ _ALLOWED = {
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text",
+    "path_type": "a path",
     "tuple_type": "a list",
     "list_type": "a list",
     "dict_type": "a table",

@@ -31,13 +31,13 @@ class Presets(Command):
             return
         title = "Unique parameters and layout by number of recursions"
         made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in ("preset", "width", "vocabulary", "context"):
+        for name in ("preset", "width", "vocabulary"):
             made.add_column(name, justify="left" if name == "preset" else "right", no_wrap=True)
         for count in self.recursions:
             made.add_column(str(count), justify="right", no_wrap=True)
         for row in rows:
             sizes = (f"{size['params'] / 1e6:,.1f}M\n{size['layout']}" for size in row["sizes"])
-            shape = (row[name] for name in ("width", "vocabulary", "context"))
+            shape = (row[name] for name in ("width", "vocabulary"))
             made.add_row(row["preset"], *(f"{number:,}" for number in shape), *sizes)
         console.print(made)
 

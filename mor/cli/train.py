@@ -13,11 +13,8 @@ from tyro.conf import arg
 
 from mor.cli.choice import ModelChoice
 from mor.cli.command import Command
-from mor.cli.describe import corpus_name
 from mor.cli.flags import print_short_help
 from mor.cli.show import flag
-from mor.costs.flops import layout_text, unique_params
-from mor.data.stream import vocab_size
 from mor.files import naming, read_json, read_toml
 from mor.settings import PositiveInt, Settings
 from mor.training.config import TrainConfig, branch, load_config, total_flops, total_steps
@@ -130,6 +127,10 @@ class Train(Command):
 
 def header(settings: TrainConfig) -> str:
     """What is about to be trained, on what and for how long, in one line."""
+    from mor.cli.describe import corpus_name
+    from mor.costs.flops import layout_text, unique_params
+    from mor.data.stream import vocab_size
+
     model = settings.model.replace(vocab_size=vocab_size(settings.data))
     settings = replace(settings, model=model)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))

@@ -12,38 +12,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from mor.data.config import DataConfig
 from mor.data.problems import PREFIX, Problems, Task, parse_task, task_tokenizer
 from mor.data.shards import MANIFEST, read_manifest
 from mor.data.sources import Document, draw, python_documents, read_documents
 from mor.data.tokenizer import Tokenizer, train_bpe
-from mor.settings import PositiveInt, Settings
-
-
-class DataConfig(Settings, prefix="data"):
-    path: str | None = None
-    """A .txt, .jsonl (these also .gz or .zst) or .parquet file, a folder of them, or a directory
-    made by `mor data prepare`; or a task such as task:state-tracking?hops=16, which has its own
-    tokenizer and validation split. None: Python's own documentation, which every installation
-    has."""
-    validation_path: str | None = None
-    """Validation text of the same kinds. None: a share of the documents, or the prepared validation
-    split."""
-    text_field: str = "text"
-    tokenizer: str = "bpe"
-    """'bytes', 'bpe' (trained on the training documents), a directory or hub name; prepared data
-    has its own."""
-    vocab_size: PositiveInt = 2048
-    """Size of the trained BPE."""
-    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    document_mask: bool = False
-    """Documents of one sequence neither attend to nor compete with each other."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Settings of a training run, and what follows from them: capacities, FLOPs and steps."""
+"""Settings of a training run, and what follows from them: capacities, FLOPs and steps.
+
+This module loads without torch, so that help comes at once; what needs torch is imported where it
+is used.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,53 @@ import dataclasses
 import math
 from dataclasses import field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from mor import checkpoint
-from mor.costs import flops as costs
-from mor.data.stream import DataConfig
+from pydantic import Field
+
+from mor.data.config import DataConfig
 from mor.files import naming, read_json
 from mor.model.config import ModelConfig, preset
 from mor.settings import (
     Listed,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Seed,
     Settings,
+    UnitInterval,
     checked,
 )
-from mor.training.distributed import Parallel
-from mor.training.optim import OptimConfig
-from mor.training.trackers import TrackerName
+
+Parallel = Literal["ddp", "fsdp"]
+TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimConfig(Settings, prefix="optim"):
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices of the layers, with AdamW for embedding, head, norms and routers."""
+    lr: PositiveFloat = 3e-3
+    """Peak learning rate."""
+    schedule: Literal["trapezoid", "cosine"] = "trapezoid"
+    warmup: UnitInterval = 0.05
+    """Share of the steps in which the rate rises linearly from 0."""
+    cooldown: UnitInterval = 0.2
+    """Share of the steps in which the trapezoid falls linearly to 0."""
+    final_lr: UnitInterval = 0.0
+    """Where the schedule ends, as a share of the peak."""
+    betas: Listed[tuple[Decay, Decay]] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.1
+    clip: PositiveFloat = 1.0
+    """Largest norm of the gradient; larger ones are scaled down."""
+
+    def __post_init__(self) -> None:
+        if self.warmup + self.cooldown > 1:
+            raise ValueError(
+                "optim.warmup and optim.cooldown are shares of the run and add up to at most 1, "
+                f"got {self.warmup} and {self.cooldown}"
+            )
 
 
 class TrainConfig(Settings):
@@ -111,8 +143,10 @@ def capacities_at(config: TrainConfig, step: int) -> tuple[float, ...]:
 def step_flops(config: TrainConfig, step: int, num_ranks: int = 1) -> float:
     """Training FLOPs of a step, exact for static capacities. Documents are counted as if they were
     not masked."""
+    from mor.costs.flops import train_flops
+
     sequences = config.batch_size * config.accumulate * num_ranks
-    return sequences * costs.train_flops(
+    return sequences * train_flops(
         config.model, config.seq_len, capacities=capacities_at(config, step)
     )
 
@@ -143,6 +177,8 @@ def branch(start: str | Path, *, cooldown_steps: PositiveInt, out: str) -> Train
     So one long run serves several budgets (the paper's way). Raises ValueError if the checkpoint
     lies in the warm-up or in the decay of its own run.
     """
+    from mor import checkpoint
+
     folder = checkpoint.resolve(start)
     run = folder.parent.parent / "train.json"
     if not run.is_file():

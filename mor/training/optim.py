@@ -4,40 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 
-from mor.settings import Listed, NonNegativeFloat, PositiveFloat, Settings, UnitInterval
-
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimConfig(Settings, prefix="optim"):
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon: for the matrices of the layers, with AdamW for embedding, head, norms and routers."""
-    lr: PositiveFloat = 3e-3
-    """Peak learning rate."""
-    schedule: Literal["trapezoid", "cosine"] = "trapezoid"
-    warmup: UnitInterval = 0.05
-    """Share of the steps in which the rate rises linearly from 0."""
-    cooldown: UnitInterval = 0.2
-    """Share of the steps in which the trapezoid falls linearly to 0."""
-    final_lr: UnitInterval = 0.0
-    """Where the schedule ends, as a share of the peak."""
-    betas: Listed[tuple[Decay, Decay]] = (0.9, 0.95)
-    weight_decay: NonNegativeFloat = 0.1
-    clip: PositiveFloat = 1.0
-    """Largest norm of the gradient; larger ones are scaled down."""
-
-    def __post_init__(self) -> None:
-        if self.warmup + self.cooldown > 1:
-            raise ValueError(
-                "optim.warmup and optim.cooldown are shares of the run and add up to at most 1, "
-                f"got {self.warmup} and {self.cooldown}"
-            )
+from mor.training.config import OptimConfig
 
 
 def trapezoid(config: OptimConfig, step: int, total: int) -> float:

@@ -8,14 +8,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from mor.model.routing import Routing
-
-TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
 
 
 class Tracker(Protocol):
