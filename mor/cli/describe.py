@@ -9,8 +9,9 @@ from typing import Any
 
 from mor import checkpoint
 from mor.costs.flops import kv_bytes, layout_text, non_embedding_params, unique_params
+from mor.data.config import DataConfig
 from mor.data.problems import PREFIX
-from mor.data.stream import DataConfig
+from mor.data.stream import is_prepared
 from mor.model.config import ModelConfig
 from mor.training.config import TrainConfig, load_config, total_steps
 from mor.training.metrics import read_metrics
@@ -121,6 +122,20 @@ def model_facts(model: ModelConfig) -> dict[str, Any]:
         "router": model.router.kind,
         **({"gate": model.router.gate, "capacities": list(model.capacities)} if routed else {}),
         **({"kv_strategy": model.kv_strategy} if model.num_recursions > 1 else {}),
+    }
+
+
+def data_facts(data: DataConfig) -> dict[str, str]:
+    """Text, tokenizer and validation text of a run, in words."""
+    tokenizer, validation = data.tokenizer, f"{data.validation_share:.1%} of the documents"
+    if (data.path or "").startswith(PREFIX):
+        tokenizer, validation = "the task's own", "problems of its own"
+    elif data.path and is_prepared(data.path):
+        tokenizer, validation = "that of the prepared data", "the prepared split"
+    return {
+        "text": corpus_name(data),
+        "tokenizer": tokenizer,
+        "validation": data.validation_path or validation,
     }
 
 

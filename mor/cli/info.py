@@ -30,18 +30,13 @@ class Info(Command):
 
 def describe(found: Any) -> dict[str, Any]:
     """Everything about a run or checkpoint, in groups."""
-    from mor.cli.describe import corpus_name, model_facts, size_of
+    from mor.cli.describe import data_facts, model_facts, size_of
 
     run, done = found.settings, found.progress
     groups: dict[str, dict[str, Any]] = {"model": model_facts(found.model)}
     groups["model"]["kv_bytes_per_token"] = found.kv_bytes_per_token
     if run is not None:
-        tokenizer = "the task's own" if (run.data.path or "").startswith("task:") else None
-        groups["data"] = {
-            "text": corpus_name(run.data),
-            "tokenizer": tokenizer or run.data.tokenizer,
-            "validation": run.data.validation_path or "a part of the same data",
-        }
+        groups["data"] = data_facts(run.data)
         groups["changed settings"] = changed_settings(run)
     groups["training"] = {
         "step": done.get("step", 0),
