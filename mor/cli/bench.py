@@ -27,6 +27,7 @@ class Bench(Command):
     """
 
     what: Positional[Literal["decode"]]
+    """What to measure: decode."""
     checkpoint: Path | None = None
     """A trained model to measure, with --baseline."""
     baseline: Path | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 import tyro
 from rich.console import Console
-from tyro.conf import arg
+from tyro.conf import PositionalMetavarFromFieldName, arg
 
 from mor.settings import Settings
 
@@ -25,8 +25,13 @@ class Command(Settings):
         made.__annotations__ = {"command": Annotated[cls, arg(name="")], "return": cls}
         if default is not None:
             made.__defaults__ = (default,)
-        description = inspect.getdoc(cls)
-        return tyro.cli(made, args=arguments, prog=program, description=description)
+        return tyro.cli(
+            made,
+            args=arguments,
+            prog=program,
+            description=inspect.getdoc(cls),
+            config=(PositionalMetavarFromFieldName,),
+        )
 
     def run(self, console: Console) -> None:
         raise NotImplementedError
