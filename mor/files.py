@@ -1,4 +1,5 @@
-"""Files and folders that appear whole or not at all, locks, the cache folder, optional packages."""
+"""Files and folders that appear whole or not at all, mistakes in them said with their name, locks,
+the cache folder, optional packages."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,3 +184,18 @@ def extra(name: str, *, needed_for: str) -> Iterator[None]:
             f"{needed_for} needs more packages ({error}); install them with: "
             f'pip install "mixture-of-recursions[{name}]"'
         ) from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table that a file holds. Raises ValueError with the place of a mistake."""
+    with naming(path):
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def naming(place: object) -> Iterator[None]:
+    """Put the name of a file, or of what it holds, before what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None

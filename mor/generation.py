@@ -9,45 +9,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from mor.model.kv_cache import KVCache
 from mor.model.random import hash_uniform
 from mor.model.transformer import Output, Transformer
+from mor.settings import (
+    Listed,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Seed,
+    Settings,
+    Share,
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(Settings):
     """How one request samples. temperature=0 is greedy; top_k=0 and top_p=1 keep every token.
 
     logprobs: also give the log-probability of each new token (of the model, before temperature and
     cuts).
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] = ()
+    max_new_tokens: PositiveInt = 128
+    temperature: NonNegativeFloat = 1.0
+    top_k: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    top_p: Share = 1.0
+    seed: Seed = 0
+    stop_token_ids: Listed[tuple[NonNegativeInt, ...]] = ()
     logprobs: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
-        if not 0 <= self.top_k < 2**63:
-            raise ValueError(
-                f"top_k must be 0 (off) or positive (and below 2**63), got {self.top_k}"
-            )
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must fit into 64 bits with a sign, got {self.seed}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
 
 
 def sample(logits_V: Tensor, params: SamplingParams, counter: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mor.files import alone_in, remove_folder, replacing, tidy, verify
 
+_SETTINGS = "train.json"
 _STEP = "step-"
 
 
@@ -31,9 +32,14 @@ class RunFolder:
         """The run that wrote a checkpoint, if any did: one that lies alone has no settings here."""
         return cls(checkpoint.parent.parent)
 
+    @classmethod
+    def below(cls, folder: Path) -> list[RunFolder]:
+        """The runs in a folder and its subfolders, by name."""
+        return [cls(file.parent) for file in sorted(folder.rglob(_SETTINGS))]
+
     @property
     def settings(self) -> Path:
-        return self.path / "train.json"
+        return self.path / _SETTINGS
 
     @property
     def metrics(self) -> Path:

@@ -1,97 +1,170 @@
-"""Settings from files and flags: frozen dataclasses made of plain values, with every mistake
-named."""
+"""Settings: frozen dataclasses that declare what they take, so that a wrong value is refused where
+it is written.
+
+pydantic checks types and bounds, in Python as in a file or a flag; this module makes it strict and
+says what is wrong in one line. An exported model ships this file, so it needs nothing but pydantic.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
-from dataclasses import fields
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, ClassVar, Self, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, Field, Strict, ValidationError, validate_call
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
+Called = TypeVar("Called", bound=Callable[..., Any])
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""What fits into a signed 64-bit integer."""
+Listed = Annotated[T, Strict(False)]
+"""A tuple that a list may stand for, as in files: ``Listed[tuple[int, ...]]``."""
+
+_CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
-    """A (nested) frozen dataclass from plain values, lists for tuples.
+@dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
+)
+class Settings:
+    """Base of all settings: subclasses become frozen, keyword-only dataclasses that check
+    themselves.
 
-    Raises ValueError for an unknown key, with a suggestion, for a missing one and for a value of
-    another type.
+    prefix: what leads to the settings in a run's file, for messages (``router`` for
+    ``router.alpha``). Whole numbers are taken for floats and tables for nested settings; anything
+    else of another type, nan, infinity and an unknown name raise a ValueError, as do the relations
+    between settings that a subclass checks in ``__post_init__``.
     """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{cls.__name__} is made of a table of settings, got {values!r}")
-    known, hints = {f.name: f for f in fields(cls)}, get_type_hints(cls)
-    made = {}
-    for key, value in values.items():
-        if key not in known:
-            raise ValueError(f"{cls.__name__} has no setting {key!r}{suggestion(key, known)}")
-        nested = _nested_type(known[key])
-        if nested is not None and isinstance(value, Mapping):
-            value = from_dict(nested, value)
-        made[key] = tuple(value) if isinstance(value, list) else value
-        if not fits(made[key], hints[key]):
-            raise ValueError(
-                f"{cls.__name__}.{key} must be {str(known[key].type).replace('tuple', 'list')}, "
-                f"got {value!r}"
-            )
-    if missing := [name for name, f in known.items() if name not in made and _is_required(f)]:
-        raise ValueError(f"{cls.__name__} needs {' and '.join(missing)}")
-    return cls(**made)
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def __init_subclass__(cls, prefix: str = "") -> None:
+        dataclass(cls, frozen=True, kw_only=True, config=_CONFIG)
+        check: Callable[..., None] = cls.__init__
+
+        @functools.wraps(check)
+        def init(self: Settings, **values: Any) -> None:
+            with _in_plain_words(values, cls, prefix):
+                check(self, **values)
+
+        cls.__init__ = init  # type: ignore[assignment, method-assign]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From plain values, as a file holds them; lists for tuples, tables for nested settings."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{cls.__name__} is made of a table of settings, got {values!r}")
+        return cls(**values)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Callable[[Any], Any]) -> Any:
+        return handler(source) | {"strict": False}  # so that a table is taken for an instance
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type, as far as settings go: whole numbers are floats, Literals check
-    themselves."""
-    kind, parts = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
-        return any(fits(value, part) for part in parts)
-    if kind is tuple:
-        return isinstance(value, tuple) and all(fits(v, parts[0]) for v in value)
-    if kind is dict:
-        return isinstance(value, Mapping) and all(fits(v, parts[1]) for v in value.values())
-    if kind is Literal or hint is Any:
-        return True
-    return isinstance(value, float | int if hint is float else kind or hint)
+def checked(function: Called) -> Called:
+    """Check the arguments of a function against its annotations, as strictly as settings."""
+    check = validate_call(config=_CONFIG)(function)
+    names = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **values: Any) -> Any:
+        values |= dict(zip(names, arguments, strict=False))
+        with _in_plain_words(values):
+            return check(**values)
+
+    return call  # type: ignore[return-value]
 
 
-def _is_required(f: dataclasses.Field) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-
-
-def _nested_type(f: dataclasses.Field) -> type | None:
-    made = f.default_factory() if callable(f.default_factory) else f.default
-    return type(made) if dataclasses.is_dataclass(made) else None
-
-
-def suggestion(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
+def suggestion(word: Any, known: Any) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def default_of(config: Any, name: str) -> Any:
-    return type(config).__dataclass_fields__[name].default
+# What a value must be, by the type of pydantic's error, where its own words are a programmer's.
+_ALLOWED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "path_type": "a path",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "dataclass_type": "a table of settings",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+}
 
 
-def check_choices(config: Any) -> None:
-    """Literal fields hold one of their values; dataclasses themselves do not check."""
-    hints = _literal_choices(type(config))
-    for name, choices in hints.items():
-        value = getattr(config, name)
-        if value not in choices:
-            options = ", ".join(repr(c) for c in choices if c is not None)
-            close = suggestion(str(value), [c for c in choices if c])
-            raise ValueError(f"{name}={value!r} is not known{close}; choose from {options}")
+@contextmanager
+def _in_plain_words(
+    values: Mapping[Any, Any], cls: type | None = None, prefix: str = ""
+) -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        found: dict[tuple[Any, ...], list[Any]] = {}  # errors by place
+        for each in error.errors():
+            found.setdefault(_place(each, values), []).append(each)
+        deepest = {
+            place: errors
+            for place, errors in found.items()
+            if not any(other[: len(place)] == place != other for other in found)
+        }
+        problems = (_problem(place, errors, cls, prefix) for place, errors in deepest.items())
+        raise ValueError("; ".join(problems)) from None
 
 
-def _literal_choices(cls: type) -> dict[str, tuple[Any, ...]]:
-    found = {}
-    for name, hint in get_type_hints(cls).items():
-        parts = get_args(hint) if type(None) in get_args(hint) else (hint,)
-        literals = [
-            v
-            for part in parts
-            if getattr(part, "__origin__", None) is Literal
-            for v in get_args(part)
-        ]
-        if literals:
-            found[name] = (*literals, *([None] if type(None) in parts else []))
-    return found
+def _place(error: Any, values: Any) -> tuple[Any, ...]:
+    """Keys that lead to a wrong value, without the branches of unions that pydantic names between
+    them."""
+    place = []
+    for key in error["loc"]:
+        inside = key in values if isinstance(values, Mapping) else isinstance(key, int)
+        if inside and isinstance(values, Mapping | list | tuple):
+            place.append(key)
+            values = values[key]
+    missing = error["type"].startswith("missing")
+    return (*place, error["loc"][-1]) if missing else tuple(place)
+
+
+def _problem(place: tuple[Any, ...], errors: list[Any], cls: type | None, prefix: str) -> str:
+    """What is wrong with one value; several errors are the branches of a union."""
+    error = errors[0]
+    steps = (f"[{key}]" if isinstance(key, int) else f".{key}" for key in (prefix, *place))
+    name = "".join(steps).strip(".")
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"].startswith("missing"):
+        return f"{name} is missing"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{name} is not a setting{suggestion(place[-1], _names_at(cls, place[:-1]))}"
+    allowed = " or ".join(dict.fromkeys(map(_allowed, errors)))
+    choices = re.findall(r"'([^']*)'", allowed)
+    return f"{name} must be {allowed}, got {error['input']!r}{suggestion(error['input'], choices)}"
+
+
+def _allowed(error: Any) -> str:
+    words = _ALLOWED.get(error["type"], error["msg"].removeprefix("Input should be "))
+    words = words.format(**error.get("ctx", {})) if error["type"] in _ALLOWED else words
+    words = words.replace("greater than or equal to", "at least")
+    return words.replace("less than or equal to", "at most")
+
+
+def _names_at(cls: Any, place: tuple[Any, ...]) -> list[str]:
+    for key in place:
+        cls = cls.__pydantic_fields__[key].annotation
+    return list(cls.__pydantic_fields__)

@@ -2,13 +2,20 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+import mor
 from mor.cli import main
+from mor.cli.flags import flags
+from mor.cli.main import COMMANDS
+from mor.cli.train import USUAL, Train, header
+from mor.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +186,129 @@ def test_a_broken_config_file_is_a_readable_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", str(tmp_path / "a.toml")])
     assert "did you mean 'steps'" in capsys.readouterr().err
+
+
+def test_a_config_file_is_named_with_what_is_wrong_in_it(tmp_path, capsys):
+    for content, words in (
+        ("steps = 3\nseed = = 4\n", "line 2"),
+        ("[model.router]\nalpha = -1\n", "model.router.alpha must be greater than 0, got -1"),
+        ("steps = true\n", "steps must be a whole number, got True"),
+    ):
+        (tmp_path / "a.toml").write_text(content)
+        with pytest.raises(SystemExit):
+            main(["train", "--config", str(tmp_path / "a.toml")])
+        printed = capsys.readouterr().err
+        assert f"{tmp_path / 'a.toml'}: " in printed and words in printed
+
+
+def test_flags_win_over_the_model_of_a_file_also_where_they_are_the_defaults(tmp_path):
+    (tmp_path / "a.toml").write_text("steps = 3\n[model]\ndim = 32\nnum_heads = 3\n")
+    start = ["--config", str(tmp_path / "a.toml")]
+    assert Train.read(start, "mor train").settings.model.dim == 32
+    assert Train.read([*start, "--seed", "1"], "mor train").settings.model.dim == 32
+    chosen = Train.read([*start, "--preset", "mini", "--steps", "4"], "mor train").settings
+    assert chosen.model.dim == 192 and chosen.steps == 4
+
+
+def test_the_overview_names_every_command_and_loads_nothing(capsys):
+    main([])
+    shown = capsys.readouterr().out
+    main(["--help"])
+    assert capsys.readouterr().out == shown
+    assert all(f"  {name} " in shown for name in COMMANDS)
+    main(["--version"])
+    assert capsys.readouterr().out == f"mor {mor.__version__}\n"
+    code = (
+        "import sys; from mor.cli import main; main([]); main(['--version']); "
+        "print(sorted({'torch', 'tyro', 'pydantic', 'rich', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_of_a_command_does_not_load_torch():
+    code = """
+import sys
+from mor.cli import main
+from mor.cli.main import COMMANDS
+for name in COMMANDS:
+    if name == "bench":  # its settings lie beside what measures
+        continue
+    try:
+        main([name, "--help"])
+    except SystemExit as stopped:
+        assert stopped.code in (0, None), name
+    assert "torch" not in sys.modules, name
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"usage: mor {name}" in done.stdout for name in COMMANDS if name != "bench")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "mor has no command 'trian' (did you mean 'train'?)"),
+        (["--hepl"], "mor has no command '--hepl'"),
+        (["costs", "--num-recursion", "2"], "--num-recursions"),
+        (["train", "--stepps", "3"], "--steps"),
+        (["report", "x", "--max-windows", "0"], "max_windows must be at least 1, got 0"),
+    ],
+)
+def test_a_misspelt_command_or_flag_gets_a_suggestion(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["presets"], ["costs", "--json"]])
+def test_a_closed_pipe_is_no_mistake(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `mor ... | head` after its last line
+    command = [sys.executable, "-m", "mor", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.stderr == "" and done.returncode == 1
+
+
+def test_ctrl_c_says_so(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mor.cli.presets.Presets.run", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["presets"])
+    assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_help_for_training_shows_the_usual_flags_first_and_every_other_one(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 80 and max(map(len, shown.splitlines())) <= 80
+    names = ["--" + each.name.replace("_", "-") for each in flags(Train())]
+    assert [name for name in names if name not in shown.split()] == []
+    usual = ["--" + name.replace("_", "-") for name in USUAL]
+    explained = [line.split()[0] for line in shown.splitlines() if line.startswith("--")]
+    assert explained == usual
+    assert shown.index("Peak learning rate") < shown.index("--model.dim")
+    assert "Peak learning rate. (0.003)" in shown and "expert_choice, token_choice" in shown
+    with pytest.raises(SystemExit):
+        main(["train", "--help-all"])
+    everything = capsys.readouterr().out
+    assert all(name in everything for name in names)
+
+
+def test_training_says_first_what_it_will_do(run, capsys):
+    main(["train", "--resume", "--out", str(run / "run")])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("mor: ") and "1+1x2+1" in first and str(run / "a.jsonl") in first
+    assert "8 steps × 128 tokens = 1,024 tokens" in first
+    assert "Python's own documentation" in header(TrainConfig())
+    one, two = (header(replace(TrainConfig(), steps=steps)) for steps in (100, 200))
+    assert float(two.split()[-3]) == pytest.approx(2 * float(one.split()[-3]), rel=1e-2)
 
 
 def test_demo_end_to_end_at_a_toy_budget(tmp_path, capsys):

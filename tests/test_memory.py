@@ -103,5 +103,5 @@ def test_routing_and_ranks_by_hand():
     )
     with pytest.raises(ValueError, match="ranks must be at least 1, got 0"):
         Step(batch_size=1, seq_len=64, ranks=0)
-    with pytest.raises(ValueError, match="parallel='fdsp' is not known"):
+    with pytest.raises(ValueError, match="parallel must be 'ddp' or 'fsdp', got 'fdsp'"):
         Step(batch_size=1, seq_len=64, parallel="fdsp")

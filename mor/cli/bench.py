@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from mor.cli.command import Command
 from mor.engine.bench import DecodeRow, Lengths
 from mor.model.transformer import Transformer
+from mor.settings import PositiveFloat, PositiveInt
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bench:
+class Bench(Command):
     """How fast it is here. decode: tokens per second of MoR against a vanilla model of equal depth,
     in the same engine, always full.
 
@@ -26,21 +27,22 @@ class Bench:
     """
 
     what: Positional[Literal["decode"]]
+    """What to measure: decode."""
     checkpoint: Path | None = None
     """A trained model to measure, with --baseline."""
     baseline: Path | None = None
     preset: str = "mini"
-    recursions: tuple[int, ...] = (2, 3, 4)
-    num_layers: int = 26
+    recursions: tuple[PositiveInt, ...] = (2, 3, 4)
+    num_layers: PositiveInt = 26
     """Effective depth of every model."""
-    batches: tuple[int, ...] = (1, 8, 32)
+    batches: tuple[PositiveInt, ...] = (1, 8, 32)
     """Tokens in a pass at most; each model has twice as many slots. The last batch is also measured
     with as many slots as fit into the bytes of the baseline's keys and values."""
     lengths: Lengths = field(default_factory=Lengths)
-    rounds: int = 5
-    seconds: float = 1.0
+    rounds: PositiveInt = 5
+    seconds: PositiveFloat = 1.0
     """Of one turn of one model."""
-    threads: int | None = None
+    threads: PositiveInt | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on CUDA, float32 elsewhere."""

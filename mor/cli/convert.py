@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from tyro.conf import Positional
 
+from mor.cli.command import Command
 from mor.cli.show import flag
 from mor.model.config import KVStrategyName, RouterConfig, RouterKind, Sharing
+from mor.settings import PositiveFloat, PositiveInt, Seed
 
 
-@dataclass(frozen=True, kw_only=True)
-class Convert:
+class Convert(Command):
     """Turn a Llama-type model into a mor checkpoint, or back, or into the start of a recursive or
     MoR model.
 
@@ -29,7 +30,7 @@ class Convert:
     """llama writes a directory that transformers reads as LlamaForCausalLM; remote-code copies a
     mor checkpoint together with the code that runs it, for transformers with trust_remote_code=True
     where mor is not installed."""
-    num_recursions: int | None = None
+    num_recursions: PositiveInt | None = None
     """Start a model that applies its shared layers this often. Default: copy the source as it
     is."""
     sharing: Sharing | None = None
@@ -37,19 +38,19 @@ class Convert:
     init: Literal["stepwise", "average", "lower", "upper", "random"] | None = None
     """Source layers that the shared ones start from: at regular intervals (default), the mean of
     those they stand in for, the first, the last, or none."""
-    num_layers: int | None = None
+    num_layers: PositiveInt | None = None
     """Effective depth. Default: the one nearest to the source's that the sharing scheme allows."""
     router: RouterKind | None = None
     """Default: expert_choice with several recursions; fixed gives a Recursive Transformer."""
     gate: Literal["paper", "residual"] | None = None
     """paper (default): h + g * Stack(h); residual: h + g * (Stack(h) - h)."""
-    alpha: float | None = None
+    alpha: PositiveFloat | None = None
     """Scale of the gate. Default: the paper's for this router."""
     kv_strategy: KVStrategyName | None = None
     """Default: recursion_wise."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Default: the source's; GGUF weights become float32."""
-    seed: int = 0
+    seed: Seed = 0
     """For fresh weights: routers and --init random."""
     json: bool = False
 

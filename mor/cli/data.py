@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg, subcommand
 
+from mor.cli.command import Command
 from mor.data.shards import PrepareConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataPrepare:
+class DataPrepare(Command):
     """Tokenize text into memory-mapped shards that training reads. Run it again to continue where
     it stopped.
 
@@ -40,8 +40,7 @@ class DataPrepare:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataInfo:
+class DataInfo(Command):
     """What a prepared directory holds."""
 
     folder: Positional[Path]
@@ -53,8 +52,7 @@ class DataInfo:
         _print_manifest(read_manifest(self.folder), self.folder, self.json, console)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Data:
+class Data(Command):
     """Token shards: prepare them, or look at them."""
 
     command: Annotated[

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
+from mor.cli.command import Command
+from mor.settings import PositiveFloat, Seed
 
-@dataclass(frozen=True, kw_only=True)
-class Demo:
+
+class Demo(Command):
     """Train vanilla, recursive, MoR and a control at equal FLOPs on real text; compare; sample."""
 
     out: Path = Path("runs/demo")
-    flops: float = 3e12
+    flops: PositiveFloat = 3e12
     """Training FLOPs of each of the four models."""
-    seed: int = 0
+    seed: Seed = 0
     json: bool = False
     """Print the table as JSON in the last line."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from mor.cli.command import Command
 from mor.cli.show import cell, flag, print_json
 from mor.model.config import Selection
+from mor.settings import NonNegativeInt, PositiveInt
 
 
-@dataclass(frozen=True, kw_only=True)
-class Eval:
+class Eval(Command):
     """NLL, perplexity and bits per byte of a checkpoint, or with --tasks its scores on the paper's
     benchmarks. Causal unless asked otherwise."""
 
@@ -32,8 +33,8 @@ class Eval:
     """topk is the paper's evaluation: it sees the future, and the result is labelled non-causal."""
     by_depth: bool = False
     """One row for each cap on the depth."""
-    seq_len: int | None = None
-    max_windows: int | None = None
+    seq_len: PositiveInt | None = None
+    max_windows: PositiveInt | None = None
     tasks: str | None = None
     """Some of lambada,hellaswag,piqa,winogrande,arc,mmlu: run them through
     lm-evaluation-harness, which reads their data from the Hugging Face hub or its cache."""
@@ -41,11 +42,11 @@ class Eval:
     """For --tasks without the hub: a folder of lm-eval task files, each of which takes the place of
     lm-eval's own of the same name, such as piqa.yaml with `include: LM_EVAL/tasks/piqa/piqa.yaml`,
     `dataset_path: json` and `dataset_kwargs: {data_files: {train: FILE, validation: FILE}}`."""
-    shots: int = 0
+    shots: NonNegativeInt = 0
     """Solved examples before each question."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Items of each task, spread evenly over its documents; of all MMLU subjects together."""
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Of --tasks; it changes the speed, not the scores."""
     out: Path | None = None
     """Write everything lm-eval returns, with every answer, to this file."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from tyro.conf import Positional
 
-from mor.cli.show import flag
+from mor.cli.command import Command
+from mor.settings import PositiveInt
 
 if TYPE_CHECKING:
     from mor.analysis.explain import Explanation
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 MAX_TOKENS = 2048  # about 3 MB of page for each model
 
 
-@dataclass(frozen=True, kw_only=True)
-class Explain:
+class Explain(Command):
     """Write a page that shows, token by token, what a model did with a text: depths, scores,
     guesses after each recursion, and what another depth would have changed. One HTML file, readable
     offline. For a run on a task the text is one in its words, such as "=3 p0 p2", and the answers
@@ -36,15 +35,15 @@ class Explain:
     """A second checkpoint, shown beside the first."""
     out: Path | None = None
     """Default: explain.html; with --json no page is written unless this is given."""
-    window: int | None = None
+    window: PositiveInt | None = None
     """Tokens that are read together. Default: the length the model was trained with."""
-    max_tokens: int | None = None
+    max_tokens: PositiveInt | None = None
     """Read only the beginning of the text, so many tokens of either model. Without it a text of
     more than 2,048 tokens is refused."""
     corpus: Path | None = None
     """Text or prepared data in which tokens are counted to tell rare from frequent ones. Default:
     the text itself."""
-    guesses: int = 5
+    guesses: PositiveInt = 5
     """Guesses that are kept for each token and recursion."""
     json: bool = False
     """Print everything that the page shows as JSON in the last line."""
@@ -54,9 +53,6 @@ class Explain:
         from mor.checkpoint import load
 
         text = self._text()
-        for name in ("guesses", "max_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{flag(name)} must be at least 1, got {value}")
         out = self.out or (None if self.json else Path("explain.html"))
         if out and not out.parent.is_dir():
             raise ValueError(f"--out: {out.parent} is not a folder")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from tyro.conf import Positional
 
+from mor.cli.command import Command
+from mor.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, Share
 
-@dataclass(frozen=True, kw_only=True)
-class Generate:
+
+class Generate(Command):
     """Continue a text with a checkpoint, or chat with it."""
 
     checkpoint: Positional[Path]
@@ -23,15 +25,15 @@ class Generate:
     """Put the prompt into the tokenizer's chat template and print the answer alone."""
     system: str | None = None
     """System message for --chat."""
-    max_new_tokens: int = 100
-    temperature: float = 0.8
+    max_new_tokens: PositiveInt = 100
+    temperature: NonNegativeFloat = 0.8
     """0 is greedy."""
-    top_k: int = 0
+    top_k: NonNegativeInt = 0
     """Keep the k likeliest tokens; 0 keeps all."""
-    top_p: float = 0.95
+    top_p: Share = 0.95
     """Keep the likeliest tokens up to this probability."""
-    seed: int = 0
-    max_depth: int | None = None
+    seed: Seed = 0
+    max_depth: PositiveInt | None = None
     """Cap on every token's recursions."""
     show_depth: bool = False
     """Colour each token by its recursion depth."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from tyro.conf import Positional
 
+from mor.cli.command import Command
 from mor.run_folder import RunFolder
+from mor.settings import PositiveInt
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Command):
     """One HTML page of the figures and tables of a run or study.
 
     For a run the analyses are made first, on its validation text: loss, router, depths, scores,
@@ -24,9 +24,9 @@ class Report:
     folder: Positional[Path]
     data: Path | None = None
     """Text or prepared data to analyse. Default: the validation text of the run."""
-    max_windows: int = 32
+    max_windows: PositiveInt = 32
     """Windows of text that the analyses read."""
-    seq_len: int | None = None
+    seq_len: PositiveInt | None = None
     """Tokens in a window. Default: as in training."""
     analyse: bool = True
     """--no-analyse only collects what is there."""
@@ -38,8 +38,6 @@ class Report:
 
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder; give a run or a study")
-        if self.max_windows < 1:
-            raise ValueError(f"--max-windows must be at least 1, got {self.max_windows}")
         is_run = bool(RunFolder(self.folder).checkpoints())
         settings = self._analyse() if is_run and self.analyse else {}
         out = self.out or self.folder / "report.html"

@@ -5,12 +5,36 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 
 def print_json(rows: list[dict[str, Any]]) -> None:
     print(json.dumps(rows[0] if len(rows) == 1 else rows))
+
+
+def print_json_rows(rows: list[dict[str, Any]]) -> None:
+    """A list, also of one row."""
+    print(json.dumps(rows))
+
+
+def print_facts(
+    groups: dict[str, dict[str, Any]], as_json: bool, console: Console, *, title: str
+) -> None:
+    """Groups of named values: JSON in one line, or a list for people."""
+    if as_json:
+        print(json.dumps({group.replace(" ", "_"): values for group, values in groups.items()}))
+        return
+    made = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE)
+    made.add_column(no_wrap=True)
+    made.add_column(overflow="fold")
+    for group, values in groups.items():
+        made.add_section()
+        made.add_row(f"{group}:", "" if values else "none")
+        for name, value in values.items():
+            made.add_row(f"  {name.replace('_', ' ')}", "–" if value is None else cell(value))
+    console.print(made)
 
 
 def print_rows(rows: list[dict[str, Any]], as_json: bool, console: Console, *, title: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,14 +10,15 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
+from mor.cli.command import Command
+from mor.settings import PositiveInt, Seed
 from mor.studies.settings import Workers
 
 if TYPE_CHECKING:
     from mor.studies.study import Run, Study
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
+class Sweep(Command):
     """Run a study: its grid of runs, then tables and figures. Finished runs are kept, interrupted
     ones go on; a run that fails is listed with its reason, stops no other, and makes the exit code
     1."""
@@ -31,7 +32,7 @@ class Sweep:
     workers: Annotated[Workers, arg(name="")] = field(default_factory=Workers)
     variants: tuple[str, ...] = ()
     """Only these variants of the study."""
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Seed, ...] = ()
     """Only these seeds."""
     dry_run: bool = False
     """Show what would run, and what is finished already."""
@@ -40,12 +41,10 @@ class Sweep:
     fit: str | None = None
     """Fit published losses instead of running anything: 'paper', or a TOML file like
     mor/studies/paper.toml."""
-    resamples: int = 1000
+    resamples: PositiveInt = 1000
     """Of the bootstrap behind the intervals of fits."""
 
     def run(self, console: Console) -> None:
-        if self.resamples < 1:
-            raise ValueError(f"--resamples must be at least 1, got {self.resamples}")
         if self.fit is not None:
             self._fit(self.fit, console)
             return

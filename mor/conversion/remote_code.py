@@ -1,5 +1,5 @@
 """Export a checkpoint with the code that runs it, for machines that have transformers but not
-mor."""
+mor. They need pydantic as well, which transformers names if it is missing."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from math import fsum
 
 from mor.model.config import ModelConfig
 from mor.model.kv_cache import READS
+from mor.settings import PositiveFloat, PositiveInt, Settings, checked
 
 
 def _attention_params(config: ModelConfig) -> tuple[int, int]:
@@ -164,13 +165,12 @@ def kv_bytes(config: ModelConfig, tokens: int, kept: Sequence[float], dtype_byte
     return layers_x_tokens * kv_entry_bytes(config, dtype_bytes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
+class Machine(Settings):
     """What bounds a computation: matrix products per second (FLOP) and memory read or written per
     second (bytes)."""
 
-    flops_per_s: float
-    bytes_per_s: float
+    flops_per_s: PositiveFloat
+    bytes_per_s: PositiveFloat
 
     def seconds(self, flops: float, num_bytes: float) -> float:
         """Roofline: the slower of the two, as if they overlapped perfectly."""
@@ -214,6 +214,14 @@ def decode_seconds(
     return seconds
 
 
+def layout_text(config: ModelConfig) -> str:
+    """Prelude, shared layers times recursions, and coda, such as ``1+10x3+1``."""
+    return (
+        f"{config.prelude_layers}+{config.shared_layers}x{config.num_recursions}"
+        f"+{config.coda_layers}"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Costs:
     """Costs at a context length, with the configured capacities as the share of tokens per
@@ -233,15 +241,16 @@ class Costs:
     mean_depth: float
 
 
-def costs(config: ModelConfig, *, context: int | None = None, kv_dtype_bytes: int = 2) -> Costs:
+@checked
+def costs(
+    config: ModelConfig, *, context: PositiveInt | None = None, kv_dtype_bytes: PositiveInt = 2
+) -> Costs:
     """All costs of a model. context: sequence length, the configured maximum if None."""
     length = context or config.max_seq_len
-    if length < 1:
-        raise ValueError(f"context must be at least 1, got {length}")
     forward = forward_flops(config, sequence_workload(config, length)) / length
     return Costs(
         family=config.family,
-        layout=f"{config.prelude_layers}+{config.shared_layers}x{config.num_recursions}+{config.coda_layers}",
+        layout=layout_text(config),
         num_layers=config.num_layers,
         context=length,
         params=unique_params(config),

@@ -14,7 +14,7 @@ from mor.costs.flops import kept_per_recursion, unique_params
 from mor.model.config import ModelConfig
 from mor.model.kv_cache import READS
 from mor.model.loss import CHUNK_LOGITS
-from mor.settings import check_choices
+from mor.settings import PositiveInt, Settings
 
 MASTER_BYTES = 4  # weights, gradients and each of AdamW's two moments are fp32
 
@@ -33,24 +33,17 @@ class TrainMemory:
     peak: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
+class Step(Settings):
     """A training step on one of ``ranks``; batch_size: sequences per forward. fused_norms: as on a
     GPU."""
 
-    batch_size: int
-    seq_len: int
+    batch_size: PositiveInt
+    seq_len: PositiveInt
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: bool = False
-    ranks: int = 1
+    ranks: PositiveInt = 1
     parallel: Literal["ddp", "fsdp"] = "ddp"
     fused_norms: bool = True
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        for name in ("batch_size", "seq_len", "ranks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def product_bytes(self) -> int:

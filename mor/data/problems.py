@@ -8,20 +8,21 @@ B problems · T tokens · N nodes · Q queries · P moves · S states
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple, Protocol
 from urllib.parse import parse_qsl
 
 import tokenizers
 import torch
+from pydantic import Field
 from tokenizers import models, pre_tokenizers
 from torch import Tensor
 
 from mor.data.tokenizer import END_OF_TEXT, Tokenizer
+from mor.files import naming
 from mor.model.loss import IGNORED
 from mor.model.random import hash_uniform
-from mor.settings import from_dict
+from mor.settings import PositiveInt, Seed, Settings, suggestion
 
 PREFIX = "task:"
 NAMES = "abcdefghijklmnopqrstuvwxyz"
@@ -57,8 +58,7 @@ class Task(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class PointerChasing:
+class PointerChasing(Settings):
     """A cycle through all nodes, its edges in random order, then queries with their answers.
 
     ``c>f a>c f>a +2 a f``: two hops on from a comes f. Every word is one token; the answer f is
@@ -66,17 +66,16 @@ class PointerChasing:
     helps, and queries differ in how much of it they need.
     """
 
-    nodes: int = 8
-    hops: int = 6
+    nodes: Annotated[int, Field(ge=2, le=len(NAMES))] = 8
+    hops: PositiveInt = 6
     """Queries ask for 1 to this many hops, all equally often."""
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if not 2 <= self.nodes <= len(NAMES):
-            raise ValueError(f"nodes must lie in 2..{len(NAMES)}, got {self.nodes}")
-        if not 1 <= self.hops < self.nodes:
+        if self.hops >= self.nodes:
             raise ValueError(
-                f"hops must lie in 1..nodes - 1, so that no query comes round, got {self.hops}"
+                f"hops must be less than nodes={self.nodes}, so that no query comes round, "
+                f"got {self.hops}"
             )
 
     def words(self) -> list[str]:
@@ -124,8 +123,7 @@ class PointerChasing:
         return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class StateTracking:
+class StateTracking(Settings):
     """A state that is set and then moved again and again; at every word the target is the state
     after it.
 
@@ -134,20 +132,12 @@ class StateTracking:
     be composed first, so depth L reaches about 2 ** L words. Targets are answers, not next tokens.
     """
 
-    states: int = 5
-    moves: int = 4
-    hops: int = 16
+    states: Annotated[int, Field(ge=2)] = 5
+    moves: PositiveInt = 4
+    hops: PositiveInt = 16
     """Longest run: a word that sets the state counts 1, the move after it 2, and so on; all lengths
     equally often."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.states < 2 or self.moves < 1 or self.hops < 1:
-            raise ValueError(
-                "state tracking needs states >= 2, moves >= 1 and hops >= 1, got "
-                f"states={self.states}, "
-                f"moves={self.moves}, hops={self.hops}"
-            )
+    seed: Seed = 0
 
     def words(self) -> list[str]:
         states = range(self.states)
@@ -201,7 +191,7 @@ class StateTracking:
         return found
 
 
-TASKS: dict[str, Callable[..., Task]] = {
+TASKS: dict[str, type[PointerChasing] | type[StateTracking]] = {
     "pointer-chasing": PointerChasing,
     "state-tracking": StateTracking,
 }
@@ -211,7 +201,9 @@ def parse_task(path: str) -> Task:
     """The task that ``task:NAME?setting=value&...`` names. Raises ValueError for an unknown one."""
     name, _, settings = path.removeprefix(PREFIX).partition("?")
     if name not in TASKS:
-        raise ValueError(f"{path!r}: no task {name!r}; there is {', '.join(TASKS)}")
+        raise ValueError(
+            f"{path!r}: no task {name!r}{suggestion(name, TASKS)}; there is {', '.join(TASKS)}"
+        )
     try:
         values = {
             key: int(value) for key, value in parse_qsl(settings, strict_parsing=bool(settings))
@@ -220,7 +212,8 @@ def parse_task(path: str) -> Task:
         raise ValueError(
             f"{path!r}: settings look like ?hops=6&seed=1, with whole numbers"
         ) from None
-    return from_dict(TASKS[name], values)  # type: ignore[arg-type]
+    with naming(repr(path)):
+        return TASKS[name].from_dict(values)
 
 
 def task_tokenizer(words: Sequence[str]) -> Tokenizer:

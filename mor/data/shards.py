@@ -27,9 +27,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 from rich.console import Console
 
 from mor.data.readers import Record
@@ -37,6 +38,7 @@ from mor.data.sources import Source, draw, find_sources
 from mor.data.tokenizer import COMPANIONS, Tokenizer, train_bpe
 from mor.files import LOCK, alone_in, replacing, tidy
 from mor.progress import ProgressBar
+from mor.settings import NonNegativeInt, PositiveFloat, PositiveInt, Settings
 
 FORMAT = 1
 MANIFEST, JOURNAL = "manifest.json", "progress.jsonl"
@@ -46,35 +48,25 @@ SHOWN_PROBLEMS = 20
 _ENCODED_AT_ONCE = 1 << 19  # characters; bounds what the tokenizer library holds per worker
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
+class PrepareConfig(Settings):
     tokenizer: str = "bpe"
     """'bytes', 'bpe' (trained on the first documents), a tokenizer directory, other prepared data,
     or a hub name."""
-    vocab_size: int = 8192
+    vocab_size: PositiveInt = 8192
     """Size of the trained BPE."""
-    bpe_megabytes: float = 50.0
+    bpe_megabytes: PositiveFloat = 50.0
     """Text that the BPE is trained on, from the beginning."""
     text_field: str = "text"
     subset: str | None = None
     """Configuration of a hub data set, such as fineweb-edu-dedup."""
     split: str = "train"
     """Split of a hub data set."""
-    validation_share: float = 0.0
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the documents, chosen by a hash of their names, that goes to a validation split."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Processes that tokenize; 0 is one per core."""
-    chunk_megabytes: float = 8.0
+    chunk_megabytes: PositiveFloat = 8.0
     """Text in a chunk, which becomes one shard per split."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"validation_share must lie in [0, 1), got {self.validation_share}")
-        if self.workers < 0 or self.chunk_megabytes <= 0 or self.bpe_megabytes <= 0:
-            raise ValueError(
-                "workers must not be negative, and chunk_megabytes and bpe_megabytes must be "
-                "positive"
-            )
 
 
 @dataclass

@@ -18,38 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mor.data.config import DataConfig
 from mor.data.problems import PREFIX, Problems, Task, parse_task, task_tokenizer
 from mor.data.python_docs import python_documents
 from mor.data.shards import MANIFEST, read_manifest
 from mor.data.sources import Document, draw, read_documents
 from mor.data.tokenizer import Tokenizer, train_bpe
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    path: str | None = None
-    """A .txt, .jsonl (these also .gz or .zst) or .parquet file, a folder of them, or a directory
-    made by `mor data prepare`; or a task such as task:state-tracking?hops=16, which has its own
-    tokenizer and validation split. None: Python's own documentation, which every installation
-    has."""
-    validation_path: str | None = None
-    """Validation text of the same kinds. None: a share of the documents, or the prepared validation
-    split."""
-    text_field: str = "text"
-    tokenizer: str = "bpe"
-    """'bytes', 'bpe' (trained on the training documents), a directory or hub name; prepared data
-    has its own."""
-    vocab_size: int = 2048
-    """Size of the trained BPE."""
-    validation_share: float = 0.05
-    document_mask: bool = False
-    """Documents of one sequence neither attend to nor compete with each other."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.validation_share < 1:
-            raise ValueError(
-                f"data.validation_share must lie between 0 and 1, got {self.validation_share}"
-            )
 
 
 @dataclass(frozen=True)

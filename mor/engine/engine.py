@@ -11,7 +11,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import count
 from typing import Any, Literal
 
@@ -31,30 +30,30 @@ from mor.engine.scheduler import Scheduler
 from mor.engine.weights import for_decoding
 from mor.generation import SamplingParams
 from mor.model.transformer import Output, Transformer, passes
+from mor.settings import PositiveInt, Settings
 
 Batching = Literal["depth_wise", "lock_step", "static"]
 Loop = Literal["auto", "host", "device"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(Settings):
     """How an engine shares the machine among its requests."""
 
-    max_num_seqs: int = 64
+    max_num_seqs: PositiveInt = 64
     """Requests that run at a time (slots)."""
-    lanes: int | None = None
+    lanes: PositiveInt | None = None
     """Tokens in one pass of the shared block at most. None: as many as there are slots. With fewer
     lanes than slots, tokens that are done wait for coda and head until the rest no longer fills the
     lanes."""
-    prefill_chunk: int = 256
+    prefill_chunk: PositiveInt = 256
     """Prompt tokens read in one step at most, so that running requests never wait long."""
-    page_size: int = 16
+    page_size: PositiveInt = 16
     """Tokens in a page of keys and values."""
-    kv_cache_memory: int = 1 << 30
+    kv_cache_memory: PositiveInt = 1 << 30
     """Bytes for keys and values."""
-    max_len: int | None = None
+    max_len: PositiveInt | None = None
     """Longest prompt and continuation together. None: what the model holds."""
-    max_depth: int | None = None
+    max_depth: PositiveInt | None = None
     """Caps the recursions of every token."""
     batching: Batching = "depth_wise"
     """depth_wise: tokens of any depths share a pass. lock_step: all sequences take their next token
@@ -71,24 +70,6 @@ class EngineConfig:
     (CPU)."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_num_seqs",
-            "lanes",
-            "prefill_chunk",
-            "page_size",
-            "kv_cache_memory",
-            "max_len",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.batching not in ("depth_wise", "lock_step", "static"):
-            raise ValueError(
-                f"batching={self.batching!r} is not known; choose 'depth_wise', 'lock_step' or "
-                "'static'"
-            )
-        if self.loop not in ("auto", "host", "device"):
-            raise ValueError(f"loop={self.loop!r} is not known; choose 'auto', 'host' or 'device'")
         if self.loop == "device" and self.batching != "depth_wise":
             raise ValueError(
                 f"loop='device' is made for batching='depth_wise', not {self.batching!r}; use "

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import field
+from typing import Any, Literal
 
-from mor.settings import check_choices, default_of, from_dict, suggestion
+from mor.settings import (
+    Listed,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Settings,
+    Share,
+    checked,
+    suggestion,
+)
 
 RouterKind = Literal["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
 KVStrategyName = Literal["recursion_wise", "shared", "hybrid"]
@@ -40,8 +50,7 @@ _READ_BY: dict[str, tuple[RouterKind, ...]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class RouterConfig:
+class RouterConfig(Settings, prefix="router"):
     """How a token's recursion depth is decided. ``None`` means: the paper's choice for this
     router."""
 
@@ -52,38 +61,34 @@ class RouterConfig:
     architecture: Literal["linear", "mlp", "wide_mlp"] = "linear"
     score: Literal["sigmoid", "tanh", "none", "softmax"] | None = None
     """Function applied to router logits. Paper: sigmoid (expert-choice), softmax (token-choice)."""
-    alpha: float | None = None
+    alpha: PositiveFloat | None = None
     """Scale of the gate. Paper: 0.1 for expert-choice and random (and here for the baselines), 1
     for token-choice."""
     gate: Literal["paper", "residual"] = "paper"
     """paper: h + g * Stack(h); residual: h + g * (Stack(h) - h)."""
-    capacities: tuple[float, ...] | None = None
+    capacities: Listed[tuple[Share, ...]] | None = None
     """Share of the sequence kept at each recursion. Paper: 1, (R-1)/R, ..., 1/R."""
     hierarchical: bool = True
     """Only tokens selected at one recursion compete for the next."""
     causal_selection: Literal["aux_loss", "aux_router"] = "aux_loss"
     """What learns to imitate top-k without seeing the future: the router's own logits or a second
     net."""
-    selection_weight: float = 0.001
+    selection_weight: NonNegativeFloat = 0.001
     """Weight of the binary cross-entropy against top-k membership."""
-    z_loss_weight: float = 0.0
+    z_loss_weight: NonNegativeFloat = 0.0
     balancing: Literal["loss", "loss_free", "none"] = "loss"
-    balancing_weight: float = 0.1
-    bias_update_rate: float = 0.001
+    balancing_weight: NonNegativeFloat = 0.1
+    bias_update_rate: NonNegativeFloat = 0.001
     """Step of the loss-free balancing bias, per optimizer step."""
     combination: Literal["last", "every"] = "last"
     """last: only the last pass is gated (public code); every: all passes are (paper's equation)."""
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        if self.capacities is not None:
-            object.__setattr__(self, "capacities", tuple(float(c) for c in self.capacities))
         for name, kinds in _READ_BY.items():
-            changed = getattr(self, name) != default_of(self, name)
-            if changed and self.kind not in kinds:
+            if self._changed(name) and self.kind not in kinds:
                 warnings.warn(
-                    f"router.{name} has no effect with router.kind={self.kind!r}", stacklevel=3
+                    f"router.{name} has no effect with router.kind={self.kind!r}", stacklevel=4
                 )
         if self.kind == "expert_choice" and self.score == "softmax":
             raise ValueError(
@@ -103,19 +108,15 @@ class RouterConfig:
         if (
             self.kind == "token_choice"
             and self.balancing == "loss_free"
-            and self.balancing_weight != default_of(self, "balancing_weight")
+            and self._changed("balancing_weight")
         ):
             warnings.warn(
                 "router.balancing_weight has no effect with router.balancing='loss_free'",
-                stacklevel=3,
+                stacklevel=4,
             )
-        if not all(0 < c <= 1 for c in self.capacities or ()):
-            raise ValueError(f"router.capacities must lie in (0, 1], got {self.capacities}")
-        for name in ("selection_weight", "z_loss_weight", "balancing_weight", "bias_update_rate"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"router.{name} must not be negative, got {getattr(self, name)}")
-        if self.alpha is not None and self.alpha <= 0:
-            raise ValueError(f"router.alpha must be positive, got {self.alpha}")
+
+    def _changed(self, name: str) -> bool:
+        return getattr(self, name) != self.__dataclass_fields__[name].default
 
     @property
     def score_name(self) -> str:
@@ -130,53 +131,33 @@ class RouterConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """Shape of a model. Validated when made; :func:`preset` and :func:`layout` help to make one."""
 
-    vocab_size: int = 49_152
-    dim: int = 576
-    num_heads: int = 9
-    num_kv_heads: int = 3
-    head_dim: int = 64
-    ffn_dim: int = 1536
-    prelude_layers: int = 0
+    vocab_size: PositiveInt = 49_152
+    dim: PositiveInt = 576
+    num_heads: PositiveInt = 9
+    num_kv_heads: PositiveInt = 3
+    head_dim: PositiveInt = 64
+    ffn_dim: PositiveInt = 1536
+    prelude_layers: NonNegativeInt = 0
     """Layers of their own before the recursions."""
-    shared_layers: int = 30
+    shared_layers: PositiveInt = 30
     """Layers in the shared stack, stored once and applied num_recursions times."""
-    coda_layers: int = 0
+    coda_layers: NonNegativeInt = 0
     """Layers of their own after the recursions."""
-    num_recursions: int = 1
+    num_recursions: PositiveInt = 1
     shared_order: Literal["cycle", "sequence"] = "cycle"
     """cycle: (0,1,2)(0,1,2); sequence: (0,0)(1,1)(2,2)."""
     kv_strategy: KVStrategyName = "recursion_wise"
     router: RouterConfig = field(default_factory=RouterConfig)
-    max_seq_len: int = 2048
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
+    max_seq_len: PositiveInt = 2048
+    rope_theta: PositiveFloat = 10_000.0
+    norm_eps: NonNegativeFloat = 1e-5
     tie_embeddings: bool = True
-    init_std: float = 0.02
+    init_std: NonNegativeFloat = 0.02
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for name in (
-            "vocab_size",
-            "dim",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "ffn_dim",
-            "shared_layers",
-            "num_recursions",
-            "max_seq_len",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if min(self.prelude_layers, self.coda_layers) < 0:
-            raise ValueError(
-                f"layer counts must not be negative, got prelude_layers={self.prelude_layers} "
-                f"and coda_layers={self.coda_layers}"
-            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
@@ -221,7 +202,7 @@ class ModelConfig:
                 )
             if self.num_recursions == 1 or (self.kv_strategy == "hybrid" and kind == "fixed"):
                 warnings.warn(
-                    f"kv_strategy={self.kv_strategy!r} has no effect on this model", stacklevel=4
+                    f"kv_strategy={self.kv_strategy!r} has no effect on this model", stacklevel=5
                 )
 
     @property
@@ -263,23 +244,15 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Build from plain values. Raises ValueError with a suggestion for an unknown key."""
-        return from_dict(cls, values)
 
-
+@checked
 def layout(
-    num_layers: int, num_recursions: int, sharing: Sharing = "middle_cycle"
+    num_layers: PositiveInt, num_recursions: PositiveInt, sharing: Sharing = "middle_cycle"
 ) -> dict[str, Any]:
     """Layer counts of a sharing scheme (paper, section 2) as ModelConfig settings.
 
     Raises ValueError naming the nearest valid depths if ``num_layers`` does not divide.
     """
-    if sharing not in get_args(Sharing):
-        raise ValueError(
-            f"sharing={sharing!r} is not known; choose from {', '.join(get_args(Sharing))}"
-        )
     own = 1 if sharing.startswith("middle") and num_recursions > 1 else 0
     shared, rest = divmod(num_layers - 2 * own, num_recursions)
     if rest or shared < 1:
@@ -339,15 +312,16 @@ _PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
 PRESET_NAMES = tuple(_PRESETS)
 
 
+@checked
 def preset(
     name: str,
     *,
-    num_recursions: int = 1,
+    num_recursions: PositiveInt = 1,
     recipe: Recipe = "recommended",
     router: RouterKind | RouterConfig | None = None,
     kv_strategy: KVStrategyName | None = None,
     sharing: Sharing = "middle_cycle",
-    num_layers: int | None = None,
+    num_layers: PositiveInt | None = None,
     **overrides: Any,
 ) -> ModelConfig:
     """A named model shape with the layout for ``num_recursions``.
@@ -366,8 +340,6 @@ def preset(
             f"preset {name!r} is not known{suggestion(name, _PRESETS)}; choose from "
             f"{', '.join(_PRESETS)}"
         )
-    if num_recursions < 1:
-        raise ValueError(f"num_recursions must be at least 1, got {num_recursions}")
     depth, shape = _PRESETS[name]
     if num_layers is None:
         own = 2 if sharing.startswith("middle") else 0
@@ -378,10 +350,9 @@ def preset(
     if isinstance(router, str):
         kv_strategy = kv_strategy or _kv_strategy(router, recipe)
         router = RouterConfig(kind=router, **_gate(router, recipe))
-    settings = layout(num_layers, num_recursions, sharing) | {"router": router} | overrides
-    return from_dict(
-        ModelConfig, {**shape, **settings, "kv_strategy": kv_strategy or "recursion_wise"}
-    )
+    made = shape | layout(num_layers, num_recursions, sharing) | {"router": router}
+    made["kv_strategy"] = kv_strategy or "recursion_wise"
+    return ModelConfig(**(made | overrides))
 
 
 def _gate(kind: RouterKind, recipe: Recipe) -> dict[str, Any]:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from mor.files import naming, read_toml
 from mor.model.config import preset
-from mor.settings import from_dict
+from mor.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Settings
 from mor.studies.results import model_facts
 from mor.studies.scaling import Point
 
 PAPER = Path(__file__).with_name("paper.toml")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PublishedPoint:
+class PublishedPoint(Settings):
     family: str
     preset: str
-    num_recursions: int
-    budget: float
-    tokens: float
-    nll: float
+    num_recursions: PositiveInt
+    budget: PositiveFloat
+    tokens: PositiveFloat
+    nll: NonNegativeFloat
 
     def point(self) -> Point:
         """Sizes are unique parameters without embeddings, in the paper's layout (middle_cycle)."""
@@ -49,10 +48,13 @@ class Published:
 
 def load_published(path: Path) -> Published:
     """Raises ValueError for settings that it does not know or lacks."""
-    values = tomllib.loads(path.read_text())
+    values = read_toml(path)
     if "points" not in values:
         raise ValueError(f"{path} holds no points; a study is run without --fit")
-    points = [from_dict(PublishedPoint, row).point() for row in values["points"]]
+    points = []
+    for number, row in enumerate(values["points"], start=1):
+        with naming(f"{path}: point {number}"):
+            points.append(PublishedPoint.from_dict(row).point())
     return Published(
         title=values.get("title", path.stem), noise=float(values.get("noise", 0.0)), points=points
     )

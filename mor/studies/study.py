@@ -33,16 +33,24 @@ from __future__ import annotations
 
 import itertools
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from mor.data.stream import vocab_size
+from mor.files import naming, read_toml
 from mor.model.config import ModelConfig, RouterConfig, preset
 from mor.run_folder import RunFolder
-from mor.settings import fits, from_dict
+from mor.settings import (
+    Listed,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Settings,
+    Share,
+)
 from mor.training.config import TrainConfig, cooled, total_steps
 
 # What a study adds to a run directory: the numbers of a finished run, why a run failed, its place
@@ -51,46 +59,43 @@ RESULT, ERROR, ABOUT = "result.json", "error.txt", "study.json"
 LABEL = "label_"  # begins the names of axes in tables
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
+class Tuning(Settings, prefix="tuning"):
     """The learning rate of each row: the one whose short run has the lowest causal validation
     NLL."""
 
-    rates: tuple[float, ...] = ()
-    share: float = 0.3
+    rates: Listed[tuple[PositiveFloat, ...]] = ()
+    share: Share = 0.3
     """Length of the short runs, as a share of the row's budget."""
-    seed: int = 1000
+    seed: Seed = 1000
     """None of the study's seeds, so that the choice favours none of the runs that count."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DepthPays:
+class DepthPays(Settings, prefix="depth_pays"):
     """The control: the same unique layers applied once (shallow) against full depth (deep)."""
 
     deep: str = ""
     shallow: str = ""
-    margin: float = 0.05
+    margin: NonNegativeFloat = 0.05
     """By how many nats the shallow one must be worse, interval included."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Study:
+class Study(Settings):
     title: str
     question: str = ""
     base: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     axes: dict[str, list[Any] | dict[str, dict[str, Any]]] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Listed[tuple[Seed, ...]] = (0, 1, 2)
     reference: str = ""
     depth_pays: DepthPays = field(default_factory=DepthPays)
     tuning: Tuning = field(default_factory=Tuning)
-    budgets: tuple[float, ...] = ()
+    budgets: Listed[tuple[PositiveFloat, ...]] = ()
     """Training FLOPs. One stable run serves all: each budget's cool-down branches off it."""
-    exits: tuple[str, ...] = ()
+    exits: Listed[tuple[str, ...]] = ()
     """Variants whose tokens are also sent out early after the fact: at random, when sure, by an
     oracle."""
-    windows: int = 512
+    windows: PositiveInt = 512
     """Validation sequences that a finished run is measured on."""
 
     def __post_init__(self) -> None:
@@ -114,10 +119,8 @@ class Study:
                 f"tuning.seed={self.tuning.seed} is one of the seeds that count; choose another"
             )
         _check_places(self)
-        if sorted({0.0, *self.budgets}) != [0.0, *self.budgets]:
-            raise ValueError(f"budgets must be positive and grow, got {list(self.budgets)}")
-        if self.windows < 1:
-            raise ValueError(f"windows must be at least 1, got {self.windows}")
+        if list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError(f"budgets must grow, got {list(self.budgets)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,13 +165,15 @@ def load_study(path: Path, *, size: Path | None = None) -> Study:
 
     Raises ValueError for an unknown setting or a name that no variant has.
     """
-    values = tomllib.loads(path.read_text())
+    values = read_toml(path)
     named = values.pop("size", None)
     if not isinstance(named, str | None):
         raise ValueError(f"size names a file such as 'sizes/small.toml', got {named!r}")
     if size is None and named is not None:
         size = path.parent / named
-    return from_dict(Study, merge(tomllib.loads(size.read_text()) if size else {}, values))
+    merged = merge(read_toml(size) if size else {}, values)
+    with naming(path):
+        return Study.from_dict(merged)
 
 
 def study_rows(study: Study) -> list[Row]:
@@ -176,13 +181,11 @@ def study_rows(study: Study) -> list[Row]:
     found = []
     for variant, labels, settings in _grid(study):
         changes = study.variants[variant]
-        try:
+        with naming(f"variant {variant!r} {labels or ''}"):
             merged = merge(
                 study.base, _shape(study, changes), *settings, *_there(study, changes, labels)
             )
             found.append(Row(variant=variant, labels=labels, config=train_config(merged)))
-        except ValueError as error:
-            raise ValueError(f"variant {variant!r} {labels or ''}: {error}") from None
     return found
 
 
@@ -246,7 +249,7 @@ def _there(
 ) -> list[dict[str, Any]]:
     """What a variant changes only at these values of the axes."""
     at = changes.get("at", {})
-    if not fits(at, dict[str, dict[str, Any]]):
+    if not isinstance(at, dict) or not all(isinstance(there, dict) for there in at.values()):
         raise ValueError(f"'at' is a table of what changes at each value of an axis, got {at!r}")
     if unknown := set(at) - {
         label for _, all_labels, _ in _grid(study) for label in all_labels.values()
@@ -284,21 +287,16 @@ def train_config(settings: Mapping[str, Any]) -> TrainConfig:
         raise ValueError(f"write {dotted[0]} without quotes: in quotes it is one name, not a path")
     if isinstance(values.get("model"), Mapping):
         values["model"] = _model(values["model"])
-    config = from_dict(TrainConfig, values)
+    config = TrainConfig.from_dict(values)
     # What a budget buys depends on the vocabulary, which the data brings along.
     return replace(config, model=config.model.replace(vocab_size=vocab_size(config.data)))
 
 
 def _model(table: Mapping[str, Any]) -> ModelConfig:
     if "preset" not in table:
-        return from_dict(ModelConfig, table)
-    hints = get_type_hints(preset) | {"preset": str, "router": Any}
-    if wrong := [
-        f"{key} = {value!r}" for key, value in table.items() if not fits(value, hints.get(key, Any))
-    ]:
-        raise ValueError(f"model.{wrong[0]} is of the wrong type")
+        return ModelConfig.from_dict(table)
     rest = {key: value for key, value in table.items() if key not in ("preset", "router")}
-    return preset(table["preset"], router=from_dict(RouterConfig, table.get("router", {})), **rest)
+    return preset(table["preset"], router=RouterConfig.from_dict(table.get("router", {})), **rest)
 
 
 def tuning_runs(study: Study, out: Path) -> list[Run]:

@@ -1,60 +1,106 @@
-"""Settings of a training run, and what follows from them: capacities, FLOPs and steps."""
+"""Settings of a training run, and what follows from them: capacities, FLOPs and steps.
+
+This module loads without torch, so that help comes at once; what needs torch is imported where it
+is used.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from mor import checkpoint
-from mor.costs import flops as costs
-from mor.data.stream import DataConfig
-from mor.files import read_json
+from pydantic import Field
+
+from mor.data.config import DataConfig
+from mor.files import naming, read_json
 from mor.model.config import ModelConfig, preset
 from mor.run_folder import RunFolder
-from mor.settings import check_choices, from_dict
-from mor.training.distributed import Parallel
-from mor.training.optim import OptimConfig
-from mor.training.trackers import TrackerName
+from mor.settings import (
+    Listed,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Settings,
+    UnitInterval,
+    checked,
+)
+
+Parallel = Literal["ddp", "fsdp"]
+TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class OptimConfig(Settings, prefix="optim"):
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices of the layers, with AdamW for embedding, head, norms and routers."""
+    lr: PositiveFloat = 3e-3
+    """Peak learning rate."""
+    schedule: Literal["trapezoid", "cosine"] = "trapezoid"
+    warmup: UnitInterval = 0.05
+    """Share of the steps in which the rate rises linearly from 0."""
+    cooldown: UnitInterval = 0.2
+    """Share of the steps in which the trapezoid falls linearly to 0."""
+    final_lr: UnitInterval = 0.0
+    """Where the schedule ends, as a share of the peak."""
+    betas: Listed[tuple[Decay, Decay]] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.1
+    clip: PositiveFloat = 1.0
+    """Largest norm of the gradient; larger ones are scaled down."""
+
+    def __post_init__(self) -> None:
+        if self.warmup + self.cooldown > 1:
+            raise ValueError(
+                "optim.warmup and optim.cooldown are shares of the run and add up to at most 1, "
+                f"got {self.warmup} and {self.cooldown}"
+            )
+
+
+class TrainConfig(Settings):
     model: ModelConfig = field(default_factory=lambda: preset("mini", num_recursions=3))
     """vocab_size is taken from the tokenizer."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     out: str = "runs/mor"
     """Run directory: metrics.jsonl, train.json, checkpoints/."""
-    steps: int = 500
-    flops: float | None = None
+    steps: PositiveInt = 500
+    """Optimizer steps."""
+    flops: PositiveFloat | None = None
     """Training FLOPs to spend (exact count); replaces steps."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Sequences per forward and rank."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Forwards per optimizer step."""
-    seq_len: int = 256
-    capacity_warmup_steps: int = 0
+    seq_len: PositiveInt = 256
+    """Tokens in a training sequence."""
+    capacity_warmup_steps: NonNegativeInt = 0
     """Steps in which capacities fall from 1 to their value along a cosine."""
-    eval_every: int = 100
-    eval_windows: int = 64
-    save_every: int = 0
+    eval_every: PositiveInt = 100
+    """Steps between validations."""
+    eval_windows: PositiveInt = 64
+    """Sequences that a validation reads."""
+    save_every: NonNegativeInt = 0
     """Steps between checkpoints; 0 saves at the end only."""
-    keep: int = 2
+    keep: NonNegativeInt = 2
     """Checkpoints that are kept; 0 keeps all."""
-    keep_steps: tuple[int, ...] = ()
+    keep_steps: Listed[tuple[PositiveInt, ...]] = ()
     """Steps whose checkpoints are kept besides, such as those that other runs branch off."""
-    max_skipped: int = 5
+    max_skipped: NonNegativeInt = 5
     """Steps in a row whose loss or gradient is not finite before the run stops; each one is
     skipped."""
     branch_from: str | None = None
     """Checkpoint of another run's stable phase that this run starts from; it takes that run's
     settings."""
-    log_every: int = 10
-    seed: int = 0
+    log_every: PositiveInt = 10
+    """Steps between lines of metrics.jsonl."""
+    seed: Seed = 0
+    """Of weights and data order."""
     device: str = "auto"
+    """auto, cpu, cuda or another of PyTorch's. auto: a GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
     parallel: Parallel = "ddp"
@@ -70,18 +116,6 @@ class TrainConfig:
     comes anyway."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "seq_len",
-            "eval_every",
-            "eval_windows",
-            "log_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        check_choices(self)
         if self.parallel == "fsdp" and self.optim.name == "muon":
             raise ValueError(
                 "optim.name='muon' needs whole matrices; use parallel='ddp', or optim.name='adamw'"
@@ -108,8 +142,10 @@ def capacities_at(config: TrainConfig, step: int) -> tuple[float, ...]:
 def step_flops(config: TrainConfig, step: int, num_ranks: int = 1) -> float:
     """Training FLOPs of a step, exact for static capacities. Documents are counted as if they were
     not masked."""
+    from mor.costs.flops import train_flops
+
     sequences = config.batch_size * config.accumulate * num_ranks
-    return sequences * costs.train_flops(
+    return sequences * train_flops(
         config.model, config.seq_len, capacities=capacities_at(config, step)
     )
 
@@ -124,13 +160,24 @@ def total_steps(config: TrainConfig, num_ranks: int = 1) -> int:
     )
 
 
-def branch(start: str | Path, *, cooldown_steps: int, out: str) -> TrainConfig:
+def total_flops(config: TrainConfig, num_ranks: int = 1) -> float:
+    """Training FLOPs of the whole run."""
+    steps = total_steps(config, num_ranks)
+    warm = min(steps, config.capacity_warmup_steps)
+    rest = (steps - warm) * step_flops(config, warm, num_ranks)
+    return sum(step_flops(config, step, num_ranks) for step in range(warm)) + rest
+
+
+@checked
+def branch(start: str | Path, *, cooldown_steps: PositiveInt, out: str) -> TrainConfig:
     """Settings of a run that decays the learning rate from a checkpoint of another run's stable
     phase.
 
     So one long run serves several budgets (the paper's way). Raises ValueError if the checkpoint
     lies in the warm-up or in the decay of its own run.
     """
+    from mor import checkpoint
+
     folder = checkpoint.resolve(start)
     run = RunFolder.of(folder)
     if not run.settings.is_file():
@@ -148,8 +195,6 @@ def branch(start: str | Path, *, cooldown_steps: int, out: str) -> TrainConfig:
             "trapezoid schedule, "
             f"here steps {stable[0]} to {stable[1]} (keep them with --save-every and --keep 0)"
         )
-    if cooldown_steps < 1:
-        raise ValueError(f"cooldown_steps must be at least 1, got {cooldown_steps}")
     return dataclasses.replace(
         cooled(config, folder, step + cooldown_steps, cooldown_steps), out=out
     )
@@ -164,14 +209,14 @@ def cooled(config: TrainConfig, start: Path, steps: int, cooldown_steps: int) ->
 def load_config(path: Path) -> TrainConfig:
     """The settings that a run keeps in its folder."""
     values = read_json(path)
-    try:
-        return from_dict(TrainConfig, values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    with naming(path):
+        return TrainConfig.from_dict(values)
 
 
 def settings_of(path: str | Path) -> TrainConfig | None:
     """Settings of the run that ``path``, a run or a checkpoint, means; None for a checkpoint that
     lies alone."""
+    from mor import checkpoint
+
     saved = RunFolder.of(checkpoint.resolve(path)).settings
     return load_config(saved) if saved.is_file() else None

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from mor.device import pick_device
 from mor.model.transformer import Transformer
-
-Parallel = Literal["ddp", "fsdp"]
+from mor.training.config import Parallel
 
 
 @dataclass(frozen=True)

@@ -4,47 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon: for the matrices of the layers, with AdamW for embedding, head, norms and routers."""
-    lr: float = 3e-3
-    """Peak learning rate."""
-    schedule: Literal["trapezoid", "cosine"] = "trapezoid"
-    warmup: float = 0.05
-    """Share of the steps in which the rate rises linearly from 0."""
-    cooldown: float = 0.2
-    """Share of the steps in which the trapezoid falls linearly to 0."""
-    final_lr: float = 0.0
-    """Where the schedule ends, as a share of the peak."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    """Largest norm of the gradient; larger ones are scaled down."""
-
-    def __post_init__(self) -> None:
-        if self.name not in ("adamw", "muon"):
-            raise ValueError(f"optim.name={self.name!r} is not known; choose adamw or muon")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"optim.schedule={self.schedule!r} is not known; choose from {', '.join(SCHEDULES)}"
-            )
-        if self.lr <= 0 or self.clip <= 0:
-            raise ValueError(
-                f"optim.lr and optim.clip must be positive, got {self.lr} and {self.clip}"
-            )
-        if not (self.warmup >= 0 and self.cooldown >= 0 and self.warmup + self.cooldown <= 1):
-            raise ValueError(
-                f"optim.warmup and optim.cooldown are shares of the run and add up to at most 1, "
-                f"got {self.warmup} and {self.cooldown}"
-            )
+from mor.training.config import OptimConfig
 
 
 def trapezoid(config: OptimConfig, step: int, total: int) -> float:

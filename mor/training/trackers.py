@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from mor.files import extra
 from mor.model.routing import Routing
-
-TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
 
 
 class Tracker(Protocol):

@@ -1,58 +1,28 @@
-"""mor costs, and the choice of a model that several commands share."""
+"""mor costs"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from typing import Annotated, Any, Literal
 
 from rich.console import Console
 from tyro.conf import arg
 
+from mor.cli.choice import ModelChoice
+from mor.cli.command import Command
 from mor.cli.show import print_rows
-from mor.model.config import KVStrategyName, ModelConfig, Recipe, RouterKind, Sharing, preset
+from mor.model.config import ModelConfig
+from mor.settings import PositiveInt, Settings
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelChoice:
-    """Which model: a preset and the paper's layout for a number of recursions."""
-
-    preset: str = "mini"
-    """tiny, mini, small, smollm-135m, smollm-360m, smollm-730m or smollm-1.7b."""
-    num_recursions: int = 3
-    """Times the shared layers are applied; 1 is a vanilla Transformer."""
-    router: RouterKind | None = None
-    """Default: expert_choice with several recursions, fixed with one."""
-    sharing: Sharing = "middle_cycle"
-    recipe: Recipe = "recommended"
-    """Router, gate, keys and values where they are not given. recommended: expert-choice, residual
-    gate with alpha 1, hybrid; paper: expert-choice, the paper's gate with alpha 0.1,
-    recursion_wise."""
-    kv_strategy: KVStrategyName | None = None
-    """Default: the recipe's."""
-    num_layers: int | None = None
-    """Effective depth. Default: the preset's, rounded up to one that the sharing scheme allows."""
-
-    def build(self) -> ModelConfig:
-        return preset(
-            self.preset,
-            num_recursions=self.num_recursions,
-            sharing=self.sharing,
-            num_layers=self.num_layers,
-            recipe=self.recipe,
-            router=self.router,
-            kv_strategy=self.kv_strategy,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingStep:
+class TrainingStep(Settings):
     """A step whose memory on one rank is estimated; sequences have the length --context."""
 
-    batch_size: int | None = None
+    batch_size: PositiveInt | None = None
     """Sequences per forward and rank."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: bool = False
-    ranks: int = 1
+    ranks: PositiveInt = 1
     parallel: Literal["ddp", "fsdp"] = "ddp"
 
     def memory(self, config: ModelConfig, seq_len: int) -> dict[str, float]:
@@ -68,15 +38,14 @@ class TrainingStep:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Costs:
+class Costs(Command):
     """Parameters, FLOPs and KV bytes of a model, before training it; with --train.batch-size what a
     GPU must hold."""
 
     choice: Annotated[ModelChoice, arg(name="")] = field(
         default_factory=lambda: ModelChoice(preset="smollm-360m")
     )
-    context: int | None = None
+    context: PositiveInt | None = None
     """Sequence length; the preset's maximum if not given."""
     kv_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     train: TrainingStep = field(default_factory=TrainingStep)

@@ -1,0 +1,39 @@
+"""The choice of a model that several commands share."""
+
+from __future__ import annotations
+
+from mor.model.config import KVStrategyName, ModelConfig, Recipe, RouterKind, Sharing, preset
+from mor.settings import PositiveInt, Settings
+
+
+class ModelChoice(Settings):
+    """Which model: a preset and the paper's layout for a number of recursions."""
+
+    preset: str = "mini"
+    """tiny, mini, small, smollm-135m, smollm-360m, smollm-730m or smollm-1.7b; mor presets shows
+    their sizes."""
+    num_recursions: PositiveInt = 3
+    """Times the shared layers are applied; 1 is a vanilla Transformer."""
+    recipe: Recipe = "recommended"
+    """Router, gate, keys and values where they are not given. recommended: expert-choice, residual
+    gate with alpha 1, hybrid; paper: expert-choice, the paper's gate with alpha 0.1,
+    recursion_wise."""
+    router: RouterKind | None = None
+    """Default: expert_choice with several recursions, fixed with one."""
+    sharing: Sharing = "middle_cycle"
+    kv_strategy: KVStrategyName | None = None
+    """Keys and values that a pass reads: its own (recursion_wise), the first pass's (shared), or
+    both together (hybrid). Default: the recipe's."""
+    num_layers: PositiveInt | None = None
+    """Effective depth. Default: the preset's, rounded up to one that the sharing scheme allows."""
+
+    def build(self) -> ModelConfig:
+        return preset(
+            self.preset,
+            num_recursions=self.num_recursions,
+            sharing=self.sharing,
+            num_layers=self.num_layers,
+            recipe=self.recipe,
+            router=self.router,
+            kv_strategy=self.kv_strategy,
+        )

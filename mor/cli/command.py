@@ -1,0 +1,37 @@
+"""What all commands are: settings whose fields are flags."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated, Any, Self
+
+import tyro
+from rich.console import Console
+from tyro.conf import PositionalMetavarFromFieldName, arg
+
+from mor.settings import Settings
+
+
+class Command(Settings):
+    """``run`` does the work; its mistakes are ValueErrors in one line."""
+
+    @classmethod
+    def read(cls, arguments: list[str], program: str, *, default: Self | None = None) -> Self:
+        """From the command line. Raises ValueError for a value out of bounds."""
+
+        def made(command: Any) -> Any:  # tyro boxes the ValueErrors of a class, not of a function
+            return command
+
+        made.__annotations__ = {"command": Annotated[cls, arg(name="")], "return": cls}
+        if default is not None:
+            made.__defaults__ = (default,)
+        return tyro.cli(
+            made,
+            args=arguments,
+            prog=program,
+            description=inspect.getdoc(cls),
+            config=(PositionalMetavarFromFieldName,),
+        )
+
+    def run(self, console: Console) -> None:
+        raise NotImplementedError

@@ -1,0 +1,85 @@
+"""Entry point: find a command by name, run it, and turn mistakes of the user into one line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import warnings
+from pkgutil import resolve_name
+from typing import NamedTuple
+
+import mor
+
+
+class Entry(NamedTuple):
+    place: str  # module:class
+    line: str
+
+
+COMMANDS = {
+    "demo": Entry("mor.cli.demo:Demo", "train four small models at equal FLOPs and compare them"),
+    "data": Entry("mor.cli.data:Data", "tokenize text into shards, or look at them"),
+    "train": Entry("mor.cli.train:Train", "train one model"),
+    "sweep": Entry("mor.cli.sweep:Sweep", "run a study: a grid of runs, its tables and figures"),
+    "runs": Entry("mor.cli.runs:Runs", "list the runs in a folder"),
+    "info": Entry("mor.cli.info:Info", "what a run or checkpoint is and how far it got"),
+    "compare": Entry("mor.cli.compare:Compare", "runs or checkpoints side by side"),
+    "eval": Entry("mor.cli.evaluate:Eval", "loss of a checkpoint, or its scores on benchmarks"),
+    "generate": Entry("mor.cli.generate:Generate", "continue a text with a checkpoint, or chat"),
+    "explain": Entry("mor.cli.explain:Explain", "a page that shows what a model does with a text"),
+    "report": Entry("mor.cli.report:Report", "a page of the figures and tables of a run or study"),
+    "convert": Entry("mor.cli.convert:Convert", "turn Llama-type models into mor's, or back"),
+    "bench": Entry("mor.cli.bench:Bench", "how fast decoding is on this machine"),
+    "costs": Entry("mor.cli.costs:Costs", "parameters, FLOPs and memory of a model"),
+    "presets": Entry("mor.cli.presets:Presets", "the named model shapes and their sizes"),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Exit codes: 2 for mistakes of the user, 130 for Ctrl-C, 1 if nobody reads on."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `mor runs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        raise SystemExit(1) from None
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def run(arguments: list[str]) -> None:
+    name, rest = (arguments or ["--help"])[0], arguments[1:]
+    if name in ("-h", "--help"):
+        print(overview())
+    elif name == "--version":
+        print(f"mor {mor.__version__}")
+    elif name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        meant = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"mor has no command {name!r}{meant}; mor --help lists them")
+    else:
+        from rich.console import Console
+
+        command = resolve_name(COMMANDS[name].place).read(rest, f"mor {name}")
+        command.run(Console(markup=False))  # titles, names and paths may hold brackets
+
+
+def overview() -> str:
+    lines = [f"  {name:9} {entry.line}" for name, entry in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: mor [--help] [--version] COMMAND ...",
+            "",
+            "Mixture-of-Recursions language models.",
+            "",
+            *lines,
+            "",
+            "mor COMMAND --help describes its flags.",
+        ]
+    )

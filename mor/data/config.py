@@ -1,0 +1,29 @@
+"""Settings of the data of a run; without torch, so that help comes at once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from mor.settings import PositiveInt, Settings
+
+
+class DataConfig(Settings, prefix="data"):
+    path: str | None = None
+    """A .txt, .jsonl (these also .gz or .zst) or .parquet file, a folder of them, or a directory
+    made by `mor data prepare`; or a task such as task:state-tracking?hops=16, which has its own
+    tokenizer and validation split. None: Python's own documentation, which every installation
+    has."""
+    validation_path: str | None = None
+    """Validation text of the same kinds. None: a share of the documents, or the prepared validation
+    split."""
+    text_field: str = "text"
+    tokenizer: str = "bpe"
+    """'bytes', 'bpe' (trained on the training documents), a directory or hub name; prepared data
+    has its own."""
+    vocab_size: PositiveInt = 2048
+    """Size of the trained BPE."""
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    document_mask: bool = False
+    """Documents of one sequence neither attend to nor compete with each other."""
