@@ -207,8 +207,8 @@ def overhead(settings):
         load = load_for("", model, batch=slots, slots=slots, lengths=Lengths(mean=8, deviation=2))
         take_turns([load], rounds=settings.rounds, seconds=0.5)
         host, step = median(load.host_s), median(load.step_s)
-        whole = sum(load.engine.seconds.values())
-        parts = {part: seconds / whole for part, seconds in load.engine.seconds.items()}
+        whole = sum(load.engine.measured.seconds.values())
+        parts = {part: seconds / whole for part, seconds in load.engine.measured.seconds.items()}
         rows.append(
             dict(
                 slots=slots, host_us=1e6 * host, step_us=1e6 * step, share=host / step, parts=parts

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from mor.engine import Engine, EngineConfig, SamplingParams, Status
 from mor.engine.attention import gathered_attention
 from mor.engine.bench import Lengths, load_for
-from mor.engine.pages import PagePool, PrefixCache, Segment
+from mor.engine.pages import PagePool
+from mor.engine.prefix_cache import PrefixCache, Segment
 from mor.engine.sampling import SamplingRows, logprob_rows, sample_rows
 from mor.engine.weights import FewRowsLinear, for_decoding
 from mor.generation import generate, logprob, sample
@@ -131,10 +132,10 @@ def test_prefix_hits_are_not_read_again():
     engine = Engine(model, config=EngineConfig(page_size=4))
     params = SamplingParams(max_new_tokens=2, temperature=0)
     engine.generate([prompt], params)
-    read = engine.tokens["read"]
+    read = engine.measured.tokens["read"]
     (again,) = engine.generate([prompt], params)
     # the last one is decoded
-    assert read == 19 and again.num_cached == 16 and engine.tokens["read"] == 22
+    assert read == 19 and again.num_cached == 16 and engine.measured.tokens["read"] == 22
 
 
 @pytest.mark.parametrize("batch", [1, 2, 33, 64])
@@ -180,9 +181,9 @@ def test_tokens_of_different_depths_share_a_pass():
     engine = Engine(model)
     prompts, _ = draw_requests(16)
     engine.generate(prompts, SamplingParams(max_new_tokens=16, temperature=0))
-    passes = engine.tokens["block"] / engine.passes["block"]
+    passes = engine.measured.tokens["block"] / engine.measured.passes["block"]
     # far fewer passes than tokens times depth
-    assert engine.passes["block"] < 16 * 3 and passes > 12
+    assert engine.measured.passes["block"] < 16 * 3 and passes > 12
 
 
 def test_full_lanes_come_before_coda():
@@ -195,8 +196,8 @@ def test_full_lanes_come_before_coda():
         engine.add_request(prompt, SamplingParams(max_new_tokens=40, temperature=0))
     for _ in range(60):
         engine.step()
-    assert engine.tokens["block"] == lanes * engine.passes["block"]
-    assert engine.tokens["coda"] > 16 * engine.passes["coda"]
+    assert engine.measured.tokens["block"] == lanes * engine.measured.passes["block"]
+    assert engine.measured.tokens["coda"] > 16 * engine.measured.passes["coda"]
 
 
 def test_logprobs():
@@ -369,11 +370,12 @@ def check_pages(engine):
                 for page in pages:
                     held[page] += 1
                 if (
-                    engine.kv.reserved[request.slot, stream] > engine.kv.count[request.slot, stream]
+                    engine.kv.reserved_SV[request.slot, stream]
+                    > engine.kv.count_SV[request.slot, stream]
                     and pages
                 ):
                     row = request.slot * engine.kv.num_streams + stream
-                    next_place = engine.kv.table_RL[row, engine.kv.count[request.slot, stream]]
+                    next_place = engine.kv.table_RL[row, engine.kv.count_SV[request.slot, stream]]
                     writing.append(int(next_place) // engine.kv.page_size)
         for _, segment in engine.prefix_cache._segments.values():
             for segment_kind, page in segment.pages:
@@ -442,7 +444,7 @@ def test_without_a_compiler_the_fallback_is_announced(monkeypatch):
     monkeypatch.setattr(cpu_attention, "prepare", fails)
     with pytest.warns(UserWarning, match="slower: no C compiler"):
         assert Engine(tiny()).kv.decode_attention is gathered_attention
-    with pytest.raises(ValueError, match="cannot be had"):
+    with pytest.raises(ValueError, match="is not available"):
         Engine(tiny(), config=EngineConfig(attention="compiled"))
     with pytest.raises(ValueError, match="needs float32"):
         Engine(tiny().double(), config=EngineConfig(attention="compiled"))

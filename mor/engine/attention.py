@@ -1,7 +1,8 @@
 """Attention of single queries over paged entries: the plain definition, and faster backends with
 its signature.
 
-M queries · E entries of a pool · L longest sequence · N heads · G key/value heads · H head dim
+E entries of a pool · G key/value heads · H head dim · L width of the table · M queries · N heads ·
+R rows of the table · S entries that the longest query sees
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class DecodeAttention(Protocol):
     ) -> Tensor:
         """Query m attends to the entries ``table_RL[row_M[m], :seen_M[m]]``; returns (M, N, H).
 
-        Tables, rows and counts are int32; longest: the largest of ``seen_M``.
+        table_RL: places in the pool. row_M: the row of the table that each query reads. seen_M: how
+        many entries of it, at least 1. All three are int32. longest: at least the largest of
+        ``seen_M``.
         """
 
 
@@ -46,21 +49,22 @@ def gathered_attention(
     *,
     longest: int,
 ) -> Tensor:
-    """The definition: copy the entries of each query side by side, hide what it may not see."""
+    """The definition: copy the entries of each query side by side and mask what it must not
+    see."""
     entry_MS = table_RL[:, :longest].index_select(0, row_M)
-    k, v = (
+    k_MSGH, v_MSGH = (
         pool.index_select(0, entry_MS.flatten()).unflatten(0, entry_MS.shape)
         for pool in (k_EGH, v_EGH)
     )
     visible_MS = torch.arange(longest, device=q_MNH.device) < seen_M[:, None]
-    return attention(q_MNH[:, None], k, v, visible_MS[:, None]).squeeze(1)
+    return attention(q_MNH[:, None], k_MSGH, v_MSGH, visible_MS[:, None]).squeeze(1)
 
 
 def decode_attention(
     backend: AttentionBackend, device: torch.device, dtype: torch.dtype
 ) -> DecodeAttention:
-    """The backend of that name; ``auto`` takes the fastest that works here, and warns if that is
-    the slow one."""
+    """The backend of that name. ``auto`` takes the fastest that works here, and warns if the kernel
+    for this device does not. Raises ValueError if the backend named does not work here."""
     if backend not in ("auto", "gathered", "compiled", "triton"):
         raise ValueError(
             f"attention={backend!r} is not known; choose 'auto', 'gathered', 'compiled' or 'triton'"
@@ -79,9 +83,9 @@ def decode_attention(
         return {"compiled": _compiled, "triton": _triton}[chosen]()
     except (cpu_attention.CompilerError, ImportError) as error:
         if backend != "auto":
-            raise ValueError(f"attention={backend!r} cannot be had: {error}") from error
+            raise ValueError(f"attention={backend!r} is not available: {error}") from error
         warnings.warn(
-            f"decoding without the {chosen} attention kernel, which is slower: {error}",
+            f"decoding without the {chosen} attention kernel, which makes it slower: {error}",
             stacklevel=2,
         )
         return gathered_attention

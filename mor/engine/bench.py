@@ -94,20 +94,20 @@ class SteadyLoad:
     def turn(self, seconds: float) -> None:
         """Work for about so long and take notes."""
         engine, device = self.engine, self.engine.kv.device
-        for counter in (engine.seconds, engine.tokens, engine.passes):
-            counter.clear()
+        measured = engine.measured
+        measured.clear()
         engine.runner.model_s = 0.0
         steps, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds or not engine.tokens["sample"]:
+        while time.perf_counter() - start < seconds or not measured.tokens["sample"]:
             self._step()
             steps += 1
         wait(device)
-        elapsed, new = time.perf_counter() - start, engine.tokens["sample"]
+        elapsed, new = time.perf_counter() - start, measured.tokens["sample"]
         self.tokens_per_s.append(new / elapsed)
-        self.layers_s.append(sum(engine.seconds[part] for part in LAYERS) / new)
-        self.host_s.append((elapsed - engine.runner.model_s - engine.seconds["sample"]) / steps)
+        self.layers_s.append(sum(measured.seconds[part] for part in LAYERS) / new)
+        self.host_s.append((elapsed - engine.runner.model_s - measured.seconds["sample"]) / steps)
         self.step_s.append(elapsed / steps)
-        self.depth.append((engine.tokens["block"] or engine.tokens["token"]) / new)
+        self.depth.append((measured.tokens["block"] or measured.tokens["token"]) / new)
 
     def _step(self) -> None:
         for output in self.engine.step():
