@@ -1,8 +1,10 @@
 """The engine against generate.py: the same tokens and depths under every schedule, and nothing
 leaks."""
 
+import functools
 import random
 
+import numpy as np
 import pytest
 import torch
 from conftest import cases, random_tokens, tiny
@@ -83,29 +85,38 @@ def small_pool(model, tokens, page_size):
     return num_bytes
 
 
+@functools.cache
+def plainly_decoded(make_model):
+    """A model, requests, and what the plain decoder makes of them: the same for every schedule."""
+    model = make_model()
+    prompts, params = draw_requests(9, seed=1, temperature=1.0)
+    return model, prompts, params, generate(model, prompts, params)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("make_model", cases())
 def test_equals_plain_decoding(make_model, schedule):
-    model = make_model()
+    model, prompts, params, want = plainly_decoded(make_model)
     if schedule == "device" and model.config.shared_order == "sequence":
         pytest.skip("the device loop is for passes of equal layers")
-    prompts, params = draw_requests(9, seed=1, temperature=1.0)
+    if schedule == "one-at-a-time":  # each token is a pass of its own, so a few requests will do
+        prompts, params, want = prompts[:4], params[:4], want[:4]
     engine = Engine(model, config=EngineConfig(**SCHEDULES[schedule]))
-    same(engine.generate(prompts, params), generate(model, prompts, params))
+    same(engine.generate(prompts, params), want)
     all_memory_is_back(engine)
 
 
 @pytest.mark.parametrize("make_model", cases())
 def test_preemption_in_a_tiny_pool(make_model):
     model = make_model()
-    prompts, params = draw_requests(8, seed=2, longest_prompt=8, longest_output=20)
-    budget = small_pool(model, 28, page_size=2)
+    prompts, params = draw_requests(5, seed=2, longest_prompt=8, longest_output=20)
+    budget, want = small_pool(model, 28, page_size=2), generate(model, prompts, params)
     for batching in ("depth_wise", "lock_step"):
         config = EngineConfig(
-            max_num_seqs=8, page_size=2, kv_cache_memory=budget, prefill_chunk=3, batching=batching
+            max_num_seqs=8, page_size=2, kv_cache_memory=budget, prefill_chunk=8, batching=batching
         )
         engine = Engine(model, config=config)
-        same(engine.generate(prompts, params), generate(model, prompts, params))
+        same(engine.generate(prompts, params), want)
         assert engine.scheduler.preemptions > 0
         all_memory_is_back(engine)
 
@@ -411,6 +422,34 @@ def test_soak():
     all_memory_is_back(engine)
 
 
+def test_the_count_of_the_host_changes_when_it_is_refreshed():
+    """Not before: on CUDA it cannot, and the CPU does the same."""
+    kv = Engine(tiny("fixed"), config=EngineConfig(max_num_seqs=2, page_size=4)).kv
+    slots, streams = np.array([0, 1]), np.array([0, 2])
+    kv.reserve(slots, streams)
+    entries = torch.tensor([True, False])
+    kv.append(torch.tensor(slots), torch.tensor(streams), torch.zeros(2).long(), entries, kind=1)
+    assert kv.count_SV.sum() == 0
+    kv.refresh()
+    assert kv.count_SV.nonzero() == ([0], [0]) and kv.count_SV[0, 0] == 1
+    kv.free_slot(0)
+    assert kv.count_SV.sum() == 0
+    kv.refresh()
+    assert kv.count_SV.sum() == 0
+
+
+@pytest.mark.parametrize("batching", ["lock_step", "static"])
+def test_a_static_batch_ends_with_its_longest_request(batching):
+    engine = Engine(tiny(), config=EngineConfig(max_num_seqs=2, batching=batching))
+    long, short, late = (
+        engine.add_request([1], SamplingParams(max_new_tokens=n, temperature=0)) for n in (9, 3, 3)
+    )
+    while late.status is Status.WAITING:
+        engine.step()
+    assert short.status is Status.FINISHED
+    assert (long.status is Status.FINISHED) == (batching == "static")
+
+
 @pytest.mark.parametrize("heads", [(4, 2, 6), (9, 3, 64), (2, 2, 5)])
 def test_compiled_attention(heads):
     from mor.engine.cpu_attention import CompilerError, compiled_attention, prepare
@@ -448,6 +487,27 @@ def test_without_a_compiler_the_fallback_is_announced(monkeypatch):
         Engine(tiny(), config=EngineConfig(attention="compiled"))
     with pytest.raises(ValueError, match="needs float32"):
         Engine(tiny().double(), config=EngineConfig(attention="compiled"))
+
+
+def test_a_cache_folder_that_cannot_be_written_is_announced(monkeypatch, tmp_path):
+    from mor.engine.cpu_attention import cache_folder
+
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="set XDG_CACHE_HOME"):
+        folder = cache_folder()
+    (folder / "library").write_text("can be written")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # the same as if it were not set
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "mor" and cache_folder().is_dir()
+
+
+def test_a_compiler_that_does_not_run_is_a_compiler_error(monkeypatch, tmp_path):
+    from mor.engine.cpu_attention import CompilerError, compile_library
+
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    with pytest.raises(CompilerError, match="does not run"):
+        compile_library("int x;")
 
 
 def test_int8_weights_stay_close_and_rows_apart():
@@ -550,8 +610,10 @@ def test_an_aborted_request_streams_nothing_more():
 def test_a_compiled_model_is_quantised_too():
     tokens = random_tokens(2, 10)
     plain = for_decoding(tiny(), "int8")(tokens).logits_BTV
-    compiled = for_decoding(tiny().compile_blocks(backend="eager"), "int8")
-    torch.testing.assert_close(compiled(tokens).logits_BTV, plain)
+    compiled = tiny().compile_blocks(backend="eager")
+    quantised = for_decoding(compiled, "int8")
+    torch.testing.assert_close(quantised(tokens).logits_BTV, plain)
+    assert "enter" in vars(compiled.prelude[0]) and "enter" not in vars(quantised.prelude[0])
 
 
 def test_a_steady_load_starts_full():
@@ -575,6 +637,11 @@ def test_few_rows_is_the_same_model_on_the_same_memory():
     assert block.feed_forward.up_proj.weight is own.feed_forward.up_proj.weight
     assert fast.head.weight.data_ptr() == model.embedding.weight.data_ptr()
     assert type(own.feed_forward.up_proj) is torch.nn.Linear
+    model.requires_grad_(False)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.mul_(1.1)
+    torch.testing.assert_close(fast(tokens).logits_BTV, model(tokens).logits_BTV)
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
 
 
 def test_rows_are_sampled_as_each_alone():

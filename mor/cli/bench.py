@@ -19,8 +19,8 @@ from mor.model.transformer import Transformer
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """How fast it is here. decode: tokens per second of MoR against a vanilla model of equal depth,
-    in the same engine, always full.
+    """How fast this machine is. decode: tokens per second of MoR models and of a vanilla model of
+    equal depth, in the same engine, always full.
 
     Without checkpoints: random weights in the shape of a preset, with depths drawn uniformly.
     """
@@ -34,12 +34,12 @@ class Bench:
     num_layers: int = 26
     """Effective depth of every model."""
     batches: tuple[int, ...] = (1, 8, 32)
-    """Tokens in a pass at most; each model has twice as many slots. The last batch is also measured
-    with as many slots as fit into the bytes of the baseline's keys and values."""
+    """Tokens in a pass at most. Each model has twice as many slots. The last batch is measured once
+    more with as many slots as fit into the bytes of the baseline's keys and values."""
     lengths: Lengths = field(default_factory=Lengths)
     rounds: int = 5
     seconds: float = 1.0
-    """Of one turn of one model."""
+    """Length of one turn of one model; models take turns."""
     threads: int | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

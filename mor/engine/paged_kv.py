@@ -18,8 +18,7 @@ writes to it: :meth:`PagedKV.refresh` copies, :meth:`PagedKV.attach` and :meth:`
 set both. Between a pass and the next refresh the copy is behind, on every device alike.
 
 E entries of a pool · G key/value heads · H head dim · K new entries of a stream · L width of a
-table · M tokens · R rows of a table (virtual sequences: slot * V + stream) · S slots · V
-streams
+table · M tokens · R rows of a table (virtual sequences: slot * V + stream) · S slots · V streams
 """
 
 from __future__ import annotations
