@@ -711,9 +711,8 @@ def test_page_pool_refuses_double_release():
 def test_prefix_cache_forgets_the_end_of_a_chain_first():
     cache = PrefixCache(2)
     parts = [Segment([], [], None) for _ in range(3)]
-    for i, part in enumerate(parts[:2]):
-        assert cache.add([1, 2, 3, 4], i, part)
-    assert cache.add([9, 9], 0, parts[2])
+    cache.add([1, 2, 3, 4], parts.__getitem__)
+    cache.add([9, 9], lambda index: parts[2])
     assert cache.match([1, 2, 3, 4, 5]) == parts[:2] and cache.match([1, 2, 3, 4]) == parts[:1]
     assert cache.match([9, 9, 1]) == [parts[2]]
     assert cache.evict() is parts[1]

@@ -8,6 +8,7 @@ R rows of the table · S entries that the longest query sees
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
@@ -72,15 +73,14 @@ def decode_attention(
     fits = {
         "compiled": device.type == "cpu" and dtype == torch.float32,
         "triton": device.type == "cuda",
+        "gathered": True,
     }
-    if backend == "gathered" or (backend == "auto" and not any(fits.values())):
-        return gathered_attention
     chosen = next(name for name, fit in fits.items() if fit) if backend == "auto" else backend
     if not fits[chosen]:
         needs = {"compiled": "float32 on the CPU", "triton": "a CUDA device"}[chosen]
         raise ValueError(f"attention={chosen!r} needs {needs}, got {dtype} on {device}; use 'auto'")
     try:
-        return {"compiled": _compiled, "triton": _triton}[chosen]()
+        return _LOAD[chosen]()
     except (cpu_attention.CompilerError, ImportError) as error:
         if backend != "auto":
             raise ValueError(f"attention={backend!r} is not available: {error}") from error
@@ -89,6 +89,10 @@ def decode_attention(
             stacklevel=2,
         )
         return gathered_attention
+
+
+def _gathered() -> DecodeAttention:
+    return gathered_attention
 
 
 def _compiled() -> DecodeAttention:
@@ -100,3 +104,10 @@ def _triton() -> DecodeAttention:
     from mor.engine.triton_attention import triton_attention
 
     return triton_attention
+
+
+_LOAD: dict[str, Callable[[], DecodeAttention]] = {
+    "gathered": _gathered,
+    "compiled": _compiled,
+    "triton": _triton,
+}

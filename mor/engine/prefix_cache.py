@@ -1,25 +1,22 @@
-"""Prompts that begin alike are read once: a cache of what earlier ones left behind.
-
-R recursions
-"""
+"""Prompts that begin alike are read once: a cache of what earlier ones left behind."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
     """What is cached of some consecutive tokens of a prompt, as many as a page has room for.
 
     entries: for each stream, the places of these tokens' entries in the storage, in order. A stream
     of a recursion has an entry only for those that took it. pages: the (kind, page) pairs that hold
     them; the segment is one of their owners. taken: whether each token took each recursion,
-    (tokens, R).
+    (tokens, recursions).
     """
 
     entries: list[np.ndarray]
@@ -54,23 +51,18 @@ class PrefixCache:
         self.hits += len(keys)
         return [self._segments[key][1] for key in keys]
 
-    def num_known(self, ids: Sequence[int]) -> int:
-        """How many segments of ``ids`` are cached, counted from the beginning."""
-        return sum(1 for _ in self._chain(ids))
+    def add(self, ids: Sequence[int], make: Callable[[int], Segment]) -> None:
+        """Cache the segments of ``ids`` that are not known yet.
 
-    def add(self, ids: Sequence[int], index: int, segment: Segment) -> bool:
-        """Cache the segment at ``ids[index * segment_size:]``. False if it is cached already, or if
-        one before it is not."""
-        before = list(self._chain(ids[: index * self.segment_size]))
-        if len(before) < index:
-            return False
-        key = (self._segments[before[-1]][0] if before else 0, self._tokens(ids, index))
-        if key in self._segments:
-            return False
-        self._last_number += 1
-        self._segments[key] = (self._last_number, segment)
-        self._mark_used(before)
-        return True
+        make: called for each of them, with its index, in order.
+        """
+        keys = list(self._chain(ids))
+        number = self._segments[keys[-1]][0] if keys else 0
+        for index in range(len(keys), len(ids) // self.segment_size):
+            keys.append((number, self._tokens(ids, index)))
+            number = self._last_number = self._last_number + 1
+            self._segments[keys[-1]] = number, make(index)
+        self._mark_used(keys)
 
     def evict(self) -> Segment | None:
         """Forget the segment unused for longest; None if there is none left."""

@@ -4,8 +4,8 @@ Does what ``Transformer.forward`` does to a token, cut where a token may wait fo
 (embedding, prelude), ``block`` (one pass of the shared stack, then routing) and ``coda``, ``head``.
 All state is in tensors, and shapes depend on the number of slots given alone.
 
-A, B rows of a batch · D model · K tokens of a step · L positions · M lanes · P passes · R
-recursions · S slots · T columns · V vocab
+A rows that hold tokens · B rows of the batch · D model · K tokens of a step · L positions · M lanes
+· P passes · R recursions · S slots · T columns · V vocab
 """
 
 from __future__ import annotations

@@ -76,13 +76,15 @@ class Scheduler:
         """Put what the request has read so far into the prefix cache."""
         if self.prefix_cache is None:
             return
-        ids, size = request.known_ids[: request.num_read], self.prefix_cache.segment_size
-        taken = np.concatenate(request.taken)
-        for index in range(self.prefix_cache.num_known(ids), len(ids) // size):
+        taken, size = np.concatenate(request.taken), self.prefix_cache.segment_size
+
+        def segment(index: int) -> Segment:
             start, end = index * size, (index + 1) * size
-            taken_before = taken[:start].sum(0)
-            segment = self.kv.segment(request.slot, start, taken[start:end], taken_before)
-            self.prefix_cache.add(ids, index, segment)
+            return self.kv.segment(
+                request.slot, start, taken[start:end], taken_before=taken[:start].sum(0)
+            )
+
+        self.prefix_cache.add(request.known_ids[: request.num_read], segment)
 
     def clear_prefix_cache(self) -> None:
         while self._evict_prefix():
