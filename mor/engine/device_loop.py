@@ -24,7 +24,7 @@ from mor.engine.request import Phase, Request
 from mor.engine.runner import Runner
 from mor.engine.sampling import SamplingRows, logprob_rows, sample_rows
 from mor.engine.strategy import Strategy, Work
-from mor.model.transformer import Transformer
+from mor.model.transformer import Transformer, passes
 
 MAX_STOP_TOKENS = 16
 _NEVER = torch.iinfo(torch.int64).max  # the age of a slot that is not wanted
@@ -44,7 +44,7 @@ class DeviceLoop(Strategy):
     @staticmethod
     def fits(model: Transformer) -> bool:
         """Whether every pass of the model applies the same layers, as a fixed pattern needs."""
-        first, *others = (layers for _, layers in model.recursions.passes)
+        first, *others = (layers for _, layers in passes(model.config))
         return all(layers == first for layers in others)
 
     def step(self) -> None:

@@ -219,15 +219,16 @@ class PagedKV:
         same recursion. kind: of the layers that the pass runs through. longest: entries that any
         token sees at most; if it is given, no value is looked up on the device.
         """
-        row_M, writes = slot_M * self.num_streams + stream_M, True
-        counted_M = new_M & (slot_M != self.idle)
+        row_M = slot_M * self.num_streams + stream_M
+        counted_M, writes = new_M & (slot_M != self.idle), True
         if not self.all_write:
             writes_M = self.writes_V[stream_M]
             counted_M, writes = counted_M & writes_M, longest is not None or bool(writes_M.any())
         self.count_R.index_add_(0, row_M, counted_M.long())
         # A token's entry is the last of its row, whether it is new or not. The idle slot has none.
         index_M = (self.count_R[row_M] - 1).clamp(min=0)
-        place_M, view_M, seen_M = self.table_RL[row_M, index_M].long(), row_M, index_M + 1
+        place_M = self.table_RL[row_M, index_M].long()
+        view_M, seen_M = row_M, index_M + 1
         if not self.all_write:
             place_M = torch.where(writes_M, place_M, self.unread_V[stream_M])
         if not self.all_compact:
@@ -314,7 +315,8 @@ class PagedKV:
         self._set_count(slot, self.reserved_SV[slot])
         for kind, page in sorted({page for segment in segments for page in segment.pages}):
             self.pools[kind].share(page)
-            # Which stream of its kind it is noted under does not matter: all are released together.
+            # All pages of a slot are released together, so any stream of their kind may list them;
+            # the first of a kind has its number.
             self.pages[slot][kind].append(page)
 
     def _adopt(

@@ -54,21 +54,23 @@ def _rounded(x_MD: Tensor) -> tuple[Tensor, Tensor]:
 
 def with_linear(model: Transformer, make: Callable[[Tensor], nn.Module]) -> Transformer:
     """The model with other linear layers in its blocks and head. Everything else is the original's:
-    the same modules, so a change of its weights shows in both.
+    the same modules, so a change of their weights shows in both.
 
     make: the new layer for a weight, (N, D). Compiled blocks are not inherited: they hold the old
     layers.
     """
     with torch.device("meta"):  # the structure, without memory
         other = Transformer(model.config).train(model.training)
-    other.embedding, other.final_norm = model.embedding, model.final_norm
-    other.recursions.router = model.recursions.router
-    for block, original in zip(_blocks(other), _blocks(model), strict=True):
-        for name, part in original.named_modules():
-            if isinstance(part, nn.Linear):
-                block.set_submodule(name, make(part.weight))
-            elif next(part.children(), None) is None:  # norms
-                block.set_submodule(name, part)
+    for part, original in ((other, model), (other.recursions, model.recursions)):
+        for name, child in original.named_children():
+            if not any(isinstance(inner, Block) for inner in child.modules()):
+                setattr(part, name, child)  # embedding, router, final norm
+    for block, original_block in zip(_blocks(other), _blocks(model), strict=True):
+        for name, child in original_block.named_modules():
+            if isinstance(child, nn.Linear):
+                block.set_submodule(name, make(child.weight))
+            elif next(child.children(), None) is None:
+                block.set_submodule(name, child)  # norms
     other.head = make(model.head_weight)  # type: ignore[assignment]
     return other
 
