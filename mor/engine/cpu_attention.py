@@ -44,8 +44,8 @@ def cache_folder() -> Path:
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         warnings.warn(
-            f"the cache folder {folder} cannot be written ({error}), so every run compiles anew; "
-            "set XDG_CACHE_HOME to a folder that can",
+            f"the cache folder {folder} cannot be written ({error}), so the attention kernel is "
+            "compiled again in every run; set XDG_CACHE_HOME to a writable folder",
             stacklevel=2,
         )
         folder = Path(tempfile.mkdtemp(prefix="mor-"))

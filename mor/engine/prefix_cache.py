@@ -27,7 +27,7 @@ class Segment:
 class PrefixCache:
     """Segments of earlier prompts, found by their tokens from the beginning of the prompt.
 
-    Keys, values and depths of a token depend on the tokens before it alone, since routing is
+    Keys, values and depth of a token depend on it and the tokens before it alone, since routing is
     causal: equal beginnings have equal segments. A segment is stored under the number of the
     segment before it (0: none) and its own tokens, so looking up a prompt follows a chain. Segments
     are ordered by their last use, each before the ones that it follows, so the end of a chain is
