@@ -1,12 +1,12 @@
-"""How fast the engine decodes: against its own vanilla, its other modes, transformers, and under a
-load.
+"""How fast the engine decodes: compared with vanilla in the same engine, with its other ways of
+batching, with transformers, and under a load.
 
-    python benchmarks/decode_speed.py                       # everything, under ten minutes on two
-    cores python benchmarks/decode_speed.py --parts batching --lengths.mean 256
+    python benchmarks/decode_speed.py  # everything, under ten minutes on two cores
+    python benchmarks/decode_speed.py --parts batching --lengths.mean 256
     python benchmarks/decode_speed.py --checkpoint runs/mor3 --baseline runs/vanilla --parts models
 
-Within a part everything takes turns in one process; speeds are medians. JSON in the last line.
-Parts: models (MoR-2/3/4 against vanilla of the same depth, depths drawn uniformly by a random
+Within a part everything takes turns in one process; speeds are medians. The last line is JSON.
+Parts: models (MoR-2/3/4 against vanilla of the same depth, with depths drawn uniformly by a random
 router, or a trained checkpoint), batching (depth-wise, lock-step, static), transformers, overhead,
 latency.
 """
@@ -40,20 +40,20 @@ class Settings:
     """Effective depth of every model; 2, 3 and 4 recursions must divide it less the two own
     layers."""
     checkpoint: Path | None = None
-    """A trained MoR for the part `models`, instead of random routers; with the baseline to compare
-    it with. The other parts have random weights in the shape of the preset all the same."""
+    """A trained MoR for the part `models`, instead of random routers; needs --baseline. The other
+    parts use random weights in the shape of the preset in any case."""
     baseline: Path | None = None
     batches: tuple[int, ...] = (1, 8, 32)
     lengths: Lengths = field(default_factory=Lengths)
     rounds: int = 5
     seconds: float = 1.2
-    """Of one turn."""
+    """Length of one turn."""
     threads: int = 2
     device: str = "cpu"
     dtype: str = "float32"
     parts: tuple[str, ...] = PARTS
     json: bool = False
-    """Only the result for programs."""
+    """Print the JSON only."""
     out: Path | None = None
     """Also write the JSON there."""
 
@@ -92,7 +92,7 @@ def models(settings):
 
 
 def batching(settings):
-    """The same MoR-3, 32 lanes, by the way tokens are put together."""
+    """The same MoR-3 with 32 lanes, under each way of batching."""
     model = make(settings, 3)
     loads = [
         load_for("depth-wise, 64 slots", model, batch=32, slots=64, lengths=settings.lengths),
@@ -207,8 +207,8 @@ def overhead(settings):
         load = load_for("", model, batch=slots, slots=slots, lengths=Lengths(mean=8, deviation=2))
         take_turns([load], rounds=settings.rounds, seconds=0.5)
         host, step = median(load.host_s), median(load.step_s)
-        whole = sum(load.engine.seconds.values())
-        parts = {part: seconds / whole for part, seconds in load.engine.seconds.items()}
+        whole = sum(load.engine.measured.seconds.values())
+        parts = {part: seconds / whole for part, seconds in load.engine.measured.seconds.items()}
         rows.append(
             dict(
                 slots=slots, host_us=1e6 * host, step_us=1e6 * step, share=host / step, parts=parts

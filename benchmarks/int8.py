@@ -1,10 +1,9 @@
 """What int8 weights cost in NLL and gain in speed when serving on a CPU.
 
-    python benchmarks/int8.py CHECKPOINT TEXT        # text: a file, folder or prepared data; JSON
-    in the last line
+    python benchmarks/int8.py CHECKPOINT TEXT  # text: a file, folder or prepared data
 
-NLL by a causal evaluation of both; tokens per second of the engine with 1, 8 and 32 requests,
-taking turns.
+NLL by a causal evaluation of both; tokens per second of the engine with 1, 8 and 32 requests, both
+taking turns. The last line is JSON.
 """
 
 import json
@@ -36,8 +35,8 @@ class Settings:
 
 @torch.inference_mode()
 def nll(model, data, settings):
-    """Nats per token over windows spread evenly, causal; from logits, since an int8 head has no
-    weight matrix."""
+    """Nats per token over windows spread evenly, causal. From logits, since an int8 head has no
+    float weight for the fused loss."""
     total, chosen = 0.0, data.spread(settings.seq_len, settings.windows)
     for i in chosen:
         batch = data.batch([i], settings.seq_len)

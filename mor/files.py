@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import tomllib
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,6 +168,11 @@ def _is_writable(folder: Path) -> bool:
 def _temporary_folder() -> Path:
     # Nobody else may write there: the cache holds compiled code. So its name cannot be a fixed one.
     folder = tempfile.mkdtemp(prefix="mor-")
+    warnings.warn(
+        "neither $XDG_CACHE_HOME nor ~/.cache can be written, so what is kept there is made again "
+        "in every process; set XDG_CACHE_HOME to a writable folder",
+        stacklevel=3,
+    )
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 

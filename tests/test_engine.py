@@ -1,8 +1,10 @@
 """The engine against generate.py: the same tokens and depths under every schedule, and nothing
 leaks."""
 
+import functools
 import random
 
+import numpy as np
 import pytest
 import torch
 from conftest import cases, random_tokens, tiny
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from mor.engine import Engine, EngineConfig, SamplingParams, Status
 from mor.engine.attention import gathered_attention
 from mor.engine.bench import Lengths, load_for
-from mor.engine.pages import PagePool, PrefixCache, Segment
+from mor.engine.pages import PagePool
+from mor.engine.prefix_cache import PrefixCache, Segment
 from mor.engine.sampling import SamplingRows, logprob_rows, sample_rows
 from mor.engine.weights import FewRowsLinear, for_decoding
 from mor.generation import generate, logprob, sample
@@ -82,29 +85,38 @@ def small_pool(model, tokens, page_size):
     return num_bytes
 
 
+@functools.cache
+def plainly_decoded(make_model):
+    """A model, requests, and what the plain decoder makes of them: the same for every schedule."""
+    model = make_model()
+    prompts, params = draw_requests(9, seed=1, temperature=1.0)
+    return model, prompts, params, generate(model, prompts, params)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("make_model", cases())
 def test_equals_plain_decoding(make_model, schedule):
-    model = make_model()
+    model, prompts, params, want = plainly_decoded(make_model)
     if schedule == "device" and model.config.shared_order == "sequence":
         pytest.skip("the device loop is for passes of equal layers")
-    prompts, params = draw_requests(9, seed=1, temperature=1.0)
+    if schedule == "one-at-a-time":  # each token is a pass of its own, so a few requests will do
+        prompts, params, want = prompts[:4], params[:4], want[:4]
     engine = Engine(model, config=EngineConfig(**SCHEDULES[schedule]))
-    same(engine.generate(prompts, params), generate(model, prompts, params))
+    same(engine.generate(prompts, params), want)
     all_memory_is_back(engine)
 
 
 @pytest.mark.parametrize("make_model", cases())
 def test_preemption_in_a_tiny_pool(make_model):
     model = make_model()
-    prompts, params = draw_requests(8, seed=2, longest_prompt=8, longest_output=20)
-    budget = small_pool(model, 28, page_size=2)
+    prompts, params = draw_requests(5, seed=2, longest_prompt=8, longest_output=20)
+    budget, want = small_pool(model, 28, page_size=2), generate(model, prompts, params)
     for batching in ("depth_wise", "lock_step"):
         config = EngineConfig(
-            max_num_seqs=8, page_size=2, kv_cache_memory=budget, prefill_chunk=3, batching=batching
+            max_num_seqs=8, page_size=2, kv_cache_memory=budget, prefill_chunk=8, batching=batching
         )
         engine = Engine(model, config=config)
-        same(engine.generate(prompts, params), generate(model, prompts, params))
+        same(engine.generate(prompts, params), want)
         assert engine.scheduler.preemptions > 0
         all_memory_is_back(engine)
 
@@ -131,10 +143,10 @@ def test_prefix_hits_are_not_read_again():
     engine = Engine(model, config=EngineConfig(page_size=4))
     params = SamplingParams(max_new_tokens=2, temperature=0)
     engine.generate([prompt], params)
-    read = engine.tokens["read"]
+    read = engine.measured.tokens["read"]
     (again,) = engine.generate([prompt], params)
     # the last one is decoded
-    assert read == 19 and again.num_cached == 16 and engine.tokens["read"] == 22
+    assert read == 19 and again.num_cached == 16 and engine.measured.tokens["read"] == 22
 
 
 @pytest.mark.parametrize("batch", [1, 2, 33, 64])
@@ -180,9 +192,9 @@ def test_tokens_of_different_depths_share_a_pass():
     engine = Engine(model)
     prompts, _ = draw_requests(16)
     engine.generate(prompts, SamplingParams(max_new_tokens=16, temperature=0))
-    passes = engine.tokens["block"] / engine.passes["block"]
+    passes = engine.measured.tokens["block"] / engine.measured.passes["block"]
     # far fewer passes than tokens times depth
-    assert engine.passes["block"] < 16 * 3 and passes > 12
+    assert engine.measured.passes["block"] < 16 * 3 and passes > 12
 
 
 def test_full_lanes_come_before_coda():
@@ -195,8 +207,8 @@ def test_full_lanes_come_before_coda():
         engine.add_request(prompt, SamplingParams(max_new_tokens=40, temperature=0))
     for _ in range(60):
         engine.step()
-    assert engine.tokens["block"] == lanes * engine.passes["block"]
-    assert engine.tokens["coda"] > 16 * engine.passes["coda"]
+    assert engine.measured.tokens["block"] == lanes * engine.measured.passes["block"]
+    assert engine.measured.tokens["coda"] > 16 * engine.measured.passes["coda"]
 
 
 def test_logprobs():
@@ -369,11 +381,12 @@ def check_pages(engine):
                 for page in pages:
                     held[page] += 1
                 if (
-                    engine.kv.reserved[request.slot, stream] > engine.kv.count[request.slot, stream]
+                    engine.kv.reserved_SV[request.slot, stream]
+                    > engine.kv.count_SV[request.slot, stream]
                     and pages
                 ):
                     row = request.slot * engine.kv.num_streams + stream
-                    next_place = engine.kv.table_RL[row, engine.kv.count[request.slot, stream]]
+                    next_place = engine.kv.table_RL[row, engine.kv.count_SV[request.slot, stream]]
                     writing.append(int(next_place) // engine.kv.page_size)
         for _, segment in engine.prefix_cache._segments.values():
             for segment_kind, page in segment.pages:
@@ -409,6 +422,34 @@ def test_soak():
     all_memory_is_back(engine)
 
 
+def test_the_count_of_the_host_changes_when_it_is_refreshed():
+    """Not before: on CUDA it cannot, and the CPU does the same."""
+    kv = Engine(tiny("fixed"), config=EngineConfig(max_num_seqs=2, page_size=4)).kv
+    slots, streams = np.array([0, 1]), np.array([0, 2])
+    kv.reserve(slots, streams)
+    entries = torch.tensor([True, False])
+    kv.append(torch.tensor(slots), torch.tensor(streams), torch.zeros(2).long(), entries, kind=1)
+    assert kv.count_SV.sum() == 0
+    kv.refresh()
+    assert kv.count_SV.nonzero() == ([0], [0]) and kv.count_SV[0, 0] == 1
+    kv.free_slot(0)
+    assert kv.count_SV.sum() == 0
+    kv.refresh()
+    assert kv.count_SV.sum() == 0
+
+
+@pytest.mark.parametrize("batching", ["lock_step", "static"])
+def test_a_static_batch_ends_with_its_longest_request(batching):
+    engine = Engine(tiny(), config=EngineConfig(max_num_seqs=2, batching=batching))
+    long, short, late = (
+        engine.add_request([1], SamplingParams(max_new_tokens=n, temperature=0)) for n in (9, 3, 3)
+    )
+    while late.status is Status.WAITING:
+        engine.step()
+    assert short.status is Status.FINISHED
+    assert (long.status is Status.FINISHED) == (batching == "static")
+
+
 @pytest.mark.parametrize("heads", [(4, 2, 6), (9, 3, 64), (2, 2, 5)])
 def test_compiled_attention(heads):
     from mor.engine.cpu_attention import CompilerError, compiled_attention, prepare
@@ -442,10 +483,18 @@ def test_without_a_compiler_the_fallback_is_announced(monkeypatch):
     monkeypatch.setattr(cpu_attention, "prepare", fails)
     with pytest.warns(UserWarning, match="slower: no C compiler"):
         assert Engine(tiny()).kv.decode_attention is gathered_attention
-    with pytest.raises(ValueError, match="cannot be had"):
+    with pytest.raises(ValueError, match="is not available"):
         Engine(tiny(), config=EngineConfig(attention="compiled"))
     with pytest.raises(ValueError, match="needs float32"):
         Engine(tiny().double(), config=EngineConfig(attention="compiled"))
+
+
+def test_a_compiler_that_does_not_run_is_a_compiler_error(monkeypatch, tmp_path):
+    from mor.engine.cpu_attention import CompilerError, compile_library
+
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    with pytest.raises(CompilerError, match="does not run"):
+        compile_library("int x;")
 
 
 def test_int8_weights_stay_close_and_rows_apart():
@@ -548,8 +597,10 @@ def test_an_aborted_request_streams_nothing_more():
 def test_a_compiled_model_is_quantised_too():
     tokens = random_tokens(2, 10)
     plain = for_decoding(tiny(), "int8")(tokens).logits_BTV
-    compiled = for_decoding(tiny().compile_blocks(backend="eager"), "int8")
-    torch.testing.assert_close(compiled(tokens).logits_BTV, plain)
+    compiled = tiny().compile_blocks(backend="eager")
+    quantised = for_decoding(compiled, "int8")
+    torch.testing.assert_close(quantised(tokens).logits_BTV, plain)
+    assert "enter" in vars(compiled.prelude[0]) and "enter" not in vars(quantised.prelude[0])
 
 
 def test_a_steady_load_starts_full():
@@ -573,6 +624,11 @@ def test_few_rows_is_the_same_model_on_the_same_memory():
     assert block.feed_forward.up_proj.weight is own.feed_forward.up_proj.weight
     assert fast.head.weight.data_ptr() == model.embedding.weight.data_ptr()
     assert type(own.feed_forward.up_proj) is torch.nn.Linear
+    model.requires_grad_(False)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.mul_(1.1)
+    torch.testing.assert_close(fast(tokens).logits_BTV, model(tokens).logits_BTV)
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
 
 
 def test_rows_are_sampled_as_each_alone():
@@ -642,9 +698,8 @@ def test_page_pool_refuses_double_release():
 def test_prefix_cache_forgets_the_end_of_a_chain_first():
     cache = PrefixCache(2)
     parts = [Segment([], [], None) for _ in range(3)]
-    for i, part in enumerate(parts[:2]):
-        assert cache.add([1, 2, 3, 4], i, part)
-    assert cache.add([9, 9], 0, parts[2])
+    cache.add([1, 2, 3, 4], parts.__getitem__)
+    cache.add([9, 9], lambda index: parts[2])
     assert cache.match([1, 2, 3, 4, 5]) == parts[:2] and cache.match([1, 2, 3, 4]) == parts[:1]
     assert cache.match([9, 9, 1]) == [parts[2]]
     assert cache.evict() is parts[1]

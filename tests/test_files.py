@@ -107,7 +107,9 @@ def test_the_cache_folder_falls_back_where_it_cannot_be_written(tmp_path, monkey
         monkeypatch.setenv("XDG_CACHE_HOME", place)
         assert cache_folder() == tmp_path / "home" / ".cache" / "mor"
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
-    private = cache_folder()
+    with pytest.warns(UserWarning, match="set XDG_CACHE_HOME"):
+        private = cache_folder()
+    (private / "library").write_text("can be written")
     assert private == cache_folder() and not private.is_relative_to(tmp_path)
     assert stat.S_IMODE(private.stat().st_mode) == 0o700 and private.stat().st_uid == os.getuid()
     assert not (Path.cwd() / "relative").exists()

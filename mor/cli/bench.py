@@ -20,8 +20,8 @@ from mor.settings import PositiveFloat, PositiveInt
 
 
 class Bench(Command):
-    """How fast it is here. decode: tokens per second of MoR against a vanilla model of equal depth,
-    in the same engine, always full.
+    """How fast this machine is. decode: tokens per second of MoR models and of a vanilla model of
+    equal depth, in the same engine, always full.
 
     Without checkpoints: random weights in the shape of a preset, with depths drawn uniformly.
     """
@@ -36,12 +36,12 @@ class Bench(Command):
     num_layers: PositiveInt = 26
     """Effective depth of every model."""
     batches: tuple[PositiveInt, ...] = (1, 8, 32)
-    """Tokens in a pass at most; each model has twice as many slots. The last batch is also measured
-    with as many slots as fit into the bytes of the baseline's keys and values."""
+    """Tokens in a pass at most. Each model has twice as many slots. The last batch is measured once
+    more with as many slots as fit into the bytes of the baseline's keys and values."""
     lengths: Lengths = field(default_factory=Lengths)
     rounds: PositiveInt = 5
     seconds: PositiveFloat = 1.0
-    """Of one turn of one model."""
+    """Length of one turn of one model; models take turns."""
     threads: PositiveInt | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -1,14 +1,13 @@
-"""How fast an engine decodes, in a steady state: as many requests as it has slots, a new one for
-each that ends.
+"""How fast an engine decodes in a steady state: it always has as many requests as slots.
 
-Engines take turns in one process, so that a busy machine disturbs all alike; what counts is ratios
-of medians.
+Engines take turns in one process, so that other work on the machine disturbs all alike. What counts
+is ratios of medians.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -22,6 +21,7 @@ from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
 
 LAYERS = ("enter", "block", "coda", "token", "read")
+"""Parts of ``Engine.measured`` that are spent in layers and routers."""
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype, *, repeats: int = 7) -> costs.Machine:
@@ -29,14 +29,12 @@ def measure_machine(device: torch.device, dtype: torch.dtype, *, repeats: int = 
     a = torch.randn(1024, 2048, device=device).to(dtype)
     memory = torch.zeros(1 << 26, device=device)
     out, flops = torch.empty_like(a @ a.T), 2 * 1024 * 1024 * 2048
-    return costs.Machine(
-        flops_per_s=flops
-        / median(_timed(lambda: torch.mm(a, a.T, out=out), device) for _ in range(repeats)),
-        bytes_per_s=memory.nbytes / median(_timed(memory.sum, device) for _ in range(repeats)),
-    )
+    product_s = median(_timed(lambda: torch.mm(a, a.T, out=out), device) for _ in range(repeats))
+    reading_s = median(_timed(memory.sum, device) for _ in range(repeats))
+    return costs.Machine(flops_per_s=flops / product_s, bytes_per_s=memory.nbytes / reading_s)
 
 
-def _timed(work: Any, device: torch.device) -> float:
+def _timed(work: Callable[[], object], device: torch.device) -> float:
     wait(device)
     start = time.perf_counter()
     work()
@@ -63,8 +61,8 @@ class Lengths:
 
 @dataclass
 class SteadyLoad:
-    """An engine that is always full. Starts as if it had run for long: with requests at every
-    stage."""
+    """An engine that is always full. It starts as if it had run for long, with requests at every
+    stage of their lives. Each turn adds a number to each of the lists."""
 
     name: str
     engine: Engine
@@ -74,13 +72,13 @@ class SteadyLoad:
     seed: int = 0
     tokens_per_s: list[float] = field(default_factory=list)
     layers_s: list[float] = field(default_factory=list)
-    """Seconds in layers for each new token, one number for each turn; zeros where the device loops
-    by itself."""
+    """Seconds in layers per new token; 0 in the device loop, which does not tell parts apart."""
     host_s: list[float] = field(default_factory=list)
-    """Seconds for each step outside layers, routers, head and sampling: scheduling, pages, moving
+    """Seconds per step outside layers, routers, head and sampling: scheduling, pages, moving
     states."""
     step_s: list[float] = field(default_factory=list)
     depth: list[float] = field(default_factory=list)
+    """Recursions per new token."""
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -92,22 +90,22 @@ class SteadyLoad:
             self._step()
 
     def turn(self, seconds: float) -> None:
-        """Work for about so long and take notes."""
+        """Run for about so long, and longer if no token has come out by then."""
         engine, device = self.engine, self.engine.kv.device
-        for counter in (engine.seconds, engine.tokens, engine.passes):
-            counter.clear()
+        measured = engine.measured
+        measured.clear()
         engine.runner.model_s = 0.0
         steps, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds or not engine.tokens["sample"]:
+        while time.perf_counter() - start < seconds or not measured.tokens["sample"]:
             self._step()
             steps += 1
         wait(device)
-        elapsed, new = time.perf_counter() - start, engine.tokens["sample"]
+        elapsed, new = time.perf_counter() - start, measured.tokens["sample"]
         self.tokens_per_s.append(new / elapsed)
-        self.layers_s.append(sum(engine.seconds[part] for part in LAYERS) / new)
-        self.host_s.append((elapsed - engine.runner.model_s - engine.seconds["sample"]) / steps)
+        self.layers_s.append(sum(measured.seconds[part] for part in LAYERS) / new)
+        self.host_s.append((elapsed - engine.runner.model_s - measured.seconds["sample"]) / steps)
         self.step_s.append(elapsed / steps)
-        self.depth.append((engine.tokens["block"] or engine.tokens["token"]) / new)
+        self.depth.append((measured.tokens["block"] or measured.tokens["token"]) / new)
 
     def _step(self) -> None:
         for output in self.engine.step():
@@ -121,10 +119,11 @@ class SteadyLoad:
 
 
 def take_turns(loads: Sequence[SteadyLoad], *, rounds: int, seconds: float) -> None:
+    """``rounds`` turns of each load, after a short one that does not count."""
     for load in loads:
         load.turn(seconds / 4)
-        for notes in (load.tokens_per_s, load.layers_s, load.host_s, load.step_s, load.depth):
-            notes.clear()
+        for found in (load.tokens_per_s, load.layers_s, load.host_s, load.step_s, load.depth):
+            found.clear()
     for _ in range(rounds):
         for load in loads:
             load.turn(seconds)
@@ -132,21 +131,23 @@ def take_turns(loads: Sequence[SteadyLoad], *, rounds: int, seconds: float) -> N
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeRow:
-    """One model at one batch size against the baseline. batch: tokens in a pass of the shared
-    layers at most;
-    slots: requests that run. speedup: ratio of medians of tokens per second. limit: what
-    ``costs.decode_seconds`` allows on this machine. block_only_speedup: the same ratio with the
-    time in layers alone (None: not known, since the device loops by itself)."""
+    """One model at one batch size against the baseline."""
 
     model: str
     batch: int
+    """Tokens in a pass of the shared layers at most."""
     slots: int
+    """Requests that run at a time."""
     tokens_per_s: float
     speedup: float
+    """Ratio of median tokens per second to the baseline's."""
     limit: float
+    """The speedup that ``costs.decode_seconds`` allows on this machine."""
     share_of_limit: float
     mean_depth: float
     block_only_speedup: float | None
+    """The speedup counting only the time in layers; None in the device loop, where it is not
+    known."""
     host_us_per_step: float
     kv_bytes_per_token: float
 
@@ -161,24 +162,23 @@ def load_for(
     prompt: int = 1,
     **settings: Any,
 ) -> SteadyLoad:
-    """batch: lanes. prompt: tokens in new prompts. settings: further ones of the engine."""
-    longest, weight = (
-        min(model.config.max_seq_len, int(4 * lengths.mean) + 1 + prompt),
-        model.embedding.weight,
-    )
-    everything = [longest] * model.config.num_recursions
-    kv_cache_memory = int(
-        slots * costs.kv_bytes(model.config, longest, everything, weight.dtype.itemsize)
-    )
-    config = EngineConfig(
+    """A steady load on an engine with memory for every token at full depth.
+
+    batch: lanes. prompt: tokens in new prompts. settings: further ones of the engine.
+    """
+    config, weight = model.config, model.embedding.weight
+    longest = min(config.max_seq_len, int(4 * lengths.mean) + 1 + prompt)
+    every_recursion = [longest] * config.num_recursions
+    bytes_per_slot = costs.kv_bytes(config, longest, every_recursion, weight.dtype.itemsize)
+    engine_config = EngineConfig(
         max_num_seqs=slots,
         lanes=batch,
         max_len=longest,
-        kv_cache_memory=kv_cache_memory,
+        kv_cache_memory=int(slots * bytes_per_slot),
         prefix_caching=False,
         **settings,
     )
-    return SteadyLoad(name, Engine(model, config=config), lengths, prompt)
+    return SteadyLoad(name, Engine(model, config=engine_config), lengths, prompt)
 
 
 def decode_rows(
@@ -192,63 +192,62 @@ def decode_rows(
     rounds: int = 5,
     seconds: float = 1.5,
 ) -> list[DecodeRow]:
-    """The baseline and each model at one batch size. slots: of each; None gives models as many
-    slots (and lanes) as fit into the bytes that the baseline's keys and values take with ``batch``
-    slots."""
-    itemsize = baseline.embedding.weight.dtype.itemsize
-    bytes_of = {
-        name: costs.kv_bytes(model.config, 1, model.config.capacities, itemsize)
-        for name, model in {"baseline": baseline, **models}.items()
-    }
-    fits = {
-        name: int(batch * bytes_of["baseline"] / per_token) for name, per_token in bytes_of.items()
-    }
-    sizes = {
-        name: (fits[name], fits[name]) if slots is None else (batch, slots) for name in bytes_of
-    }
-    loads = {
-        name: load_for(name, model, batch=sizes[name][0], slots=sizes[name][1], lengths=lengths)
-        for name, model in {"baseline": baseline, **models}.items()
-    }
-    take_turns(list(loads.values()), rounds=rounds, seconds=seconds)
-    base, context = loads["baseline"], lengths.mean / 2
-    ideal = {
-        name: costs.decode_seconds(
-            load.engine.runner.model.config,
-            machine,
-            batch=sizes[name][0],
-            context=context,
-            shares=shares(load.engine.runner.model.config, median(load.depth)),
-            dtype_bytes=itemsize,
-        )
-        for name, load in loads.items()
-    }
-    rows = []
-    for name, load in loads.items():
-        speedup = median(load.tokens_per_s) / median(base.tokens_per_s)
-        limit = ideal["baseline"] / ideal[name]
-        rows.append(
-            DecodeRow(
-                model="vanilla" if load is base else name,
-                batch=sizes[name][0],
-                slots=sizes[name][1],
-                tokens_per_s=median(load.tokens_per_s),
-                speedup=speedup,
-                limit=limit,
-                share_of_limit=speedup / limit,
-                mean_depth=median(load.depth),
-                block_only_speedup=median(base.layers_s) / median(load.layers_s)
-                if any(load.layers_s)
-                else None,
-                host_us_per_step=1e6 * median(load.host_s),
-                kv_bytes_per_token=bytes_of[name],
-            )
-        )
-    return rows
+    """The baseline and each model at one batch size.
+
+    slots: of each. None: models get as many slots (and lanes) as fit into the bytes that the
+    baseline's keys and values take with ``batch`` slots.
+    """
+    base_bytes, loads = _kv_bytes_per_token(baseline), list[SteadyLoad]()
+    for name, model in (("vanilla", baseline), *models.items()):
+        lanes, own_slots = batch, slots
+        if own_slots is None:
+            lanes = own_slots = int(batch * base_bytes / _kv_bytes_per_token(model))
+        loads.append(load_for(name, model, batch=lanes, slots=own_slots, lengths=lengths))
+    take_turns(loads, rounds=rounds, seconds=seconds)
+    return [_row(load, loads[0], lengths, machine) for load in loads]
+
+
+def _row(
+    load: SteadyLoad, baseline: SteadyLoad, lengths: Lengths, machine: costs.Machine
+) -> DecodeRow:
+    speedup = median(load.tokens_per_s) / median(baseline.tokens_per_s)
+    limit = _ideal_seconds(baseline, lengths, machine) / _ideal_seconds(load, lengths, machine)
+    layers_s = median(load.layers_s)
+    return DecodeRow(
+        model=load.name,
+        batch=load.engine.config.lanes or load.engine.config.max_num_seqs,
+        slots=load.engine.config.max_num_seqs,
+        tokens_per_s=median(load.tokens_per_s),
+        speedup=speedup,
+        limit=limit,
+        share_of_limit=speedup / limit,
+        mean_depth=median(load.depth),
+        block_only_speedup=median(baseline.layers_s) / layers_s if layers_s else None,
+        host_us_per_step=1e6 * median(load.host_s),
+        kv_bytes_per_token=_kv_bytes_per_token(load.engine.runner.model),
+    )
+
+
+def _kv_bytes_per_token(model: Transformer) -> float:
+    itemsize = model.embedding.weight.dtype.itemsize
+    return costs.kv_bytes(model.config, 1, model.config.capacities, itemsize)
+
+
+def _ideal_seconds(load: SteadyLoad, lengths: Lengths, machine: costs.Machine) -> float:
+    """What a token takes at least on this machine, at the depth that was measured."""
+    model, config = load.engine.runner.model, load.engine.config
+    return costs.decode_seconds(
+        model.config,
+        machine,
+        batch=config.lanes or config.max_num_seqs,
+        context=lengths.mean / 2,
+        shares=shares(model.config, median(load.depth)),
+        dtype_bytes=model.embedding.weight.dtype.itemsize,
+    )
 
 
 def shares(config: ModelConfig, mean_depth: float) -> list[float]:
-    """Share of tokens at each recursion: the configured capacities, moved to a measured mean
+    """Share of tokens at each recursion: the configured capacities, scaled to a measured mean
     depth."""
     extra = sum(config.capacities[1:])
     factor = (mean_depth - 1) / extra if extra else 0.0

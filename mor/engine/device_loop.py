@@ -1,5 +1,5 @@
-"""The engine's inner loop without the host: a fixed pattern of steps of fixed sizes, decided on the
-device.
+"""Depth-wise batching without the host in the inner loop: a fixed pattern of steps of fixed sizes,
+with the tokens of each step chosen on the device.
 
 A launch runs ``codas`` times [block x blocks_per_coda, coda]. A block step takes the oldest tokens
 that want a pass, a coda step the oldest that are done: head, sampling, stop test, and embedding and
@@ -7,7 +7,8 @@ prelude of the next token. Lanes without a token work for the idle slot. On CUDA
 CUDA graph for each number of lanes; elsewhere the same steps run one by one, which is what the
 tests compare with the plain decoder.
 
-S slots · M lanes · K coda steps of a launch · J stop tokens
+J stop tokens · K coda steps of a launch · M lanes · R recursions · S slots · V vocab
+(in ``count_SV``: streams)
 """
 
 from __future__ import annotations
@@ -15,15 +16,74 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mor.engine.request import Request
+from mor.engine.request import Phase, Request
 from mor.engine.runner import Runner
 from mor.engine.sampling import SamplingRows, logprob_rows, sample_rows
+from mor.engine.strategy import Strategy, Work
+from mor.model.transformer import Transformer, passes
 
 MAX_STOP_TOKENS = 16
-_FAR = torch.iinfo(torch.int64).max
+_NEVER = torch.iinfo(torch.int64).max  # the age of a slot that is not wanted
+
+
+class DeviceLoop(Strategy):
+    """Several passes of all running requests are one launch; the host reserves places before it
+    and takes the new tokens after it."""
+
+    static_shapes = True
+    max_stop_tokens = MAX_STOP_TOKENS
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        self.steps = DeviceSteps(work.runner, lanes=work.lanes)
+
+    @staticmethod
+    def fits(model: Transformer) -> bool:
+        """Whether every pass of the model applies the same layers, as a fixed pattern needs."""
+        first, *others = (layers for _, layers in passes(model.config))
+        return all(layers == first for layers in others)
+
+    def step(self) -> None:
+        work = self.work
+        requests = work.in_phase(Phase.ENTER) + work.in_phase(Phase.BLOCK)
+        requests = work.scheduler.make_room(requests, self._pages)
+        if not requests:
+            return
+        self._reserve(requests)
+        by_slot = {request.slot: request for request in requests}
+        with work.measured.part("launch", len(requests)):
+            if entering := [request for request in requests if request.phase is Phase.ENTER]:
+                self.steps.start(entering)
+            new = self.steps.launch(list(by_slot))
+            work.kv.refresh()
+        for request in requests:
+            request.phase = Phase.BLOCK
+        work.measured.tokens["sample"] += len(new)
+        work.measured.tokens["block"] += sum(token.depth for token in new)
+        for token in new:
+            request = by_slot[token.slot]
+            work.take(request, token.token_id, depth=token.depth, logprob=token.logprob)
+
+    def _reserve(self, requests: list[Request]) -> None:
+        slots = np.array([request.slot for request in requests])
+        for stream, entries in enumerate(self._entries(requests).T):
+            self.work.kv.reserve(slots, np.full(len(slots), stream), entries)
+
+    def _pages(self, requests: list[Request]) -> list[int]:
+        return self.work.kv.pages_for(self._entries(requests), [r.slot for r in requests])
+
+    def _entries(self, requests: list[Request]) -> np.ndarray:
+        """Entries that a launch adds at most to each stream of each request, (requests,
+        streams)."""
+        counted = self.work.kv.count_SV[[request.slot for request in requests]]
+        read = np.array([[request.num_read] for request in requests])
+        longest = np.array([[request.max_length] for request in requests])
+        # The token under way is not read yet, but may have its entry in a stream already.
+        return np.minimum(self.steps.codas + 1, longest - np.maximum(read, counted))
 
 
 @dataclass(frozen=True)
@@ -36,9 +96,9 @@ class NewToken:
     logprob: float
 
 
-class DeviceLoop:
-    """Runs what it was given with :meth:`start` until it stops. One launch gives a request at most
-    ``codas`` tokens.
+class DeviceSteps:
+    """Runs what it was given with :meth:`start` until it stops, all state on the device. One launch
+    gives a request at most ``codas`` tokens.
 
     runner: with ``longest`` set, so that nothing is looked up.
     """
@@ -56,27 +116,25 @@ class DeviceLoop:
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2)
         )
         self.stop_SJ = torch.full((slots, MAX_STOP_TOKENS), -1, device=device)
-        self.sampling = SamplingRows.empty(slots, device)
-        self.out_KM4 = torch.zeros(codas, lanes, 4, dtype=torch.float64, device=device)
-        self.sampled: set[int] = set()  # slots that do not take the best token
+        self.sampling = SamplingRows.greedy(slots, device)
+        # slot, token, depth and log-probability of what each coda step found in each lane
+        self.out_KM4 = torch.zeros(codas, self.lanes, 4, dtype=torch.float64, device=device)
+        self.sampled: set[int] = set()  # slots whose request is not greedy
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
 
     def start(self, requests: Sequence[Request]) -> None:
         """Begin the newest token of each request; its earlier ones are cached."""
         device = self.live_S.device
-        known = torch.tensor([(r.slot, r.newest_id, r.num_read, r.number) for r in requests]).to(
-            device
-        )
-        slot_M, id_M, position_M, age_M = known.unbind(1)
+        known = torch.tensor([(r.slot, r.newest_id, r.num_read, r.number) for r in requests])
+        slot_M, id_M, position_M, age_M = known.to(device).unbind(1)
         self.runner.enter(slot_M, id_M, position_M)
         params, drawn = [r.params for r in requests], [len(r.token_ids) for r in requests]
-        self.live_S[slot_M], self.age_S[slot_M] = True, age_M
-        self.remaining_S[slot_M] = torch.tensor(
-            [r.params.max_new_tokens - len(r.token_ids) for r in requests]
-        ).to(device)
+        remaining = [p.max_new_tokens - n for p, n in zip(params, drawn, strict=True)]
         stops = [
             [*p.stop_token_ids, *[-1] * (MAX_STOP_TOKENS - len(p.stop_token_ids))] for p in params
         ]
+        self.live_S[slot_M], self.age_S[slot_M] = True, age_M
+        self.remaining_S[slot_M] = torch.tensor(remaining).to(device)
         self.stop_SJ[slot_M] = torch.tensor(stops).to(device)
         self.sampling.put(slot_M, SamplingRows.of(params, drawn, device))
         for request in requests:
@@ -93,7 +151,7 @@ class DeviceLoop:
         if self.live_S.device.type == "cuda":
             self._graph(lanes, greedy).replay()
         else:
-            self._steps(lanes, greedy)
+            self._run(lanes, greedy)
         rows = self.out_KM4[:, :lanes].reshape(-1, 4).tolist()
         return [NewToken(int(s), int(t), int(d), p) for s, t, d, p in rows if int(s) != self.idle]
 
@@ -104,26 +162,25 @@ class DeviceLoop:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self._steps(lanes, greedy)
+                self._run(lanes, greedy)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self._steps(lanes, greedy)
+                self._run(lanes, greedy)
             self.live_S.copy_(live_S)
             self.graphs[lanes, greedy] = graph
         return self.graphs[lanes, greedy]
 
-    def _steps(self, lanes: int, greedy: bool) -> None:
+    def _run(self, lanes: int, greedy: bool) -> None:
         for k in range(self.codas):
             for _ in range(self.blocks_per_coda):
                 self._block(lanes)
             self._coda(k, lanes, greedy)
 
     def _block(self, lanes: int) -> None:
-        self.runner.stage_S[self.idle :].zero_()
-        self.runner.block(
-            self._oldest(self.live_S & (self.runner.stage_S < self.end), lanes), self.layers
-        )
+        stage_S = self.runner.stage_S
+        stage_S[self.idle :].zero_()  # the idle slot is always at the first pass
+        self.runner.block(self._oldest(self.live_S & (stage_S < self.end), lanes), self.layers)
 
     def _coda(self, k: int, lanes: int, greedy: bool) -> None:
         runner = self.runner
@@ -137,15 +194,13 @@ class DeviceLoop:
         self.out_KM4[k, :lanes] = torch.stack([x.double() for x in found], dim=-1)
         self.remaining_S[slot_M] -= 1
         self.sampling.counter_M[slot_M] += 1
-        stopped_M = (token_M[:, None] == self.stop_SJ[slot_M]).any(1) | (
-            self.remaining_S[slot_M] <= 0
-        )
-        goes_on_M = (slot_M != self.idle) & ~stopped_M
+        stopped_M = (token_M[:, None] == self.stop_SJ[slot_M]).any(1)
+        goes_on_M = (slot_M != self.idle) & ~stopped_M & (self.remaining_S[slot_M] > 0)
         self.live_S[slot_M] = goes_on_M
         next_M = torch.where(goes_on_M, slot_M, self.idle)
         runner.enter(next_M, token_M, torch.where(goes_on_M, runner.position_S[slot_M] + 1, 0))
 
     def _oldest(self, wanted_S: Tensor, count: int) -> Tensor:
         """The oldest wanted slots, filled up with the idle one."""
-        slot_M = torch.where(wanted_S, self.age_S, _FAR).argsort()[:count]
+        slot_M = torch.where(wanted_S, self.age_S, _NEVER).argsort()[:count]
         return torch.where(wanted_S[slot_M], slot_M, self.idle)

@@ -2,11 +2,11 @@
 #include <math.h>
 #include <stdint.h>
 
-/* Scores of `seen` entries are kept in `work`, one line of `longest` floats for each thread and head of a group. */
+/* Scores are kept in `work`: a line of `longest` floats for each query and head. */
 void paged_attention(
-    const float *q, const float *k, const float *v, const int32_t *table, const int32_t *row, const int32_t *seen,
-    float *out, float *work, int64_t queries, int64_t heads, int64_t kv_heads, int64_t dim, int64_t table_width,
-    int64_t longest, int threads)
+    const float *q, const float *k, const float *v, const int32_t *table, const int32_t *row,
+    const int32_t *seen, float *out, float *work, int64_t queries, int64_t heads, int64_t kv_heads,
+    int64_t dim, int64_t table_width, int64_t longest, int threads)
 {
     const int64_t group = heads / kv_heads, entry = kv_heads * dim;
     const float scale = 1.0f / sqrtf((float)dim);

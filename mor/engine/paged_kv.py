@@ -1,18 +1,24 @@
-"""Keys and values of many sequences in one pool of pages, by (sequence, recursion).
+"""Keys and values of many sequences in pools of pages, by (sequence, recursion).
 
 A *virtual sequence* is what one running sequence has cached in one stream (stream 0: prelude and
-coda, stream r: recursion r, see kv_cache.py). Its table lists where its entries lie, in order, so
-attention needs the table and a number of visible entries and nothing else: no positions and no
-mask, at any mixture of depths. The strategies differ in which table a recursion reads: its own;
-with ``shared`` that of recursion 1; with ``hybrid`` a *view* that names, for each position, its own
-entry or else that of recursion 1.
+coda, stream r: recursion r, see model/kv_cache.py). A table lists where its entries lie, in order.
+So attention needs a row of the table and a number of visible entries, and nothing else: keys are
+stored rotated at their position already, and a token sees a beginning of the row. No positions and
+no mask, at any mixture of depths.
 
-Whoever schedules takes pages ahead of time (:meth:`PagedKV.reserve`) and with them lists the places
-of entries to come. What a pass then does, place, write and count its entries, are tensor operations
-of static shapes.
+The strategies for keys and values differ only in the row that a recursion reads: its own; with
+``shared`` that of recursion 1; with ``hybrid`` a row of a second table, the *view*, which names for
+each position the recursion's own entry if there is one, or else that of recursion 1.
 
-M tokens · A rows with tokens · S slots · V streams · L longest sequence · E entries of a pool · N
-heads · G key/value heads · H head dim
+Who plans and who counts. The host reserves places for entries to come, page by page, before a pass
+(:meth:`PagedKV.reserve`). The pass takes the next reserved places and counts its entries on the
+device, in operations of static shapes, because in the device loop only the device knows which
+tokens take part. ``count_R`` is that count. ``count_SV`` is the host's copy, and only the host
+writes to it: :meth:`PagedKV.refresh` copies, :meth:`PagedKV.attach` and :meth:`PagedKV.free_slot`
+set both. Between a pass and the next refresh the copy is behind, on every device alike.
+
+E entries of a pool · G key/value heads · H head dim · K new entries of a stream · L width of a
+table · M tokens · R rows of a table (virtual sequences: slot * V + stream) · S slots · V streams
 """
 
 from __future__ import annotations
@@ -25,20 +31,20 @@ from torch import Tensor
 
 from mor.costs import flops as costs
 from mor.engine.attention import DecodeAttention
-from mor.engine.pages import PagePool, Segment
-from mor.model.attention import attention
+from mor.engine.kv_passes import LanePass
+from mor.engine.pages import OWN, PagePool, divide_memory, kind_of
+from mor.engine.prefix_cache import Segment
 from mor.model.config import ModelConfig
-from mor.model.kv_cache import _PADDED_QUERY, READS
+from mor.model.kv_cache import READS
 from mor.model.packing import PackedTokens
 
 
 class PagedKV:
-    """Pools, tables and page accounting for ``num_slots`` running sequences of up to ``max_len``
-    tokens.
+    """Pools, tables and counts for ``num_slots`` running sequences of up to ``max_len`` tokens.
 
-    A further slot, ``idle``, belongs to nobody: passes of fixed size fill up with it, and what they
-    write goes to a place that nobody reads. Raises ValueError if ``num_bytes`` does not hold a page
-    of each kind.
+    A further slot, ``idle``, belongs to nobody: passes of fixed size are filled up with it, and
+    what they write goes to a place that nobody reads. Raises ValueError if ``num_bytes`` does not
+    hold a page of each kind.
     """
 
     def __init__(
@@ -53,88 +59,73 @@ class PagedKV:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.config, self.page_size, self.max_len = config, page_size, max_len
-        self.num_slots, self.idle, self.num_streams = (
-            num_slots,
-            num_slots,
-            config.num_recursions + 1,
-        )
+        self.page_size, self.max_len = page_size, max_len
+        self.num_slots, self.idle = num_slots, num_slots
+        self.num_streams = config.num_recursions + 1
         self.device, self.decode_attention = torch.device(device), decode_attention
-        reads = [(0,), *(READS[config.kv_strategy](r) for r in range(1, self.num_streams))]
-        self.writes = np.array([stream in r for stream, r in enumerate(reads)])
-        self.writes_V = torch.tensor(self.writes, device=device)
-        # Whether the reader of a stream sees its own entries alone, and so as many as there are up
-        # to its token's; else it sees an entry of every token up to its own.
-        self.compact_V = torch.tensor(
-            [r == (stream,) for stream, r in enumerate(reads)], device=device
-        )
-        self.read_V = torch.tensor([r[-1] for r in reads], device=device)  # whose view it reads
-        self.all_write, self.all_compact = bool(self.writes.all()), bool(self.compact_V.all())
-
-        layers = (config.prelude_layers + config.coda_layers, config.shared_layers)
-        self.page_bytes = [
-            n * page_size * costs.kv_entry_bytes(config, dtype.itemsize) for n in layers
-        ]
-        self.pools = [PagePool(n) for n in self._num_pages(num_slots, num_bytes)]
-        shape = (config.num_kv_heads, config.head_dim)
-        # Zeros and not empty: what no query sees is still multiplied, by zero.
-        self.k, self.v = (
-            [
-                [
-                    torch.zeros(
-                        (pool.num_pages + 1) * page_size, *shape, device=device, dtype=dtype
-                    )
-                    for _ in range(n)
-                ]
-                for pool, n in zip(self.pools, layers, strict=True)
-            ]
-            for _ in range(2)
-        )
-        places = [pool.num_pages * page_size for pool in self.pools]  # that nobody reads
-        self.unread_V = torch.tensor(
-            [places[min(stream, 1)] for stream in range(self.num_streams)], device=device
-        )
-        rows, width = (num_slots + 1) * self.num_streams, max_len + page_size
-        self.table_RL = torch.zeros(rows, width, dtype=torch.int32, device=device)
-        self.view_RL = self.table_RL.clone() if config.kv_strategy == "hybrid" else self.table_RL
-        self.table_RL.view(-1, self.num_streams, width)[self.idle] = self.unread_V[:, None].int()
-        self.count_R = torch.zeros(rows, dtype=torch.int64, device=device)
-        # What the scheduler knows: entries of each virtual sequence, and those that have places.
-        self.count = np.zeros((num_slots + 1, self.num_streams), dtype=np.int64)
-        if self.device.type == "cpu":
-            self.count = self.count_R.numpy().reshape(self.count.shape)
-        self.reserved = np.zeros_like(self.count)
+        self._set_rules(config)
+        self._make_pools(config, num_bytes, dtype)
+        self._make_tables(with_view=config.kv_strategy == "hybrid")
         self.pages: list[list[list[int]]] = [
             [[] for _ in range(self.num_streams)] for _ in range(num_slots)
         ]
+        """Pages that each slot owns, ``pages[slot][stream]``. A kind without layers needs none."""
 
-    def _num_pages(self, num_slots: int, num_bytes: int) -> list[int]:
-        """Pages of each kind: the budget, shared out as a mean token uses it, but no more than can
-        be used."""
-        shares = [
-            c for c, writes in zip(self.config.capacities, self.writes[1:], strict=True) if writes
-        ]
-        writing = [float(self.writes[0]), sum(shares)]
-        token_bytes = sum(w * b for w, b in zip(writing, self.page_bytes, strict=True))
-        most = num_slots * -(-self.max_len // self.page_size)
-        mean = [
-            int(num_bytes / token_bytes * w) if b else 0
-            for w, b in zip(writing, self.page_bytes, strict=True)
-        ]
-        limits = [most, most * int(self.writes[1:].sum())]
-        pages = [min(n, limit) for n, limit in zip(mean, limits, strict=True)]
-        # what the first pool cannot use goes to the second
-        if self.page_bytes[0] and pages[0] == limits[0]:
-            pages[1] = min(
-                limits[1], (num_bytes - pages[0] * self.page_bytes[0]) // self.page_bytes[1]
-            )
-        if any(b and n < 1 for n, b in zip(pages, self.page_bytes, strict=True)):
-            raise ValueError(
-                f"kv_cache_memory={num_bytes} bytes holds no page of each kind ({self.page_bytes} "
-                "bytes); "
-                f"give at least {int(token_bytes) + sum(self.page_bytes)}"
-            )
-        return pages
+    def _set_rules(self, config: ModelConfig) -> None:
+        """What the strategy for keys and values says about each stream."""
+        reads = [(0,), *(READS[config.kv_strategy](r) for r in range(1, self.num_streams))]
+        self.writes = np.array([stream in r for stream, r in enumerate(reads)])
+        self.writes_V = torch.tensor(self.writes, device=self.device)
+        # A reader of the stream's own entries alone sees as many as there are up to its token's.
+        # Any other reader sees one entry for every token up to its own.
+        compact = [r == (stream,) for stream, r in enumerate(reads)]
+        self.compact_V = torch.tensor(compact, device=self.device)
+        # The stream whose row of the view is read.
+        self.view_of_V = torch.tensor([r[-1] for r in reads], device=self.device)
+        # Known on the host, so that the common case skips the operations for the others.
+        self.all_write, self.all_compact = bool(self.writes.all()), all(compact)
+
+    def _make_pools(self, config: ModelConfig, num_bytes: int, dtype: torch.dtype) -> None:
+        layers = (config.prelude_layers + config.coda_layers, config.shared_layers)
+        entry_bytes = costs.kv_entry_bytes(config, dtype.itemsize)
+        self.page_bytes = [n * self.page_size * entry_bytes for n in layers]
+        writing = zip(config.capacities, self.writes[1:], strict=True)
+        pages_per_stream = self.num_slots * -(-self.max_len // self.page_size)
+        num_pages = divide_memory(
+            num_bytes,
+            page_bytes=self.page_bytes,
+            entries_per_token=[1.0, sum(capacity for capacity, writes in writing if writes)],
+            most_pages=[pages_per_stream, pages_per_stream * int(self.writes[1:].sum())],
+        )
+        self.pools = [PagePool(n) for n in num_pages]
+        # One page more than the pool has: its places are for entries that nobody reads.
+        unread = [n * self.page_size for n in num_pages]
+        self.unread_V = torch.tensor(
+            [unread[kind_of(stream)] for stream in range(self.num_streams)], device=self.device
+        )
+
+        def storage() -> list[list[Tensor]]:
+            # Zeros, not empty: what a query must not see is multiplied by zero, and NaN would stay.
+            shapes = [
+                ((n + 1) * self.page_size, config.num_kv_heads, config.head_dim) for n in num_pages
+            ]
+            return [
+                [torch.zeros(shape, device=self.device, dtype=dtype) for _ in range(n)]
+                for shape, n in zip(shapes, layers, strict=True)
+            ]
+
+        self.k, self.v = storage(), storage()  # [kind][layer], each (E, G, H)
+
+    def _make_tables(self, *, with_view: bool) -> None:
+        rows, width = (self.num_slots + 1) * self.num_streams, self.max_len + self.page_size
+        self.table_RL = torch.zeros(rows, width, dtype=torch.int32, device=self.device)
+        # Without hybrid reading, what is read is what was written.
+        self.view_RL = self.table_RL.clone() if with_view else self.table_RL
+        self.table_RL.view(-1, self.num_streams, width)[self.idle] = self.unread_V[:, None].int()
+        self.count_R = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self.count_SV = np.zeros((self.num_slots + 1, self.num_streams), dtype=np.int64)
+        self.reserved_SV = np.zeros_like(self.count_SV)
+        """Entries of each virtual sequence that have places, those to come included."""
 
     @property
     def nbytes(self) -> int:
@@ -149,63 +140,67 @@ class PagedKV:
         )
 
     def pages_for(self, tokens: int | np.ndarray, slots: Sequence[int] | None = None) -> list[int]:
-        """Pages of each kind that ``tokens`` more tokens take at most, if each takes every
-        recursion: of one new sequence, or of each of these slots (then ``tokens`` may differ: one
-        row for each)."""
-        free = np.zeros((1, self.num_streams), dtype=np.int64)
+        """Pages of each kind that ``tokens`` more tokens take at most, if they take every
+        recursion.
+
+        slots: the sequences that each get so many, less what they have reserved; None: one new
+        sequence. tokens: one number, or one for each slot and stream.
+        """
+        reserved = np.zeros((1, self.num_streams), dtype=np.int64)
         if slots is not None:
-            free = (self.reserved - self.count)[list(slots)]
-        pages = -(-np.maximum(tokens - free, 0) // self.page_size) * self.writes
-        return [int(pages[:, 0].sum()) if self.page_bytes[0] else 0, int(pages[:, 1:].sum())]
+            reserved = (self.reserved_SV - self.count_SV)[list(slots)]
+        pages = -(-np.maximum(tokens - reserved, 0) // self.page_size) * self.writes
+        return [int(pages[:, 0].sum()) if self.page_bytes[OWN] else 0, int(pages[:, 1:].sum())]
 
     def pages_for_entry(self, slot_M: np.ndarray, stream_M: np.ndarray) -> list[int]:
         """Pages of each kind that one more entry in each of these virtual sequences takes."""
-        full = (self.reserved == self.count)[slot_M, stream_M] & self.writes[stream_M]
-        return [
-            int((full & (stream_M == 0)).sum()) if self.page_bytes[0] else 0,
-            int((full & (stream_M > 0)).sum()),
-        ]
+        full = self.reserved_SV[slot_M, stream_M] == self.count_SV[slot_M, stream_M]
+        full &= self.writes[stream_M]
+        own = int((full & (stream_M == 0)).sum()) if self.page_bytes[OWN] else 0
+        return [own, int((full & (stream_M > 0)).sum())]
 
     def has_free(self, pages: Sequence[int]) -> bool:
+        """Whether so many pages of each kind are free."""
         return all(pool.num_free >= n for pool, n in zip(self.pools, pages, strict=True))
 
     def free_slot(self, slot: int) -> None:
         """Forget a sequence; pages without another owner are free again."""
         for stream, pages in enumerate(self.pages[slot]):
             for page in pages:
-                self.pools[min(stream, 1)].release(page)
+                self.pools[kind_of(stream)].release(page)
             pages.clear()
-        self.reserved[slot] = self.count[slot] = 0
-        self.count_R[slot * self.num_streams : (slot + 1) * self.num_streams] = 0
+        self.reserved_SV[slot] = 0
+        self._set_count(slot, np.zeros(self.num_streams, dtype=np.int64))
+
+    def _set_count(self, slot: int, count_V: np.ndarray) -> None:
+        self.count_SV[slot] = count_V
+        self.count_R.view(self.count_SV.shape)[slot] = torch.from_numpy(count_V).to(self.device)
 
     def refresh(self) -> None:
-        """Learn what the device counted."""
-        if self.device.type != "cpu":
-            self.count[:] = self.count_R.view(self.count.shape).cpu().numpy()
+        """Copy what the device has counted to the host."""
+        self.count_SV[:] = self.count_R.view(self.count_SV.shape).cpu().numpy()
 
     def reserve(
         self, slot_M: np.ndarray, stream_M: np.ndarray, entries: int | np.ndarray = 1
     ) -> None:
         """Places for so many more entries of each virtual sequence. Needs free pages: callers make
         room first."""
-        missing_M = (
-            self.count[slot_M, stream_M] + entries - self.reserved[slot_M, stream_M]
-        ) * self.writes[stream_M]
+        wanted_M = self.count_SV[slot_M, stream_M] + entries
+        missing_M = (wanted_M - self.reserved_SV[slot_M, stream_M]) * self.writes[stream_M]
         for i in np.flatnonzero(missing_M > 0):
             for _ in range(-(-int(missing_M[i]) // self.page_size)):
-                self._new_page(int(slot_M[i]), int(stream_M[i]))
+                self._add_page(int(slot_M[i]), int(stream_M[i]))
 
-    def _new_page(self, slot: int, stream: int) -> None:
-        kind, start = min(stream, 1), int(self.reserved[slot, stream])
-        page = 0
+    def _add_page(self, slot: int, stream: int) -> None:
+        kind, start, page = kind_of(stream), int(self.reserved_SV[slot, stream]), 0
         if self.page_bytes[kind]:
             page = self.pools[kind].allocate()
             self.pages[slot][stream].append(page)
-        places = torch.arange(page * self.page_size, (page + 1) * self.page_size, dtype=torch.int32)
-        self.table_RL[slot * self.num_streams + stream, start : start + self.page_size] = places.to(
-            self.device
-        )
-        self.reserved[slot, stream] += self.page_size
+        first = page * self.page_size
+        places = torch.arange(first, first + self.page_size, dtype=torch.int32)
+        row = slot * self.num_streams + stream
+        self.table_RL[row, start : start + self.page_size] = places.to(self.device)
+        self.reserved_SV[slot, stream] += self.page_size
 
     def append(
         self,
@@ -217,209 +212,127 @@ class PagedKV:
         kind: int,
         longest: int | None = None,
     ) -> LanePass:
-        """A pass over one token of each of several sequences, at any mixture of depths; places are
-        reserved.
+        """Open a pass over one token of each of several sequences, at any mixture of depths; their
+        places are reserved.
 
-        new_M: whether the token gets an entry now; it has one if it was in its stream before. kind:
-        0 for layers of their own, 1 for shared ones. longest: entries that any token sees at most;
-        if it is given, nothing is looked up on the device.
+        new_M: whether the token gets an entry now; if not, it has one from an earlier pass of the
+        same recursion. kind: of the layers that the pass runs through. longest: entries that any
+        token sees at most; if it is given, no value is looked up on the device.
         """
-        row_M, counted_M, writes = (
-            slot_M * self.num_streams + stream_M,
-            new_M & (slot_M != self.idle),
-            True,
-        )
+        row_M = slot_M * self.num_streams + stream_M
+        counted_M, writes = new_M & (slot_M != self.idle), True
         if not self.all_write:
             writes_M = self.writes_V[stream_M]
             counted_M, writes = counted_M & writes_M, longest is not None or bool(writes_M.any())
         self.count_R.index_add_(0, row_M, counted_M.long())
+        # A token's entry is the last of its row, whether it is new or not. The idle slot has none.
         index_M = (self.count_R[row_M] - 1).clamp(min=0)
-        place_M, view_M, seen_M = self.table_RL[row_M, index_M].long(), row_M, index_M + 1
+        place_M = self.table_RL[row_M, index_M].long()
+        view_M, seen_M = row_M, index_M + 1
         if not self.all_write:
             place_M = torch.where(writes_M, place_M, self.unread_V[stream_M])
         if not self.all_compact:
-            view_M = slot_M * self.num_streams + self.read_V[stream_M]
+            view_M = slot_M * self.num_streams + self.view_of_V[stream_M]
             seen_M = torch.where(self.compact_V[stream_M], index_M, position_M) + 1
         if self.view_RL is not self.table_RL:
-            self._look_at(slot_M, stream_M, position_M, place_M)
-        return LanePass(self, kind, writes, place_M, view_M, seen_M, longest or int(seen_M.max()))
-
-    def _look_at(
-        self, slot_M: Tensor, stream_M: Tensor, position_M: Tensor, place_M: Tensor
-    ) -> None:
-        """Enter new entries into the views (hybrid): those of recursion 1 into all, later ones into
-        their own."""
-        for stream in range(self.num_streams):
-            seeing_M = (stream_M == stream) | ((stream_M == 1) & (stream > 1))
-            row_M = torch.where(seeing_M, slot_M, self.idle) * self.num_streams + stream
-            self.view_RL[row_M, position_M] = torch.where(
-                seeing_M, place_M, self.unread_V[stream]
-            ).int()
+            self._update_view(slot_M, stream_M, position_M, place_M)
+        return LanePass(
+            self, kind, writes, place_M, view_M.int(), seen_M.int(), longest or int(seen_M.max())
+        )
 
     def append_chunk(
         self, slot_M: Tensor, stream: int, tokens: PackedTokens
     ) -> tuple[Tensor, Tensor]:
-        """Consecutive entries of several virtual sequences: (place of each, entries that each token
-        may see)."""
+        """Consecutive entries of several virtual sequences of one stream: the place of each, and
+        the entries that each token may see."""
+        if not self.writes[stream]:  # it reads entries of recursion 1, one for every token
+            return self.unread_V[stream].expand(len(slot_M)), tokens.position_M + 1
         row_M = slot_M * self.num_streams + stream
-        if not self.writes[stream]:
-            return self.unread_V[stream].expand(len(row_M)), tokens.position_M + 1
-        index_M = self.count_R[row_M] + tokens.slot_M
+        rank_M = tokens.slot_M  # of each token among those of its sequence in this chunk
+        index_M = self.count_R[row_M] + rank_M
         place_M = self.table_RL[row_M, index_M].long()
         self.count_R.index_add_(0, row_M, torch.ones_like(row_M))
         if self.view_RL is not self.table_RL:
-            self._look_at(slot_M, torch.full_like(slot_M, stream), tokens.position_M, place_M)
+            self._update_view(slot_M, torch.full_like(slot_M, stream), tokens.position_M, place_M)
         return place_M, torch.where(self.compact_V[stream], index_M, tokens.position_M) + 1
 
-    def segment(self, slot: int, start: int, taken: np.ndarray, skipped: np.ndarray) -> Segment:
-        """What a sequence has cached of the tokens from position ``start`` on, for the prefix
-        cache.
+    def _update_view(
+        self, slot_M: Tensor, stream_M: Tensor, position_M: Tensor, place_M: Tensor
+    ) -> None:
+        """Enter new entries into the view (hybrid).
 
-        taken: (tokens, R) whether they took each recursion; skipped: (R,) how many earlier ones
-        did.
+        An entry of recursion 1 is what every later recursion reads at that position, until the
+        token takes that recursion too and its own entry replaces it. Which tokens those are is
+        known on the device alone; so all are written to every stream's row, and the ones that do
+        not belong there go to the row of the idle slot.
         """
-        entries: list[np.ndarray] = []
-        table = self.table_RL.view(-1, self.num_streams, self.table_RL.shape[1])[slot]
         for stream in range(self.num_streams):
-            begin, length = start, len(taken)
-            if stream:
-                begin, length = (
-                    int(skipped[stream - 1]),
-                    int(taken[:, stream - 1].sum()) * int(self.writes[stream]),
-                )
-            entries.append(table[stream, begin : begin + length].cpu().numpy().copy())
-        pages = set()
-        for stream, places in enumerate(entries):
-            kind = min(stream, 1)
-            if self.page_bytes[kind]:
-                pages |= {(kind, int(page)) for page in np.unique(places // self.page_size)}
+            belongs_M = (stream_M == stream) | ((stream_M == 1) & (stream > 1))
+            row_M = torch.where(belongs_M, slot_M, self.idle) * self.num_streams + stream
+            entry_M = torch.where(belongs_M, place_M, self.unread_V[stream])
+            self.view_RL[row_M, position_M] = entry_M.int()
+
+    def write(self, kind: int, layer: int, place_M: Tensor, k_MGH: Tensor, v_MGH: Tensor) -> None:
+        """Store the entries of one layer."""
+        self.k[kind][layer].index_copy_(0, place_M, k_MGH)
+        self.v[kind][layer].index_copy_(0, place_M, v_MGH)
+
+    def segment(
+        self, slot: int, start: int, taken: np.ndarray, taken_before: np.ndarray
+    ) -> Segment:
+        """What a sequence has cached of its tokens from position ``start`` on, for the prefix
+        cache. The segment becomes an owner of the pages.
+
+        taken: (tokens, recursions) whether they took each recursion. taken_before: (recursions,)
+        how many of the tokens before ``start`` did; their entries come first in a recursion's row.
+        """
+        first_V = np.array([start, *taken_before])
+        num_V = np.array([len(taken), *taken.sum(0)]) * self.writes
+        table_VL = self.table_RL.view(*self.count_SV.shape, -1)[slot]
+        entries = [
+            table_VL[stream, first : first + n].cpu().numpy().copy()
+            for stream, (first, n) in enumerate(zip(first_V, num_V, strict=True))
+        ]
+        pages = {
+            (kind_of(stream), int(page))
+            for stream, places in enumerate(entries)
+            if self.page_bytes[kind_of(stream)]
+            for page in np.unique(places // self.page_size)
+        }
         for kind, page in pages:
             self.pools[kind].share(page)
         return Segment(entries, sorted(pages), taken)
 
     def attach(self, slot: int, segments: Sequence[Segment]) -> None:
-        """Begin a sequence with cached segments; what follows goes to pages of its own."""
-        held: set[tuple[int, int]] = set()
+        """Begin a sequence with cached segments. What follows goes to new pages: the last page of a
+        segment may have room left, but its first owner goes on writing there."""
         position = 0
         for segment in segments:
             for stream, places in enumerate(segment.entries):
-                self._adopt(
-                    slot, stream, torch.from_numpy(places).to(self.device), segment.taken, position
-                )
-            held |= set(segment.pages)
+                place_K = torch.from_numpy(places).to(self.device)
+                self._adopt(slot, stream, place_K, segment.taken, position)
             position += len(segment.taken)
-        self.count_R.view(self.count.shape)[slot] = torch.from_numpy(self.reserved[slot]).to(
-            self.device
-        )
-        self.count[slot] = self.reserved[slot]
-        for kind, page in sorted(held):
+        self._set_count(slot, self.reserved_SV[slot])
+        for kind, page in sorted({page for segment in segments for page in segment.pages}):
             self.pools[kind].share(page)
-            # any stream of that kind: it is released with the slot
+            # All pages of a slot are released together, so any stream of their kind may list them;
+            # the first of a kind has its number.
             self.pages[slot][kind].append(page)
 
     def _adopt(
         self, slot: int, stream: int, place_K: Tensor, taken: np.ndarray, position: int
     ) -> None:
-        start, row = int(self.reserved[slot, stream]), slot * self.num_streams + stream
+        """Append a segment's entries of one stream, those of tokens from ``position`` on."""
+        start, row = int(self.reserved_SV[slot, stream]), slot * self.num_streams + stream
         self.table_RL[row, start : start + len(place_K)] = place_K
-        self.reserved[slot, stream] += len(place_K)
+        self.reserved_SV[slot, stream] += len(place_K)
         if self.view_RL is not self.table_RL:
             took = np.ones(len(taken), dtype=bool) if stream == 0 else taken[:, stream - 1]
             position_K = torch.from_numpy(np.flatnonzero(took) + position).to(self.device)
             slot_K = torch.full_like(position_K, slot)
-            self._look_at(slot_K, torch.full_like(slot_K, stream), position_K, place_K)
+            self._update_view(slot_K, torch.full_like(slot_K, stream), position_K, place_K)
 
     def release(self, segment: Segment) -> None:
-        """The prefix cache forgets a segment."""
+        """The prefix cache has forgotten a segment: it owns its pages no more."""
         for kind, page in segment.pages:
             self.pools[kind].release(page)
-
-
-class LanePass:
-    """A pass over one token of each of several sequences: where its entries go and what it sees."""
-
-    def __init__(
-        self,
-        kv: PagedKV,
-        kind: int,
-        writes: bool,
-        place_M: Tensor,
-        view_M: Tensor,
-        seen_M: Tensor,
-        longest: int,
-    ) -> None:
-        self.kv, self.kind, self.writes, self.place_M, self.longest = (
-            kv,
-            kind,
-            writes,
-            place_M,
-            longest,
-        )
-        self.view_M, self.seen_M = view_M.int(), seen_M.int()
-
-    def write(self, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:
-        self.kv.k[self.kind][layer].index_copy_(0, self.place_M, k_MGH)
-        self.kv.v[self.kind][layer].index_copy_(0, self.place_M, v_MGH)
-
-    def attend(self, layer: int, q_MNH: Tensor) -> Tensor:
-        k_EGH, v_EGH = self.kv.k[self.kind][layer], self.kv.v[self.kind][layer]
-        return self.kv.decode_attention(
-            q_MNH, k_EGH, v_EGH, self.kv.view_RL, self.view_M, self.seen_M, longest=self.longest
-        )
-
-
-class ChunkPass:
-    """A pass over several consecutive tokens of each of several sequences, all at one depth
-    (prefill)."""
-
-    def __init__(self, kv: PagedKV, slots: Tensor, stream: int, tokens: PackedTokens) -> None:
-        self.kv, self.kind, self.tokens = kv, min(stream, 1), tokens
-        self.writes = bool(kv.writes[stream])
-        self.place_M, seen_M = kv.append_chunk(slots[tokens.row_M], stream, tokens)
-        rows_A = slots if tokens.rows is None else slots[tokens.rows]
-        self.entry_AS = kv.view_RL[rows_A * kv.num_streams + int(kv.read_V[stream])][
-            :, : int(seen_M.max())
-        ]
-        seen_AK = tokens.pad(seen_M, fill=_PADDED_QUERY)
-        self.visible_AKS = (
-            torch.arange(self.entry_AS.shape[1], device=kv.device) < seen_AK[:, :, None]
-        )
-
-    def write(self, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:
-        self.kv.k[self.kind][layer].index_copy_(0, self.place_M, k_MGH)
-        self.kv.v[self.kind][layer].index_copy_(0, self.place_M, v_MGH)
-
-    def attend(self, layer: int, q_MNH: Tensor) -> Tensor:
-        k, v = (
-            pool[self.kind][layer]
-            .index_select(0, self.entry_AS.flatten())
-            .unflatten(0, self.entry_AS.shape)
-            for pool in (self.kv.k, self.kv.v)
-        )
-        return self.tokens.unpad(attention(self.tokens.pad(q_MNH), k, v, self.visible_AKS))
-
-
-class PagedBatch:
-    """Some running sequences as the cache of an ordinary forward: row i of the batch is slot
-    ``slots[i]``."""
-
-    def __init__(self, kv: PagedKV, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        self.kv, self.slots = kv, np.asarray(slots)
-        self.slots_B = torch.from_numpy(self.slots).to(kv.device)
-        self.batch = len(slots)
-        self.length_B = torch.tensor(lengths, device=kv.device)
-
-    def open(
-        self, stream: int, reads: tuple[int, ...], tokens: PackedTokens
-    ) -> LanePass | ChunkPass:
-        count_B = tokens.count_B.cpu().numpy()
-        self.kv.reserve(self.slots, np.full(len(self.slots), stream), count_B)
-        if count_B.max() > 1:
-            made: LanePass | ChunkPass = ChunkPass(self.kv, self.slots_B, stream, tokens)
-        else:
-            stream_M = torch.full_like(tokens.row_M, stream)
-            new_M = torch.ones_like(stream_M, dtype=torch.bool)
-            slot_M = self.slots_B[tokens.row_M]
-            made = self.kv.append(slot_M, stream_M, tokens.position_M, new_M, kind=min(stream, 1))
-        self.kv.refresh()
-        return made

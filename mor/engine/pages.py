@@ -1,20 +1,31 @@
-"""Who owns which page: counts, not tensors.
+"""Pages of the key/value cache: who owns which, and how many of each kind there are.
 
-A page holds the keys and values of ``page_size`` entries in all layers of one kind (those of
-prelude and coda, or the shared ones). Several sequences share a page when they begin alike.
+A page has room for ``page_size`` entries in every layer of one kind. There are two kinds, because
+the shared layers hold one entry per token and *recursion*, the others one per token. Nothing here
+is a tensor: pages are numbers, and the storage in paged_kv.py is indexed by them.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
+# Kinds of pages. Stream 0 of a sequence lives in pages of prelude and coda, all others (one for
+# each recursion) in pages of the shared layers.
+OWN, SHARED = 0, 1
+
+
+def kind_of(stream: int) -> int:
+    return OWN if stream == 0 else SHARED
+
 
 class PagePool:
-    """Pages of one kind, with a count of owners for each."""
+    """Pages of one kind, with the number of owners of each.
+
+    Running sequences and cached prefixes own pages. A page has several owners when sequences begin
+    alike, and is free again when the last of them lets go.
+    """
 
     def __init__(self, num_pages: int) -> None:
         self.owners = np.zeros(num_pages, dtype=np.int32)
@@ -29,7 +40,7 @@ class PagePool:
         return len(self._free)
 
     def allocate(self) -> int:
-        """A page of the caller's own. Raises IndexError if there is none: callers make room
+        """A page that only the caller owns. Raises IndexError if none is free: callers make room
         first."""
         page = self._free.pop()
         assert self.owners[page] == 0
@@ -37,92 +48,44 @@ class PagePool:
         return page
 
     def share(self, page: int) -> None:
+        """Add an owner."""
         assert self.owners[page] > 0, f"page {page} has no owner to share it with"
         self.owners[page] += 1
 
     def release(self, page: int) -> None:
+        """Remove an owner; the page is free when it was the last."""
         assert self.owners[page] > 0, f"page {page} was released before"
         self.owners[page] -= 1
         if self.owners[page] == 0:
             self._free.append(page)
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Cached entries of ``len(depths)`` consecutive prompt tokens.
+def divide_memory(
+    num_bytes: int,
+    *,
+    page_bytes: Sequence[int],
+    entries_per_token: Sequence[float],
+    most_pages: Sequence[int],
+) -> list[int]:
+    """Number of pages of each kind: OWN, SHARED.
 
-    entries: for each stream, where the entries lie. pages: the (stream, page) pairs that hold them.
-    taken: whether each token took each recursion.
+    num_bytes: memory for all pages. page_bytes: of one page; 0 for a kind without layers.
+    entries_per_token: what a token of mean depth adds to each kind; memory is divided in this
+    proportion, so that both kinds run out together. most_pages: more than these could never be
+    used. Raises ValueError if the memory does not hold a page of each kind that has layers.
     """
-
-    entries: list[np.ndarray]
-    pages: list[tuple[int, int]]
-    taken: np.ndarray
-
-
-class PrefixCache:
-    """Entries of prompts read before, by their tokens from the beginning.
-
-    Routing looks at the past alone, so a prefix fixes its depths as well as its keys and values. A
-    segment is found under its own tokens and the segment before it, and owns its pages.
-    """
-
-    def __init__(self, segment_size: int) -> None:
-        self.segment_size = segment_size
-        self._segments: OrderedDict[tuple[int, bytes], tuple[int, Segment]] = OrderedDict()
-        self._numbers = 0
-        self.hits = 0
-
-    def __len__(self) -> int:
-        return len(self._segments)
-
-    def match(self, ids: Sequence[int]) -> list[Segment]:
-        """Segments of the longest known prefix that leaves at least one token to read."""
-        found: list[Segment] = []
-        keys = []
-        for key in self._keys(ids[: len(ids) - 1]):
-            found.append(self._segments[key][1])
-            keys.append(key)
-        for key in reversed(keys):  # a segment is never older than those that follow it
-            self._segments.move_to_end(key)
-        self.hits += len(found)
-        return found
-
-    def known(self, ids: Sequence[int]) -> int:
-        """Number of leading segments of ``ids`` that are remembered."""
-        return sum(1 for _ in self._keys(ids))
-
-    def add(self, ids: Sequence[int], index: int, segment: Segment) -> bool:
-        """Remember segment number ``index`` of ``ids``; False if it is known or its predecessor is
-        not."""
-        before = list(self._keys(ids[: index * self.segment_size]))
-        if len(before) < index:
-            return False
-        key = (self._segments[before[-1]][0] if before else 0, self._bytes(ids, index))
-        if key in self._segments:
-            return False
-        self._numbers += 1
-        self._segments[key] = (self._numbers, segment)
-        for earlier in reversed(before):
-            self._segments.move_to_end(earlier)
-        return True
-
-    def evict(self) -> Segment | None:
-        """Forget the segment unused for longest; segments that follow it went before."""
-        if not self._segments:
-            return None
-        return self._segments.popitem(last=False)[1][1]
-
-    def _keys(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        number = 0
-        for index in range(len(ids) // self.segment_size):
-            key = (number, self._bytes(ids, index))
-            if key not in self._segments:
-                return
-            yield key
-            number = self._segments[key][0]
-
-    def _bytes(self, ids: Sequence[int], index: int) -> bytes:
-        return np.asarray(
-            ids[index * self.segment_size : (index + 1) * self.segment_size], dtype=np.int64
-        ).tobytes()
+    # what page_size tokens take
+    bytes_together = sum(n * b for n, b in zip(entries_per_token, page_bytes, strict=True))
+    pages = [
+        min(int(num_bytes / bytes_together * n), most) if b else 0
+        for n, b, most in zip(entries_per_token, page_bytes, most_pages, strict=True)
+    ]
+    if page_bytes[OWN] and pages[OWN] == most_pages[OWN]:  # the rest goes to the other kind
+        rest = num_bytes - pages[OWN] * page_bytes[OWN]
+        pages[SHARED] = min(most_pages[SHARED], rest // page_bytes[SHARED])
+    if any(b and n < 1 for n, b in zip(pages, page_bytes, strict=True)):
+        raise ValueError(
+            f"kv_cache_memory={num_bytes} is too small for one page of each kind ({page_bytes} "
+            f"bytes); give at least {int(bytes_together) + sum(page_bytes)}"
+        )
+    return pages

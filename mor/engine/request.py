@@ -22,7 +22,7 @@ class Status(Enum):
 class Phase(Enum):
     """What a running request needs next."""
 
-    READ = "read"  # its prompt, but for the last token
+    READ = "read"  # its prompt, except for the last token
     ENTER = "enter"  # embedding and prelude of its newest token
     BLOCK = "block"  # a pass of the shared block
     CODA = "coda"  # coda, head and sampling
@@ -30,13 +30,7 @@ class Phase(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """One prompt and its continuation.
-
-    token_ids: the new tokens, a stop token included. depths: recursions that each prompt token and
-    each new one took; the last new token is never read, so it has none. logprobs: log-probability
-    of each new token under the model, if ``params.logprobs``. num_read: tokens whose keys and
-    values are cached.
-    """
+    """One prompt and its continuation."""
 
     request_id: str
     prompt_ids: list[int]
@@ -44,21 +38,28 @@ class Request:
     number: int
     """Counts the requests of an engine: lower is older."""
     arrival_s: float = 0.0
+    """When it was added, by ``time.monotonic()``."""
     status: Status = Status.WAITING
     phase: Phase = Phase.READ
     token_ids: list[int] = field(default_factory=list)
+    """The new tokens, a stop token included."""
     depths: list[int] = field(default_factory=list)
+    """Recursions that each prompt token and each new token took. The last new token is never read,
+    so it has none."""
     logprobs: list[float] = field(default_factory=list)
+    """Log-probability of each new token under the model, if ``params.logprobs``."""
     finish_reason: FinishReason | None = None
     slot: int = -1
+    """Its place in the cache while it runs."""
     stage: int = 0
     """Passes that the newest token has behind it."""
     num_read: int = 0
+    """Tokens whose keys and values are cached."""
     num_cached: int = 0
-    """Prompt tokens taken from the prefix cache."""
+    """Of these, the tokens that came from the prefix cache."""
     preemptions: int = 0
     taken: list[np.ndarray] = field(default_factory=list)
-    """Of the tokens read as prompt: whether they took each recursion, (tokens, R) for each
+    """Whether the tokens read as prompt took each recursion: (tokens, recursions) for each
     chunk."""
 
     @property
@@ -77,18 +78,18 @@ class Request:
 
     @property
     def mean_depth(self) -> float:
+        """Recursions per token read so far."""
         return sum(self.depths) / max(1, len(self.depths))
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A new token, or the end of a request without one (``abort``).
-
-    source_depth: recursions of the token that predicted it. logprob: None unless asked for.
-    """
+    """A new token, or the end of a request without one (``abort``)."""
 
     request: Request
     token_id: int | None
     source_depth: int | None
+    """Recursions of the token that predicted it."""
     logprob: float | None
+    """Of the new token under the model; None unless the request asked for it."""
     finish_reason: FinishReason | None

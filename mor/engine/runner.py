@@ -4,7 +4,8 @@ Does what ``Transformer.forward`` does to a token, cut where a token may wait fo
 (embedding, prelude), ``block`` (one pass of the shared stack, then routing) and ``coda``, ``head``.
 All state is in tensors, and shapes depend on the number of slots given alone.
 
-S slots · M lanes · D model · R recursions · P passes · V vocab
+A rows that hold tokens · B rows of the batch · D model · K tokens of a step · L positions · M lanes
+· P passes · R recursions · S slots · T columns · V vocab
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mor.engine.paged_kv import PagedBatch, PagedKV
+from mor.engine.kv_passes import PagedBatch
+from mor.engine.paged_kv import PagedKV
 from mor.model.packing import PackedTokens
 from mor.model.routers import at_least_fp32
 from mor.model.routing import Memory

@@ -29,23 +29,17 @@ class SamplingRows:
     def of(
         cls, params: Sequence[SamplingParams], counters: Sequence[int], device: torch.device
     ) -> SamplingRows:
-        columns = (
-            [p.temperature for p in params],
-            [p.top_k for p in params],
-            [p.top_p for p in params],
-        )
-        temperature, top_k, top_p = columns
         return cls(
-            torch.tensor(temperature, dtype=torch.float64, device=device),
-            torch.tensor(top_k, device=device),
-            torch.tensor(top_p, dtype=torch.float64, device=device),
+            torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device),
+            torch.tensor([p.top_k for p in params], device=device),
+            torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
             torch.tensor([p.seed for p in params], device=device),
             torch.tensor(counters, device=device),
         )
 
     @classmethod
-    def empty(cls, count: int, device: torch.device) -> SamplingRows:
-        return cls.of([SamplingParams(temperature=0)] * count, [0] * count, device)
+    def greedy(cls, num_rows: int, device: torch.device) -> SamplingRows:
+        return cls.of([SamplingParams(temperature=0)] * num_rows, [0] * num_rows, device)
 
     def at(self, index: Tensor) -> SamplingRows:
         return SamplingRows(*(getattr(self, f.name)[index] for f in fields(self)))
@@ -56,10 +50,9 @@ class SamplingRows:
 
 
 def sample_rows(logits_MV: Tensor, rows: SamplingRows) -> Tensor:
-    """One token of each row of logits."""
-    scaled_MV = (
-        logits_MV.double() / torch.where(rows.temperature_M == 0, 1.0, rows.temperature_M)[:, None]
-    )
+    """One token of each row of logits, (M,)."""
+    greedy_M = rows.temperature_M == 0
+    scaled_MV = logits_MV.double() / torch.where(greedy_M, 1.0, rows.temperature_M)[:, None]
     sorted_MV, id_MV = scaled_MV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(logits_MV.shape[1], device=logits_MV.device)
     cut_MV = (rows.top_k_M[:, None] > 0) & (rank_V >= rows.top_k_M[:, None])
@@ -69,14 +62,28 @@ def sample_rows(logits_MV: Tensor, rows: SamplingRows) -> Tensor:
     kept_MV = probability_MV * (below_MV < rows.top_p_M[:, None])
     cumulative_MV = kept_MV.cumsum(-1)
     draw_M = hash_uniform(rows.seed_M, rows.counter_M) * cumulative_MV[:, -1]
-    place_M1 = torch.searchsorted(cumulative_MV, draw_M[:, None], right=True)
-    place_M1 = torch.minimum(place_M1, (kept_MV > 0).sum(-1, keepdim=True) - 1)
-    return torch.where(
-        rows.temperature_M == 0, logits_MV.argmax(-1), id_MV.gather(1, place_M1)[:, 0]
-    )
+    rank_M1 = torch.searchsorted(cumulative_MV, draw_M[:, None], right=True)
+    rank_M1 = torch.minimum(rank_M1, (kept_MV > 0).sum(-1, keepdim=True) - 1)
+    return torch.where(greedy_M, logits_MV.argmax(-1), id_MV.gather(1, rank_M1)[:, 0])
 
 
 def logprob_rows(logits_MV: Tensor, token_M: Tensor) -> Tensor:
     """Log-probability of one token of each row, (M,), fp64."""
     logits_MV = logits_MV.double()
     return logits_MV.gather(1, token_M[:, None])[:, 0] - logits_MV.logsumexp(-1)
+
+
+def next_tokens(
+    logits_MV: Tensor, params: Sequence[SamplingParams], counters: Sequence[int]
+) -> tuple[list[int], list[float] | list[None]]:
+    """One token of each row, and its log-probability if any of the requests asks for it.
+
+    counters: tokens that each request has drawn before.
+    """
+    if all(p.temperature == 0 for p in params):  # sorting the vocabulary is slow
+        token_M = logits_MV.argmax(-1)
+    else:
+        token_M = sample_rows(logits_MV, SamplingRows.of(params, counters, logits_MV.device))
+    if not any(p.logprobs for p in params):
+        return token_M.tolist(), [None] * len(params)
+    return token_M.tolist(), logprob_rows(logits_MV, token_M).tolist()

@@ -1,7 +1,11 @@
 """Paged attention for CUDA in Triton: no copies of entries, one program for each query and
 key/value head.
 
-Has run in Triton's interpreter only (`TRITON_INTERPRET=1`, tests/test_triton.py), not yet on a GPU.
+So far it has only run in Triton's interpreter (`TRITON_INTERPRET=1`, tests/test_triton.py), not on
+a GPU.
+
+E entries of a pool · G key/value heads · H head dim · L width of the table · M queries · N heads ·
+R rows of the table
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ENTRIES = 64  # looked at in one turn of the loop
+ENTRIES = 64  # read in one iteration of the loop
 
 
 @triton.jit
@@ -66,7 +70,7 @@ def triton_attention(
     *,
     longest: int,
 ) -> Tensor:
-    """As :func:`mor.engine.attention.gathered_attention`. Does not look at ``longest``."""
+    """As :func:`mor.engine.attention.gathered_attention`. ``longest`` is not used."""
     q_MNH = q_MNH.contiguous()
     M, N, H = q_MNH.shape
     groups, out_MNH = k_EGH.shape[1], torch.empty_like(q_MNH)

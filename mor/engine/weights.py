@@ -1,22 +1,23 @@
-"""How an engine holds the weights of a model: as they are, in the order that suits few tokens, or
-in 8 bits."""
+"""How an engine holds the weights of a model: as they are, in a form that suits few tokens, or in 8
+bits.
+
+D inputs · M rows · N outputs
+"""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mor.model.transformer import Transformer
+from mor.model.transformer import Block, Transformer
 
 
 class FewRowsLinear(nn.Module):
-    """A linear layer whose product is taken as ``(W @ x.T).T``, with x filled up to a number of
-    rows that MKL is good
-    at: one row takes longer than two, and 31 longer than 32 (benchmarks/cpu_kernels.py)."""
+    """A linear layer that computes ``(W @ x.T).T``, with x padded to a number of rows that MKL is
+    good at: one row takes longer than two, and 31 longer than 32 (benchmarks/cpu_kernels.py)."""
 
     def __init__(self, weight_ND: Tensor) -> None:
         super().__init__()
@@ -31,8 +32,9 @@ class FewRowsLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer in 8 bits: weights rounded once with a scale for each output, inputs as they
-    come with a scale for each row, so that a token's result does not depend on its neighbours."""
+    """A linear layer in 8 bits. Weights are rounded once, with a scale for each output. Inputs are
+    rounded as they come, with a scale for each row, so a token's result does not depend on its
+    neighbours."""
 
     def __init__(self, weight_ND: Tensor) -> None:
         super().__init__()
@@ -40,11 +42,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x_MD: Tensor) -> Tensor:
         scale_M, rounded_MD = _rounded(x_MD)
-        return (
-            torch._int_mm(rounded_MD, self.weight_ND.t()).to(x_MD.dtype)
-            * scale_M[:, None]
-            * self.scale_N
-        )
+        product_MN = torch._int_mm(rounded_MD, self.weight_ND.t()).to(x_MD.dtype)
+        return product_MN * scale_M[:, None] * self.scale_N
 
 
 def _rounded(x_MD: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,29 +53,35 @@ def _rounded(x_MD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_linear(model: Transformer, make: Callable[[Tensor], nn.Module]) -> Transformer:
-    """A model on the same memory whose blocks and head have other linear layers; embedding, norms
-    and routers stay."""
-    model = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
-    head = model.head_weight
-    for block in (*model.prelude, *model.recursions.shared_blocks, *model.coda):
-        # if they are compiled, it is with the layers of the original
-        for name in (
-            "enter",
-            "leave",
-        ):
-            block.__dict__.pop(name, None)
-    for part in (model.prelude, model.recursions.shared_blocks, model.coda):
-        for module in list(part.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, make(child.weight))
-    model.head = make(head)  # type: ignore[assignment]
-    return model
+    """The model with other linear layers in its blocks and head. Everything else is the original's:
+    the same modules, so a change of their weights shows in both.
+
+    make: the new layer for a weight, (N, D). Compiled blocks are not inherited: they hold the old
+    layers.
+    """
+    with torch.device("meta"):  # the structure, without memory
+        other = Transformer(model.config).train(model.training)
+    for part, original in ((other, model), (other.recursions, model.recursions)):
+        for name, child in original.named_children():
+            if not any(isinstance(inner, Block) for inner in child.modules()):
+                setattr(part, name, child)  # embedding, router, final norm
+    for block, original_block in zip(_blocks(other), _blocks(model), strict=True):
+        for name, child in original_block.named_modules():
+            if isinstance(child, nn.Linear):
+                block.set_submodule(name, make(child.weight))
+            elif next(child.children(), None) is None:
+                block.set_submodule(name, child)  # norms
+    other.head = make(model.head_weight)  # type: ignore[assignment]
+    return other
+
+
+def _blocks(model: Transformer) -> list[Block]:
+    return [*model.prelude, *model.recursions.shared_blocks, *model.coda]
 
 
 def for_decoding(model: Transformer, quantize: str | None) -> Transformer:
-    """The model as an engine runs it. Raises ValueError if int8 is asked for and it is not in fp32
-    on the CPU."""
+    """The model as an engine runs it. Raises ValueError if int8 is asked for and the model is not
+    in fp32 on the CPU."""
     weight = model.embedding.weight
     fp32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     if quantize == "int8":

@@ -1,0 +1,127 @@
+"""What a step strategy works with, and what it has to do.
+
+M requests of a batch · V vocab
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mor.engine.request import FinishReason, Phase, Request, RequestOutput
+from mor.engine.runner import Runner
+from mor.engine.sampling import next_tokens
+from mor.engine.scheduler import Scheduler
+
+
+class Measurements:
+    """Seconds spent in each part of the work, and how many passes and tokens it did there."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.passes: Counter[str] = Counter()
+        self.tokens: Counter[str] = Counter()
+
+    @contextmanager
+    def part(self, name: str, tokens: int) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+        self.passes[name] += 1
+        self.tokens[name] += tokens
+
+    def clear(self) -> None:
+        for counter in (self.seconds, self.passes, self.tokens):
+            counter.clear()
+
+
+class Work:
+    """What an engine shares with its step strategy: the running requests, the model with its cache,
+    measurements, and the tokens that have come out.
+
+    lanes: tokens in one pass of the shared block at most.
+    """
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, *, lanes: int) -> None:
+        self.runner, self.kv, self.scheduler, self.lanes = runner, runner.kv, scheduler, lanes
+        self.requests: dict[str, Request] = {}
+        """Unfinished ones, by id."""
+        self.measured = Measurements()
+        self._outputs: list[RequestOutput] = []
+
+    def in_phase(self, phase: Phase) -> list[Request]:
+        """Running requests in this phase, oldest first."""
+        return [request for request in self.scheduler.running if request.phase is phase]
+
+    def slots(self, requests: Sequence[Request]) -> Tensor:
+        return torch.tensor([request.slot for request in requests]).to(self.kv.device)
+
+    def sample(self, requests: Sequence[Request], depths: Sequence[int], logits_MV: Tensor) -> None:
+        """Draw and take the next token of each request. depths: recursions of the tokens that these
+        logits come from."""
+        params = [request.params for request in requests]
+        drawn = [len(request.token_ids) for request in requests]
+        with self.measured.part("sample", len(requests)):
+            tokens, logprobs = next_tokens(logits_MV, params, drawn)
+        for request, token, depth, logprob in zip(requests, tokens, depths, logprobs, strict=True):
+            request.phase = Phase.ENTER
+            self.take(request, token, depth=depth, logprob=logprob)
+
+    def take(self, request: Request, token_id: int, *, depth: int, logprob: float | None) -> None:
+        """Record a request's next token. The request finishes if that was the last.
+
+        depth: recursions of the token that predicted it, which is read now.
+        """
+        request.depths.append(depth)
+        request.num_read += 1
+        request.token_ids.append(token_id)
+        logprob = logprob if request.params.logprobs else None
+        if logprob is not None:
+            request.logprobs.append(logprob)
+        reason: FinishReason | None = None
+        if token_id in request.params.stop_token_ids:
+            reason = "stop"
+        elif len(request.token_ids) == request.params.max_new_tokens:
+            reason = "length"
+        if reason is not None:
+            self.finish(request, reason)
+        self._outputs.append(RequestOutput(request, token_id, depth, logprob, reason))
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        self.scheduler.finish(request)
+        request.finish_reason = reason
+        del self.requests[request.request_id]
+
+    def collect(self) -> list[RequestOutput]:
+        """What has come out since the last call, in order."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+
+class Strategy(ABC):
+    """How running requests get their next tokens. An engine has one, for all its life.
+
+    static_shapes: the runner must size attention by the longest request and look no value up on the
+    device. max_stop_tokens: a request may have no more; None: any number.
+    """
+
+    static_shapes: ClassVar[bool] = False
+    max_stop_tokens: ClassVar[int | None] = None
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def admit(self) -> None:
+        """Let waiting requests run."""
+        self.work.scheduler.admit()
+
+    @abstractmethod
+    def step(self) -> None:
+        """Some work for the requests that have read their prompts."""
