@@ -34,7 +34,8 @@ class Report:
     """Default: report.html in the folder."""
 
     def run(self, console: Console) -> None:
-        from mor.analysis.report import report_page
+        from mor.analysis.report import ENTRIES, report_page
+        from mor.studies.captions import CAPTIONS
 
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder; give a run or a study")
@@ -43,7 +44,8 @@ class Report:
         is_run = any(self.folder.glob("checkpoints/step-*/config.json"))
         settings = self._analyse() if is_run and self.analyse else {}
         out = self.out or self.folder / "report.html"
-        out.write_text(report_page(self.folder, settings=settings), encoding="utf-8")
+        page = report_page(self.folder, entries=ENTRIES | CAPTIONS, settings=settings)
+        out.write_text(page, encoding="utf-8")
         console.out(f"{out}: {out.stat().st_size / 1e6:.2f} MB", highlight=False)
 
     def _analyse(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from mor.statistics import bootstrap_bounds
 from mor.studies.study import LABEL, row_name
 
 Array = NDArray[np.float64]
-# a minimum farther outside the measured log sizes is none: the curve is flat or a slope
+# a minimum farther outside the measured log sizes does not count: the curve is flat or a slope
 REACH = math.log(1000)
 PHI_BOUND = 3.0
 
@@ -48,9 +48,9 @@ class Optimum:
     """The best size for a budget, from a parabola in log size. inside: between the smallest and the
     largest size measured, otherwise it is extrapolated and worth little.
 
-    no_minimum: share of the resamples whose curve has no lowest point. They may be best at any
-    size, so they count as smaller and as larger than all others; where they are more than one in
-    forty the bounds are NaN. NaN too for a size that the measured curve does not have.
+    no_minimum: share of the bootstrap resamples whose parabola has no minimum. Their best size is
+    unknown, so each widens the interval at both ends; above one in forty the bounds are NaN. The
+    size itself is NaN where the measured parabola has no minimum.
     """
 
     family: str
@@ -70,8 +70,8 @@ class Optimum:
 class Path:
     """Best size ~ budget ** size_slope, best tokens ~ budget ** tokens_slope.
 
-    no_minimum: share of the resamples that lack the lowest point of some budget, and so a slope
-    (see Optimum).
+    no_minimum: share of the resamples without a slope, because the parabola of some budget has no
+    minimum (see Optimum).
     """
 
     family: str

@@ -36,6 +36,14 @@ function against() {
   });
 }
 
+// Says so where a panel holds more than is seen.
+function markCut(box) {
+  const mark = () => box.classList.toggle("cut", box.scrollHeight - box.scrollTop - box.clientHeight > 4);
+  box.addEventListener("scroll", mark);
+  new ResizeObserver(mark).observe(box);
+  mark();
+}
+
 function about() {
   const long = models.some((m) => m.tokens.length > m.window);
   document
@@ -73,6 +81,7 @@ modes();
 setMode(state.mode);
 about();
 choose(0, 0);
+document.querySelectorAll(".prose, .columns").forEach(markCut);
 document.addEventListener("mouseover", (event) => {
   const at = pointed(event);
   if (at && !state.held) choose(...at);
