@@ -18,9 +18,12 @@ from mor.analysis.style import (
     SMALL,
     SOFT,
     intervals,
+    legend,
     name_lines,
+    name_panel,
     new_axes,
     series,
+    short_numbers,
 )
 
 Rows = Sequence[dict[str, Any]]
@@ -42,11 +45,6 @@ def _without_marker(i: int) -> dict[str, Any]:
     return series(i) | {"marker": None}
 
 
-def _legend(axes: Axes, columns: int = 2) -> None:
-    """Above the axes, where it covers nothing."""
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=columns, columnspacing=1.2)
-
-
 def _recursion_ticks(axes: Axes, rows: Rows) -> None:
     axes.set_xticks(range(len(rows)), [f"recursion {r['recursion']}" for r in rows])
     axes.grid(axis="x", visible=False)
@@ -54,7 +52,7 @@ def _recursion_ticks(axes: Axes, rows: Rows) -> None:
 
 def loss_curve(metrics: Rows) -> Figure:
     """Training and validation loss over tokens seen, from metrics.jsonl."""
-    figure, (axes,) = new_axes("Loss over training", 7.2, 3.6)
+    figure, (axes,) = new_axes("Loss over training tokens")
     names = {"loss": "training", "validation_nll": "validation\n(causal)"}
     looks = (dict(color=PALE, linewidth=1.1), series(0))
     drawn = [
@@ -63,6 +61,7 @@ def loss_curve(metrics: Rows) -> Figure:
         if any(m.get(y) is not None for m in metrics)
     ]
     axes.set(xlabel="training tokens", ylabel="loss, nats per token")
+    short_numbers(axes.xaxis)
     name_lines(axes, *zip(*drawn, strict=True))
     return figure
 
@@ -72,13 +71,14 @@ def loss_over_flops(
 ) -> Figure:
     """Validation bits per byte of several models, (FLOPs, bits per byte) each, from a quarter of
     the budget on: before that all of them fall steeply."""
-    figure, (axes,) = new_axes(title, 7.2, 4)
+    figure, (axes,) = new_axes(title)
     most = max(flops for points in curves.values() for flops, _ in points)
     lines = []
     for i, points in enumerate(curves.values()):
         late = [p for p in points if p[0] >= 0.2 * most] or points
         lines += axes.plot(*zip(*late, strict=True), **series(i))
     axes.set(xlabel="training FLOPs", ylabel="validation bits per byte (causal)")
+    short_numbers(axes.xaxis)
     name_lines(axes, lines, list(curves))
     return figure
 
@@ -86,7 +86,9 @@ def loss_over_flops(
 def router_health(metrics: Rows) -> Figure:
     """Share of tokens in each recursion, and the health figures of the router, over training
     steps."""
-    figure, (left, right) = new_axes("Router over training", 9.6, 3.6, 2)
+    figure, (left, right) = new_axes(
+        "Tokens in each recursion, and the health of the router", 9.6, 3.6, 2
+    )
     rows = [m for m in metrics if m.get("share_per_recursion")]
     steps = [m["step"] for m in rows]
     shares = zip(*(m["share_per_recursion"] for m in rows), strict=True)
@@ -94,20 +96,20 @@ def router_health(metrics: Rows) -> Figure:
     left.set(xlabel="training step", ylabel="share of tokens", ylim=(0, 1.05))
     name_lines(left, drawn, [f"recursion {r + 1}" for r in range(len(drawn))])
     names = {
-        "depth_entropy": "depth entropy\n(1: even)",
+        "depth_entropy": "depth entropy,\n1 = even",
         "agreement": "agreement\nwith top-k",
         "dead_positions": "dead positions",
         "max_violation": "largest overload\n(MaxVio)",
     }
     known = [name for name in names if any(m.get(name) is not None for m in rows)]
     drawn = [_curve(right, rows, "step", y, **_without_marker(i)) for i, y in enumerate(known)]
-    right.set(xlabel="training step", ylabel="share, or entropy relative to its maximum")
+    right.set(xlabel="training step", ylabel="share")
     name_lines(right, drawn, [names[name] for name in known])
     return figure
 
 
 def depth_histogram(rows: Rows) -> Figure:
-    figure, (axes,) = new_axes("Depths taken")
+    figure, (axes,) = new_axes("Share of tokens by depth")
     bars = axes.bar([str(r["depth"]) for r in rows], [r["share"] for r in rows], **BARS)
     axes.bar_label(bars, [f"{r['share']:.1%}" for r in rows], padding=2)
     axes.set(xlabel="depth, recursions", ylabel="share of tokens")
@@ -117,7 +119,7 @@ def depth_histogram(rows: Rows) -> Figure:
 
 
 def dead_tokens(rows: Rows) -> Figure:
-    figure, (axes,) = new_axes("Dead tokens")
+    figure, (axes,) = new_axes("Share that never takes a recursion")
     names = {"dead_positions": "positions", "dead_types": "distinct tokens"}
     for i, (name, label) in enumerate(names.items()):
         places = np.arange(len(rows)) + (i - 0.5) * 0.38
@@ -127,12 +129,12 @@ def dead_tokens(rows: Rows) -> Figure:
     _recursion_ticks(axes, rows)
     axes.set_ylim(0, max(0.05, axes.get_ylim()[1] * 1.15))
     axes.set_ylabel("share that never took it")
-    _legend(axes)
+    legend(axes)
     return figure
 
 
 def depth_predictors(rows: Rows) -> Figure:
-    figure, (axes,) = new_axes("What decides the depth")
+    figure, (axes,) = new_axes("How well simple rules predict the depth")
     values = [r["explained"] for r in rows]
     axes.barh([r["predictor"] for r in rows], values, 0.6, **BARS)
     for place, value in enumerate(values):
@@ -145,7 +147,7 @@ def depth_predictors(rows: Rows) -> Figure:
 
 
 def agreement(rows: Rows) -> Figure:
-    figure, (axes,) = new_axes("Threshold against top-k")
+    figure, (axes,) = new_axes("Agreement of threshold and top-k selection")
     names = {
         "same_decision": "same decision",
         "share_threshold": "taken by threshold",
@@ -157,7 +159,7 @@ def agreement(rows: Rows) -> Figure:
         axes.bar_label(bars, [f"{r[name]:.1%}" for r in rows], padding=2, fontsize=SMALL)
     _recursion_ticks(axes, rows)
     axes.set(ylabel="share of the candidates", ylim=(0, 1.1))
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -165,7 +167,7 @@ def score_histogram(rows: Rows) -> Figure:
     """For each recursion: how many tokens have which score, those taken below those not taken."""
     recursions = sorted({r["recursion"] for r in rows})
     figure, panels = new_axes(
-        "Router scores", max(4.8, 3.2 * len(recursions)), 3.4, len(recursions)
+        "Distribution of router scores", max(6.4, 3.2 * len(recursions)), 3.4, len(recursions)
     )
     for axes, recursion in zip(panels, recursions, strict=True):
         own = [r for r in rows if r["recursion"] == recursion]
@@ -177,40 +179,44 @@ def score_histogram(rows: Rows) -> Figure:
             width = part[0]["high"] - part[0]["low"]
             axes.bar([r["low"] for r in part], heights, width, below, **look)
             below = below + heights
-        axes.set(title=f"recursion {recursion}", xlabel="router score")
+        name_panel(axes, f"recursion {recursion}")
+        axes.set_xlabel("router score")
     panels[0].set_ylabel("share of scored tokens")
-    panels[-1].legend(loc="best")
+    panels[-1].legend(loc="upper center", frameon=False, fontsize=SMALL)
     return figure
 
 
 def drift(rows: Rows) -> Figure:
     """Cosines as a matrix; relative change of consecutive stages as bars."""
-    figure, (left, right) = new_axes("How states move", 8.4, 3.6, 2)
-    stages = sorted({r["earlier"] for r in rows} | {r["later"] for r in rows})
-    matrix = np.full((len(stages), len(stages)), np.nan)
+    figure, (left, right) = new_axes("How states change between recursions", 8.8, 3.6, 2)
+    before, after = (sorted({r[stage] for r in rows}) for stage in ("earlier", "later"))
+    matrix = np.full((len(before), len(after)), np.nan)
     for r in rows:
-        place = stages.index(r["later"]), stages.index(r["earlier"])
+        place = after.index(r["later"]), before.index(r["earlier"])
         matrix[place[::-1]] = r["cosine"]
         shade = "#ffffff" if r["cosine"] > 0.6 else INK
         left.text(*place, f"{r['cosine']:.2f}", color=shade, ha="center", va="center")
     left.imshow(matrix, cmap="Blues", vmin=-0.2, vmax=1.2)
-    for set_ticks in (left.set_xticks, left.set_yticks):
-        set_ticks(range(len(stages)), stages)
+    left.set_xticks(range(len(after)), after)
+    left.set_yticks(range(len(before)), before)
     left.grid(visible=False)
-    left.set(title="cosine between states", ylabel="after recursion")
-    left.set_xlabel("after recursion (0: before the first)")
+    name_panel(left, "cosine between states")
+    left.set(xlabel="after recursion", ylabel="and after recursion (0: before the first)")
     steps = [r for r in rows if r["later"] == r["earlier"] + 1]
     names = [f"{r['earlier']}→{r['later']}" for r in steps]
     bars = right.bar(names, [r["relative_change"] for r in steps], **BARS)
     right.bar_label(bars, fmt="%.2f", padding=2)
     right.margins(y=0.12)
     right.grid(axis="x", visible=False)
-    right.set(title="length of the change over length of the state", xlabel="recursion")
+    name_panel(right, "length of the change over length of the state")
+    right.set_xlabel("recursion")
     return figure
 
 
 def kv_similarity(rows: Rows) -> Figure:
-    figure, panels = new_axes("Keys and values across recursions", 8.4, 3.4, 2, sharey=True)
+    figure, panels = new_axes(
+        "Similarity of keys and values between recursions", 8.8, 3.4, 2, sharey=True
+    )
     pairs = sorted({(r["earlier"], r["later"]) for r in rows})
     for axes, kind in zip(panels, ("keys", "values"), strict=True):
         drawn = []
@@ -218,14 +224,15 @@ def kv_similarity(rows: Rows) -> Figure:
             own = [r for r in rows if (r["earlier"], r["later"]) == pair]
             drawn.append(_curve(axes, own, "layer", f"cosine_{kind}", **series(i)))
         axes.set_xticks(sorted({r["layer"] for r in rows}))
-        axes.set(title=kind, xlabel="shared layer", ylim=(min(0, axes.get_ylim()[0]), 1.05))
+        name_panel(axes, kind)
+        axes.set(xlabel="shared layer", ylim=(min(0, axes.get_ylim()[0]), 1.05))
         name_lines(axes, drawn, [f"recursions\n{a} and {b}" for a, b in pairs])
     panels[0].set_ylabel("mean cosine")
     return figure
 
 
 def depth_scaling(rows: Rows) -> Figure:
-    figure, (axes,) = new_axes("Test-time depth", 7.2, 3.6)
+    figure, (axes,) = new_axes("Loss by the largest depth allowed")
     trained = [r for r in rows if not r["extrapolated"]]
     further = [trained[-1], *(r for r in rows if r["extrapolated"])]
     drawn, names = [], []
@@ -239,9 +246,8 @@ def depth_scaling(rows: Rows) -> Figure:
         axes.annotate(
             f"{r['mean_depth']:.2f}",
             (r["max_depth"], r["nll"]),
-            (0, 8),
+            (5, 5),
             textcoords="offset points",
-            ha="center",
             fontsize=SMALL,
             color=SOFT,
         )
@@ -254,7 +260,7 @@ def depth_scaling(rows: Rows) -> Figure:
 
 
 def depth_by_class(rows: Rows) -> Figure:
-    figure, (axes,) = new_axes("Depth by class of token", 7.2, 0.24 * len(rows) + 1.4)
+    figure, (axes,) = new_axes("Mean depth by class of token", 6.4, 0.24 * len(rows) + 1.4)
     y, names, place = [], [], 0.0
     for i, row in enumerate(rows):
         place += 0.7 if i and row["by"] != rows[i - 1]["by"] else 0
@@ -269,7 +275,9 @@ def depth_by_class(rows: Rows) -> Figure:
 
 
 def counterfactual_gains(rows: Rows) -> Figure:
-    figure, (axes,) = new_axes("One recursion fewer or more", 7.2, 0.32 * len(rows) + 1.5)
+    figure, (axes,) = new_axes(
+        "Change of log-probability at another depth", 6.4, 0.32 * len(rows) + 1.5
+    )
     y = list(range(len(rows)))
     intervals(axes, y, rows)
     axes.axvline(0, color=SOFT, linewidth=1)

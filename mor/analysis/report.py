@@ -268,9 +268,9 @@ def _section(name: str, entry: Entry, figure: Path | None, table: Path | None) -
     if figure:
         kind = "svg+xml" if figure.suffix == ".svg" else "png"
         data = base64.b64encode(figure.read_bytes()).decode()
-        parts.append(
-            f'<img alt="Figure: {html.escape(entry.title)}" src="data:image/{kind};base64,{data}">'
-        )
+        source = f"data:image/{kind};base64,{data}"
+        alt = f"Figure: {html.escape(entry.title)}"
+        parts.append(f'<div class="figure"><img alt="{alt}" src="{source}"></div>')
     if table:
         parts.append(_table(table, closed=figure is not None))
     return "\n".join([*parts, "</section>"])

@@ -29,8 +29,6 @@ STYLE: Any = {
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": SOFT,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
     "xtick.color": SOFT,
     "xtick.labelcolor": INK,
     "ytick.color": SOFT,
@@ -43,8 +41,6 @@ STYLE: Any = {
     "lines.linewidth": 1.6,
     "lines.markersize": 4.5,
     "hatch.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": SMALL,
     "svg.fonttype": "none",
     "svg.hashsalt": "mor",  # the same figure gives the same file
 }
@@ -58,7 +54,7 @@ def save(figure: Figure, folder: Path, name: str) -> None:
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
-def new_figure(title: str, width: float = 4.8, height: float = 3.4) -> Figure:
+def new_figure(title: str, width: float = 6.4, height: float = 3.4) -> Figure:
     """An empty figure (inches) with its title at the upper left."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -67,7 +63,7 @@ def new_figure(title: str, width: float = 4.8, height: float = 3.4) -> Figure:
 
 
 def new_axes(
-    title: str, width: float = 4.8, height: float = 3.4, columns: int = 1, **sharing: bool
+    title: str, width: float = 6.4, height: float = 3.4, columns: int = 1, **sharing: bool
 ) -> tuple[Figure, list[Axes]]:
     """A figure with axes side by side. sharing: sharex, sharey."""
     figure = new_figure(title, width, height)
@@ -122,7 +118,7 @@ def name_lines(axes: Axes, lines: Sequence[Line2D], names: Sequence[str]) -> Non
             fontsize=SMALL,
             va="center",
             annotation_clip=False,
-            arrowprops=dict(arrowstyle="-", color=FAINT, linewidth=0.8, shrinkA=1, shrinkB=4),
+            arrowprops=dict(arrowstyle="-", color="#b8c0c8", linewidth=0.7, shrinkA=1, shrinkB=4),
         )
 
 
@@ -147,7 +143,25 @@ def apart(places: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
 
 def darker(colour: Any) -> tuple[float, ...]:
     """The colour as one of small text: pale ones would not be read on white."""
-    return tuple(0.62 * c for c in to_rgb(colour))
+    red, green, blue = to_rgb(colour)
+    light = 0.3 * red + 0.6 * green + 0.1 * blue
+    return tuple(c * min(0.8, 0.35 / max(light, 0.01)) for c in (red, green, blue))
+
+
+def name_panel(axes: Axes, text: str, size: float = 9) -> None:
+    axes.set_title(text, loc="left", fontsize=size)
+
+
+def legend(axes: Axes) -> None:
+    """Above the axes, where it covers nothing."""
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1),
+        ncols=3,
+        columnspacing=1.2,
+        frameon=False,
+        fontsize=SMALL,
+    )
 
 
 def intervals(axes: Axes, places: Sequence[float], rows: Sequence[dict[str, Any]]) -> None:
@@ -163,9 +177,14 @@ def intervals(axes: Axes, places: Sequence[float], rows: Sequence[dict[str, Any]
     axes.plot([r["mean"] for r in rows], places, "o", color=COLOURS[0], markersize=5)
 
 
+def short_numbers(axis: Any) -> None:
+    """Ticks as 200M or 2B."""
+    number = EngFormatter(sep="")
+    axis.set_major_formatter(lambda value, _: number(value).replace("G", "B"))
+
+
 def readable(axis: Any) -> None:
     """Ticks of a logarithmic axis at 1, 2 and 5, as 200M or 2B and not as 2 x 10^8."""
-    number = EngFormatter(sep="")
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(lambda value, _: number(value).replace("G", "B"))
+    short_numbers(axis)

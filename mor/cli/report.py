@@ -62,8 +62,8 @@ class Report:
             (m for m in reversed(tables.get("loss", [])) if m.get("validation_nll") is not None), {}
         )
         settings = {
-            "model": loaded.config.family,
-            "router": loaded.config.router.kind,
+            "model": "MoR" if loaded.config.family == "mor" else loaded.config.family,
+            "router": loaded.config.router.kind.replace("_", "-"),
             "recursions": loaded.config.num_recursions,
             "width": loaded.config.dim,
             "effective layers": loaded.config.num_layers,

@@ -7,7 +7,7 @@ import json
 import platform
 import time
 from dataclasses import asdict
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,8 @@ def run_demo(
 def free_folder(out: Path | None) -> Path:
     """A folder with nothing in it. Raises ValueError if ``out`` is not one."""
     if out is None:
-        names = (FOLDER, *(FOLDER.with_name(f"{FOLDER.name}-{i}") for i in count(2)))
-        out = next(folder for folder in names if not _holds_files(folder))
+        numbered = (FOLDER.with_name(f"{FOLDER.name}-{i}") for i in count(2))
+        out = next(folder for folder in chain([FOLDER], numbered) if not _holds_files(folder))
     if _holds_files(out):
         raise ValueError(f"{out} is not empty; choose another --out, or delete it")
     out.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from mor.analysis.style import (
     SOFT,
     literal,
     name_lines,
+    name_panel,
     new_axes,
     new_figure,
     new_grid,
@@ -117,7 +118,7 @@ def _hops_grid(known: Sequence[str], runs: Runs, title: str, compared: str | Non
                 _hops_axes(axes, name)
                 if j == 0:
                     axes.set_ylabel(label.replace(" (causal)", "\n(causal)"))
-            grid[2 * c, j].set_title(_wrapped(chunk[j]) if j < len(chunk) else "", fontsize=SMALL)
+            name_panel(grid[2 * c, j], _wrapped(chunk[j]) if j < len(chunk) else "", SMALL)
     grey = f"; dashed grey: {literal(compared)}" if compared and compared in known else ""
     figure.supxlabel(f"hops asked for (band: range of the seeds{grey})", fontsize=9)
     return figure
@@ -170,7 +171,7 @@ def isoflop_figure(
                 drawn.append((_isoflop_curve(axes, chosen, colour), f"{budget:.2g}"))
         for best in (o for o in optima if o.family == family and math.isfinite(o.size)):
             _lowest_point(axes, best, shades(len(budgets))[budgets.index(best.budget)])
-        axes.set_title(literal(family))
+        name_panel(axes, literal(family))
         readable(axes.xaxis)
         name_lines(axes, *zip(*drawn, strict=True))
     for axes in grid.flat[len(families) :]:

@@ -37,11 +37,11 @@ function against() {
 }
 
 // Says so where a panel holds more than is seen.
-function markCut(box) {
+function markCut(box, content = box) {
   const mark = () => box.classList.toggle("cut", box.scrollHeight - box.scrollTop - box.clientHeight > 4);
+  const observer = new ResizeObserver(mark);
   box.addEventListener("scroll", mark);
-  new ResizeObserver(mark).observe(box);
-  mark();
+  [box, content].forEach((node) => observer.observe(node));
 }
 
 function about() {
@@ -81,7 +81,8 @@ modes();
 setMode(state.mode);
 about();
 choose(0, 0);
-document.querySelectorAll(".prose, .columns").forEach(markCut);
+document.querySelectorAll(".prose, .columns").forEach((box) => markCut(box));
+markCut(document.getElementById("detail"), document.getElementById("facts"));
 document.addEventListener("mouseover", (event) => {
   const at = pointed(event);
   if (at && !state.held) choose(...at);
