@@ -97,28 +97,29 @@ def literal(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def name_lines(axes: Axes, lines: Sequence[Line2D], names: Sequence[str]) -> None:
-    """Each name beside the last point of its line, moved up or down where names would overlap.
-
-    Call it when the limits of the axes are final.
-    """
+def name_lines(
+    axes: Axes, lines: Sequence[Line2D], names: Sequence[str], *, at_edge: bool = True
+) -> None:
+    """Each name beside the last point of its line, or at the edge of the axes; moved up or down
+    where names would overlap. Call it when the limits of the axes are final."""
     axes.autoscale_view()
     points = [np.asarray(line.get_xydata(), float) for line in lines]
     ends = np.array([point[np.isfinite(point[:, 1])][-1] for point in points])
     lines_each = max(name.count("\n") + 1 for name in names)
     gap = 1.35 * lines_each * SMALL / 72 / _height(axes)
     places = apart((axes.transScale + axes.transLimits).transform(ends)[:, 1], gap)
+    leader = dict(arrowstyle="-", color="#b8c0c8", linewidth=0.7, shrinkA=1, shrinkB=4)
     for line, name, end, place in zip(lines, names, ends, places, strict=True):
         axes.annotate(
-            literal(name),
+            literal(name if at_edge else f"  {name}"),
             end,
-            (1.03, place),
-            textcoords="axes fraction",
+            (1.03 if at_edge else end[0], place),
+            textcoords=("axes fraction" if at_edge else "data", "axes fraction"),
             color=darker(line.get_color()),
             fontsize=SMALL,
             va="center",
             annotation_clip=False,
-            arrowprops=dict(arrowstyle="-", color="#b8c0c8", linewidth=0.7, shrinkA=1, shrinkB=4),
+            arrowprops=leader | {"relpos": (0, 0.5)} if at_edge else None,
         )
 
 

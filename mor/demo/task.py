@@ -112,9 +112,10 @@ def task_verdict(rows: Sequence[TaskRow]) -> str:
     gains = {name: hard[name] - hard["one pass"] for name in ("recursive", "MoR")}
     paying = [name for name, gain in gains.items() if gain > CLEAR]
     if paying:
+        more = " and ".join(f"{name} {100 * gains[name]:.0f}" for name in paying)
         plain = (
-            f"Depth pays on this task: with the same unique layers, "
-            f"{' and '.join(f'{name} answers {gains[name]:+.0%}' for name in paying)} of them."
+            "Depth pays on this task: with the same unique layers, right answers in percentage "
+            f"points more than one pass: {more}."
         )
     else:
         plain = "No model answers clearly more than one pass: depth did not pay here."

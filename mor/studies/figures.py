@@ -34,9 +34,10 @@ from mor.studies.scaling import Optimum, Point, parabola
 
 Runs = Mapping[str, Mapping[int, dict[str, Any]]]  # by row and seed
 OVERLAID = 5  # lines that can be told apart in one panel; more get a panel each
+BAND = " (band: range of the seeds)"
 HOPS = {
     "answers_right_by_hops": "share of right answers (causal)",
-    "mean_depth_by_hops": "mean depth, recursions",
+    "mean_depth_by_hops": "mean depth",
 }
 
 
@@ -95,7 +96,8 @@ def hops_figure(
     for axes, (name, label) in zip(panels, HOPS.items(), strict=True):
         drawn = [_by_hops(axes, runs[row], name, **series(i)) for i, row in enumerate(known)]
         _hops_axes(axes, name)
-        axes.set(xlabel="hops asked for", ylabel=label)
+        seeds = max(len(runs[row]) for row in known)
+        axes.set(xlabel="hops asked for" + BAND * (seeds > 1), ylabel=label)
         name_lines(axes, drawn, [_wrapped(row) for row in known])
     return figure
 
@@ -106,6 +108,7 @@ def _hops_grid(known: Sequence[str], runs: Runs, title: str, compared: str | Non
     chunks = [known[i : i + OVERLAID] for i in range(0, len(known), OVERLAID)]
     figure = new_figure(title, 10, 3.5 * len(chunks) + 0.4)
     grid = new_grid(figure, 2 * len(chunks), OVERLAID, sharex=True, sharey="row")
+    depths = [max(run["mean_depth_by_hops"][1:]) for row in known for run in runs[row].values()]
     for c, chunk in enumerate(chunks):
         for j in range(OVERLAID):
             for axes, (name, label) in zip(grid[2 * c : 2 * c + 2, j], HOPS.items(), strict=True):
@@ -116,11 +119,13 @@ def _hops_grid(known: Sequence[str], runs: Runs, title: str, compared: str | Non
                     _by_hops(axes, runs[compared or ""], name, color="#9aa3ab", linestyle="--")
                 _by_hops(axes, runs[chunk[j]], name, color=COLOURS[0], marker="o", markersize=3)
                 _hops_axes(axes, name)
+                if name == "mean_depth_by_hops":
+                    axes.set_ylim(0.8, max(depths) + 0.2)
                 if j == 0:
                     axes.set_ylabel(label.replace(" (causal)", "\n(causal)"))
             name_panel(grid[2 * c, j], _wrapped(chunk[j]) if j < len(chunk) else "", SMALL)
     grey = f"; dashed grey: {literal(compared)}" if compared and compared in known else ""
-    figure.supxlabel(f"hops asked for (band: range of the seeds{grey})", fontsize=9)
+    figure.supxlabel(f"hops asked for{BAND}{grey}", fontsize=9)
     return figure
 
 
@@ -154,7 +159,7 @@ def isoflop_figure(
     title: str = "Loss over size at equal budgets",
 ) -> Figure:
     """A panel for each family: measured losses over size, the parabola of each budget, its lowest
-    point; an arrow at the edge where that lies beyond the sizes measured."""
+    point, marked otherwise where it lies beyond the sizes measured."""
     families = list(dict.fromkeys(p.family for p in points))
     budgets = sorted({p.budget for p in points})
     columns = min(3, len(families))
@@ -173,15 +178,15 @@ def isoflop_figure(
             _lowest_point(axes, best, shades(len(budgets))[budgets.index(best.budget)])
         name_panel(axes, literal(family))
         readable(axes.xaxis)
-        name_lines(axes, *zip(*drawn, strict=True))
+        name_lines(axes, *zip(*drawn, strict=True), at_edge=False)
     for axes in grid.flat[len(families) :]:
         axes.set_visible(False)
     for j in range(columns):  # the lowest panel of each column, which may have none below it
         grid.flat[len(families) - columns + j].xaxis.set_tick_params(labelbottom=True)
     figure.supylabel("validation NLL, nats (causal)", fontsize=9)
     figure.supxlabel(
-        f"{size_name}\nat the lines: training FLOPs; star: lowest point of the parabola, "
-        "arrow: it lies beyond the sizes measured",
+        f"{size_name}\nat the lines: training FLOPs; star: lowest point of the parabola; "
+        "hollow star or arrow: it lies beyond the sizes measured",
         fontsize=9,
     )
     return figure
@@ -257,4 +262,4 @@ def _path(axes: Axes, mine: Sequence[Optimum], what: str, beside: float, i: int)
 
 def _reach(values: Sequence[float]) -> tuple[float, float]:
     """Limits of an axis around measured values, whatever their intervals are."""
-    return (min(values, default=1.0) / 3, max(values, default=1.0) * 3)
+    return (min(values, default=1.0) / 2.5, max(values, default=1.0) * 2.5)
