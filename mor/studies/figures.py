@@ -168,17 +168,19 @@ def isoflop_figure(
     grid = new_grid(figure, rows, columns, sharex=True, sharey=True)
     sizes = [p.size for p in points]
     grid[0, 0].set(xscale="log", xlim=(min(sizes) / 1.25, max(sizes) * 1.25))
+    drawn: dict[Axes, list[tuple[Line2D, str]]] = {}
     for axes, family in zip(grid.flat, families, strict=False):
-        drawn = []
+        drawn[axes] = []
         for colour, budget in zip(shades(len(budgets)), budgets, strict=True):
             chosen = [p for p in points if (p.family, p.budget) == (family, budget)]
             if chosen:
-                drawn.append((_isoflop_curve(axes, chosen, colour), f"{budget:.2g}"))
+                drawn[axes].append((_isoflop_curve(axes, chosen, colour), f"{budget:.2g}"))
         for best in (o for o in optima if o.family == family and math.isfinite(o.size)):
             _lowest_point(axes, best, shades(len(budgets))[budgets.index(best.budget)])
         name_panel(axes, literal(family))
         readable(axes.xaxis)
-        name_lines(axes, *zip(*drawn, strict=True), at_edge=False)
+    for axes, lines in drawn.items():  # now that the limits, which all share, are final
+        name_lines(axes, *zip(*lines, strict=True), at_edge=False)
     for axes in grid.flat[len(families) :]:
         axes.set_visible(False)
     for j in range(columns):  # the lowest panel of each column, which may have none below it
