@@ -122,7 +122,7 @@ class Explanation:
     @property
     def bits_per_byte(self) -> float | None:
         """Of all tokens but the first, which nothing predicts; special tokens have no bytes. None
-        for answers, which are no text."""
+        for answers, which are not text."""
         size = len("".join(t.piece for t in self.tokens[1:] if t.kind != "special").encode())
         if self.nll is None or not size or self.asked == "answer":
             return None
@@ -396,7 +396,7 @@ class _Reader:
         ]
 
     def _name(self, token_id: int) -> str:
-        """Its text, or its name in the vocabulary where it is no whole text by itself."""
+        """Its text, or its name in the vocabulary where it is not a whole text by itself."""
         if token_id not in self.names:
             text = self.tokenizer.decode([token_id])
             whole = text and "\ufffd" not in text

@@ -1,4 +1,4 @@
-"""Exits decided after the fact, on one trained model: at random, when the early prediction is sure,
+"""Exits chosen after training, on one trained model: at random, when the early prediction is sure,
 by an oracle.
 
 The model runs once for every depth with all tokens going that deep; then every token is given the

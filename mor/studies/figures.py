@@ -123,7 +123,7 @@ def _hops_grid(known: Sequence[str], runs: Runs, title: str, compared: str | Non
                     axes.set_ylim(0.8, max(depths) + 0.2)
                 if j == 0:
                     axes.set_ylabel(label.replace(" (causal)", "\n(causal)"))
-            name_panel(grid[2 * c, j], _wrapped(chunk[j]) if j < len(chunk) else "", SMALL)
+            name_panel(grid[2 * c, j], literal(_wrapped(chunk[j])) if j < len(chunk) else "", SMALL)
     grey = f"; dashed grey: {literal(compared)}" if compared and compared in known else ""
     figure.supxlabel(f"hops asked for{BAND}{grey}", fontsize=9)
     return figure
@@ -148,7 +148,7 @@ def _hops_axes(axes: Axes, name: str) -> None:
 
 def _wrapped(name: str, width: int = 20) -> str:
     """A long name on several lines."""
-    return literal("\n".join(textwrap.wrap(name, width)) if len(name) > width else name)
+    return "\n".join(textwrap.wrap(name, width)) if len(name) > width else name
 
 
 def isoflop_figure(

@@ -156,12 +156,12 @@ def _row(path: Path) -> dict[str, Any]:
 
 
 def known(path: Path, *names: str) -> dict[str, Any]:
-    """A JSON file that has these entries. Raises ValueError if it has not."""
+    """A JSON file that has these entries. Raises ValueError if one is missing."""
     values = read_json(path)
     if missing := [name for name in names if name not in values]:
         raise ValueError(
-            f"{path} has no {', '.join(missing)}; delete it and start the study again to have it "
-            "anew"
+            f"{path} has no {', '.join(missing)}; delete it and start the study again, which "
+            "makes a new one"
         )
     return values
 

@@ -87,7 +87,7 @@ class Study:
     budgets: tuple[float, ...] = ()
     """Training FLOPs. One stable run serves all: each budget's cool-down branches off it."""
     exits: tuple[str, ...] = ()
-    """Variants whose tokens are also sent out early after the fact: at random, when sure, by an
+    """Variants whose tokens, once trained, also leave early: at random, when sure, by an
     oracle."""
     windows: int = 512
     """Validation sequences that a finished run is measured on."""
@@ -266,7 +266,7 @@ def _values(axis: str, values: Any) -> Iterator[tuple[str, str, dict[str, Any]]]
 
 
 def merge(*tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested tables, later ones first in doubt."""
+    """Nested tables merged into one; later ones win."""
     merged: dict[str, Any] = {}
     for table in tables:
         for key, value in table.items():
