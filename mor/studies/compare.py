@@ -139,15 +139,19 @@ def _verdict(name: str, shallow: dict[int, dict], deep: dict[int, dict], margin:
             f"{name}: the one-pass control has not finished on the same seeds, so nothing is known "
             "about depth yet."
         )
-    figures = f"the same unique layers applied once are worse by {found.mean:+.3f} nats"
+    once = "the same unique layers applied once"
     if found.low is None or found.high is None:
-        return f"{name}: {figures} on one seed, which is no evidence (n = 1)."
-    figures += f" [{found.low:+.3f}, {found.high:+.3f}], n = {found.count}"
+        return (
+            f"{name}: {once} are worse by {found.mean:+.3f} nats on one seed: no evidence, n = 1."
+        )
+    figures = f"{found.mean:+.3f} nats [{found.low:+.3f}, {found.high:+.3f}], n = {found.count}"
     if found.low > margin:
-        return f"{name}: depth pays: {figures}."
-    none = "no significant difference, " if found.low <= 0 <= found.high else ""
+        return f"{name}: depth pays: {once} are worse by {figures}."
+    if found.low <= 0 <= found.high:
+        said = f"no significant difference; {once}: {figures}"
+    else:
+        said = f"{once} differ by {figures}; the study asks for more than {margin:g}"
     return (
-        f"{name}: depth does not clearly pay: {none}{figures}; the study asks for more than "
-        f"{margin:g}. So it says nothing about routing at this size: train larger models, longer, "
-        "or on a harder task."
+        f"{name}: depth does not clearly pay: {said}. So the study says nothing about routing at "
+        "this size: train larger models, longer, or on a harder task."
     )

@@ -103,30 +103,36 @@ def hops_figure(
 
 
 def _hops_grid(known: Sequence[str], runs: Runs, title: str, compared: str | None) -> Figure:
-    """A column for each row of the study, its depth below its right answers; five columns in a
-    line."""
-    chunks = [known[i : i + OVERLAID] for i in range(0, len(known), OVERLAID)]
-    figure = new_figure(title, 10, 3.5 * len(chunks) + 0.4)
-    grid = new_grid(figure, 2 * len(chunks), OVERLAID, sharex=True, sharey="row")
-    depths = [max(run["mean_depth_by_hops"][1:]) for row in known for run in runs[row].values()]
-    for c, chunk in enumerate(chunks):
-        for j in range(OVERLAID):
-            for axes, (name, label) in zip(grid[2 * c : 2 * c + 2, j], HOPS.items(), strict=True):
-                if j >= len(chunk):
-                    axes.set_visible(False)
-                    continue
-                if compared in known and chunk[j] != compared:
-                    _by_hops(axes, runs[compared or ""], name, color="#9aa3ab", linestyle="--")
-                _by_hops(axes, runs[chunk[j]], name, color=COLOURS[0], marker="o", markersize=3)
-                _hops_axes(axes, name)
-                if name == "mean_depth_by_hops":
-                    axes.set_ylim(0.8, max(depths) + 0.2)
-                if j == 0:
-                    axes.set_ylabel(label.replace(" (causal)", "\n(causal)"))
-            name_panel(grid[2 * c, j], literal(_wrapped(chunk[j])) if j < len(chunk) else "", SMALL)
+    """Small multiples, at most five in a line: the depth of each row below its right answers."""
+    lines = math.ceil(len(known) / OVERLAID)
+    columns = math.ceil(len(known) / lines)
+    figure = new_figure(title, 2 * columns + 0.6, 3.5 * lines + 0.4)
+    grid = new_grid(figure, 2 * lines, columns, sharex=True, sharey="row")
+    deepest = max(max(run["mean_depth_by_hops"][1:]) for row in known for run in runs[row].values())
+    for i in range(lines * columns):
+        pair = grid[2 * (i // columns) : 2 * (i // columns) + 2, i % columns]
+        if i >= len(known):
+            for axes in pair:
+                axes.set_visible(False)
+            continue
+        _answers_and_depth(pair, runs, known[i], compared if compared in known else None)
+        pair[1].set_ylim(0.8, deepest + 0.2)
+        pair[1].xaxis.set_tick_params(labelbottom=i + columns >= len(known))  # none below it
+        if i % columns == 0:
+            for axes, label in zip(pair, HOPS.values(), strict=True):
+                axes.set_ylabel(label.replace(" (causal)", "\n(causal)"))
     grey = f"; dashed grey: {literal(compared)}" if compared and compared in known else ""
     figure.supxlabel(f"hops asked for{BAND}{grey}", fontsize=9)
     return figure
+
+
+def _answers_and_depth(pair: Sequence[Axes], runs: Runs, row: str, compared: str | None) -> None:
+    for axes, name in zip(pair, HOPS, strict=True):
+        if compared is not None and compared != row:
+            _by_hops(axes, runs[compared], name, color="#9aa3ab", linestyle="--")
+        _by_hops(axes, runs[row], name, color=COLOURS[0], marker="o", markersize=3)
+        _hops_axes(axes, name)
+    name_panel(pair[0], literal(_wrapped(row)), SMALL)
 
 
 def _by_hops(axes: Axes, runs: Mapping[int, dict[str, Any]], name: str, **look: Any) -> Line2D:
