@@ -9,17 +9,18 @@ from matplotlib.ticker import MaxNLocator
 
 from mor.analysis.style import SMALL, SOFT, name_lines, new_axes, series
 from mor.demo.task import STATES, TaskRow
+from mor.demo.text import NAMES
 
 
 def answers_and_depth(rows: Sequence[TaskRow]) -> Figure:
-    """A line for each model, from one hop on."""
+    """A line for each model, which looks as in the picture of the text, from one hop on."""
     title = "State tracking: right answers and depth by hops"
     figure, (left, right) = new_axes(title, 9.6, 3.8, 2)
     for axes, name in ((left, "answers_right_by_hops"), (right, "mean_depth_by_hops")):
         drawn = []
-        for i, row in enumerate(rows):
-            values = getattr(row, name)
-            drawn += axes.plot(range(1, len(values) + 1), values, **series(i))
+        for row in rows:
+            values, look = getattr(row, name), series(NAMES.index(row.name))
+            drawn += axes.plot(range(1, len(values) + 1), values, **look)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel("hops asked for")
         if axes is left:

@@ -23,25 +23,27 @@ from mor.model.transformer import Transformer
 SHAPE: dict[str, Any] = dict(
     dim=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=176, max_seq_len=256, init_std=0.08
 )
+NAMES = ("vanilla", "recursive", "MoR", "one pass")
 LAYERS = 8
 CLEAR = 0.02  # bits per byte: smaller differences are what another order of the data makes
 
 
 def text_experiment(flops: float, *, quick: bool) -> Experiment:
     """quick: bytes instead of a BPE, and little validation text."""
+    models = (
+        preset("tiny", num_layers=LAYERS, **SHAPE),
+        preset("tiny", num_layers=LAYERS, num_recursions=3, **SHAPE),
+        preset("tiny", num_layers=LAYERS, num_recursions=3, **ROUTED, **SHAPE),
+        preset("tiny", num_layers=LAYERS - 4, **SHAPE),
+    )
     return Experiment(
         name="text",
         data=DataConfig(
             tokenizer="bytes" if quick else "bpe", vocab_size=1024, validation_share=0.08
         ),
-        models={
-            "vanilla": preset("tiny", num_layers=LAYERS, **SHAPE),
-            "recursive": preset("tiny", num_layers=LAYERS, num_recursions=3, **SHAPE),
-            "MoR": preset("tiny", num_layers=LAYERS, num_recursions=3, **ROUTED, **SHAPE),
-            "one pass": preset("tiny", num_layers=LAYERS - 4, **SHAPE),
-        },
+        models=dict(zip(NAMES, models, strict=True)),
         # Tuned for each model on this budget (LOG.md).
-        lr={"vanilla": 4e-3, "recursive": 8e-3, "MoR": 8e-3, "one pass": 1.6e-2},
+        lr=dict(zip(NAMES, (4e-3, 8e-3, 8e-3, 1.6e-2), strict=True)),
         flops=flops,
         seq_len=128,
         batch_size=8,

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
+from numpy.typing import NDArray
 
 from mor.analysis.style import (
     COLOURS,
@@ -126,7 +127,7 @@ def _hops_grid(known: Sequence[str], runs: Runs, title: str, compared: str | Non
     return figure
 
 
-def _answers_and_depth(pair: Sequence[Axes], runs: Runs, row: str, compared: str | None) -> None:
+def _answers_and_depth(pair: NDArray[Any], runs: Runs, row: str, compared: str | None) -> None:
     for axes, name in zip(pair, HOPS, strict=True):
         if compared is not None and compared != row:
             _by_hops(axes, runs[compared], name, color="#9aa3ab", linestyle="--")
