@@ -21,7 +21,7 @@ class Demo:
     task_flops: float = 1.6e12
     """Training FLOPs of each of the three models on the task."""
     quick: bool = False
-    """Budgets divided by 200 and less validation data: shows that all works, nothing else."""
+    """Budgets divided by 800 and less validation data: shows that all works, nothing else."""
     seed: int = 0
     json: bool = False
     """Print everything as JSON in the last line."""

@@ -23,7 +23,7 @@ from mor.demo.task import show_problem, task_experiment, task_row, task_table, t
 from mor.demo.text import show_sample, text_experiment, text_row, text_table, text_verdict
 
 FOLDER = Path("runs/demo")
-QUICK = 200  # how much smaller the budgets of a quick demo are
+QUICK = 800  # how much smaller the budgets of a quick demo are
 ONE_SEED = "One seed (n = 1), so small differences mean nothing."
 QUICK_NOTE = "A quick demo trains far too little to compare anything."
 

@@ -27,7 +27,8 @@ SHAPE: dict[str, Any] = dict(num_kv_heads=4, init_std=0.125, max_seq_len=64)
 
 
 def task_experiment(flops: float, *, quick: bool) -> Experiment:
-    """The models and learning rate of studies/sizes/small.toml. quick: little validation data."""
+    """The models and learning rate of studies/sizes/small.toml. quick: small batches, little
+    validation data."""
     return Experiment(
         name="task",
         data=DataConfig(path=f"task:state-tracking?states={STATES}&moves=4&hops={HOPS}"),
@@ -39,7 +40,7 @@ def task_experiment(flops: float, *, quick: bool) -> Experiment:
         lr=dict.fromkeys(("one pass", "recursive", "MoR"), 4e-3),
         flops=flops,
         seq_len=64,
-        batch_size=16,
+        batch_size=4 if quick else 16,
         eval_windows=4 if quick else 64,
     )
 

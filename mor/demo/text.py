@@ -29,7 +29,7 @@ CLEAR = 0.02  # bits per byte: smaller differences are what another order of the
 
 
 def text_experiment(flops: float, *, quick: bool) -> Experiment:
-    """quick: bytes instead of a BPE, and little validation text."""
+    """quick: bytes instead of a BPE, small batches, little validation text."""
     models = (
         preset("tiny", num_layers=LAYERS, **SHAPE),
         preset("tiny", num_layers=LAYERS, num_recursions=3, **SHAPE),
@@ -46,7 +46,7 @@ def text_experiment(flops: float, *, quick: bool) -> Experiment:
         lr=dict(zip(NAMES, (4e-3, 8e-3, 8e-3, 1.6e-2), strict=True)),
         flops=flops,
         seq_len=128,
-        batch_size=8,
+        batch_size=2 if quick else 8,
         eval_windows=4 if quick else 48,
     )
 
