@@ -19,13 +19,14 @@ import tyro
 from rich.console import Console
 
 from mor import checkpoint
+from mor.analysis.figures import loss_over_flops
+from mor.analysis.style import save
 from mor.costs import flops as costs
 from mor.data.stream import DataConfig, load_corpus
 from mor.evaluation.nll import evaluate
 from mor.model.config import RouterConfig, preset
 from mor.run_folder import RunFolder
-from mor.studies.demo import plot_curves, step_flops
-from mor.training.config import TrainConfig
+from mor.training.config import TrainConfig, step_flops
 from mor.training.loop import train
 from mor.training.optim import OptimConfig
 
@@ -87,9 +88,8 @@ def run(settings, corpus, model, lr, flops, folder):
         seed=settings.seed,
         device="cpu",
     )
-    per_step = step_flops(
-        replace(config, model=model.replace(vocab_size=corpus.tokenizer.vocab_size))
-    )
+    sized = replace(config, model=model.replace(vocab_size=corpus.tokenizer.vocab_size))
+    per_step = step_flops(sized, 0)
     every = max(1, round(flops / per_step / 8))
     config = replace(config, eval_every=every, save_every=every)
     if not (folder / "done").exists():
@@ -136,7 +136,7 @@ def main():
             )
         )
         print({k: v for k, v in rows[-1].items() if k != "tuning_nll"}, flush=True)
-    plot_curves(curves, settings.out / "loss_over_flops.png")
+    save(loss_over_flops(curves), settings.out, "loss_over_flops")
     machine = dict(
         threads=settings.threads, torch=torch.__version__, python=platform.python_version()
     )

@@ -53,8 +53,9 @@ def _t_quantile(freedom: int) -> float:
 
 
 def bootstrap_bounds(drawn: NDArray[np.float64]) -> tuple[float, float]:
-    """Interval of a resampled figure. A resample without one (NaN) may lie anywhere: it counts as
-    below and as above all others. A bound that such resamples, or infinite ones, reach is NaN."""
+    """Interval of a resampled figure. Where a resample has none (NaN) it may lie anywhere, so it
+    widens the interval at both ends. A bound that such resamples, or infinite ones, reach is
+    NaN."""
     tail = (1 - CONFIDENCE) / 2
     with np.errstate(invalid="ignore"):  # between two infinite resamples
         low = np.quantile(np.nan_to_num(drawn, nan=-np.inf, posinf=np.inf, neginf=-np.inf), tail)
@@ -68,7 +69,8 @@ def bootstrap_bounds(drawn: NDArray[np.float64]) -> tuple[float, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupMean:
-    """low, high: 95% interval, None where all tokens of the group lie in a single block."""
+    """low, high: 95% interval, None where all tokens of the group lie in a single block, and where
+    there are too few of them."""
 
     group: str
     count: int
@@ -78,9 +80,10 @@ class GroupMean:
 
 
 def group_means(
-    values: Sequence[float], groups: Sequence[str], blocks: Sequence[int]
+    values: Sequence[float], groups: Sequence[str], blocks: Sequence[int], *, at_least: int = 1
 ) -> list[GroupMean]:
-    """Mean value of every group, in order of first appearance.
+    """Mean value of every group, in order of first appearance; intervals only for groups of
+    ``at_least`` values.
 
     blocks: the block (window, or stretch of text) that each token belongs to. Blocks are what is
     independent: the interval is Student's t for the ratio of the blocks' sums to their counts, over
@@ -103,7 +106,9 @@ def group_means(
     square_K = np.square(sum_CK - mean_K * count_CK).sum(0)  # 0 from blocks without the group
     found = []
     for name, mean, count, c, square in zip(names, mean_K, count_K, holds_K, square_K, strict=True):
-        half = _t_quantile(c - 1) * math.sqrt(c / (c - 1) * square) / count if c > 1 else math.nan
-        low, high = (float(mean - half), float(mean + half)) if c > 1 else (None, None)
+        low = high = None
+        if c > 1 and count >= at_least:
+            half = _t_quantile(c - 1) * math.sqrt(c / (c - 1) * square) / count
+            low, high = float(mean - half), float(mean + half)
         found.append(GroupMean(group=name, count=int(count), mean=float(mean), low=low, high=high))
     return found

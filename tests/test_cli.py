@@ -311,28 +311,6 @@ def test_training_says_first_what_it_will_do(run, capsys):
     assert float(two.split()[-3]) == pytest.approx(2 * float(one.split()[-3]), rel=1e-2)
 
 
-def test_demo_end_to_end_at_a_toy_budget(tmp_path, capsys):
-    main(["demo", "--out", str(tmp_path / "demo"), "--flops", "3e10", "--json"])
-    rows = last_json(capsys)
-    assert [row["name"] for row in rows] == ["vanilla", "recursive", "mor", "single pass"]
-    spent = [row["train_flops"] for row in rows]
-    assert max(spent) / min(spent) < 1.2
-    by_name = {row["name"]: row for row in rows}
-    assert (
-        by_name["mor"]["params_non_embedding"] - by_name["single pass"]["params_non_embedding"]
-        == 3 * 64
-    ), "routers"
-    assert by_name["vanilla"]["effective_layers"] == by_name["mor"]["effective_layers"] == 8
-    assert (
-        by_name["mor"]["bits_per_byte_topk"] is not None
-        and by_name["vanilla"]["bits_per_byte_topk"] is None
-    )
-    assert (tmp_path / "demo" / "loss_over_flops.png").stat().st_size > 10_000
-    with pytest.raises(SystemExit):
-        main(["demo", "--out", str(tmp_path), "--flops", "2e10"])
-    assert "holds other files" in capsys.readouterr().err
-
-
 def test_bench_decode(run, capsys):
     short = ["--rounds", "1", "--seconds", "0.05", "--batches", "2", "--lengths.mean", "6"]
     main(

@@ -10,10 +10,10 @@ import pytest
 from conftest import CHROMIUM, tiny
 
 from mor import checkpoint
-from mor.analysis.explain import Explanation, explain
+from mor.analysis.explain import Explanation, explain, shown
 from mor.analysis.page import render
 from mor.cli import main
-from mor.data.problems import StateTracking
+from mor.data.problems import StateTracking, task_tokenizer
 from mor.data.tokenizer import byte_tokenizer, train_bpe
 from mor.model.config import RouterConfig
 from mor.model.loss import IGNORED
@@ -273,6 +273,42 @@ def test_every_family_draws_what_it_has(show, kind):
     assert page.locator("[data-section=classes] .mean").count() == (
         sum(map(len, found.by_class().values())) * routed
     )
+
+
+@pytest.mark.browser
+def test_every_line_of_columns_names_its_recursions(show):
+    page = show([explanation("expert_choice")])
+    tops = """(selector) => [...new Set([...document.querySelectorAll(selector)]
+        .map((node) => Math.round(node.getBoundingClientRect().top)))]"""
+    lines = page.evaluate(tops, ".scores .col[data-i]")
+    assert len(lines) > 2 and set(lines) <= set(page.evaluate(tops, ".scores .keys .col"))
+
+
+@pytest.mark.browser
+def test_a_panel_says_that_it_goes_on_until_its_end_is_seen(show):
+    page = show([explanation("expert_choice"), explanation("fixed")])
+    panel = page.locator("[data-model='0'] .scores")
+    page.wait_for_selector("[data-model='0'] .scores.cut")
+    panel.evaluate("node => { node.scrollTop = node.scrollHeight; }")
+    page.wait_for_selector("[data-model='0'] .scores:not(.cut)")
+    assert "cut" not in page.locator("[data-model='0'] .prose").get_attribute("class"), "all seen"
+
+
+@pytest.mark.browser
+def test_the_page_rounds_as_the_terminal_does(show, monkeypatch):
+    monkeypatch.setattr(Explanation, "mean_depth", 1.125)
+    page = show([explanation("expert_choice")])
+    assert shown(1.125, 2) == "1.13" and "1.13 of 3" in page.locator(".tiles").inner_text()
+
+
+def test_words_of_a_task_are_named_by_what_they_are_for():
+    task = StateTracking(states=4, moves=3)
+    tokenizer = task_tokenizer(task.words())
+    model = tiny("expert_choice", vocab_size=tokenizer.vocab_size)
+    found = explain(model, tokenizer, "=3 p0 p2 =1", task=task)
+    kinds = ["sets the state", "moves the state", "moves the state", "sets the state"]
+    assert [t.kind for t in found.tokens] == kinds
+    assert [g.group for g in found.by_class()["kind"]] == sorted(set(kinds))
 
 
 @pytest.mark.browser

@@ -4,16 +4,19 @@ import csv
 import json
 import math
 import re
+from itertools import combinations
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny
 from matplotlib import image
+from matplotlib.colors import to_rgb
 from test_corpus_analysis import TEXT, WINDOW
 
 from mor import checkpoint
-from mor.analysis import figures
+from mor.analysis import style
 from mor.analysis.report import ENTRIES, analyses, report_page, run_tables, write, write_table
 from mor.checkpoint import Checkpoint
 from mor.cli import main
@@ -21,6 +24,7 @@ from mor.data.sources import Document
 from mor.data.stream import tokenize
 from mor.data.tokenizer import byte_tokenizer
 from mor.studies import figures as study_figures
+from mor.studies.captions import CAPTIONS
 from mor.studies.scaling import Optimum, Point
 
 ALL = ENTRIES.keys() - {"loss", "router_health"}
@@ -241,7 +245,7 @@ def test_names_of_rows_and_families_stand_in_the_figures_as_they_are(tmp_path):
         "isoflop": study_figures.isoflop_figure(points, best, size_name="size"),
         "paths": study_figures.paths_figure(best, size_name="size"),
     }.items():
-        figures.save(figure, tmp_path, kind)
+        style.save(figure, tmp_path, kind)
         svg = (tmp_path / f"{kind}.svg").read_text()
         assert all(f">{name}</text>" in svg for name in names), kind
 
@@ -259,7 +263,113 @@ def test_mistakes_end_in_one_line_that_helps(arguments, words, tmp_path, monkeyp
 
 def test_every_line_of_a_large_study_has_its_own_look():
     looks = [
-        tuple(sorted((name, str(value)) for name, value in figures.series(i).items()))
+        tuple(sorted((name, str(value)) for name, value in style.series(i).items()))
         for i in range(24)
     ]
     assert len(set(looks)) == 24
+
+
+# Machado and others (2009), on linear RGB: what dichromats see.
+BLINDNESS = {
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.01182, 0.04294, 0.968881],
+    ],
+    "none": np.eye(3),
+}
+TO_XYZ = np.array(
+    [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+) / np.array([[0.9505], [1.0], [1.089]])
+
+
+def lab(colour, blindness):
+    """CIELAB of a colour as somebody sees it."""
+    value = np.array(to_rgb(colour))
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    x, y, z = np.cbrt(TO_XYZ @ np.clip(np.array(blindness) @ linear, 0, 1))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("blindness", BLINDNESS)
+def test_colours_are_told_apart_by_everybody(blindness):
+    seen = [lab(colour, BLINDNESS[blindness]) for colour in style.COLOURS]
+    assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 15
+
+
+def test_names_at_the_ends_of_lines_keep_their_order_and_their_distance():
+    places = np.array([0.5, 0.1, 0.52, 0.9, 0.51])
+    moved = style.apart(places, 0.1)
+    assert (np.argsort(moved) == np.argsort(places)).all()
+    assert np.diff(np.sort(moved)).min() == pytest.approx(0.1)
+    assert moved[1] == 0.1 and moved[3] == 0.9, "only where names would overlap"
+    assert moved[[0, 2, 4]].mean() == pytest.approx(0.51)
+
+
+def line_of(row, nll, difference=None):
+    return SimpleNamespace(
+        row=row, nll=nll, difference=difference, difference_low=None, difference_high=None
+    )
+
+
+def test_rows_are_sorted_with_the_controls_apart_and_the_reference_named():
+    lines = [line_of("b", 2.0), line_of("one pass", 9.0), line_of("a", 1.0), line_of("MoR", 3.0)]
+    runs = {line.row: {0: {"validation_nll": line.nll}} for line in lines}
+    figure = study_figures.rows_figure(
+        lines, runs, title="Gates", reference="MoR", controls=["MoR", "one pass"]
+    )
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["MoR", "one pass", "a", "b"]
+    gaps = np.diff(left.get_yticks())
+    assert gaps[1] > gaps[0] == gaps[2]
+    assert "difference from 'MoR'" in right.get_xlabel() and figure.get_suptitle() == "Gates"
+
+
+def hops_runs(seed):
+    return dict(answers_right_by_hops=[1.0, 0.5 + 0.1 * seed], mean_depth_by_hops=[None, 1.0, 2.0])
+
+
+@pytest.mark.parametrize(("count", "panels"), [(5, 2), (7, 16)])
+def test_more_than_five_rows_by_hops_get_a_panel_each(count, panels):
+    lines = [line_of(f"row {i}", 1.0) for i in range(count)]
+    runs = {line.row: {seed: hops_runs(seed) for seed in range(3)} for line in lines}
+    figure = study_figures.hops_figure(lines, runs, compared="row 0")
+    assert len(figure.axes) == panels
+    used = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(used) == (2 if count == 5 else 14), "four and three, each above its depth"
+    assert all(axes.collections for axes in used), "the spread of the seeds"
+    widest = max(len(axes.lines) for axes in used)
+    assert widest == (5 if count == 5 else 2), "its own line and the one compared"
+
+
+def test_a_best_size_far_outside_does_not_stretch_the_axis():
+    points = [
+        Point(family="x", size=s, budget=1e12, tokens=1e6, nll=1.0 + s / 1e7)
+        for s in (1e6, 2e6, 4e6)
+    ]
+    bounds = dict.fromkeys(("size_low", "size_high", "tokens", "tokens_low", "tokens_high"), 2e6)
+    far = Optimum(
+        family="x", budget=1e12, size=10.0, nll=0.5, inside=False, no_minimum=0.0, **bounds
+    )
+    figure = study_figures.isoflop_figure(points, [far], size_name="size")
+    low, high = figure.axes[0].get_xlim()
+    assert low > 5e5 and high < 8e6
+    assert figure.axes[0].lines[-1].get_marker() == "<", "an arrow at the edge"
+
+
+def test_small_figures_stand_beside_each_other_and_wide_ones_alone(tmp_path):
+    for name, width in (("small", 6.4), ("large", 9.6)):
+        style.save(style.new_figure(name, width), tmp_path / "figures", name)
+    page = report_page(tmp_path)
+    assert '<section id="large" class="wide">' in page and '<section id="small">' in page
+
+
+def test_captions_of_studies_are_given_by_who_knows_studies(tmp_path):
+    write_table([{"row": "a"}], tmp_path / "tables" / "rows.csv")
+    assert "<h2>Rows</h2>" in report_page(tmp_path)
+    assert "<h2>Rows of the study</h2>" in report_page(tmp_path, entries=CAPTIONS)

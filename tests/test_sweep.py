@@ -158,7 +158,7 @@ def test_a_study_runs_keeps_what_is_finished_and_lists_what_failed(tmp_path, cap
     )
     (out / "results.sqlite").unlink()
     main(["sweep", str(path), "--out", str(out), "--report"])
-    assert "left out, its NLL is no number" in capsys.readouterr().out
+    assert "left out, its NLL is not a number" in capsys.readouterr().out
     main(["report", str(out)])
     page = (out / "report.html").read_text()
     assert page.index("the same unique layers applied once") < page.index("Rows of the study")

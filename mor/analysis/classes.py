@@ -6,10 +6,12 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from mor.data.problems import Task
 from mor.data.tokenizer import Tokenizer
 from mor.statistics import GroupMean, group_means
 
 BLOCK = 32  # consecutive tokens that the intervals of a single text take as one observation
+LEAST = 20  # tokens of a class that has an interval
 KINDS = (
     "word start",
     "word continuation",
@@ -21,14 +23,20 @@ KINDS = (
 )
 
 
-def kinds(tokenizer: Tokenizer, ids: Sequence[int], pieces: Sequence[str]) -> list[str]:
-    """One of KINDS per token. pieces: their texts, as ``Tokenizer.pieces`` gives them."""
+def kinds(
+    tokenizer: Tokenizer, ids: Sequence[int], pieces: Sequence[str], task: Task | None = None
+) -> list[str]:
+    """One of KINDS per token; of a task, what its words are for. pieces: their texts, as
+    ``Tokenizer.pieces`` gives them."""
     special = {
         i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special
     }
     found, before = [], ""
     for token_id, piece in zip(ids, pieces, strict=True):
-        found.append("special" if token_id in special else _kind(piece, before))
+        if token_id in special:
+            found.append("special")
+        else:
+            found.append(task.kind(piece.strip()) if task else _kind(piece, before))
         before = piece or before
     return found
 
@@ -82,9 +90,10 @@ def depth_by_class(
     count: Sequence[int],
     blocks: Sequence[int],
 ) -> dict[str, list[GroupMean]]:
-    """Mean depth by kind, by position and by frequency, each with 95% intervals over ``blocks``."""
+    """Mean depth by kind, by position and by frequency, with 95% intervals over ``blocks`` for
+    classes of ``LEAST`` tokens or more."""
     by: dict[str, tuple[list[str], Callable[[str], int]]] = {  # groups, and their order
-        "kind": (list(kind), KINDS.index),
+        "kind": (list(kind), _order_of(kind).index),
         "position": (place_groups(position), lambda group: int(group.split("–")[0])),
         "frequency": (
             frequency_groups(count),
@@ -92,6 +101,14 @@ def depth_by_class(
         ),
     }
     return {
-        name: sorted(group_means(depths, groups, blocks), key=lambda found: order(found.group))
+        name: sorted(
+            group_means(depths, groups, blocks, at_least=LEAST),
+            key=lambda found: order(found.group),
+        )
         for name, (groups, order) in by.items()
     }
+
+
+def _order_of(kind: Sequence[str]) -> list[str]:
+    """Kinds of text in the order of KINDS, before those of a task in alphabetical order."""
+    return [*KINDS, *sorted(set(kind) - set(KINDS))]

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from mor.analysis.branches import exits
-from mor.analysis.classes import depth_by_class, kinds
+from mor.analysis.classes import LEAST, depth_by_class, kinds
+from mor.data.problems import Task
 from mor.data.stream import TokenData, Windows
 from mor.data.tokenizer import Tokenizer
 from mor.evaluation.nll import evaluate
@@ -329,13 +330,16 @@ def depth_scaling(
 
 
 def depth_by_token_class(
-    reading: Reading, tokenizer: Tokenizer, counts: dict[int, int] | None = None
+    reading: Reading,
+    tokenizer: Tokenizer,
+    counts: dict[int, int] | None = None,
+    task: Task | None = None,
 ) -> Rows:
     """Mean depth by kind, position and frequency; 95% intervals, for which a window is one
-    observation."""
+    observation. task: that the text is of, if any."""
     tokens, kind = reading.tokens_BT.tolist(), []
     for ids in tokens:
-        kind += kinds(tokenizer, ids, tokenizer.pieces(ids))
+        kind += kinds(tokenizer, ids, tokenizer.pieces(ids), task)
     flat = [i for ids in tokens for i in ids]
     counts = counts or Counter(flat)
     found = depth_by_class(
@@ -365,7 +369,8 @@ def counterfactual_gains(reading: Reading) -> Rows:
     rows: Rows = []
     for name, found in known.items():
         for group in sorted(
-            group_means(*zip(*found, strict=True)) if found else [], key=lambda g: int(g.group)
+            group_means(*zip(*found, strict=True), at_least=LEAST) if found else [],
+            key=lambda g: int(g.group),
         ):
             better = np.mean([change > 0 for change, depth, _ in found if depth == group.group])
             means = {k: v for k, v in asdict(group).items() if k != "group"}

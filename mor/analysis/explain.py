@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from decimal import ROUND_HALF_UP, Decimal
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from mor.analysis.branches import exits
-from mor.analysis.classes import BLOCK, depth_by_class, kinds
+from mor.analysis.classes import BLOCK, LEAST, depth_by_class, kinds
+from mor.data.problems import Task
 from mor.data.tokenizer import Tokenizer
 from mor.model.kv_cache import KVCache
 from mor.model.loss import IGNORED
@@ -71,8 +73,8 @@ class TokenRecord:
     target: what is right here, the real next token or the answer of a task; None where nothing is.
     logprob: of the target, in nats. rank: of the target, 1 is the best guess. more, fewer: by how
     much ``logprob`` changes with one recursion more or fewer for this token alone; None where there
-    is no such depth. count: occurrences in the text, or in the corpus given. kind: see
-    classes.KINDS.
+    is no such depth. count: occurrences in the text, or in the corpus given. kind: one of
+    classes.KINDS, or what the word of a task is for.
     """
 
     index: int
@@ -120,7 +122,7 @@ class Explanation:
     @property
     def bits_per_byte(self) -> float | None:
         """Of all tokens but the first, which nothing predicts; special tokens have no bytes. None
-        for answers, which are no text."""
+        for answers, which are not text."""
         size = len("".join(t.piece for t in self.tokens[1:] if t.kind != "special").encode())
         if self.nll is None or not size or self.asked == "answer":
             return None
@@ -168,6 +170,7 @@ class Explanation:
                 [getattr(t, name) for t in known],
                 [str(t.depth) for t in known],
                 [t.index // BLOCK for t in known],
+                at_least=LEAST,
             )
         return found
 
@@ -210,6 +213,7 @@ def explain(
     guesses: int = 5,
     counts: Mapping[int, int] | None = None,
     answers: Sequence[int] | None = None,
+    task: Task | None = None,
 ) -> Explanation:
     """Read ``text`` and record what happened to every token.
 
@@ -217,8 +221,10 @@ def explain(
     in windows that overlap by half, and each token is shown as in the window that gives it most
     context. counts: occurrences of token ids in a corpus (default: in the text). answers: of a
     model trained on a task, what is right at each token (see ``Task.answers``), in place of the
-    next token. Raises ValueError for an empty text, a window that does not fit the model, answers
-    that do not fit the text and a model that gives NaN or infinity.
+    next token. task: the one that the text is of, if any; it names the kinds of tokens.
+
+    Raises ValueError for an empty text, a window that does not fit the model, answers that do not
+    fit the text and a model that gives NaN or infinity.
     """
     config, (ids, pieces) = model.config, tokenizer.encode_with_pieces(text)
     window = window or config.max_seq_len
@@ -238,7 +244,7 @@ def explain(
         token_id=ids,
         token=[tokenizer.backend.id_to_token(i) for i in ids],
         piece=pieces,
-        kind=kinds(tokenizer, ids, pieces),
+        kind=kinds(tokenizer, ids, pieces, task),
         count=[counts.get(i, 0) for i in ids],
     )
     reader = _Reader(model, tokenizer, guesses)
@@ -282,6 +288,11 @@ def describe(model: Transformer) -> dict[str, Any]:
         dim=config.dim,
         vocab_size=config.vocab_size,
     )
+
+
+def shown(value: float, digits: int) -> str:
+    """A number rounded as the page rounds it, halves away from zero."""
+    return str(Decimal(value).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
 
 
 def windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
@@ -384,7 +395,7 @@ class _Reader:
         ]
 
     def _name(self, token_id: int) -> str:
-        """Its text, or its name in the vocabulary where it is no whole text by itself."""
+        """Its text, or its name in the vocabulary where it is not a whole text by itself."""
         if token_id not in self.names:
             text = self.tokenizer.decode([token_id])
             whole = text and "\ufffd" not in text

@@ -12,7 +12,8 @@ import base64
 import csv
 import html
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -22,13 +23,16 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mor.analysis import corpus, figures
+from mor.analysis.classes import LEAST
+from mor.analysis.style import save
 from mor.checkpoint import Checkpoint
-from mor.data.stream import Windows
+from mor.data.stream import TaskData, Windows
 from mor.run_folder import RunFolder
 
 Rows = list[dict[str, Any]]
 SUMMARY = "summary.json"
 TABLE_ROWS = 40  # of a table on the page; the file has all
+HALF_PAGE_PT = 560  # the widest drawing of which two stand beside each other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +65,14 @@ ENTRIES: dict[str, Entry] = {
     ),
     "depth_by_class": Entry(
         title="Depth by class of token",
-        note="95% intervals, for which a window is one observation. Frequency is counted in the "
-        "text read.",
+        note="95% intervals, for which a window is one observation; none for fewer than "
+        f"{LEAST} tokens. Frequency is counted in the text read.",
         figure=figures.depth_by_class,
     ),
     "depth_predictors": Entry(
         title="What decides the depth",
-        note="How well a lookup table of the first half of the windows predicts the depths of the "
-        "second half.",
+        note="How well a lookup table made from the first half of the windows predicts the depths "
+        "in the second half.",
         figure=figures.depth_predictors,
     ),
     "counterfactual_gains": Entry(
@@ -111,43 +115,6 @@ ENTRIES: dict[str, Entry] = {
         figure=figures.kv_similarity,
     ),
 }
-STUDY_ENTRIES: dict[str, Entry] = {  # drawn in mor.studies.figures
-    "rows": Entry(
-        title="Rows of the study",
-        note="Causal validation NLL of every seed; differences from the reference row are taken "
-        "seed by seed, with 95% "
-        "intervals (Student's t). Where an interval holds 0, the study does not tell the two "
-        "apart; of twenty rows "
-        "that do not differ, one leaves it out by chance.",
-    ),
-    "hops": Entry(
-        title="By the hops that a query asks for", note="Means over seeds, threshold selection."
-    ),
-    "exits": Entry(
-        title="Exits after the fact",
-        note="Tokens sent out early on trained models, at equal mean depth; their context is as "
-        "deep as they are.",
-    ),
-    "isoflop": Entry(
-        title="Loss over size at equal budgets",
-        note="Parabolas in log size; stars: their lowest points.",
-    ),
-    "optima": Entry(title="Best sizes", note="From the parabolas, with 95% bootstrap intervals."),
-    "optimal_paths": Entry(
-        title="Best size and tokens over the budget", note="95% bootstrap intervals."
-    ),
-    "paths": Entry(
-        title="Slopes of the optimal paths",
-        note="Exponents of the budget, with 95% bootstrap intervals.",
-    ),
-    "recurrence_law": Entry(
-        title="Recurrence law",
-        note="NLL = floor + a (once + r^phi looped)^-alpha + b tokens^-beta; phi 1: a recursion is "
-        "worth fresh layers.",
-    ),
-}
-KNOWN = ENTRIES | STUDY_ENTRIES
-
 
 LOSS = (
     "step",
@@ -197,7 +164,9 @@ def analyses(
         found["counterfactual_gains"] = corpus.counterfactual_gains(reading)
     if loaded.config.family == "mor":
         found["depth_histogram"] = corpus.depth_histogram(reading)
-        found["depth_by_class"] = corpus.depth_by_token_class(reading, loaded.tokenizer)
+        found["depth_by_class"] = corpus.depth_by_token_class(
+            reading, loaded.tokenizer, task=data.task if isinstance(data, TaskData) else None
+        )
         found["depth_predictors"] = corpus.depth_predictors(reading)
         found["score_histogram"] = corpus.score_histogram(reading)
         found["separation"] = corpus.separation(found["score_histogram"])
@@ -228,7 +197,7 @@ def write(folder: Path, tables: dict[str, Rows]) -> None:
         write_table(rows, folder / "tables" / f"{name}.csv")
         figure = ENTRIES[name].figure
         if figure is not None:
-            figures.save(figure(rows), folder / "figures", name)
+            save(figure(rows), folder / "figures", name)
 
 
 def write_table(rows: Rows, path: Path) -> None:
@@ -247,9 +216,14 @@ def write_table(rows: Rows, path: Path) -> None:
             )
 
 
-def report_page(folder: Path, *, settings: dict[str, Any] | None = None) -> str:
+def report_page(
+    folder: Path,
+    *,
+    entries: Mapping[str, Entry] = ENTRIES,
+    settings: dict[str, Any] | None = None,
+) -> str:
     """HTML with every figure and table of ``folder``, known ones first and in the order of
-    ``KNOWN``.
+    ``entries``.
 
     settings: shown at the top, after those of summary.json. Raises ValueError if there are no
     figures and no tables.
@@ -258,14 +232,15 @@ def report_page(folder: Path, *, settings: dict[str, Any] | None = None) -> str:
         p.stem: p for kind in ("png", "svg") for p in sorted((folder / "figures").glob(f"*.{kind}"))
     }
     listed = {p.stem: p for p in sorted((folder / "tables").glob("*.csv"))}
-    names = [n for n in KNOWN if n in drawn or n in listed]
-    names += sorted((drawn.keys() | listed.keys()) - KNOWN.keys())
+    names = [n for n in entries if n in drawn or n in listed]
+    names += sorted((drawn.keys() | listed.keys()) - entries.keys())
     if not names:
         raise ValueError(
-            f"{folder} has no figures/*.svg, figures/*.png or tables/*.csv, and is no run with "
+            f"{folder} has no figures/*.svg, figures/*.png or tables/*.csv, and is not a run with "
             "checkpoints"
         )
-    parts = [_section(n, drawn.get(n), listed.get(n)) for n in names]
+    known = {n: entries.get(n) or Entry(title=_as_title(n), note="") for n in names}
+    parts = [_section(n, entry, drawn.get(n), listed.get(n)) for n, entry in known.items()]
     summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}
     own = files("mor.analysis.page")
     return Template((own / "report.html").read_text(encoding="utf-8")).substitute(
@@ -273,33 +248,38 @@ def report_page(folder: Path, *, settings: dict[str, Any] | None = None) -> str:
         style=(own / "report.css").read_text(encoding="utf-8"),
         settings=_definitions(summary | (settings or {})),
         contents="".join(
-            f'<li><a href="#{html.escape(n)}">{html.escape(_title(n))}</a></li>' for n in names
+            f'<li><a href="#{html.escape(n)}">{html.escape(entry.title)}</a></li>'
+            for n, entry in known.items()
         ),
         sections="\n".join(parts),
     )
 
 
-def _title(name: str) -> str:
-    return (
-        KNOWN[name].title
-        if name in KNOWN
-        else name.replace("_", " ").replace("-", " ").capitalize()
-    )
+def _as_title(name: str) -> str:
+    return name.replace("_", " ").replace("-", " ").capitalize()
 
 
-def _section(name: str, figure: Path | None, table: Path | None) -> str:
-    parts = [f'<section id="{html.escape(name)}"><h2>{html.escape(_title(name))}</h2>']
-    if name in KNOWN:
-        parts.append(f'<p class="note">{html.escape(KNOWN[name].note)}</p>')
+def _section(name: str, entry: Entry, figure: Path | None, table: Path | None) -> str:
+    """A figure with its table, across the page where the figure is wide."""
+    wide = ' class="wide"' if figure and _is_wide(figure) else ""
+    parts = [f'<section id="{html.escape(name)}"{wide}><h2>{html.escape(entry.title)}</h2>']
+    if entry.note:
+        parts.append(f'<p class="note">{html.escape(entry.note)}</p>')
     if figure:
         kind = "svg+xml" if figure.suffix == ".svg" else "png"
         data = base64.b64encode(figure.read_bytes()).decode()
-        parts.append(
-            f'<img alt="Figure: {html.escape(_title(name))}" src="data:image/{kind};base64,{data}">'
-        )
+        source = f"data:image/{kind};base64,{data}"
+        alt = f"Figure: {html.escape(entry.title)}"
+        parts.append(f'<div class="figure"><img alt="{alt}" src="{source}"></div>')
     if table:
         parts.append(_table(table, closed=figure is not None))
     return "\n".join([*parts, "</section>"])
+
+
+def _is_wide(figure: Path) -> bool:
+    """Whether it needs the whole width of the page. Only a drawing says how wide it is."""
+    width = re.search(rb'<svg[^>]* width="([\d.]+)pt"', figure.read_bytes())
+    return width is None or float(width[1]) > HALF_PAGE_PT
 
 
 def _table(path: Path, *, closed: bool) -> str:

@@ -14,6 +14,7 @@ from mor.settings import PositiveInt
 
 if TYPE_CHECKING:
     from mor.analysis.explain import Explanation
+    from mor.data.problems import Task
     from mor.data.tokenizer import Tokenizer
     from mor.model.transformer import Transformer
     from mor.training.config import TrainConfig
@@ -49,6 +50,7 @@ class Explain(Command):
     """Print everything that the page shows as JSON in the last line."""
 
     def run(self, console: Console) -> None:
+        from mor.analysis.explain import shown
         from mor.analysis.page import render
         from mor.checkpoint import load
 
@@ -70,9 +72,10 @@ class Explain(Command):
             score = (
                 ""
                 if e.nll is None
-                else f" · {e.nll:.3f} nats per {'answer' if e.asked == 'answer' else 'token'}"
+                else f" · {shown(e.nll, 3)} nats per {'answer' if e.asked == 'answer' else 'token'}"
             )
-            line = f"{e.name}: {len(e.tokens):,} tokens · mean depth {e.mean_depth:.2f}{score}"
+            depth = f"mean depth {shown(e.mean_depth, 2)}"
+            line = f"{e.name}: {len(e.tokens):,} tokens · {depth}{score}"
             if not self.json:
                 console.out(line, highlight=False)
         if self.json:
@@ -106,6 +109,7 @@ class Explain(Command):
         from mor.training.config import settings_of
 
         run = settings_of(checkpoint)
+        task = _task(run)
         return explain(
             model,
             tokenizer,
@@ -114,22 +118,24 @@ class Explain(Command):
             window=self.window or (run.seq_len if run else None),
             guesses=self.guesses,
             counts=_counts(self.corpus, tokenizer) if self.corpus else None,
-            answers=_answers(run, text, tokenizer),
+            answers=_answers(task, text, tokenizer) if task else None,
+            task=task,
         )
 
 
-def _answers(run: TrainConfig | None, text: str, tokenizer: Tokenizer) -> list[int] | None:
-    """What is right at each token, if the run is on a task. Raises ValueError for words that the
-    task does not have."""
+def _task(run: TrainConfig | None) -> Task | None:
+    """The task that a run is on, if it is on one."""
     from mor.data.problems import PREFIX, parse_task
 
-    if run is None or not (run.data.path or "").startswith(PREFIX):
-        return None
-    task = parse_task(run.data.path or "")
+    path = (run.data.path if run else None) or ""
+    return parse_task(path) if path.startswith(PREFIX) else None
+
+
+def _answers(task: Task, text: str, tokenizer: Tokenizer) -> list[int]:
+    """What is right at each token. Raises ValueError for words that the task does not have."""
     if unknown := [word for word in text.split() if word not in task.words()]:
         raise ValueError(
-            f"{run.data.path} has no word {unknown[0]!r}; its words are "
-            f"{' '.join(task.words()[1:])}"
+            f"the task has no word {unknown[0]!r}; its words are {' '.join(task.words()[1:])}"
         )
     return task.answers(tokenizer.encode(text))
 

@@ -34,14 +34,16 @@ class Report(Command):
     """Default: report.html in the folder."""
 
     def run(self, console: Console) -> None:
-        from mor.analysis.report import report_page
+        from mor.analysis.report import ENTRIES, report_page
+        from mor.studies.captions import CAPTIONS
 
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder; give a run or a study")
         is_run = bool(RunFolder(self.folder).checkpoints())
         settings = self._analyse() if is_run and self.analyse else {}
         out = self.out or self.folder / "report.html"
-        out.write_text(report_page(self.folder, settings=settings), encoding="utf-8")
+        page = report_page(self.folder, entries=ENTRIES | CAPTIONS, settings=settings)
+        out.write_text(page, encoding="utf-8")
         console.out(f"{out}: {out.stat().st_size / 1e6:.2f} MB", highlight=False)
 
     def _analyse(self) -> dict[str, Any]:
@@ -60,8 +62,8 @@ class Report(Command):
             (m for m in reversed(tables.get("loss", [])) if m.get("validation_nll") is not None), {}
         )
         settings = {
-            "model": loaded.config.family,
-            "router": loaded.config.router.kind,
+            "model": "MoR" if loaded.config.family == "mor" else loaded.config.family,
+            "router": loaded.config.router.kind.replace("_", "-"),
             "recursions": loaded.config.num_recursions,
             "width": loaded.config.dim,
             "effective layers": loaded.config.num_layers,

@@ -47,6 +47,10 @@ class Task(Protocol):
         """The vocabulary, in the order of token ids; end of text is the first."""
         ...
 
+    def kind(self, word: str) -> str:
+        """What a word of a text is for."""
+        ...
+
     def problems(self, index_B: Tensor, length: int) -> Problems:
         """The problems with these numbers, of ``length`` tokens. Raises ValueError if that is too
         short."""
@@ -82,6 +86,9 @@ class PointerChasing(Settings):
         names = NAMES[: self.nodes]
         edges = [f"{a}>{b}" for a in names for b in names]
         return [END_OF_TEXT, *names, *edges, *(f"+{k}" for k in range(1, self.hops + 1))]
+
+    def kind(self, word: str) -> str:
+        return "edge" if ">" in word else "number of hops" if word.startswith("+") else "node"
 
     def problems(self, index_B: Tensor, length: int) -> Problems:
         N, K = self.nodes, self.hops
@@ -143,6 +150,9 @@ class StateTracking(Settings):
         states = range(self.states)
         moves = (f"p{i}" for i in range(self.moves))
         return [END_OF_TEXT, *map(str, states), *(f"={s}" for s in states), *moves]
+
+    def kind(self, word: str) -> str:
+        return {"=": "sets the state", "p": "moves the state"}.get(word[:1], "state")
 
     def permutations(self) -> Tensor:
         """State after each move from each state, (moves, states); the same in all problems and for

@@ -116,14 +116,11 @@ def _reference_of(study: Study, run: dict[str, Any]) -> str | None:
 
 
 def depth_verdict(study: Study, rows: Sequence[dict[str, Any]]) -> str:
-    """Whether depth pays at this size, in words worked out from the numbers; said before anything
+    """Whether depth pays at this size, in words computed from the numbers; said before anything
     else."""
     control = study.depth_pays
     if not (control.deep and control.shallow):
-        return (
-            "This study has no control that shows whether depth pays at its size; read it with "
-            "that in mind."
-        )
+        return "This study has no control, so it does not show whether depth pays at its size."
     grouped = by_row(rows)
     verdicts = []
     for name, deep in grouped.items():
@@ -131,10 +128,7 @@ def depth_verdict(study: Study, rows: Sequence[dict[str, Any]]) -> str:
             continue
         shallow = grouped.get(name.replace(control.deep, control.shallow, 1), {})
         verdicts.append(_verdict(name, shallow, deep, control.margin))
-    return (
-        "\n".join(verdicts)
-        or "The control of depth has not finished: nothing can be said about routing yet."
-    )
+    return "\n".join(verdicts) or "The runs that show whether depth pays have not finished yet."
 
 
 def _verdict(name: str, shallow: dict[int, dict], deep: dict[int, dict], margin: float) -> str:
@@ -143,17 +137,22 @@ def _verdict(name: str, shallow: dict[int, dict], deep: dict[int, dict], margin:
     )
     if found is None:
         return (
-            f"{name}: its shallow control has not finished on the same seeds; nothing can be said "
+            f"{name}: the one-pass control has not finished on the same seeds, so nothing is known "
             "about depth yet."
         )
-    figures = f"the same unique layers applied once are worse by {found.mean:+.3f} nats"
-    if found.low is None:
-        return f"{name}: {figures} on one seed; with one seed that is no evidence."
-    figures += f" [{found.low:+.3f}, {found.high:+.3f}] over {found.count} seeds"
+    once = "the same unique layers applied once"
+    if found.low is None or found.high is None:
+        return (
+            f"{name}: {once} are worse by {found.mean:+.3f} nats on one seed: no evidence, n = 1."
+        )
+    figures = f"{found.mean:+.3f} nats [{found.low:+.3f}, {found.high:+.3f}], n = {found.count}"
     if found.low > margin:
-        return f"{name}: depth pays: {figures}."
+        return f"{name}: depth pays: {once} are worse by {figures}."
+    if found.low <= 0 <= found.high:
+        said = f"no significant difference; {once}: {figures}"
+    else:
+        said = f"{once} differ by {figures}; the study asks for more than {margin:g}"
     return (
-        f"{name}: depth does not clearly pay ({figures}; asked: more than {margin:g}), so this "
-        "study says nothing "
-        "about routing at this size. Make it larger, longer or harder."
+        f"{name}: depth does not clearly pay: {said}. So the study says nothing about routing at "
+        "this size: train larger models, longer, or on a harder task."
     )

@@ -1,58 +1,89 @@
-"""Figures of studies, in the style of :mod:`mor.analysis.figures`: numbers in, a matplotlib Figure
+"""Figures of studies, in the look of :mod:`mor.analysis.style`: numbers in, a matplotlib Figure
 out."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullLocator
+from numpy.typing import NDArray
 
-from mor.analysis.figures import GREYS, literal, new_axes, series
+from mor.analysis.style import (
+    COLOURS,
+    SMALL,
+    SOFT,
+    literal,
+    name_lines,
+    name_panel,
+    new_axes,
+    new_figure,
+    new_grid,
+    readable,
+    series,
+    shades,
+)
 from mor.studies.compare import Line
 from mor.studies.scaling import Optimum, Point, parabola
 
 Runs = Mapping[str, Mapping[int, dict[str, Any]]]  # by row and seed
+OVERLAID = 5  # lines that can be told apart in one panel; more get a panel each
+BAND = " (band: range of the seeds)"
+HOPS = {
+    "answers_right_by_hops": "share of right answers (causal)",
+    "mean_depth_by_hops": "mean depth",
+}
 
 
-def _readable(axis: Any) -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5, as 200M or 2B and not as 2 x 10^8."""
-    number = EngFormatter(sep="")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(lambda value, _: number(value).replace("G", "B"))
-
-
-def rows_figure(lines: Sequence[Line], runs: Runs) -> Figure:
-    """Every seed of every row, and beside it the difference from the reference with its
-    interval."""
-    figure, (left, right) = new_axes(9, 1.2 + 0.38 * len(lines), 2, share_y=True)
-    for place, line in enumerate(lines):
+def rows_figure(
+    lines: Sequence[Line],
+    runs: Runs,
+    *,
+    title: str = "Validation loss by row",
+    reference: str | None = None,
+    controls: Sequence[str] = (),
+) -> Figure:
+    """Every seed of every row, best row first, and beside it the difference from the reference row
+    with its 95% interval. controls: rows that stand apart, above the others."""
+    ordered = sorted(lines, key=lambda line: (line.row not in controls, line.nll))
+    places = [i + 0.6 * (line.row not in controls) for i, line in enumerate(ordered)]
+    figure, (left, right) = new_axes(title, 9.6, 1.4 + 0.3 * len(lines), 2, sharey=True)
+    for place, line in zip(places, ordered, strict=True):
         values = [run["validation_nll"] for run in runs[line.row].values()]
-        left.plot(values, [place] * len(values), "o", color=GREYS[1], alpha=0.6, markersize=5)
-        left.plot([line.nll], [place], "|", color=GREYS[0], markersize=15, markeredgewidth=2)
+        left.plot(values, [place] * len(values), "o", color=COLOURS[2], alpha=0.7, markersize=5)
+        left.plot(line.nll, place, "|", color=COLOURS[0], markersize=13, markeredgewidth=2)
         if line.difference is not None:
             if line.difference_low is not None and line.difference_high is not None:
-                right.plot(
-                    [line.difference_low, line.difference_high], [place] * 2, "-", color=GREYS[0]
-                )
-            right.plot([line.difference], [place], "s", color=GREYS[0], markersize=5)
-    left.set_yticks(range(len(lines)), [literal(line.row) for line in lines])
+                right.hlines(place, line.difference_low, line.difference_high, color=COLOURS[0])
+            right.plot(line.difference, place, "o", color=COLOURS[0], markersize=5)
+    left.set_yticks(places, [literal(line.row) for line in ordered])
     left.invert_yaxis()
-    left.set_xlabel("validation NLL, nats (causal)\nbar: mean")
-    right.axvline(0, color=GREYS[3], linestyle=":")
-    right.set_xlabel("difference from the reference, nats\nline: 95% interval")
+    left.set_xlabel("validation NLL, nats (causal)\ndots: seeds; bar: their mean")
+    right.axvline(0, color=SOFT, linewidth=1)
+    against = "the reference" if reference is None else f"'{literal(reference)}'"
+    right.set_xlabel(f"difference from {against}, nats (right: worse)\nline: 95% interval")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(6))
     return figure
 
 
-def hops_figure(lines: Sequence[Line], runs: Runs) -> Figure | None:
-    """Of a task: right answers and mean depth by the number of hops that a query asks for."""
+def hops_figure(
+    lines: Sequence[Line],
+    runs: Runs,
+    *,
+    title: str = "Right answers and depth by hops",
+    compared: str | None = None,
+) -> Figure | None:
+    """Of a task: right answers and mean depth by the number of hops that a query asks for, with the
+    range of the seeds. More than five rows get a panel each, in which the row ``compared`` is drawn
+    in grey."""
     known = [
         x.row
         for x in lines
@@ -60,122 +91,184 @@ def hops_figure(lines: Sequence[Line], runs: Runs) -> Figure | None:
     ]
     if not known:
         return None
-    figure, (left, right) = new_axes(10, 4.2, 2)
-    drawn = []
-    for i, row in enumerate(known):
-        answers, depth = (
-            _mean_of(runs[row], name) for name in ("answers_right_by_hops", "mean_depth_by_hops")
-        )
-        drawn += left.plot(range(1, len(answers) + 1), answers, **series(i))
-        right.plot(range(len(depth)), depth, **series(i))
-    left.set(xlabel="hops asked for", ylabel="share of right answers (causal)", ylim=(0, 1.02))
-    without = " (0: tokens that ask for nothing)" if np.isfinite(depth[0]) else ""
-    right.set(xlabel="hops asked for" + without, ylabel="mean depth, recursions")
-    for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    # given outright: matplotlib by itself leaves out those that begin with _
-    names = [literal(row) for row in known]
-    figure.legend(drawn, names, frameon=False, fontsize=8, loc="outside right upper")
+    if len(known) > OVERLAID:
+        return _hops_grid(known, runs, title, compared)
+    figure, panels = new_axes(title, 9.6, 3.8, 2)
+    for axes, (name, label) in zip(panels, HOPS.items(), strict=True):
+        drawn = [_by_hops(axes, runs[row], name, **series(i)) for i, row in enumerate(known)]
+        _hops_axes(axes, name)
+        seeds = max(len(runs[row]) for row in known)
+        axes.set(xlabel="hops asked for" + BAND * (seeds > 1), ylabel=label)
+        name_lines(axes, drawn, [_wrapped(row) for row in known])
     return figure
 
 
-def _mean_of(runs: Mapping[int, dict[str, Any]], name: str) -> np.ndarray:
-    return np.mean(np.array([run[name] for run in runs.values()], float), 0)
+def _hops_grid(known: Sequence[str], runs: Runs, title: str, compared: str | None) -> Figure:
+    """Small multiples, at most five in a line: the depth of each row below its right answers."""
+    lines = math.ceil(len(known) / OVERLAID)
+    columns = math.ceil(len(known) / lines)
+    figure = new_figure(title, 2 * columns + 0.6, 3.5 * lines + 0.4)
+    grid = new_grid(figure, 2 * lines, columns, sharex=True, sharey="row")
+    deepest = max(max(run["mean_depth_by_hops"][1:]) for row in known for run in runs[row].values())
+    for i in range(lines * columns):
+        pair = grid[2 * (i // columns) : 2 * (i // columns) + 2, i % columns]
+        if i >= len(known):
+            for axes in pair:
+                axes.set_visible(False)
+            continue
+        _answers_and_depth(pair, runs, known[i], compared if compared in known else None)
+        pair[1].set_ylim(0.8, deepest + 0.2)
+        pair[1].xaxis.set_tick_params(labelbottom=i + columns >= len(known))  # none below it
+        if i % columns == 0:
+            for axes, label in zip(pair, HOPS.values(), strict=True):
+                axes.set_ylabel(label.replace(" (causal)", "\n(causal)"))
+    grey = f"; dashed grey: {literal(compared)}" if compared and compared in known else ""
+    figure.supxlabel(f"hops asked for{BAND}{grey}", fontsize=9)
+    return figure
 
 
-def isoflop_figure(points: Sequence[Point], optima: Sequence[Optimum], *, size_name: str) -> Figure:
+def _answers_and_depth(pair: NDArray[Any], runs: Runs, row: str, compared: str | None) -> None:
+    for axes, name in zip(pair, HOPS, strict=True):
+        if compared is not None and compared != row:
+            _by_hops(axes, runs[compared], name, color="#9aa3ab", linestyle="--")
+        _by_hops(axes, runs[row], name, color=COLOURS[0], marker="o", markersize=3)
+        _hops_axes(axes, name)
+    name_panel(pair[0], literal(_wrapped(row)), SMALL)
+
+
+def _by_hops(axes: Axes, runs: Mapping[int, dict[str, Any]], name: str, **look: Any) -> Line2D:
+    """The mean over seeds from one hop on, on a band from the lowest seed to the highest."""
+    values = np.array([run[name] for run in runs.values()], float)
+    values = values[:, 1:] if name == "mean_depth_by_hops" else values  # 0: nothing is asked
+    hops = np.arange(1, values.shape[1] + 1)
+    if len(values) > 1:
+        low, high = values.min(0), values.max(0)
+        axes.fill_between(hops, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    return axes.plot(hops, values.mean(0), **look)[0]
+
+
+def _hops_axes(axes: Axes, name: str) -> None:
+    if name == "answers_right_by_hops":
+        axes.set_ylim(0, 1.03)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def _wrapped(name: str, width: int = 20) -> str:
+    """A long name on several lines."""
+    return "\n".join(textwrap.wrap(name, width)) if len(name) > width else name
+
+
+def isoflop_figure(
+    points: Sequence[Point],
+    optima: Sequence[Optimum],
+    *,
+    size_name: str,
+    title: str = "Loss over size at equal budgets",
+) -> Figure:
     """A panel for each family: measured losses over size, the parabola of each budget, its lowest
-    point."""
-    families, budgets = (
-        list(dict.fromkeys(p.family for p in points)),
-        sorted({p.budget for p in points}),
-    )
-    figure, panels = new_axes(4.2 * len(families), 4.2, len(families), share_y=True)
-    for axes, family in zip(panels, families, strict=True):
-        for i, budget in enumerate(budgets):
+    point, marked otherwise where it lies beyond the sizes measured."""
+    families = list(dict.fromkeys(p.family for p in points))
+    budgets = sorted({p.budget for p in points})
+    columns = min(3, len(families))
+    rows = math.ceil(len(families) / columns)
+    figure = new_figure(title, 3.6 * columns + 0.4, 3.1 * rows + 0.6)
+    grid = new_grid(figure, rows, columns, sharex=True, sharey=True)
+    sizes = [p.size for p in points]
+    grid[0, 0].set(xscale="log", xlim=(min(sizes) / 1.25, max(sizes) * 1.25))
+    drawn: dict[Axes, list[tuple[Line2D, str]]] = {}
+    for axes, family in zip(grid.flat, families, strict=False):
+        drawn[axes] = []
+        for colour, budget in zip(shades(len(budgets)), budgets, strict=True):
             chosen = [p for p in points if (p.family, p.budget) == (family, budget)]
             if chosen:
-                _isoflop_curve(axes, chosen, f"{budget:.3g} FLOPs", series(i))
+                drawn[axes].append((_isoflop_curve(axes, chosen, colour), f"{budget:.2g}"))
         for best in (o for o in optima if o.family == family and math.isfinite(o.size)):
-            face = "gold" if best.inside else "none"
-            axes.plot(
-                [best.size],
-                [best.nll],
-                "*",
-                markersize=14,
-                markeredgecolor="black",
-                markerfacecolor=face,
-            )
-        axes.set(xscale="log", xlabel=size_name, title=literal(family))
-        _readable(axes.xaxis)
-    panels[0].set_ylabel("validation NLL, nats")
-    panels[-1].legend(
-        frameon=False,
+            _lowest_point(axes, best, shades(len(budgets))[budgets.index(best.budget)])
+        name_panel(axes, literal(family))
+        readable(axes.xaxis)
+    for axes, lines in drawn.items():  # now that the limits, which all share, are final
+        name_lines(axes, *zip(*lines, strict=True), at_edge=False)
+    for axes in grid.flat[len(families) :]:
+        axes.set_visible(False)
+    for j in range(columns):  # the lowest panel of each column, which may have none below it
+        grid.flat[len(families) - columns + j].xaxis.set_tick_params(labelbottom=True)
+    figure.supylabel("validation NLL, nats (causal)", fontsize=9)
+    figure.supxlabel(
+        f"{size_name}\nat the lines: training FLOPs; star: lowest point of the parabola; "
+        "hollow star or arrow: it lies beyond the sizes measured",
         fontsize=9,
-        title="star: lowest point (hollow: outside the sizes)",
-        title_fontsize=8,
     )
     return figure
 
 
-def _isoflop_curve(axes: Axes, chosen: Sequence[Point], label: str, look: dict[str, Any]) -> None:
-    axes.plot(
-        [p.size for p in chosen],
-        [p.nll for p in chosen],
-        **(look | {"linestyle": "none"}),
-        label=label,
-    )
-    if len({p.size for p in chosen}) >= 3:
-        log_size = np.log([p.size for p in chosen])
-        fine = np.linspace(log_size.min(), log_size.max(), 100)
-        axes.plot(np.exp(fine), np.polyval(parabola(chosen), fine), **(look | {"marker": None}))
+def _isoflop_curve(axes: Axes, chosen: Sequence[Point], colour: Any) -> Line2D:
+    """Dots, and a parabola through them if there are three sizes."""
+    ordered = sorted(chosen, key=lambda p: p.size)
+    sizes, losses = [p.size for p in ordered], [p.nll for p in ordered]
+    (dots,) = axes.plot(sizes, losses, "o", color=colour, markersize=3.5, alpha=0.8)
+    if len(set(sizes)) < 3:
+        return dots
+    log_size = np.linspace(math.log(sizes[0]), math.log(sizes[-1]), 100)
+    return axes.plot(np.exp(log_size), np.polyval(parabola(ordered), log_size), color=colour)[0]
 
 
-def paths_figure(optima: Sequence[Optimum], *, size_name: str) -> Figure:
+def _lowest_point(axes: Axes, best: Optimum, colour: Any) -> None:
+    look: Any = dict(markerfacecolor=colour, markeredgecolor="#000000", zorder=3, clip_on=False)
+    if best.inside:
+        axes.plot(best.size, best.nll, "*", markersize=13, **look)
+        return
+    low, high = axes.get_xlim()
+    edge, marker = (low, "<") if best.size < low else (high, ">")
+    if low <= best.size <= high:  # beyond the sizes measured, and not beyond the axis
+        edge, marker = best.size, "*"
+        look["markerfacecolor"] = "#ffffff"
+    axes.plot(edge, best.nll, marker, markersize=8, **look)
+
+
+def paths_figure(
+    optima: Sequence[Optimum],
+    *,
+    size_name: str,
+    title: str = "Best size and tokens over the budget",
+) -> Figure:
     """Best size and best number of tokens over the budget, with intervals; a cross where there is
-    none."""
-    figure, panels = new_axes(9, 4, 2)
+    none. Families stand a little beside each other, so that their intervals do not overlap."""
+    figure, panels = new_axes(title, 9.6, 4, 2)
     families = list(dict.fromkeys(o.family for o in optima))
-    for axes, what, label in zip(
-        panels, ("size", "tokens"), (size_name, "training tokens"), strict=True
-    ):
+    budgets = sorted({o.budget for o in optima})
+    nearest = min((b / a for a, b in pairwise(budgets)), default=2.0)
+    beside = nearest ** (0.4 * (np.arange(len(families)) / max(1, len(families) - 1) - 0.5))
+    labels = {"size": f"best {size_name}", "tokens": "best number of training tokens"}
+    for axes, (what, label) in zip(panels, labels.items(), strict=True):
         drawn = []
         for i, family in enumerate(families):
             mine = [o for o in optima if o.family == family and math.isfinite(o.size)]
-            low, best, high = (
-                np.array([getattr(o, what + end) for o in mine]) for end in ("_low", "", "_high")
-            )
-            error = np.nan_to_num(np.stack([best - low, high - best])).clip(min=0)
-            drawn.append(
-                axes.errorbar([o.budget for o in mine], best, yerr=error, **series(i), capsize=3)
-            )
-            loose = np.isnan(low + high)
-            axes.plot(
-                np.array([o.budget for o in mine])[loose],
-                best[loose],
-                "x",
-                color="black",
-                markersize=11,
-            )
-        axes.set(
-            xscale="log", yscale="log", xlabel="training budget, FLOPs", ylabel=f"best {label}"
-        )
-        _readable(axes.yaxis)
-        axes.set_xticks(
-            sorted({o.budget for o in optima}),
-            [f"{b:.3g}" for b in sorted({o.budget for o in optima})],
-        )
+            if mine:
+                drawn.append((_path(axes, mine, what, beside[i], i), _wrapped(family)))
+        axes.set(xscale="log", yscale="log", xlabel="training budget, FLOPs", ylabel=label)
+        axes.set_ylim(*_reach([getattr(o, what) for o in optima if math.isfinite(o.size)]))
+        readable(axes.yaxis)
+        axes.set_xticks(budgets, [f"{b:.2g}" for b in budgets])
         axes.xaxis.set_minor_locator(NullLocator())
-        title = (
-            "cross: no interval"
-            if any(math.isnan(o.size_low + o.size_high) for o in optima)
-            else None
-        )
-        axes.legend(
-            drawn,
-            [literal(family) for family in families],
-            frameon=False,
-            title=title,
-            title_fontsize=8,
-        )
+        if drawn:
+            name_lines(axes, *zip(*drawn, strict=True))
+    none = any(math.isnan(o.size_low + o.size_high) for o in optima)
+    note = "line: 95% interval, cut off at the edge of the panel"
+    figure.supxlabel(note + ("; cross: no interval" if none else ""), fontsize=SMALL, color=SOFT)
     return figure
+
+
+def _path(axes: Axes, mine: Sequence[Optimum], what: str, beside: float, i: int) -> Line2D:
+    at = np.array([o.budget for o in mine]) * beside
+    low, best, high = (
+        np.array([getattr(o, what + end) for o in mine]) for end in ("_low", "", "_high")
+    )
+    loose = np.isnan(low + high)
+    axes.vlines(at[~loose], low[~loose], high[~loose], color=COLOURS[i % 6], linewidth=1.2)
+    axes.plot(at[loose], best[loose], "x", color=COLOURS[i % 6], markersize=10, zorder=3)
+    return axes.plot(at, best, **series(i))[0]
+
+
+def _reach(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of an axis around measured values, whatever their intervals are."""
+    return (min(values, default=1.0) / 2.5, max(values, default=1.0) * 2.5)

@@ -14,18 +14,19 @@ from rich.console import Console
 from rich.table import Table
 
 from mor.analysis import report as analysis
-from mor.analysis.figures import save
-from mor.analysis.report import STUDY_ENTRIES, SUMMARY
+from mor.analysis.report import SUMMARY
+from mor.analysis.style import save
 from mor.statistics import paired
 from mor.studies import compare, figures, scaling
+from mor.studies.captions import CAPTIONS
 from mor.studies.results import TABLE, collect, finished, tuned_rates, write_table
 from mor.studies.study import Study
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exit:
-    """One policy of letting tokens out early, after the fact, on one variant; means over seeds, NLL
-    in nats."""
+    """One policy of letting tokens of a trained variant leave early; means over seeds, NLL in
+    nats."""
 
     row: str
     policy: str
@@ -53,7 +54,7 @@ def report(study: Study, folder: Path, console: Console, *, resamples: int = 100
     _report_rows(study, runs, folder, console)
     if found := exits(runs):
         _write_csv(found, folder / "tables" / "exits.csv")
-        console.print(_table(found, "Exits after the fact, against random ones"))
+        console.print(_table(found, "Exits chosen after training, against random ones"))
     if study.budgets:
         size = "unique parameters without embeddings"
         points = scaling.points_of(runs, lambda run: run["params"])
@@ -65,7 +66,7 @@ def report(study: Study, folder: Path, console: Console, *, resamples: int = 100
             )
         if row["status"] == "finished" and not math.isfinite(row["validation_nll"]):
             console.print(
-                f"left out, its NLL is no number: {row['path']}", highlight=False, soft_wrap=True
+                f"left out, its NLL is not a number: {row['path']}", highlight=False, soft_wrap=True
             )
     _print_edges(study, rows, console)
 
@@ -74,7 +75,7 @@ def write_summary(folder: Path, texts: dict[str, str]) -> None:
     """What ``mor report`` says at the top of the page. Tables and figures of an earlier report
     go."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in STUDY_ENTRIES:
+    for name in CAPTIONS:
         for old in (*folder.glob(f"tables/{name}.csv"), *folder.glob(f"figures/{name}.*")):
             old.unlink()
     (folder / SUMMARY).write_text(
@@ -96,10 +97,28 @@ def _report_rows(
     console.print(
         "Parameters, tokens, FLOPs, times and learning rates: tables/rows.csv", highlight=False
     )
-    grouped = compare.by_row(runs)
-    save(figures.rows_figure(lines, grouped), folder / "figures", "rows")
-    if (hops := figures.hops_figure(lines, grouped)) is not None:
-        save(hops, folder / "figures", "hops")
+    if not study.budgets:  # with budgets: see isoflop
+        _draw_rows(study, lines, compare.by_row(runs), folder / "figures")
+
+
+def _draw_rows(
+    study: Study, lines: Sequence[compare.Line], runs: figures.Runs, folder: Path
+) -> None:
+    control = study.depth_pays
+    apart = {study.reference, control.deep, control.shallow}
+    names = {name: next(iter(of_row.values()))["variant"] for name, of_row in runs.items()}
+    drawn = figures.rows_figure(
+        lines,
+        runs,
+        title=study.title,
+        reference=study.reference,
+        controls=[name for name, variant in names.items() if variant in apart],
+    )
+    save(drawn, folder, "rows")
+    compared = study.reference or control.deep
+    hops = figures.hops_figure(lines, runs, title=study.title, compared=compared)
+    if hops is not None:
+        save(hops, folder, "hops")
 
 
 def _write_csv(found: Sequence[Any], path: Path) -> None:
@@ -128,8 +147,7 @@ def _print_edges(study: Study, rows: Sequence[dict[str, Any]], console: Console)
 
 
 def lines_table(study: Study, lines: Sequence[compare.Line]) -> Table:
-    """No row is marked as best: where an interval holds 0, the study does not tell the two
-    apart."""
+    """No row is marked as best: an interval that holds 0 is no significant difference."""
     made = Table(
         title=f"{study.title}: causal validation NLL, nats; paired differences with 95% intervals"
     )
@@ -172,7 +190,7 @@ def _interval(line: compare.Line) -> str:
     if line.difference is None:
         return "–"
     if line.difference_low is None:
-        return f"{line.difference:+.3f} (one seed)"
+        return f"{line.difference:+.3f} (n = 1)"
     return f"{line.difference:+.3f} [{line.difference_low:+.3f}, {line.difference_high:+.3f}]"
 
 

@@ -93,7 +93,7 @@ class Study(Settings):
     budgets: Listed[tuple[PositiveFloat, ...]] = ()
     """Training FLOPs. One stable run serves all: each budget's cool-down branches off it."""
     exits: Listed[tuple[str, ...]] = ()
-    """Variants whose tokens are also sent out early after the fact: at random, when sure, by an
+    """Variants whose tokens, once trained, also leave early: at random, when sure, by an
     oracle."""
     windows: PositiveInt = 512
     """Validation sequences that a finished run is measured on."""

@@ -34,7 +34,9 @@ def render(explanations: Sequence[Explanation]) -> str:
             "cannot be compared; "
             "compare runs on the same task, or runs on text"
         )
-    data = {"models": [rounded(e.to_dict()) for e in explanations]}
+    found = [e.to_dict() for e in explanations]
+    # rounded once only, by the page: the terminal says the same of the whole text
+    data = {"models": [rounded(model) | {"summary": model["summary"]} for model in found]}
     plain = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
         "<", "\\u003c"
     )

@@ -21,7 +21,7 @@ const svg = (tag, attributes, ...children) => build(document.createElementNS(SVG
 
 const minus = (text) => text.replace(/^-(?=0*\.?0*$)/, "").replace("-", "−"); // no −0.00
 const num = (x, digits = 2) => (x === null || x === undefined ? "–" : minus(x.toFixed(digits)));
-const signed = (x, digits = 2) => (x === null || x === undefined ? "–" : (x >= 0 ? "+" : "") + num(x, digits));
+const signed = (x, digits = 2) => (x > 0 && Number(x.toFixed(digits)) ? "+" : "") + num(x, digits);
 const count = (n) => n.toLocaleString("en");
 const hundredths = (p) => String(Math.round(p * 100));
 const routed = (m) => m.model.family === "mor";

@@ -102,7 +102,7 @@ function choose(k, i, scroll) {
       if (!node) continue;
       node.classList.add("now");
       node.setAttribute("aria-selected", "true");
-      const box = node.parentElement;
+      const box = node.closest("[role=listbox]");
       box.setAttribute("aria-activedescendant", node.id);
       if (scroll !== box) reveal(box, node);
     }
@@ -162,5 +162,5 @@ function hold(on) {
 }
 function pointed(event) {
   const node = event.target.closest("[data-i]");
-  return node && [+node.closest("[data-model]").dataset.model, +node.dataset.i, node.parentElement];
+  return node && [+node.closest("[data-model]").dataset.model, +node.dataset.i, node.closest("[role=listbox]")];
 }

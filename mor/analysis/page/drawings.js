@@ -159,7 +159,7 @@ function classes(m) {
 }
 
 function flow(m) {
-  if (!looped(m)) return el("p", { class: "note" }, "A single pass: there is nothing to follow.");
+  if (!looped(m)) return el("p", { class: "note" }, "One pass: there is nothing to follow.");
   const R = m.model.num_recursions,
     T = m.tokens.length,
     W = 700,

@@ -36,6 +36,14 @@ function against() {
   });
 }
 
+// Says so where a panel holds more than is seen.
+function markCut(box, content = box) {
+  const mark = () => box.classList.toggle("cut", box.scrollHeight - box.scrollTop - box.clientHeight > 4);
+  const observer = new ResizeObserver(mark);
+  box.addEventListener("scroll", mark);
+  [box, content].forEach((node) => observer.observe(node));
+}
+
 function about() {
   const long = models.some((m) => m.tokens.length > m.window);
   document
@@ -73,6 +81,8 @@ modes();
 setMode(state.mode);
 about();
 choose(0, 0);
+document.querySelectorAll(".prose, .columns").forEach((box) => markCut(box));
+markCut(document.getElementById("detail"), document.getElementById("facts"));
 document.addEventListener("mouseover", (event) => {
   const at = pointed(event);
   if (at && !state.held) choose(...at);

@@ -154,23 +154,27 @@ function modes() {
   });
 }
 
+// Columns wrap; a strip of the same height names the recursions beside every line of them.
 function columns(m, k, cls, words, cell) {
-  const head = (t) => el("div", { class: "head" }, label(t));
-  const key = el(
-    "div",
-    { class: "col key" },
-    el("div", { class: "head" }, " "),
-    m.tokens[0].steps.map((s) => el("div", { class: "cell" }, `recursion ${s.recursion}`)),
-  );
   const made = m.tokens.map((t, i) =>
     el(
       "div",
       { class: "col", id: `${cls}${k}-${i}`, role: "option", "data-i": i, "aria-label": `${label(t)}: ${words(t)}` },
-      head(t),
+      el("div", { class: "head" }, label(t)),
       t.steps.map((s) => cell(t, s)),
     ),
   );
-  return el("div", { class: `columns ${cls}`, role: "listbox", tabindex: 0, "aria-label": cls }, key, made);
+  const names = m.tokens[0].steps.map((s) =>
+    el("div", { class: "cell" }, el("span", { class: "long" }, "recursion "), s.recursion),
+  );
+  const key = el("div", { class: "col" }, el("div", { class: "head" }, " "), names);
+  const lines = Math.ceil(m.tokens.length / 3); // more than there can be; what is left over is hidden
+  const keys = Array.from({ length: lines }, () => key.cloneNode(true));
+  return el(
+    "div",
+    { class: `columns ${cls}`, role: "listbox", tabindex: 0, "aria-label": cls },
+    el("div", { class: "lines" }, el("div", { class: "keys", "aria-hidden": "true" }, keys), made),
+  );
 }
 
 const filled = (level, text, cls) =>
@@ -181,7 +185,7 @@ function scores(m, k) {
     return el(
       "p",
       { class: "note" },
-      looped(m) ? "No router: every token takes every recursion." : "A single pass and no router.",
+      looped(m) ? "No router: every token takes every recursion." : "One pass and no router.",
     );
   const words = (t) =>
     t.steps

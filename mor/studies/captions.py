@@ -1,0 +1,42 @@
+"""What a reader needs to know of the tables and figures of studies; :mod:`mor.studies.report` makes
+them."""
+
+from __future__ import annotations
+
+from mor.analysis.report import Entry
+
+CAPTIONS: dict[str, Entry] = {
+    "rows": Entry(
+        title="Rows of the study",
+        note="Causal validation NLL of every seed. Differences from the reference row are taken "
+        "seed by seed, with 95% intervals (Student's t): an interval that holds 0 is no "
+        "significant difference. Of twenty rows that do not differ, about one shows a significant "
+        "difference by chance.",
+    ),
+    "hops": Entry(
+        title="Right answers and depth by hops",
+        note="Means over seeds with the range of the seeds, threshold selection.",
+    ),
+    "exits": Entry(
+        title="Exits chosen after training",
+        note="Tokens of trained models leave early, at equal mean depth; the tokens before them "
+        "are as deep as they are.",
+    ),
+    "isoflop": Entry(
+        title="Loss over size at equal budgets",
+        note="Parabolas in log size; stars: their lowest points.",
+    ),
+    "optima": Entry(title="Best sizes", note="From the parabolas, with 95% bootstrap intervals."),
+    "optimal_paths": Entry(
+        title="Best size and tokens over the budget", note="95% bootstrap intervals."
+    ),
+    "paths": Entry(
+        title="Slopes of the optimal paths",
+        note="Exponents of the budget, with 95% bootstrap intervals.",
+    ),
+    "recurrence_law": Entry(
+        title="Recurrence law",
+        note="NLL = floor + a (once + r^phi looped)^-alpha + b tokens^-beta; phi 1: a recursion is "
+        "worth fresh layers.",
+    ),
+}
