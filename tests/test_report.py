@@ -198,7 +198,7 @@ def test_a_collapsed_router_is_reported_as_one(length, tmp_path):
     )
 
 
-@pytest.mark.parametrize("broken", ["embedding.weight", "router"])
+@pytest.mark.parametrize("broken", ["embedding.weight", "recursions.router"])
 def test_a_model_that_gives_no_numbers_is_refused(broken, tmp_path, capsys):
     model = tiny("expert_choice", vocab_size=257)
     with torch.no_grad():
