@@ -130,12 +130,12 @@ def routed(config, routing):
     tokens, pairs = routing.tokens, []
     for step in routing.steps:
         own = config.kv_strategy == "recursion_wise"
-        seen = step.tokens.slot_M if own else step.tokens.position_M
+        seen = step.tokens.rank if own else step.tokens.position
         pairs.append(float((seen + 1).sum()))
     return costs.Workload(
         tokens=len(tokens),
         kept=routing.tokens_per_recursion(),
-        own_pairs=float((tokens.position_M + 1).sum()),
+        own_pairs=float((tokens.position + 1).sum()),
         pairs=pairs,
         logits=len(tokens),
     )

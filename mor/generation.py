@@ -3,6 +3,8 @@ asks.
 
 The reference for every faster decoder. Sequences may have prompts of different lengths; finished
 ones cost nothing. What a sequence draws depends on its own seed and position only.
+
+B rows of the batch · T columns · V vocab
 """
 
 from __future__ import annotations
@@ -45,26 +47,24 @@ class SamplingParams(Settings):
     logprobs: bool = False
 
 
-def sample(logits_V: Tensor, params: SamplingParams, counter: int) -> int:
+def sample(logits: Tensor, params: SamplingParams, counter: int) -> int:
     """One token from one row of logits; ``counter`` numbers the draws of a request."""
     if params.temperature == 0:
-        return int(logits_V.argmax())
-    sorted_V, id_V = (logits_V.double() / params.temperature).sort(descending=True, stable=True)
+        return int(logits.argmax())
+    ordered, ids = (logits.double() / params.temperature).sort(descending=True, stable=True)
     if params.top_k:
-        sorted_V, id_V = sorted_V[: params.top_k], id_V[: params.top_k]
-    probability_V = sorted_V.softmax(0)
-    below_V = probability_V.cumsum(0) - probability_V
-    kept_V = probability_V * (below_V < params.top_p)  # the fewest best tokens that reach top_p
-    cumulative_V = kept_V.cumsum(0)
-    draw = hash_uniform(params.seed, counter).to(cumulative_V.device) * cumulative_V[-1]
-    place = min(
-        int(torch.searchsorted(cumulative_V, draw, right=True)), int((kept_V > 0).sum()) - 1
-    )
-    return int(id_V[place])
+        ordered, ids = ordered[: params.top_k], ids[: params.top_k]
+    probability = ordered.softmax(0)
+    below = probability.cumsum(0) - probability
+    kept = probability * (below < params.top_p)  # the fewest best tokens that reach top_p
+    cumulative = kept.cumsum(0)
+    draw = hash_uniform(params.seed, counter).to(cumulative.device) * cumulative[-1]
+    place = min(int(torch.searchsorted(cumulative, draw, right=True)), int((kept > 0).sum()) - 1)
+    return int(ids[place])
 
 
-def logprob(logits_V: Tensor, token_id: int) -> float:
-    return float(logits_V[token_id].double() - logits_V.double().logsumexp(0))
+def logprob(logits: Tensor, token_id: int) -> float:
+    return float(logits[token_id].double() - logits.double().logsumexp(0))
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,16 @@ def prefill(
 
 def decode_step(
     model: Transformer,
-    token_B: Sequence[int],
-    active_B: Sequence[bool],
+    token: Sequence[int],
+    active: Sequence[bool],
     cache: KVCache,
     *,
     max_depth: int | None = None,
 ) -> Output:
     """Read one token of every active sequence; logits (B, 1, V), zeros where inactive."""
     device = model.embedding.weight.device
-    tokens_B1 = torch.tensor(token_B, device=device)[:, None]
-    mask_B1 = torch.tensor(active_B, device=device)[:, None]
+    tokens_B1 = torch.tensor(token, device=device)[:, None]
+    mask_B1 = torch.tensor(active, device=device)[:, None]
     return model(tokens_B1, mask_BT=mask_B1, cache=cache, logits="last", max_depth=max_depth)
 
 

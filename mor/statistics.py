@@ -1,7 +1,7 @@
 """95% intervals: of means over a few runs, and of groups of tokens, where neighbours are not
 independent.
 
-T tokens · K groups · C blocks
+K groups · C blocks
 """
 
 from __future__ import annotations
@@ -92,20 +92,20 @@ def group_means(
     names = list(dict.fromkeys(groups))
     if not names:
         return []
-    group_T = np.array([names.index(g) for g in groups])
-    _, block_T = np.unique(np.asarray(blocks), return_inverse=True)
-    C, K = int(block_T.max()) + 1, len(names)
+    group = np.array([names.index(g) for g in groups])
+    _, block = np.unique(np.asarray(blocks), return_inverse=True)
+    C, K = int(block.max()) + 1, len(names)
     sum_CK, count_CK = np.zeros((C, K)), np.zeros((C, K))
-    np.add.at(sum_CK, (block_T, group_T), np.asarray(values, dtype=float))
-    np.add.at(count_CK, (block_T, group_T), 1)
-    mean_K, count_K, holds_K = (
+    np.add.at(sum_CK, (block, group), np.asarray(values, dtype=float))
+    np.add.at(count_CK, (block, group), 1)
+    means, counts, holds = (
         sum_CK.sum(0) / count_CK.sum(0),
         count_CK.sum(0),
         (count_CK > 0).sum(0),
     )
-    square_K = np.square(sum_CK - mean_K * count_CK).sum(0)  # 0 from blocks without the group
+    squares = np.square(sum_CK - means * count_CK).sum(0)  # 0 from blocks without the group
     found = []
-    for name, mean, count, c, square in zip(names, mean_K, count_K, holds_K, square_K, strict=True):
+    for name, mean, count, c, square in zip(names, means, counts, holds, squares, strict=True):
         low = high = None
         if c > 1 and count >= at_least:
             half = _t_quantile(c - 1) * math.sqrt(c / (c - 1) * square) / count

@@ -120,7 +120,7 @@ def test_train_speed_counts_the_flops_of_what_was_routed(run, tmp_path):
     shape = dict(num_layers=14, max_seq_len=512)
     flops = [
         costs.train_flops(preset("mini", **shape, **other), 512)
-        for other in ({}, dict(num_recursions=2, router="expert_choice"))
+        for other in ({}, dict(num_recursions=2, recipe="paper"))
     ]
     vanilla, mor = result["rows"]
     assert [vanilla["model"], mor["model"]] == ["vanilla", "mor-2"]

@@ -99,9 +99,14 @@ def test_a_run_that_was_moved_can_be_resumed_where_it_is_now(run, tmp_path, caps
 
 
 def test_costs_of_the_papers_model(capsys):
-    main(["costs", "--preset", "smollm-360m", "--num-recursions", "3", "--json"])
+    three = ["costs", "--preset", "smollm-360m", "--num-recursions", "3", "--json"]
+    main([*three, "--recipe", "paper"])
     found = last_json(capsys)
     assert round(found["paper_mflops_per_token"], 1) == 555.6 and found["mean_depth"] == 2.0
+    main(three)
+    ours = last_json(capsys)
+    assert (found["recipe"], ours["recipe"]) == ("paper", "recommended")
+    assert (found["kv_strategy"], ours["kv_strategy"]) == ("recursion_wise", "hybrid")
     assert {"params_non_embedding", "train_flops_per_token", "kv_bytes_per_token"} <= found.keys()
     main(["costs", "--preset", "smollm-360m", "--num-recursions", "1"])
     assert "314,635,200" in capsys.readouterr().out

@@ -141,7 +141,7 @@ def test_drift_compares_the_states_that_capped_models_end_with(data):
         for cap in (1, 2, 3):
             reading.model(reading.tokens_BT, max_depth=cap)
     hook.remove()
-    states, depth_M = [ends[0], ends[1], ends[3], ends[5]], reading.depth_BT.flatten()
+    states, depth = [ends[0], ends[1], ends[3], ends[5]], reading.depth_BT.flatten()
     rows = corpus.drift(reading)
     assert [(r["earlier"], r["later"]) for r in rows] == [
         (0, 1),
@@ -152,7 +152,7 @@ def test_drift_compares_the_states_that_capped_models_end_with(data):
         (2, 3),
     ]
     for row in rows:
-        x, y = (states[row[name]][depth_M >= row["later"]] for name in ("earlier", "later"))
+        x, y = (states[row[name]][depth >= row["later"]] for name in ("earlier", "later"))
         assert row["tokens"] == len(x)
         cosine = ((x * y).sum(1) / x.norm(dim=1) / y.norm(dim=1)).mean()
         assert row["cosine"] == pytest.approx(float(cosine), abs=1e-5)
@@ -170,8 +170,8 @@ def test_kv_similarity_pairs_the_entries_of_the_same_token(data, kv):
     a, b, layer = row["earlier"], row["later"], row["layer"]
     for cache in reading.caches:
         one, two = cache.streams[a], cache.streams[b]
-        places = {int(p): s for s, p in enumerate(one.position_BS[0][: int(one.length_B)])}
-        for s, p in enumerate(two.position_BS[0][: int(two.length_B)].tolist()):
+        places = {int(p): s for s, p in enumerate(one.position_BS[0][: int(one.length)])}
+        for s, p in enumerate(two.position_BS[0][: int(two.length)].tolist()):
             x, y = one.v[layer][0, places[p]], two.v[layer][0, s]
             cosines += [
                 float(torch.dot(g, h) / g.norm() / h.norm()) for g, h in zip(x, y, strict=True)
@@ -208,15 +208,15 @@ def test_depth_scaling_is_evaluation_at_every_cap_and_labels_what_was_never_trai
 def test_counterfactual_gains_are_means_of_one_run_per_token(data, asked):
     reading = reading_of(data)
     if asked == "at a third":
-        nothing_T = torch.arange(WINDOW) % 3 > 0
-        reading = replace(reading, targets_BT=reading.targets_BT.masked_fill(nothing_T, IGNORED))
+        nothing = torch.arange(WINDOW) % 3 > 0
+        reading = replace(reading, targets_BT=reading.targets_BT.masked_fill(nothing, IGNORED))
     changes: dict = {}
     for w, routing in enumerate(reading.routings):
-        ids, depth_T = reading.tokens_BT[w].tolist(), routing.depth_BT[0].tolist()
+        ids, depths = reading.tokens_BT[w].tolist(), routing.depth_BT[0].tolist()
         logp = [
             exits_plain(reading.model, ids, routing.taken_RM, d).log_softmax(-1) for d in (1, 2, 3)
         ]
-        for t, depth in enumerate(depth_T):
+        for t, depth in enumerate(depths):
             target = int(reading.targets_BT[w, t])
             for name, other in (("fewer", depth - 1), ("more", depth + 1)):
                 if 1 <= other <= 3 and target != IGNORED:

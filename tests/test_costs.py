@@ -95,7 +95,7 @@ def test_kv_bytes_equal_a_real_cache(make):
         t[row, :length].nbytes
         for s in cache.streams
         for t in (*s.k, *s.v)
-        for row, length in enumerate(s.length_B.tolist())
+        for row, length in enumerate(s.length.tolist())
     )
     assert cache.nbytes == stored
     assert cache.allocated_nbytes == sum(t.nbytes for s in cache.streams for t in (*s.k, *s.v))
@@ -140,8 +140,8 @@ def test_flops_of_a_training_batch_are_those_of_costs(make):
     # depths differ by row: attention pads to the fullest
     if model.config.router.kind == "token_choice":
         kept = routing.tokens_per_recursion()
-        fullest = [int(s.tokens.count_B.max()) for s in routing.steps]
-        lanes = [int((s.tokens.count_B > 0).sum()) for s in routing.steps]
+        fullest = [int(s.tokens.count.max()) for s in routing.steps]
+        lanes = [int((s.tokens.count > 0).sum()) for s in routing.steps]
         keys = fullest if model.config.kv_strategy == "recursion_wise" else [length] * 3
         own, pairs = (
             batch * length**2,
@@ -170,8 +170,8 @@ def test_padding_and_early_exits_cost_no_linear_flops(make):
     kept = output.routing.tokens_per_recursion()
     steps = [s.tokens for s in output.routing.steps]
     lanes, fullest = (
-        [int((t.count_B > 0).sum()) for t in steps],
-        [int(t.count_B.max()) for t in steps],
+        [int((t.count > 0).sum()) for t in steps],
+        [int(t.count.max()) for t in steps],
     )
     # a row's keys of the first recursion are padded to the longest row's 16
     keys = fullest if model.config.kv_strategy == "recursion_wise" else [16, 16, 16]
@@ -205,7 +205,7 @@ def test_decoding_a_token_costs_what_its_depth_asks_for():
         for t in range(30):
             total, output = count_flops(lambda t=t: model(tokens[:, t : t + 1], cache=cache))
             routing = output.routing
-            lengths = [int(s.length_B[0]) for s in cache.streams]
+            lengths = [int(s.length[0]) for s in cache.streams]
             kept = [len(s.tokens) for s in routing.steps]
             pairs = [k * n for k, n in zip(kept, lengths[1:], strict=True)]
             work = Workload(tokens=1, kept=kept, own_pairs=lengths[0], pairs=pairs, logits=1)
@@ -251,11 +251,11 @@ def test_decoding_is_bound_by_flops_or_by_bytes(kv):
         logits=1,
     )
     common = dict(batch=4, context=context, shares=shares, dtype_bytes=4)
-    fast_memory = Machine(flops_per_s=1.0, bytes_per_s=float("inf"))
+    fast_memory = Machine(flops_per_s=1.0, bytes_per_s=1e30)
     assert decode_seconds(config, fast_memory, **common) == pytest.approx(
         forward_flops(config, work)
     )
-    fast_products = Machine(flops_per_s=float("inf"), bytes_per_s=1.0)
+    fast_products = Machine(flops_per_s=1e30, bytes_per_s=1.0)
     block = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176
     read = 2 * (context + 1) + 2 * sum(s * n for s, n in zip(shares, seen, strict=True))
     written = 2 * (sum(shares) if kv != "shared" else 1)

@@ -28,11 +28,11 @@ def test_all_counterfactuals_at_once_equal_one_run_of_the_whole_sequence_each(ma
         torch.testing.assert_close(
             fast, exits_plain(model, ids, taken_RM, depth), atol=1e-4, rtol=1e-4
         )
-        same_M = (at_depth(taken_RM, depth) == taken_RM).all(0)
-        torch.testing.assert_close(fast[same_M], output.logits_BTV[0][same_M], atol=1e-4, rtol=1e-4)
-        changed |= bool((fast[~same_M] - output.logits_BTV[0][~same_M]).abs().gt(1e-2).any())
+        same = (at_depth(taken_RM, depth) == taken_RM).all(0)
+        torch.testing.assert_close(fast[same], output.logits_BTV[0][same], atol=1e-4, rtol=1e-4)
+        changed |= bool((fast[~same] - output.logits_BTV[0][~same]).abs().gt(1e-2).any())
     assert changed, "another depth changes the prediction"
-    assert cache.length_B.tolist() == [13]
+    assert cache.length.tolist() == [13]
 
 
 @pytest.mark.parametrize("make", cases())
@@ -62,8 +62,8 @@ def test_recorded_states_are_those_the_model_went_through(kind):
     assert len(states) == 4 and not model(tokens).routing.states
     assert torch.equal(states[0], seen[0]) and torch.equal(states[-1], seen[1])
     for r in range(3):
-        moved_M = (states[r] != states[r + 1]).any(1)
-        assert torch.equal(moved_M, routing.selected_M(r))
+        moved = (states[r] != states[r + 1]).any(1)
+        assert torch.equal(moved, routing.selected(r))
 
 
 @pytest.mark.parametrize("make", cases())

@@ -381,12 +381,12 @@ def check_pages(engine):
                 for page in pages:
                     held[page] += 1
                 if (
-                    engine.kv.reserved_SV[request.slot, stream]
-                    > engine.kv.count_SV[request.slot, stream]
+                    engine.kv.reserved[request.slot, stream]
+                    > engine.kv.host_count[request.slot, stream]
                     and pages
                 ):
                     row = request.slot * engine.kv.num_streams + stream
-                    next_place = engine.kv.table_RL[row, engine.kv.count_SV[request.slot, stream]]
+                    next_place = engine.kv.table_RL[row, engine.kv.host_count[request.slot, stream]]
                     writing.append(int(next_place) // engine.kv.page_size)
         for _, segment in engine.prefix_cache._segments.values():
             for segment_kind, page in segment.pages:
@@ -429,13 +429,13 @@ def test_the_count_of_the_host_changes_when_it_is_refreshed():
     kv.reserve(slots, streams)
     entries = torch.tensor([True, False])
     kv.append(torch.tensor(slots), torch.tensor(streams), torch.zeros(2).long(), entries, kind=1)
-    assert kv.count_SV.sum() == 0
+    assert kv.host_count.sum() == 0
     kv.refresh()
-    assert kv.count_SV.nonzero() == ([0], [0]) and kv.count_SV[0, 0] == 1
+    assert kv.host_count.nonzero() == ([0], [0]) and kv.host_count[0, 0] == 1
     kv.free_slot(0)
-    assert kv.count_SV.sum() == 0
+    assert kv.host_count.sum() == 0
     kv.refresh()
-    assert kv.count_SV.sum() == 0
+    assert kv.host_count.sum() == 0
 
 
 @pytest.mark.parametrize("batching", ["lock_step", "static"])

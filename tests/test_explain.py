@@ -102,7 +102,7 @@ def test_gates_are_those_that_weighed_the_stacks_output(tokenizer):
     found = explain(model, tokenizer, TEXT)
     for r in range(3):
         taken = [t.steps[r].gate for t in found.tokens if t.steps[r].taken]
-        assert taken == pytest.approx(routing.steps[r].gate_K.tolist())
+        assert taken == pytest.approx(routing.steps[r].gate.tolist())
 
 
 def test_pieces_put_together_are_the_text_and_spans_point_into_it(tokenizer):

@@ -281,7 +281,7 @@ def test_ragged_prompts_and_idle_rows_decode_like_single_sequences(make):
         assert sent[i] == n + 6
         expected = alone[i].logits_BTV[0, n - 1 :]
         assert (torch.stack(got[i]) - expected).abs().max() < 1e-4
-    assert cache.length_B.tolist() == sent
+    assert cache.length.tolist() == sent
 
 
 @pytest.mark.parametrize("make", cases())

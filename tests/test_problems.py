@@ -65,13 +65,13 @@ def test_every_answer_is_right_and_only_answers_have_targets(path, solve):
         batch.targets_BT, problems.targets_BT
     )
     hops = set()
-    for tokens, targets, hops_T in zip(*(x.tolist() for x in problems), strict=True):
+    for tokens, targets, asked_hops in zip(*(x.tolist() for x in problems), strict=True):
         assert parse_task(path).answers(tokens) == targets, "also worked out from the text alone"
         padding = next(i for i, token in enumerate(tokens) if token)
         expected = solve(found.tokenizer.decode(tokens).split())
         for i in range(28):
             answer, count = expected.get(i - padding, (None, 0))
-            assert hops_T[i] == count
+            assert asked_hops[i] == count
             assert targets[i] == (IGNORED if answer is None else found.tokenizer.encode(answer)[0])
         hops |= {count for _, count in expected.values()}
     assert hops == {1, 2, 3, 4}
@@ -168,6 +168,6 @@ def test_training_tells_the_frequency_router_how_often_words_occur(tmp_path):
     )
     trained = train(config, console=Console(quiet=True))
     loaded = checkpoint.load(trained.path).model.router
-    count_V = trained.corpus.train.token_counts(loaded.need_V.numel(), 16)
-    order = count_V.argsort(descending=True, stable=True)
-    assert (loaded.need_V[order].diff() >= 0).all() and count_V.unique().numel() > 2
+    count = trained.corpus.train.token_counts(loaded.need_V.numel(), 16)
+    order = count.argsort(descending=True, stable=True)
+    assert (loaded.need_V[order].diff() >= 0).all() and count.unique().numel() > 2

@@ -132,9 +132,9 @@ def test_the_position_router_spreads_depth_over_positions_and_looks_at_nothing_e
 
 def test_the_frequency_router_sends_rare_tokens_deeper_and_meets_its_capacities():
     model = tiny("frequency")
-    count_V = torch.arange(1, 38).flip(0)  # token 36 is the rarest
-    model.router.fit(count_V)
-    tokens = torch.repeat_interleave(torch.arange(37), count_V)[
+    count = torch.arange(1, 38).flip(0)  # token 36 is the rarest
+    model.router.fit(count)
+    tokens = torch.repeat_interleave(torch.arange(37), count)[
         None, hash_uniform(0, torch.arange(703)).argsort()
     ]
     routing = model.double()(tokens[:, :64].expand(2, -1)).routing
@@ -144,7 +144,7 @@ def test_the_frequency_router_sends_rare_tokens_deeper_and_meets_its_capacities(
     ) == 3
     need_V = model.router.need_V
     for capacity in (2 / 3, 1 / 3):
-        taken = count_V[need_V >= 1 - capacity].sum() / count_V.sum()
+        taken = count[need_V >= 1 - capacity].sum() / count.sum()
         assert abs(taken - capacity) < 0.05
 
 
@@ -178,14 +178,14 @@ def test_packing_round_trip_with_holes_and_empty_rows():
     tokens = random_tokens(4, 6)
     mask = torch.tensor([[1, 0, 1, 1, 0, 0], [0] * 6, [1] * 6, [0, 0, 0, 0, 0, 1]]).bool()
     packed = pack(tokens, mask)
-    assert packed.position_M.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 0]
+    assert packed.position.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 0]
     assert packed.rows.tolist() == [0, 2, 3]
-    padded = packed.pad(packed.id_M, fill=-1)
+    padded = packed.pad(packed.ids, fill=-1)
     assert padded.shape == (3, 6) and padded[2].tolist() == [int(tokens[3, 5]), *[-1] * 5]
-    assert torch.equal(packed.unpad(padded), packed.id_M)
-    assert torch.equal(packed.unpack(packed.id_M, fill=-1), tokens.masked_fill(~mask, -1))
+    assert torch.equal(packed.unpad(padded), packed.ids)
+    assert torch.equal(packed.unpack(packed.ids, fill=-1), tokens.masked_fill(~mask, -1))
     assert torch.equal(
-        packed.id_M[packed.last_index()], torch.stack([tokens[0, 3], tokens[2, 5], tokens[3, 5]])
+        packed.ids[packed.last_index()], torch.stack([tokens[0, 3], tokens[2, 5], tokens[3, 5]])
     )
     with pytest.raises(ValueError, match="must be equal"):
         pack(tokens, mask[:, :3])
@@ -210,7 +210,7 @@ def test_routers_and_losses_stay_fp32_under_autocast(router):
     with torch.autocast("cpu", torch.bfloat16):
         output = model(tokens, targets_BT=tokens, selection="topk")
         inside = model.prelude[0].feed_forward(torch.randn(2, 24))
-    logits = output.routing.steps[0].decision.logit_C
+    logits = output.routing.steps[0].decision.logit
     assert inside.dtype == torch.bfloat16, "the layers do run in bf16"
     assert logits.dtype == output.nll.dtype == output.routing.weighted_loss.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())

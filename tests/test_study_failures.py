@@ -223,7 +223,7 @@ def test_nothing_to_report_is_said_and_old_tables_go(tmp_path, capsys):
     assert not (out / "figures/isoflop.svg").exists()
     with pytest.raises(SystemExit):
         main(["sweep", "--fit", "paper", "--out", str(tmp_path / "fit"), "--resamples", "0"])
-    assert capsys.readouterr().err == "error: --resamples must be at least 1, got 0\n"
+    assert capsys.readouterr().err == "error: resamples must be at least 1, got 0\n"
 
 
 def test_brackets_in_names_are_shown_as_they_are(tmp_path, capsys):

@@ -125,5 +125,5 @@ def test_numbers_and_histograms():
     }.items():
         routing = tiny(router, num_recursions=3)(random_tokens(2, 12), selection="topk").routing
         found = routing_histograms([routing, routing])
-        assert np.array_equal(found.pop("routing/depth"), routing.depth_M.repeat(2).numpy())
+        assert np.array_equal(found.pop("routing/depth"), routing.depth.repeat(2).numpy())
         assert [len(v) for v in found.values()] == [2 * n for n in logits]

@@ -362,7 +362,7 @@ def test_router_health_by_hand():
     assert found["agreement"] == pytest.approx(sum(same) / len(same))
     chosen = tiny("token_choice", num_recursions=3)
     routing = chosen(random_tokens(2, 12), selection="topk").routing
-    load = torch.bincount(routing.depth_M - 1, minlength=3) / 24
+    load = torch.bincount(routing.depth - 1, minlength=3) / 24
     assert chosen.router.health([routing])["max_violation"] == pytest.approx(
         3 * load.max().item() - 1
     )

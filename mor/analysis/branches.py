@@ -7,7 +7,7 @@ depth at once: each is a row of one token that reads the sequence's cached entri
 its own new ones.
 
 T tokens · M tokens of a pass · S cached entries · R recursions · N heads · G key/value heads · H
-head dim · V vocab
+head dim · V vocab · B rows of the batch
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def exits(
     size = max(1, CHUNK_LOGITS // model.config.vocab_size)
     places = range(len(ids)) if places is None else places
     for start in range(0, len(places), size):
-        position_M = torch.tensor(places[start : start + size], device=device)
-        forced = ForcedRouter(model.router, forced_RT[:, position_M])
-        tokens_M1 = torch.tensor([ids[t] for t in position_M], device=device)[:, None]
-        own = Branches(cache, position_M)
+        position = torch.tensor(places[start : start + size], device=device)
+        forced = ForcedRouter(model.router, forced_RT[:, position])
+        tokens_M1 = torch.tensor([ids[t] for t in position], device=device)[:, None]
+        own = Branches(cache, position)
         yield model(tokens_M1, cache=own, router=forced, logits="last").logits_BTV[:, 0]
 
 
@@ -78,12 +78,12 @@ class Branches:
     """A cache whose rows are tokens of one sequence: each sees the entries before its position, and
     its own.
 
-    Nothing is added to ``past``, which holds that sequence. position_B: the place of each row's
+    Nothing is added to ``past``, which holds that sequence. position: the place of each row's
     token in it.
     """
 
-    def __init__(self, past: KVCache, position_B: Tensor) -> None:
-        self.past, self.length_B, self.batch = past, position_B, len(position_B)
+    def __init__(self, past: KVCache, position: Tensor) -> None:
+        self.past, self.length, self.batch = past, position, len(position)
         self.own: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def open(self, stream: int, reads: tuple[int, ...], tokens: PackedTokens) -> BranchPass:
@@ -97,24 +97,24 @@ class BranchPass:
     def __init__(
         self, store: Branches, stream: int, reads: tuple[int, ...], tokens: PackedTokens
     ) -> None:
-        self.store, self.reads, self.row_M = store, reads, tokens.row_M
+        self.store, self.reads, self.row = store, reads, tokens.row
         self.writes = stream in reads
         self.stream = stream if self.writes else reads[-1]  # where the own entries are
-        past_MS = store.past.positions(reads[0], None) < tokens.position_M[:, None]
+        past_MS = store.past.positions(reads[0], None) < tokens.position[:, None]
         own_MM = torch.eye(len(tokens), dtype=torch.bool, device=past_MS.device)
         self.visible_1MS = torch.cat([past_MS, own_MM], dim=1)[None]
 
     def write(self, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:
         shape = (self.store.batch, *k_MGH.shape[1:])
         self.store.own[self.stream, layer] = (
-            k_MGH.new_zeros(shape).index_copy(0, self.row_M, k_MGH),
-            v_MGH.new_zeros(shape).index_copy(0, self.row_M, v_MGH),
+            k_MGH.new_zeros(shape).index_copy(0, self.row, k_MGH),
+            v_MGH.new_zeros(shape).index_copy(0, self.row, v_MGH),
         )
 
     def attend(self, layer: int, q_MNH: Tensor) -> Tensor:
         own = self.store.own[self.stream, layer]
         k, v = (
-            torch.cat([past, mine[self.row_M]])[None]
+            torch.cat([past, mine[self.row]])[None]
             for past, mine in zip(self._past(layer), own, strict=True)
         )
         return attention(q_MNH[None], k, v, self.visible_1MS)[0]
@@ -125,7 +125,7 @@ class BranchPass:
         k, v = (x[0] for x in self.store.past.read(self.reads[0], layer, None))
         # every token is in the first stream read, so there its place is its position
         for stream in self.reads[1:]:
-            position_S = self.store.past.positions(stream, None)[0]
+            position = self.store.past.positions(stream, None)[0]
             k_new, v_new = (x[0] for x in self.store.past.read(stream, layer, None))
-            k, v = k.index_copy(0, position_S, k_new), v.index_copy(0, position_S, v_new)
+            k, v = k.index_copy(0, position, k_new), v.index_copy(0, position, v_new)
         return k, v

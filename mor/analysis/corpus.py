@@ -3,8 +3,7 @@
 Windows are read with threshold selection, which is causal; only :func:`agreement` also reads them
 with the top-k selection of training, to compare. :func:`read` gathers what several functions need.
 
-B rows · T tokens of a window · M packed tokens · D model · R recursions · G key/value heads · H
-head dim
+B rows · T tokens of a window · M packed tokens · R recursions · A rows that hold tokens · V vocab
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def read(model: Transformer, data: Windows, *, seq_len: int, max_windows: int = 
         seen = (
             output.logits_BTV,
             *routing.memory.values(),
-            *(step.decision.causal_logit_C for step in routing.steps),
+            *(step.decision.causal_logit for step in routing.steps),
         )
         if not all(x is None or x.isfinite().all() for x in seen):
             raise ValueError(
@@ -132,10 +131,10 @@ def depth_predictors(reading: Reading) -> Rows:
     rows = []
     for name, key_BT in looked_up.items():
         known, wanted = depth_BT[:half].flatten(), depth_BT[half:].flatten()
-        count_V = torch.bincount(key_BT[:half].flatten(), minlength=int(key_BT.max()) + 1)
-        sum_V = torch.bincount(key_BT[:half].flatten(), known, minlength=len(count_V))
-        mean_V = torch.where(count_V > 0, sum_V / count_V.clamp(min=1), known.mean())
-        left = (wanted - mean_V[key_BT[half:].flatten()]).square().sum() / (
+        count = torch.bincount(key_BT[:half].flatten(), minlength=int(key_BT.max()) + 1)
+        sums = torch.bincount(key_BT[:half].flatten(), known, minlength=len(count))
+        mean = torch.where(count > 0, sums / count.clamp(min=1), known.mean())
+        left = (wanted - mean[key_BT[half:].flatten()]).square().sum() / (
             wanted - known.mean()
         ).square().sum()
         rows.append(dict(predictor=name, explained=1 - float(left), tokens=len(wanted)))
@@ -164,17 +163,17 @@ def agreement(reading: Reading) -> Rows:
         if capacity == 1:
             continue
         steps = [routing.steps[r] for routing in top]
-        kept_C = torch.cat([step.chosen_C for step in steps])
-        causal = [step.decision.takes_C for step in steps]
-        causal_C = torch.cat([takes_C for takes_C in causal if takes_C is not None])
+        kept = torch.cat([step.chosen for step in steps])
+        causal = [step.decision.takes for step in steps]
+        decided = torch.cat([takes for takes in causal if takes is not None])
         rows.append(
             dict(
                 recursion=r + 1,
                 capacity=capacity,
-                candidates=len(kept_C),
-                share_topk_non_causal=float(kept_C.float().mean()),
-                share_threshold=float(causal_C.float().mean()),
-                same_decision=float((kept_C == causal_C).float().mean()),
+                candidates=len(kept),
+                share_topk_non_causal=float(kept.float().mean()),
+                share_threshold=float(decided.float().mean()),
+                same_decision=float((kept == decided).float().mean()),
                 same_depth=same_depth,
             )
         )
@@ -192,18 +191,18 @@ def score_histogram(reading: Reading, bins: int = 20) -> Rows:
     for r, capacity in enumerate(reading.model.config.capacities):
         scores, chosen = [], []
         for routing in reading.routings:
-            score_M, depth_M = router.score_M(routing, r), router.chosen_depth(routing.memory)
-            if score_M is None or (depth_M is None and capacity == 1):
+            score, depth = router.shown_score(routing, r), router.chosen_depth(routing.memory)
+            if score is None or (depth is None and capacity == 1):
                 continue
-            chosen_M = routing.selected_M(r) if depth_M is None else depth_M == r + 1
-            scores.append(score_M[~score_M.isnan()])
-            chosen.append(chosen_M[~score_M.isnan()])
+            chosen_here = routing.selected(r) if depth is None else depth == r + 1
+            scores.append(score[~score.isnan()])
+            chosen.append(chosen_here[~score.isnan()])
         if not sum(map(len, scores)):  # no token came as far
             continue
-        score_C, chosen_C = torch.cat(scores), torch.cat(chosen)
-        place_C = (score_C * bins).long().clamp(max=bins - 1)
-        for taken_, mask in ((True, chosen_C), (False, ~chosen_C)):
-            for b, n in enumerate(torch.bincount(place_C[mask], minlength=bins).tolist()):
+        all_scores, all_chosen = torch.cat(scores), torch.cat(chosen)
+        place = (all_scores * bins).long().clamp(max=bins - 1)
+        for taken_, mask in ((True, all_chosen), (False, ~all_chosen)):
+            for b, n in enumerate(torch.bincount(place[mask], minlength=bins).tolist()):
                 rows.append(
                     dict(recursion=r + 1, taken=taken_, low=b / bins, high=(b + 1) / bins, tokens=n)
                 )
@@ -240,20 +239,20 @@ def drift(reading: Reading) -> Rows:
     for a, b in combinations(stages, 2):
         earlier, later = (torch.cat([s[i] for s in states]).float() for i in (a, b))
         before = torch.cat([s[b - 1] for s in states])
-        moved_M = (torch.cat([s[b] for s in states]) != before).any(1)
-        if not moved_M.any():
+        moved = (torch.cat([s[b] for s in states]) != before).any(1)
+        if not moved.any():
             continue
-        x, y = earlier[moved_M], later[moved_M]
-        cosine_M = torch.cosine_similarity(x, y, dim=1)
-        change_M = (y - x).norm(dim=1) / x.norm(dim=1)
+        x, y = earlier[moved], later[moved]
+        cosine = torch.cosine_similarity(x, y, dim=1)
+        change = (y - x).norm(dim=1) / x.norm(dim=1)
         rows.append(
             dict(
                 earlier=a,
                 later=b,
                 tokens=len(x),
-                cosine=float(cosine_M.mean()),
-                cosine_sd=float(cosine_M.std(correction=0)),
-                relative_change=float(change_M.mean()),
+                cosine=float(cosine.mean()),
+                cosine_sd=float(cosine.std(correction=0)),
+                relative_change=float(change.mean()),
             )
         )
     return rows
@@ -359,13 +358,13 @@ def counterfactual_gains(reading: Reading) -> Rows:
     known: dict[str, list[tuple[float, str, int]]] = {"fewer": [], "more": []}
     for w, routing in enumerate(reading.routings):
         logp_RT = _exit_logprobs(reading, w, routing)
-        depth_T, asked_T = routing.depth_BT[0], reading.targets_BT[w] != IGNORED
+        depths, asked = routing.depth_BT[0], reading.targets_BT[w] != IGNORED
         for name, step in (("fewer", -1), ("more", 1)):
-            other_T = depth_T + step
-            there_T = asked_T & (depth_T >= 1) & (other_T >= 1) & (other_T <= len(logp_RT))
-            for t in there_T.nonzero()[:, 0].tolist():
-                change = float(logp_RT[other_T[t] - 1, t] - logp_RT[depth_T[t] - 1, t])
-                known[name].append((change, str(int(depth_T[t])), w))
+            other = depths + step
+            there = asked & (depths >= 1) & (other >= 1) & (other <= len(logp_RT))
+            for t in there.nonzero()[:, 0].tolist():
+                change = float(logp_RT[other[t] - 1, t] - logp_RT[depths[t] - 1, t])
+                known[name].append((change, str(int(depths[t])), w))
     rows: Rows = []
     for name, found in known.items():
         for group in sorted(

@@ -45,9 +45,9 @@ def early_exits(
     )
     found: dict[str, Any] = {"mean_depth": mean_depth, "fixed": nll_MR.mean(0).tolist()}
     for name, policy in POLICIES.items():
-        depth_M = policy(nll_MR, confidence_MR, mean_depth)
-        nll_M = nll_MR.gather(1, depth_M[:, None] - 1)
-        found[name] = {"nll": float(nll_M.mean()), "mean_depth": float(depth_M.double().mean())}
+        depth = policy(nll_MR, confidence_MR, mean_depth)
+        nll = nll_MR.gather(1, depth[:, None] - 1)
+        found[name] = {"nll": float(nll.mean()), "mean_depth": float(depth.double().mean())}
     return found
 
 
@@ -65,9 +65,10 @@ def _by_depth(
             x.to(model.embedding.weight.device) for x in (batch.tokens_BT, batch.targets_BT)
         )
         for r in range(R):  # one depth at a time: logits are large
-            nll_M, confidence_M = _predictions(all_to_depth(model, tokens_BT, r + 1), targets_BT)
-            nll[r].append(nll_M.double().cpu())
-            confidence[r].append(confidence_M.double().cpu())
+            logits_BTV = all_to_depth(model, tokens_BT, r + 1)
+            new_nll, new_confidence = _predictions(logits_BTV, targets_BT)
+            nll[r].append(new_nll.double().cpu())
+            confidence[r].append(new_confidence.double().cpu())
     nll_MR = torch.stack([torch.cat(found) for found in nll], 1)
     return nll_MR, torch.stack([torch.cat(found) for found in confidence], 1)
 
@@ -75,8 +76,8 @@ def _by_depth(
 def all_to_depth(model: Transformer, tokens_BT: Tensor, depth: int) -> Tensor:
     """Logits (B, T, V) with every token in the first ``depth`` recursions, whatever the router
     would decide."""
-    wanted_R = torch.arange(model.config.num_recursions, device=tokens_BT.device) < depth
-    table_RM = wanted_R[:, None].expand(-1, tokens_BT.numel())
+    wanted = torch.arange(model.config.num_recursions, device=tokens_BT.device) < depth
+    table_RM = wanted[:, None].expand(-1, tokens_BT.numel())
     forced = ForcedRouter(model.router, table_RM)
     return model(tokens_BT, max_depth=depth, router=forced).logits_BTV
 
@@ -86,54 +87,54 @@ def _predictions(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor
     each."""
     asked_BT = targets_BT != IGNORED
     logits_MV = logits_BTV[asked_BT].float()
-    total_M = logits_MV.logsumexp(-1)
-    target_M = logits_MV.gather(1, targets_BT[asked_BT][:, None])[:, 0]
-    return total_M - target_M, (logits_MV.amax(-1) - total_M).exp()
+    total = logits_MV.logsumexp(-1)
+    target = logits_MV.gather(1, targets_BT[asked_BT][:, None])[:, 0]
+    return total - target, (logits_MV.amax(-1) - total).exp()
 
 
 def random_exits(nll_MR: Tensor, confidence_MR: Tensor, mean_depth: float) -> Tensor:
     """After every recursion each token stays with the same probability."""
     M, R = nll_MR.shape
     _, stay = _solve(lambda p: float(sum(p**r for r in range(R))) - mean_depth, 0.0, 1.0)
-    share_R = torch.tensor([stay**r for r in range(R)], dtype=torch.float64)
-    return (hash_uniform(0, torch.arange(M))[:, None] < share_R).sum(1)
+    share = torch.tensor([stay**r for r in range(R)], dtype=torch.float64)
+    return (hash_uniform(0, torch.arange(M))[:, None] < share).sum(1)
 
 
 def confident_exits(nll_MR: Tensor, confidence_MR: Tensor, mean_depth: float) -> Tensor:
     """The first depth whose prediction is confident enough; the last one if none is."""
     last = nll_MR.shape[1]
 
-    def depth_M(limit: float) -> Tensor:
+    def depth(limit: float) -> Tensor:
         unsure_MR = (confidence_MR[:, : last - 1] < limit).long()
         return 1 + unsure_MR.cumprod(1).sum(1)
 
-    below, above = _solve(lambda x: float(depth_M(x).double().mean()) - mean_depth, 0.0, 1.0 + 1e-6)
-    return _between(depth_M(below), depth_M(above), mean_depth)
+    below, above = _solve(lambda x: float(depth(x).double().mean()) - mean_depth, 0.0, 1.0 + 1e-6)
+    return _between(depth(below), depth(above), mean_depth)
 
 
 def oracle_exits(nll_MR: Tensor, confidence_MR: Tensor, mean_depth: float) -> Tensor:
     """Every token takes the depth that costs least at a price per recursion; the price is the one
     that gives the mean depth."""
-    cost_R = torch.arange(nll_MR.shape[1], dtype=torch.float64)
+    cost = torch.arange(nll_MR.shape[1], dtype=torch.float64)
 
-    def depth_M(price: float) -> Tensor:
-        return 1 + (nll_MR + price * cost_R).argmin(1)
+    def depth(price: float) -> Tensor:
+        return 1 + (nll_MR + price * cost).argmin(1)
 
-    if float(depth_M(0.0).double().mean()) <= mean_depth:  # deeper would only be worse
-        return depth_M(0.0)
+    if float(depth(0.0).double().mean()) <= mean_depth:  # deeper would only be worse
+        return depth(0.0)
     below, above = _solve(
-        lambda p: mean_depth - float(depth_M(p).double().mean()), 0.0, float(nll_MR.max()) + 1
+        lambda p: mean_depth - float(depth(p).double().mean()), 0.0, float(nll_MR.max()) + 1
     )
-    return _between(depth_M(above), depth_M(below), mean_depth)
+    return _between(depth(above), depth(below), mean_depth)
 
 
-def _between(shallow_M: Tensor, deep_M: Tensor, mean_depth: float) -> Tensor:
+def _between(shallow: Tensor, deep: Tensor, mean_depth: float) -> Tensor:
     """The mean depth where a limit would send equal tokens all or none deeper: as many go deeper as
     it takes, in an order that does not depend on them."""
-    order_M = hash_uniform(1, torch.arange(len(deep_M))).argsort()
-    more_M = (deep_M - shallow_M)[order_M]
-    more_M[more_M.cumsum(0) > mean_depth * len(deep_M) - shallow_M.sum()] = 0
-    return shallow_M.index_add(0, order_M, more_M)
+    order = hash_uniform(1, torch.arange(len(deep))).argsort()
+    more = (deep - shallow)[order]
+    more[more.cumsum(0) > mean_depth * len(deep) - shallow.sum()] = 0
+    return shallow.index_add(0, order, more)
 
 
 def _solve(rising: Callable[[float], float], low: float, high: float) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 Decisions are those of threshold selection, which is causal. What a token *would* have predicted at
 another depth is computed, not estimated (see branches.py).
 
-T tokens · V vocab · R recursions
+T tokens · V vocab · R recursions · B rows of the batch · M packed tokens
 """
 
 from __future__ import annotations
@@ -337,24 +337,21 @@ class _Reader:
         )
         by_depth = []
         for depth in range(1, model.config.num_recursions + 1):
-            # at the depth that a token took, its exit is the model's own prediction
-            exit_T, done = (
-                list(own),
-                0,
-            )
+            # At the depth that a token took, its exit is the model's own prediction.
+            predicted, done = list(own), 0
             places = [t for t in range(first, len(ids)) if depths[t] != depth]
             for logits_MV in exits(model, ids, taken_RT, depth, cache, places=places):
                 part = [t - first for t in places[done : done + len(logits_MV)]]
                 for i, found in zip(
                     part, self._predictions(logits_MV, [targets[i] for i in part]), strict=True
                 ):
-                    exit_T[i] = found
+                    predicted[i] = found
                 done += len(logits_MV)
-            by_depth.append(exit_T)
+            by_depth.append(predicted)
         routed = routing_columns(model, output.routing)
         return [
             _token_fields(
-                t, depths[t], own[t - first], [exit_T[t - first] for exit_T in by_depth], routed
+                t, depths[t], own[t - first], [exits[t - first] for exits in by_depth], routed
             )
             for t in range(first, len(ids))
         ]
@@ -362,18 +359,18 @@ class _Reader:
     def _predictions(self, logits_MV: Tensor, targets: list[int]) -> list[dict[str, Any]]:
         """The target with its log-probability and rank, entropy, best guesses of each row."""
         logp_MV = logits_MV.float().log_softmax(-1)
-        entropy_M = logp_MV.exp().mul_(logp_MV).sum(-1).neg().tolist()
+        entropies = logp_MV.exp().mul_(logp_MV).sum(-1).neg().tolist()
         top = logp_MV.topk(self.guesses)
         logp_M1 = logp_MV.gather(
             1, torch.tensor(targets, device=logits_MV.device).clamp(min=0)[:, None]
         )
         # sums of booleans are slow
-        rank_M = ((logp_MV > logp_M1).float().sum(1).int() + 1).tolist()
+        ranks = ((logp_MV > logp_M1).float().sum(1).int() + 1).tolist()
         columns = (
             targets,
             logp_M1[:, 0].tolist(),
-            rank_M,
-            entropy_M,
+            ranks,
+            entropies,
             top.indices.tolist(),
             top.values.exp().tolist(),
         )
@@ -410,16 +407,14 @@ def routing_columns(model: Transformer, routing: Routing) -> list[dict[str, list
     threshold, gate."""
     router, found = model.router, []
     for r, step in enumerate(routing.steps):
-        scored = router.score_M(routing, r)
-        score_M = [None] * len(routing.tokens) if scored is None else _known(scored)
+        scored = router.shown_score(routing, r)
+        score = [None] * len(routing.tokens) if scored is None else _known(scored)
         threshold = router.threshold(r) if routing.rule.capacities[r] < 1 else None
-        gate_M: list[float | None] = [None] * len(score_M)
-        if step.gate_K is not None:
-            gate_M = _known(routing.gate_BT(r).flatten())
-        taken_M = routing.selected_M(r).tolist()
-        found.append(
-            dict(taken=taken_M, score=score_M, threshold=[threshold] * len(score_M), gate=gate_M)
-        )
+        gate: list[float | None] = [None] * len(score)
+        if step.gate is not None:
+            gate = _known(routing.gate_BT(r).flatten())
+        taken = routing.selected(r).tolist()
+        found.append(dict(taken=taken, score=score, threshold=[threshold] * len(score), gate=gate))
     return found
 
 

@@ -51,7 +51,7 @@ class Task(Protocol):
         """What a word of a text is for."""
         ...
 
-    def problems(self, index_B: Tensor, length: int) -> Problems:
+    def problems(self, index: Tensor, length: int) -> Problems:
         """The problems with these numbers, of ``length`` tokens. Raises ValueError if that is too
         short."""
         ...
@@ -90,7 +90,7 @@ class PointerChasing(Settings):
     def kind(self, word: str) -> str:
         return "edge" if ">" in word else "number of hops" if word.startswith("+") else "node"
 
-    def problems(self, index_B: Tensor, length: int) -> Problems:
+    def problems(self, index: Tensor, length: int) -> Problems:
         N, K = self.nodes, self.hops
         Q = (length - N) // 3
         if Q < 1:
@@ -99,7 +99,7 @@ class PointerChasing(Settings):
             )
 
         def draw(kind: int, count: int) -> Tensor:
-            return hash_uniform(self.seed, index_B[:, None], kind, torch.arange(count))
+            return hash_uniform(self.seed, index[:, None], kind, torch.arange(count))
 
         order_BN = draw(0, N).argsort(1)
         place_BN = order_BN.argsort(1)  # where each node stands in the cycle
@@ -107,7 +107,7 @@ class PointerChasing(Settings):
         from_BQ, hops_BQ = (draw(2, Q) * N).long(), 1 + (draw(3, Q) * K).long()
         answer_BQ = 1 + order_BN.gather(1, (place_BN.gather(1, from_BQ) + hops_BQ) % N)
         asked_BQ3 = torch.stack([N + N * N + hops_BQ, 1 + from_BQ, answer_BQ], 2)
-        start = torch.zeros(len(index_B), length - N - 3 * Q, dtype=torch.int64)
+        start = torch.zeros(len(index), length - N - 3 * Q, dtype=torch.int64)
         tokens_BT = torch.cat([start, edges_BN, asked_BQ3.flatten(1)], 1)
         hops_BT, targets_BT = torch.zeros_like(tokens_BT), torch.full_like(tokens_BT, IGNORED)
         hops_BT[:, length - 3 * Q + 1 :: 3], targets_BT[:, length - 3 * Q + 1 :: 3] = (
@@ -161,10 +161,10 @@ class StateTracking(Settings):
             0, torch.arange(self.moves)[:, None], torch.arange(self.states)
         ).argsort(1)
 
-    def problems(self, index_B: Tensor, length: int) -> Problems:
+    def problems(self, index: Tensor, length: int) -> Problems:
         def draw(kind: int, below: int) -> Tensor:
             return (
-                hash_uniform(self.seed, index_B[:, None], kind, torch.arange(length)) * below
+                hash_uniform(self.seed, index[:, None], kind, torch.arange(length)) * below
             ).long()
 
         set_to_BT, move_BT, run_BT = (
@@ -174,17 +174,17 @@ class StateTracking(Settings):
         )
         after_PS = self.permutations()
         tokens_BT, targets_BT, hops_BT = (torch.empty_like(move_BT) for _ in range(3))
-        left_B, state_B, hops_B = (torch.zeros(len(index_B), dtype=torch.int64) for _ in range(3))
+        left, state, hops = (torch.zeros(len(index), dtype=torch.int64) for _ in range(3))
         for t in range(length):
-            begins_B = left_B == 0
-            state_B = torch.where(begins_B, set_to_BT[:, t], after_PS[move_BT[:, t], state_B])
-            hops_B = torch.where(begins_B, 1, hops_B + 1)
-            left_B = torch.where(begins_B, run_BT[:, t], left_B) - 1
-            word_B = torch.where(begins_B, set_to_BT[:, t], self.states + move_BT[:, t])
+            begins = left == 0
+            state = torch.where(begins, set_to_BT[:, t], after_PS[move_BT[:, t], state])
+            hops = torch.where(begins, 1, hops + 1)
+            left = torch.where(begins, run_BT[:, t], left) - 1
+            word = torch.where(begins, set_to_BT[:, t], self.states + move_BT[:, t])
             tokens_BT[:, t], targets_BT[:, t], hops_BT[:, t] = (
-                1 + self.states + word_B,
-                1 + state_B,
-                hops_B,
+                1 + self.states + word,
+                1 + state,
+                hops,
             )
         return Problems(tokens_BT, targets_BT, hops_BT)
 

@@ -1,5 +1,8 @@
 """The demo on state tracking, a task whose questions need up to 16 steps: one pass, recursive,
-MoR."""
+MoR.
+
+B rows of the batch · T columns
+"""
 
 from __future__ import annotations
 
@@ -135,13 +138,13 @@ def show_problem(model: Transformer, corpus: Corpus, console: Console, words: in
     """A problem coloured by the depth that the model gives each word. Returns its first words."""
     assert isinstance(corpus.validation, TaskData)
     tokens_BT = corpus.validation.problems([0], 64).tokens_BT[:, :words]
-    depth_T = model(tokens_BT).routing.depth_BT[0]
+    depth = model(tokens_BT).routing.depth_BT[0]
     ids = tokens_BT[0].tolist()
     console.print(
         "\nA problem as MoR reads it: =3 sets the state, p0 to p3 move it; after each word"
     )
     console.print("the model says which state it is now. Coloured by recursion depth")
     console.print(depth_legend(model.config.num_recursions, console))
-    read = Generation(prompt_ids=ids, depths=depth_T.tolist())
+    read = Generation(prompt_ids=ids, depths=depth.tolist())
     console.print(depth_text(corpus.tokenizer, read, console))
     return corpus.tokenizer.decode(ids[:12])

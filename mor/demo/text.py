@@ -1,4 +1,7 @@
-"""The demo on text: three families of equal effective depth, and MoR's layers in one pass."""
+"""The demo on text: three families of equal effective depth, and MoR's layers in one pass.
+
+B rows of the batch · T columns
+"""
 
 from __future__ import annotations
 

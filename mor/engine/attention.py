@@ -27,16 +27,16 @@ class DecodeAttention(Protocol):
         k_EGH: Tensor,
         v_EGH: Tensor,
         table_RL: Tensor,
-        row_M: Tensor,
-        seen_M: Tensor,
+        row: Tensor,
+        seen: Tensor,
         *,
         longest: int,
     ) -> Tensor:
-        """Query m attends to the entries ``table_RL[row_M[m], :seen_M[m]]``; returns (M, N, H).
+        """Query m attends to the entries ``table_RL[row[m], :seen[m]]``; returns (M, N, H).
 
-        table_RL: places in the pool. row_M: the row of the table that each query reads. seen_M: how
+        table_RL: places in the pool. row: the row of the table that each query reads. seen: how
         many entries of it, at least 1. All three are int32. longest: at least the largest of
-        ``seen_M``.
+        ``seen``.
         """
 
 
@@ -45,19 +45,19 @@ def gathered_attention(
     k_EGH: Tensor,
     v_EGH: Tensor,
     table_RL: Tensor,
-    row_M: Tensor,
-    seen_M: Tensor,
+    row: Tensor,
+    seen: Tensor,
     *,
     longest: int,
 ) -> Tensor:
     """The definition: copy the entries of each query side by side and mask what it must not
     see."""
-    entry_MS = table_RL[:, :longest].index_select(0, row_M)
+    entry_MS = table_RL[:, :longest].index_select(0, row)
     k_MSGH, v_MSGH = (
         pool.index_select(0, entry_MS.flatten()).unflatten(0, entry_MS.shape)
         for pool in (k_EGH, v_EGH)
     )
-    visible_MS = torch.arange(longest, device=q_MNH.device) < seen_M[:, None]
+    visible_MS = torch.arange(longest, device=q_MNH.device) < seen[:, None]
     return attention(q_MNH[:, None], k_MSGH, v_MSGH, visible_MS[:, None]).squeeze(1)
 
 

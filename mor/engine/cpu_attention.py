@@ -92,8 +92,8 @@ def compiled_attention(
     k_EGH: Tensor,
     v_EGH: Tensor,
     table_RL: Tensor,
-    row_M: Tensor,
-    seen_M: Tensor,
+    row: Tensor,
+    seen: Tensor,
     *,
     longest: int,
 ) -> Tensor:
@@ -102,7 +102,7 @@ def compiled_attention(
     q_MNH = q_MNH.contiguous()
     M, N, H = q_MNH.shape
     out_MNH, scores = torch.empty_like(q_MNH), q_MNH.new_empty(M * N * longest)
-    tensors = (q_MNH, k_EGH, v_EGH, table_RL, row_M, seen_M, out_MNH, scores)
+    tensors = (q_MNH, k_EGH, v_EGH, table_RL, row, seen, out_MNH, scores)
     assert all(t.is_contiguous() for t in tensors)
     sizes = (M, N, k_EGH.shape[1], H, table_RL.shape[1], longest)
     _function()(*(t.data_ptr() for t in tensors), *sizes, torch.get_num_threads())

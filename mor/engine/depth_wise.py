@@ -41,12 +41,12 @@ class DepthWise(Strategy):
         work = self.work
         if not (ending := work.in_phase(Phase.CODA)):
             return
-        slot_M = work.slots(ending)
+        slot = work.slots(ending)
         with work.measured.part("coda", len(ending)):
-            x_MD = work.runner.coda(slot_M)
+            x_MD = work.runner.coda(slot)
         with work.measured.part("head", len(ending)):
             logits_MV = work.runner.head(x_MD)
-        depths = work.runner.took_SR[slot_M].sum(1).tolist()
+        depths = work.runner.took_SR[slot].sum(1).tolist()
         work.sample(ending, depths, logits_MV)
 
     def _enter_tokens(self) -> None:
@@ -79,7 +79,7 @@ class DepthWise(Strategy):
         """Learn where the router sent the tokens."""
         work = self.work
         work.kv.refresh()
-        stages = work.runner.stage_S[work.slots(requests)].tolist()
+        stages = work.runner.stage[work.slots(requests)].tolist()
         for request, stage in zip(requests, stages, strict=True):
             request.stage = stage
             request.phase = Phase.CODA if stage == len(self._recursions) else Phase.BLOCK
@@ -98,8 +98,8 @@ class DepthWise(Strategy):
         return requests
 
     def _entries_to_enter(self, requests: list[Request]) -> Entries:
-        slot_M = np.array([request.slot for request in requests])
-        return slot_M, np.zeros_like(slot_M)
+        slot = np.array([request.slot for request in requests])
+        return slot, np.zeros_like(slot)
 
     def _entries_for_pass(self, requests: list[Request]) -> Entries:
         """A recursion that takes several passes gets its entry in the first of them."""
@@ -108,5 +108,5 @@ class DepthWise(Strategy):
             for request in requests
             if self._recursions[request.stage] not in self._recursions[: request.stage]
         ]
-        slot_M, stream_M = np.array(new, dtype=np.int64).reshape(-1, 2).T
-        return slot_M, stream_M
+        slot, stream = np.array(new, dtype=np.int64).reshape(-1, 2).T
+        return slot, stream

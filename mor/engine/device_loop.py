@@ -8,7 +8,6 @@ CUDA graph for each number of lanes; elsewhere the same steps run one by one, wh
 tests compare with the plain decoder.
 
 J stop tokens · K coda steps of a launch · M lanes · R recursions · S slots · V vocab
-(in ``count_SV``: streams)
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ class DeviceLoop(Strategy):
     def _entries(self, requests: list[Request]) -> np.ndarray:
         """Entries that a launch adds at most to each stream of each request, (requests,
         streams)."""
-        counted = self.work.kv.count_SV[[request.slot for request in requests]]
+        counted = self.work.kv.host_count[[request.slot for request in requests]]
         read = np.array([[request.num_read] for request in requests])
         longest = np.array([[request.max_length] for request in requests])
         # The token under way is not read yet, but may have its entry in a stream already.
@@ -111,8 +110,8 @@ class DeviceSteps:
         self.blocks_per_coda = min(blocks_per_coda, len(runner.passes))
         self.layers, self.end, self.idle = runner.passes[0][1], len(runner.passes), runner.kv.idle
         slots, device = runner.kv.num_slots + 1, runner.kv.device
-        self.live_S = torch.zeros(slots, dtype=torch.bool, device=device)
-        self.age_S, self.remaining_S = (
+        self.live = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.age, self.remaining = (
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2)
         )
         self.stop_SJ = torch.full((slots, MAX_STOP_TOKENS), -1, device=device)
@@ -124,31 +123,31 @@ class DeviceSteps:
 
     def start(self, requests: Sequence[Request]) -> None:
         """Begin the newest token of each request; its earlier ones are cached."""
-        device = self.live_S.device
+        device = self.live.device
         known = torch.tensor([(r.slot, r.newest_id, r.num_read, r.number) for r in requests])
-        slot_M, id_M, position_M, age_M = known.to(device).unbind(1)
-        self.runner.enter(slot_M, id_M, position_M)
+        slot, ids, position, age = known.to(device).unbind(1)
+        self.runner.enter(slot, ids, position)
         params, drawn = [r.params for r in requests], [len(r.token_ids) for r in requests]
         remaining = [p.max_new_tokens - n for p, n in zip(params, drawn, strict=True)]
         stops = [
             [*p.stop_token_ids, *[-1] * (MAX_STOP_TOKENS - len(p.stop_token_ids))] for p in params
         ]
-        self.live_S[slot_M], self.age_S[slot_M] = True, age_M
-        self.remaining_S[slot_M] = torch.tensor(remaining).to(device)
-        self.stop_SJ[slot_M] = torch.tensor(stops).to(device)
-        self.sampling.put(slot_M, SamplingRows.of(params, drawn, device))
+        self.live[slot], self.age[slot] = True, age
+        self.remaining[slot] = torch.tensor(remaining).to(device)
+        self.stop_SJ[slot] = torch.tensor(stops).to(device)
+        self.sampling.put(slot, SamplingRows.of(params, drawn, device))
         for request in requests:
             (self.sampled.add if request.params.temperature else self.sampled.discard)(request.slot)
 
     def launch(self, slots: Sequence[int]) -> list[NewToken]:
         """One pattern of steps for the requests in these slots (others rest); their new tokens in
         order."""
-        keep_S = torch.zeros(len(self.live_S), dtype=torch.bool)
-        keep_S[list(slots)] = True
-        self.live_S &= keep_S.to(self.live_S.device)
+        keep = torch.zeros(len(self.live), dtype=torch.bool)
+        keep[list(slots)] = True
+        self.live &= keep.to(self.live.device)
         lanes = min(self.lanes, 1 << (len(slots) - 1).bit_length())
         greedy = self.sampled.isdisjoint(slots)
-        if self.live_S.device.type == "cuda":
+        if self.live.device.type == "cuda":
             self._graph(lanes, greedy).replay()
         else:
             self._run(lanes, greedy)
@@ -157,8 +156,8 @@ class DeviceSteps:
 
     def _graph(self, lanes: int, greedy: bool) -> torch.cuda.CUDAGraph:
         if (lanes, greedy) not in self.graphs:
-            live_S = self.live_S.clone()
-            self.live_S.zero_()  # all lanes idle while the steps are tried and recorded
+            live = self.live.clone()
+            self.live.zero_()  # all lanes idle while the steps are tried and recorded
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -167,7 +166,7 @@ class DeviceSteps:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._run(lanes, greedy)
-            self.live_S.copy_(live_S)
+            self.live.copy_(live)
             self.graphs[lanes, greedy] = graph
         return self.graphs[lanes, greedy]
 
@@ -178,29 +177,27 @@ class DeviceSteps:
             self._coda(k, lanes, greedy)
 
     def _block(self, lanes: int) -> None:
-        stage_S = self.runner.stage_S
-        stage_S[self.idle :].zero_()  # the idle slot is always at the first pass
-        self.runner.block(self._oldest(self.live_S & (stage_S < self.end), lanes), self.layers)
+        stage = self.runner.stage
+        stage[self.idle :].zero_()  # the idle slot is always at the first pass
+        self.runner.block(self._oldest(self.live & (stage < self.end), lanes), self.layers)
 
     def _coda(self, k: int, lanes: int, greedy: bool) -> None:
         runner = self.runner
-        slot_M = self._oldest(self.live_S & (runner.stage_S == self.end), lanes)
-        logits_MV = runner.head(runner.coda(slot_M))
-        token_M = (
-            logits_MV.argmax(-1) if greedy else sample_rows(logits_MV, self.sampling.at(slot_M))
-        )
-        depth_M = runner.took_SR[slot_M].sum(1)
-        found = (slot_M, token_M, depth_M, logprob_rows(logits_MV, token_M))
+        slot = self._oldest(self.live & (runner.stage == self.end), lanes)
+        logits_MV = runner.head(runner.coda(slot))
+        token = logits_MV.argmax(-1) if greedy else sample_rows(logits_MV, self.sampling.at(slot))
+        depth = runner.took_SR[slot].sum(1)
+        found = (slot, token, depth, logprob_rows(logits_MV, token))
         self.out_KM4[k, :lanes] = torch.stack([x.double() for x in found], dim=-1)
-        self.remaining_S[slot_M] -= 1
-        self.sampling.counter_M[slot_M] += 1
-        stopped_M = (token_M[:, None] == self.stop_SJ[slot_M]).any(1)
-        goes_on_M = (slot_M != self.idle) & ~stopped_M & (self.remaining_S[slot_M] > 0)
-        self.live_S[slot_M] = goes_on_M
-        next_M = torch.where(goes_on_M, slot_M, self.idle)
-        runner.enter(next_M, token_M, torch.where(goes_on_M, runner.position_S[slot_M] + 1, 0))
+        self.remaining[slot] -= 1
+        self.sampling.counter[slot] += 1
+        stopped = (token[:, None] == self.stop_SJ[slot]).any(1)
+        goes_on = (slot != self.idle) & ~stopped & (self.remaining[slot] > 0)
+        self.live[slot] = goes_on
+        following = torch.where(goes_on, slot, self.idle)
+        runner.enter(following, token, torch.where(goes_on, runner.position[slot] + 1, 0))
 
-    def _oldest(self, wanted_S: Tensor, count: int) -> Tensor:
+    def _oldest(self, wanted: Tensor, count: int) -> Tensor:
         """The oldest wanted slots, filled up with the idle one."""
-        slot_M = torch.where(wanted_S, self.age_S, _NEVER).argsort()[:count]
-        return torch.where(wanted_S[slot_M], slot_M, self.idle)
+        slot = torch.where(wanted, self.age, _NEVER).argsort()[:count]
+        return torch.where(wanted[slot], slot, self.idle)

@@ -4,9 +4,9 @@ Each is an ``AttentionPass`` of model/kv_cache.py, so the blocks of the model do
 cache is paged. Decoding runs single tokens of many sequences at any mixture of depths
 (:class:`LanePass`); reading a prompt runs consecutive tokens at one depth (:class:`ChunkPass`).
 
-A rows of the batch that hold tokens · B rows of the batch · E entries of a pool · G key/value
-heads · H head dim · K tokens in the fullest row · L width of a table · M tokens · N heads · R rows
-of a table · S entries that a row's last token sees · V streams
+A rows of the batch that hold tokens · E entries of a pool · G key/value heads · H head dim · K
+tokens in the fullest row · L width of a table · M tokens · N heads · R rows of a table · S entries
+that a row's last token sees
 """
 
 from __future__ import annotations
@@ -31,50 +31,52 @@ if TYPE_CHECKING:
 class LanePass:
     """A pass over one token of each of several sequences, at any mixture of depths.
 
-    kind: of the layers that it runs through (pages.py). writes: whether any token writes. place_M:
-    where each token's entry goes. row_M: the row of ``kv.view_RL`` that it reads, and seen_M: how
-    many entries of that row it sees, both int32. longest: at least the largest of seen_M.
+    kind: of the layers that it runs through (pages.py). writes: whether any token writes. place:
+    where each token's entry goes. row: the row of ``kv.view_RL`` that it reads, and seen: how
+    many entries of that row it sees, both int32. longest: at least the largest of seen.
     """
 
     kv: PagedKV
     kind: int
     writes: bool
-    place_M: Tensor
-    row_M: Tensor
-    seen_M: Tensor
+    place: Tensor
+    row: Tensor
+    seen: Tensor
     longest: int
 
     def write(self, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:
-        self.kv.write(self.kind, layer, self.place_M, k_MGH, v_MGH)
+        self.kv.write(self.kind, layer, self.place, k_MGH, v_MGH)
 
     def attend(self, layer: int, q_MNH: Tensor) -> Tensor:
         k_EGH, v_EGH = self.kv.k[self.kind][layer], self.kv.v[self.kind][layer]
         return self.kv.decode_attention(
-            q_MNH, k_EGH, v_EGH, self.kv.view_RL, self.row_M, self.seen_M, longest=self.longest
+            q_MNH, k_EGH, v_EGH, self.kv.view_RL, self.row, self.seen, longest=self.longest
         )
 
 
 class ChunkPass:
     """A pass over several consecutive tokens of each of several sequences, all at one depth.
 
-    slots_B: the slot of each row of the batch.
+    slots_on_device: the slot of each row of the batch.
     """
 
-    def __init__(self, kv: PagedKV, slots_B: Tensor, stream: int, tokens: PackedTokens) -> None:
+    def __init__(
+        self, kv: PagedKV, slots_on_device: Tensor, stream: int, tokens: PackedTokens
+    ) -> None:
         self.kv, self.kind, self.tokens = kv, kind_of(stream), tokens
         self.writes = bool(kv.writes[stream])
-        self.place_M, seen_M = kv.append_chunk(slots_B[tokens.row_M], stream, tokens)
+        self.place, seen = kv.append_chunk(slots_on_device[tokens.row], stream, tokens)
         # One gather for all layers and both keys and values.
-        slots_A = slots_B if tokens.rows is None else slots_B[tokens.rows]
-        view_AL = kv.view_RL[slots_A * kv.num_streams + int(kv.view_of_V[stream])]
-        self.entry_AS = view_AL[:, : int(seen_M.max())]
+        slots_with_tokens = slots_on_device if tokens.rows is None else slots_on_device[tokens.rows]
+        view_AL = kv.view_RL[slots_with_tokens * kv.num_streams + int(kv.view_of[stream])]
+        self.entry_AS = view_AL[:, : int(seen.max())]
         width = self.entry_AS.shape[1]
         # A padded query sees everything, so that its (unused) softmax is finite.
-        seen_AK = tokens.pad(seen_M, fill=width)
+        seen_AK = tokens.pad(seen, fill=width)
         self.visible_AKS = torch.arange(width, device=kv.device) < seen_AK[:, :, None]
 
     def write(self, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:
-        self.kv.write(self.kind, layer, self.place_M, k_MGH, v_MGH)
+        self.kv.write(self.kind, layer, self.place, k_MGH, v_MGH)
 
     def attend(self, layer: int, q_MNH: Tensor) -> Tensor:
         k_ASGH, v_ASGH = (
@@ -96,17 +98,17 @@ class PagedBatch:
 
     def __init__(self, kv: PagedKV, slots: Sequence[int], lengths: Sequence[int]) -> None:
         self.kv, self.slots = kv, np.asarray(slots)
-        self.slots_B = torch.from_numpy(self.slots).to(kv.device)
+        self.slots_on_device = torch.from_numpy(self.slots).to(kv.device)
         self.batch = len(slots)
-        self.length_B = torch.tensor(lengths, device=kv.device)
+        self.length = torch.tensor(lengths, device=kv.device)
 
     def open(
         self, stream: int, reads: tuple[int, ...], tokens: PackedTokens
     ) -> LanePass | ChunkPass:
-        count_B = tokens.count_B.cpu().numpy()
-        self.kv.reserve(self.slots, np.full(len(self.slots), stream), count_B)
-        if count_B.max() > 1:
-            opened: LanePass | ChunkPass = ChunkPass(self.kv, self.slots_B, stream, tokens)
+        count = tokens.count.cpu().numpy()
+        self.kv.reserve(self.slots, np.full(len(self.slots), stream), count)
+        if count.max() > 1:
+            opened: LanePass | ChunkPass = ChunkPass(self.kv, self.slots_on_device, stream, tokens)
         else:
             opened = self._open_lanes(stream, tokens)
         self.kv.refresh()
@@ -114,11 +116,11 @@ class PagedBatch:
 
     def _open_lanes(self, stream: int, tokens: PackedTokens) -> LanePass:
         """One token of each sequence: the same as in decoding, with its faster attention."""
-        stream_M = torch.full_like(tokens.row_M, stream)
+        streams = torch.full_like(tokens.row, stream)
         return self.kv.append(
-            self.slots_B[tokens.row_M],
-            stream_M,
-            tokens.position_M,
-            torch.ones_like(stream_M, dtype=torch.bool),
+            self.slots_on_device[tokens.row],
+            streams,
+            tokens.position,
+            torch.ones_like(streams, dtype=torch.bool),
             kind=kind_of(stream),
         )

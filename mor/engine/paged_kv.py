@@ -13,12 +13,12 @@ each position the recursion's own entry if there is one, or else that of recursi
 Who plans and who counts. The host reserves places for entries to come, page by page, before a pass
 (:meth:`PagedKV.reserve`). The pass takes the next reserved places and counts its entries on the
 device, in operations of static shapes, because in the device loop only the device knows which
-tokens take part. ``count_R`` is that count. ``count_SV`` is the host's copy, and only the host
+tokens take part. ``count`` is that count. ``host_count`` is the host's copy, and only the host
 writes to it: :meth:`PagedKV.refresh` copies, :meth:`PagedKV.attach` and :meth:`PagedKV.free_slot`
 set both. Between a pass and the next refresh the copy is behind, on every device alike.
 
-E entries of a pool · G key/value heads · H head dim · K new entries of a stream · L width of a
-table · M tokens · R rows of a table (virtual sequences: slot * V + stream) · S slots · V streams
+G key/value heads · H head dim · L width of a table · M tokens · R rows of a table (virtual
+sequences: slot * V + stream) · V streams
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ class PagedKV:
         """What the strategy for keys and values says about each stream."""
         reads = [(0,), *(READS[config.kv_strategy](r) for r in range(1, self.num_streams))]
         self.writes = np.array([stream in r for stream, r in enumerate(reads)])
-        self.writes_V = torch.tensor(self.writes, device=self.device)
+        self.writes_on_device = torch.tensor(self.writes, device=self.device)
         # A reader of the stream's own entries alone sees as many as there are up to its token's.
         # Any other reader sees one entry for every token up to its own.
         compact = [r == (stream,) for stream, r in enumerate(reads)]
-        self.compact_V = torch.tensor(compact, device=self.device)
+        self.compact = torch.tensor(compact, device=self.device)
         # The stream whose row of the view is read.
-        self.view_of_V = torch.tensor([r[-1] for r in reads], device=self.device)
+        self.view_of = torch.tensor([r[-1] for r in reads], device=self.device)
         # Known on the host, so that the common case skips the operations for the others.
         self.all_write, self.all_compact = bool(self.writes.all()), all(compact)
 
@@ -100,7 +100,7 @@ class PagedKV:
         self.pools = [PagePool(n) for n in num_pages]
         # One page more than the pool has: its places are for entries that nobody reads.
         unread = [n * self.page_size for n in num_pages]
-        self.unread_V = torch.tensor(
+        self.unread = torch.tensor(
             [unread[kind_of(stream)] for stream in range(self.num_streams)], device=self.device
         )
 
@@ -121,10 +121,10 @@ class PagedKV:
         self.table_RL = torch.zeros(rows, width, dtype=torch.int32, device=self.device)
         # Without hybrid reading, what is read is what was written.
         self.view_RL = self.table_RL.clone() if with_view else self.table_RL
-        self.table_RL.view(-1, self.num_streams, width)[self.idle] = self.unread_V[:, None].int()
-        self.count_R = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self.count_SV = np.zeros((self.num_slots + 1, self.num_streams), dtype=np.int64)
-        self.reserved_SV = np.zeros_like(self.count_SV)
+        self.table_RL.view(-1, self.num_streams, width)[self.idle] = self.unread[:, None].int()
+        self.count = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self.host_count = np.zeros((self.num_slots + 1, self.num_streams), dtype=np.int64)
+        self.reserved = np.zeros_like(self.host_count)
         """Entries of each virtual sequence that have places, those to come included."""
 
     @property
@@ -148,16 +148,16 @@ class PagedKV:
         """
         reserved = np.zeros((1, self.num_streams), dtype=np.int64)
         if slots is not None:
-            reserved = (self.reserved_SV - self.count_SV)[list(slots)]
+            reserved = (self.reserved - self.host_count)[list(slots)]
         pages = -(-np.maximum(tokens - reserved, 0) // self.page_size) * self.writes
         return [int(pages[:, 0].sum()) if self.page_bytes[OWN] else 0, int(pages[:, 1:].sum())]
 
-    def pages_for_entry(self, slot_M: np.ndarray, stream_M: np.ndarray) -> list[int]:
+    def pages_for_entry(self, slot: np.ndarray, stream: np.ndarray) -> list[int]:
         """Pages of each kind that one more entry in each of these virtual sequences takes."""
-        full = self.reserved_SV[slot_M, stream_M] == self.count_SV[slot_M, stream_M]
-        full &= self.writes[stream_M]
-        own = int((full & (stream_M == 0)).sum()) if self.page_bytes[OWN] else 0
-        return [own, int((full & (stream_M > 0)).sum())]
+        full = self.reserved[slot, stream] == self.host_count[slot, stream]
+        full &= self.writes[stream]
+        own = int((full & (stream == 0)).sum()) if self.page_bytes[OWN] else 0
+        return [own, int((full & (stream > 0)).sum())]
 
     def has_free(self, pages: Sequence[int]) -> bool:
         """Whether so many pages of each kind are free."""
@@ -169,30 +169,28 @@ class PagedKV:
             for page in pages:
                 self.pools[kind_of(stream)].release(page)
             pages.clear()
-        self.reserved_SV[slot] = 0
+        self.reserved[slot] = 0
         self._set_count(slot, np.zeros(self.num_streams, dtype=np.int64))
 
-    def _set_count(self, slot: int, count_V: np.ndarray) -> None:
-        self.count_SV[slot] = count_V
-        self.count_R.view(self.count_SV.shape)[slot] = torch.from_numpy(count_V).to(self.device)
+    def _set_count(self, slot: int, count: np.ndarray) -> None:
+        self.host_count[slot] = count
+        self.count.view(self.host_count.shape)[slot] = torch.from_numpy(count).to(self.device)
 
     def refresh(self) -> None:
         """Copy what the device has counted to the host."""
-        self.count_SV[:] = self.count_R.view(self.count_SV.shape).cpu().numpy()
+        self.host_count[:] = self.count.view(self.host_count.shape).cpu().numpy()
 
-    def reserve(
-        self, slot_M: np.ndarray, stream_M: np.ndarray, entries: int | np.ndarray = 1
-    ) -> None:
+    def reserve(self, slot: np.ndarray, stream: np.ndarray, entries: int | np.ndarray = 1) -> None:
         """Places for so many more entries of each virtual sequence. Needs free pages: callers make
         room first."""
-        wanted_M = self.count_SV[slot_M, stream_M] + entries
-        missing_M = (wanted_M - self.reserved_SV[slot_M, stream_M]) * self.writes[stream_M]
-        for i in np.flatnonzero(missing_M > 0):
-            for _ in range(-(-int(missing_M[i]) // self.page_size)):
-                self._add_page(int(slot_M[i]), int(stream_M[i]))
+        wanted = self.host_count[slot, stream] + entries
+        missing = (wanted - self.reserved[slot, stream]) * self.writes[stream]
+        for i in np.flatnonzero(missing > 0):
+            for _ in range(-(-int(missing[i]) // self.page_size)):
+                self._add_page(int(slot[i]), int(stream[i]))
 
     def _add_page(self, slot: int, stream: int) -> None:
-        kind, start, page = kind_of(stream), int(self.reserved_SV[slot, stream]), 0
+        kind, start, page = kind_of(stream), int(self.reserved[slot, stream]), 0
         if self.page_bytes[kind]:
             page = self.pools[kind].allocate()
             self.pages[slot][stream].append(page)
@@ -200,14 +198,14 @@ class PagedKV:
         places = torch.arange(first, first + self.page_size, dtype=torch.int32)
         row = slot * self.num_streams + stream
         self.table_RL[row, start : start + self.page_size] = places.to(self.device)
-        self.reserved_SV[slot, stream] += self.page_size
+        self.reserved[slot, stream] += self.page_size
 
     def append(
         self,
-        slot_M: Tensor,
-        stream_M: Tensor,
-        position_M: Tensor,
-        new_M: Tensor,
+        slot: Tensor,
+        stream: Tensor,
+        position: Tensor,
+        new: Tensor,
         *,
         kind: int,
         longest: int | None = None,
@@ -215,50 +213,48 @@ class PagedKV:
         """Open a pass over one token of each of several sequences, at any mixture of depths; their
         places are reserved.
 
-        new_M: whether the token gets an entry now; if not, it has one from an earlier pass of the
+        new: whether the token gets an entry now; if not, it has one from an earlier pass of the
         same recursion. kind: of the layers that the pass runs through. longest: entries that any
         token sees at most; if it is given, no value is looked up on the device.
         """
-        row_M = slot_M * self.num_streams + stream_M
-        counted_M, writes = new_M & (slot_M != self.idle), True
+        row = slot * self.num_streams + stream
+        counted, writes = new & (slot != self.idle), True
         if not self.all_write:
-            writes_M = self.writes_V[stream_M]
-            counted_M, writes = counted_M & writes_M, longest is not None or bool(writes_M.any())
-        self.count_R.index_add_(0, row_M, counted_M.long())
+            may_write = self.writes_on_device[stream]
+            counted, writes = counted & may_write, longest is not None or bool(may_write.any())
+        self.count.index_add_(0, row, counted.long())
         # A token's entry is the last of its row, whether it is new or not. The idle slot has none.
-        index_M = (self.count_R[row_M] - 1).clamp(min=0)
-        place_M = self.table_RL[row_M, index_M].long()
-        view_M, seen_M = row_M, index_M + 1
+        index = (self.count[row] - 1).clamp(min=0)
+        place = self.table_RL[row, index].long()
+        view, seen = row, index + 1
         if not self.all_write:
-            place_M = torch.where(writes_M, place_M, self.unread_V[stream_M])
+            place = torch.where(may_write, place, self.unread[stream])
         if not self.all_compact:
-            view_M = slot_M * self.num_streams + self.view_of_V[stream_M]
-            seen_M = torch.where(self.compact_V[stream_M], index_M, position_M) + 1
+            view = slot * self.num_streams + self.view_of[stream]
+            seen = torch.where(self.compact[stream], index, position) + 1
         if self.view_RL is not self.table_RL:
-            self._update_view(slot_M, stream_M, position_M, place_M)
+            self._update_view(slot, stream, position, place)
         return LanePass(
-            self, kind, writes, place_M, view_M.int(), seen_M.int(), longest or int(seen_M.max())
+            self, kind, writes, place, view.int(), seen.int(), longest or int(seen.max())
         )
 
     def append_chunk(
-        self, slot_M: Tensor, stream: int, tokens: PackedTokens
+        self, slot: Tensor, stream: int, tokens: PackedTokens
     ) -> tuple[Tensor, Tensor]:
         """Consecutive entries of several virtual sequences of one stream: the place of each, and
         the entries that each token may see."""
         if not self.writes[stream]:  # it reads entries of recursion 1, one for every token
-            return self.unread_V[stream].expand(len(slot_M)), tokens.position_M + 1
-        row_M = slot_M * self.num_streams + stream
-        rank_M = tokens.slot_M  # of each token among those of its sequence in this chunk
-        index_M = self.count_R[row_M] + rank_M
-        place_M = self.table_RL[row_M, index_M].long()
-        self.count_R.index_add_(0, row_M, torch.ones_like(row_M))
+            return self.unread[stream].expand(len(slot)), tokens.position + 1
+        row = slot * self.num_streams + stream
+        rank = tokens.rank  # of each token among those of its sequence in this chunk
+        index = self.count[row] + rank
+        place = self.table_RL[row, index].long()
+        self.count.index_add_(0, row, torch.ones_like(row))
         if self.view_RL is not self.table_RL:
-            self._update_view(slot_M, torch.full_like(slot_M, stream), tokens.position_M, place_M)
-        return place_M, torch.where(self.compact_V[stream], index_M, tokens.position_M) + 1
+            self._update_view(slot, torch.full_like(slot, stream), tokens.position, place)
+        return place, torch.where(self.compact[stream], index, tokens.position) + 1
 
-    def _update_view(
-        self, slot_M: Tensor, stream_M: Tensor, position_M: Tensor, place_M: Tensor
-    ) -> None:
+    def _update_view(self, slot: Tensor, streams: Tensor, position: Tensor, place: Tensor) -> None:
         """Enter new entries into the view (hybrid).
 
         An entry of recursion 1 is what every later recursion reads at that position, until the
@@ -267,15 +263,15 @@ class PagedKV:
         not belong there go to the row of the idle slot.
         """
         for stream in range(self.num_streams):
-            belongs_M = (stream_M == stream) | ((stream_M == 1) & (stream > 1))
-            row_M = torch.where(belongs_M, slot_M, self.idle) * self.num_streams + stream
-            entry_M = torch.where(belongs_M, place_M, self.unread_V[stream])
-            self.view_RL[row_M, position_M] = entry_M.int()
+            belongs = (streams == stream) | ((streams == 1) & (stream > 1))
+            row = torch.where(belongs, slot, self.idle) * self.num_streams + stream
+            entry = torch.where(belongs, place, self.unread[stream])
+            self.view_RL[row, position] = entry.int()
 
-    def write(self, kind: int, layer: int, place_M: Tensor, k_MGH: Tensor, v_MGH: Tensor) -> None:
+    def write(self, kind: int, layer: int, place: Tensor, k_MGH: Tensor, v_MGH: Tensor) -> None:
         """Store the entries of one layer."""
-        self.k[kind][layer].index_copy_(0, place_M, k_MGH)
-        self.v[kind][layer].index_copy_(0, place_M, v_MGH)
+        self.k[kind][layer].index_copy_(0, place, k_MGH)
+        self.v[kind][layer].index_copy_(0, place, v_MGH)
 
     def segment(
         self, slot: int, start: int, taken: np.ndarray, taken_before: np.ndarray
@@ -286,12 +282,12 @@ class PagedKV:
         taken: (tokens, recursions) whether they took each recursion. taken_before: (recursions,)
         how many of the tokens before ``start`` did; their entries come first in a recursion's row.
         """
-        first_V = np.array([start, *taken_before])
-        num_V = np.array([len(taken), *taken.sum(0)]) * self.writes
-        table_VL = self.table_RL.view(*self.count_SV.shape, -1)[slot]
+        first_entries = np.array([start, *taken_before])
+        entries_per_stream = np.array([len(taken), *taken.sum(0)]) * self.writes
+        table_VL = self.table_RL.view(*self.host_count.shape, -1)[slot]
         entries = [
             table_VL[stream, first : first + n].cpu().numpy().copy()
-            for stream, (first, n) in enumerate(zip(first_V, num_V, strict=True))
+            for stream, (first, n) in enumerate(zip(first_entries, entries_per_stream, strict=True))
         ]
         pages = {
             (kind_of(stream), int(page))
@@ -309,10 +305,10 @@ class PagedKV:
         position = 0
         for segment in segments:
             for stream, places in enumerate(segment.entries):
-                place_K = torch.from_numpy(places).to(self.device)
-                self._adopt(slot, stream, place_K, segment.taken, position)
+                place = torch.from_numpy(places).to(self.device)
+                self._adopt(slot, stream, place, segment.taken, position)
             position += len(segment.taken)
-        self._set_count(slot, self.reserved_SV[slot])
+        self._set_count(slot, self.reserved[slot])
         for kind, page in sorted({page for segment in segments for page in segment.pages}):
             self.pools[kind].share(page)
             # All pages of a slot are released together, so any stream of their kind may list them;
@@ -320,17 +316,17 @@ class PagedKV:
             self.pages[slot][kind].append(page)
 
     def _adopt(
-        self, slot: int, stream: int, place_K: Tensor, taken: np.ndarray, position: int
+        self, slot: int, stream: int, place: Tensor, taken: np.ndarray, position: int
     ) -> None:
         """Append a segment's entries of one stream, those of tokens from ``position`` on."""
-        start, row = int(self.reserved_SV[slot, stream]), slot * self.num_streams + stream
-        self.table_RL[row, start : start + len(place_K)] = place_K
-        self.reserved_SV[slot, stream] += len(place_K)
+        start, row = int(self.reserved[slot, stream]), slot * self.num_streams + stream
+        self.table_RL[row, start : start + len(place)] = place
+        self.reserved[slot, stream] += len(place)
         if self.view_RL is not self.table_RL:
             took = np.ones(len(taken), dtype=bool) if stream == 0 else taken[:, stream - 1]
-            position_K = torch.from_numpy(np.flatnonzero(took) + position).to(self.device)
-            slot_K = torch.full_like(position_K, slot)
-            self._update_view(slot_K, torch.full_like(slot_K, stream), position_K, place_K)
+            positions = torch.from_numpy(np.flatnonzero(took) + position).to(self.device)
+            slots = torch.full_like(positions, slot)
+            self._update_view(slots, torch.full_like(slots, stream), positions, place)
 
     def release(self, segment: Segment) -> None:
         """The prefix cache has forgotten a segment: it owns its pages no more."""

@@ -4,8 +4,7 @@ Does what ``Transformer.forward`` does to a token, cut where a token may wait fo
 (embedding, prelude), ``block`` (one pass of the shared stack, then routing) and ``coda``, ``head``.
 All state is in tensors, and shapes depend on the number of slots given alone.
 
-A rows that hold tokens · B rows of the batch · D model · K tokens of a step · L positions · M lanes
-· P passes · R recursions · S slots · T columns · V vocab
+A rows that hold tokens · D model · M lanes · R recursions · S slots · T columns
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from mor.model.transformer import Logits, Output, Transformer, passes, rotary_an
 
 
 class Runner:
-    """State of the newest token of every slot. ``stage_S`` counts the passes it has behind it,
+    """State of the newest token of every slot. ``stage`` counts the passes it has behind it,
     skipped ones included.
 
     max_depth: caps the recursions of every token. longest: if given, attention is sized for so many
@@ -47,26 +46,26 @@ class Runner:
         self.max_depth = max_depth or config.num_recursions
         self.passes = passes(config, self.max_depth)
         # One more: where a token is that took its last pass. It has no recursion of its own.
-        self.recursion_P = torch.tensor(
+        self.recursion = torch.tensor(
             [*(recursion for recursion, _ in self.passes), 0], device=device
         )
         slots = kv.num_slots + 1
         self.h_SD = torch.zeros(
             slots, config.dim, dtype=model.embedding.weight.dtype, device=device
         )
-        self.gate_S = at_least_fp32(self.h_SD.new_zeros(slots))
-        self.id_S, self.position_S, self.stage_S = (
+        self.gate = at_least_fp32(self.h_SD.new_zeros(slots))
+        self.ids, self.position, self.stage = (
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(3)
         )
         self.took_SR = torch.zeros(slots, config.num_recursions, dtype=torch.bool, device=device)
-        self.angles_L = rotary_angles(
+        self.angles = rotary_angles(
             torch.arange(kv.max_len, device=device), config.head_dim, config.rope_theta
         )
         # Started on nothing, the router shows what it will want to remember of each token.
         tokens = self._tokens(torch.arange(slots, device=device))
         with torch.no_grad():
             memory = self.router.start(self.h_SD, tokens, self.max_depth)
-        self.memory_S: Memory = {name: value.clone() for name, value in memory.items()}
+        self.memory: Memory = {name: value.clone() for name, value in memory.items()}
         self.model_s = 0.0
 
     @contextmanager
@@ -94,53 +93,51 @@ class Runner:
                 tokens_AT, mask_BT=mask_AT, cache=cache, logits=logits, max_depth=self.max_depth
             )
 
-    def enter(self, slot_M: Tensor, id_M: Tensor, position_M: Tensor) -> None:
+    def enter(self, slot: Tensor, ids: Tensor, position: Tensor) -> None:
         """Begin a new token in each slot."""
-        self.id_S[slot_M], self.position_S[slot_M], self.stage_S[slot_M] = id_M, position_M, 0
-        self.took_SR[slot_M] = False
-        tokens, own_M = self._tokens(slot_M), torch.zeros_like(slot_M)
-        lanes = self.kv.append(slot_M, own_M, position_M, own_M == 0, kind=0, longest=self.longest)
-        x_MD = self.model.embedding(id_M)
+        self.ids[slot], self.position[slot], self.stage[slot] = ids, position, 0
+        self.took_SR[slot] = False
+        tokens, own = self._tokens(slot), torch.zeros_like(slot)
+        lanes = self.kv.append(slot, own, position, own == 0, kind=0, longest=self.longest)
+        x_MD = self.model.embedding(ids)
         if self.model.prelude:
             angles = self._angles(tokens)
             with self._in_model():
                 for layer, block in enumerate(self.model.prelude):
                     x_MD = block(x_MD, angles, lanes, layer)
-        self.h_SD[slot_M] = x_MD
+        self.h_SD[slot] = x_MD
         with self._in_model():
             memory = self.router.start(x_MD, tokens, self.max_depth)
         for name, value in memory.items():
-            self.memory_S[name][slot_M] = value
-        self._route(slot_M, x_MD, tokens, entering=True)
+            self.memory[name][slot] = value
+        self._route(slot, x_MD, tokens, entering=True)
 
-    def block(self, slot_M: Tensor, layers: Sequence[int]) -> None:
+    def block(self, slot: Tensor, layers: Sequence[int]) -> None:
         """One pass of the shared stack. The slots may be at any recursions, but at these layers of
         it."""
-        recursion_M = self.recursion_P[self.stage_S[slot_M]]
-        tokens, new_M = self._tokens(slot_M), ~self.took_SR[slot_M, recursion_M]
-        self.took_SR[slot_M, recursion_M] = True
+        recursion = self.recursion[self.stage[slot]]
+        tokens, new = self._tokens(slot), ~self.took_SR[slot, recursion]
+        self.took_SR[slot, recursion] = True
         lanes = self.kv.append(
-            slot_M, recursion_M + 1, tokens.position_M, new_M, kind=1, longest=self.longest
+            slot, recursion + 1, tokens.position, new, kind=1, longest=self.longest
         )
-        h_MD = self.h_SD[slot_M]
+        h_MD = self.h_SD[slot]
         angles = self._angles(tokens)
         with self._in_model():
             out_MD = self.model.recursions.stack(h_MD, angles, lanes, layers).contiguous()
-        h_MD = self.router.combine(
-            recursion_M, h_MD, out_MD, self.gate_S[slot_M], self._memory(slot_M)
-        )
-        self.h_SD[slot_M] = h_MD
-        self.stage_S[slot_M] += 1
-        self._route(slot_M, h_MD, tokens, entering=False)
+        h_MD = self.router.combine(recursion, h_MD, out_MD, self.gate[slot], self._memory(slot))
+        self.h_SD[slot] = h_MD
+        self.stage[slot] += 1
+        self._route(slot, h_MD, tokens, entering=False)
 
-    def coda(self, slot_M: Tensor) -> Tensor:
+    def coda(self, slot: Tensor) -> Tensor:
         """States after the coda of tokens that took their last pass, (M, D); the head makes logits
         of them."""
-        x_MD = self.h_SD[slot_M]
+        x_MD = self.h_SD[slot]
         if self.model.coda:
-            own_M, tokens = torch.zeros_like(slot_M), self._tokens(slot_M)
+            own, tokens = torch.zeros_like(slot), self._tokens(slot)
             lanes = self.kv.append(
-                slot_M, own_M, tokens.position_M, own_M > 0, kind=0, longest=self.longest
+                slot, own, tokens.position, own > 0, kind=0, longest=self.longest
             )
             angles = self._angles(tokens)
             with self._in_model():
@@ -153,42 +150,42 @@ class Runner:
         with self._in_model():
             return self.model.predict(x_MD)
 
-    def _route(self, slot_M: Tensor, h_MD: Tensor, tokens: PackedTokens, *, entering: bool) -> None:
+    def _route(self, slot: Tensor, h_MD: Tensor, tokens: PackedTokens, *, entering: bool) -> None:
         """Move every slot on to the next pass that its token takes, or past the last one. entering:
         all are at the first pass; else none is."""
-        memory, end = self._memory(slot_M), len(self.passes)
-        stage_M, gate_M = self.stage_S[slot_M], self.gate_S[slot_M]
+        memory, end = self._memory(slot), len(self.passes)
+        stages, gate = self.stage[slot], self.gate[slot]
         capacities = self.model.config.capacities
         for stage, (recursion, _) in list(enumerate(self.passes))[0 if entering else 1 :]:
             with self._in_model():
                 decision = self.router.decide(
                     recursion, h_MD, tokens, memory, capacities[recursion]
                 )
-            here_M = stage_M == stage
-            if decision.gate_C is not None:
-                gate_M = torch.where(here_M, decision.gate_C.to(gate_M.dtype), gate_M)
-            if decision.takes_C is not None:
+            here = stages == stage
+            if decision.gate is not None:
+                gate = torch.where(here, decision.gate.to(gate.dtype), gate)
+            if decision.takes is not None:
                 next_stage = end if self.router.is_hierarchical else stage + 1
-                stage_M = torch.where(here_M & ~decision.takes_C, next_stage, stage_M)
+                stages = torch.where(here & ~decision.takes, next_stage, stages)
             elif entering:
                 break
-        self.stage_S[slot_M], self.gate_S[slot_M] = stage_M, gate_M
+        self.stage[slot], self.gate[slot] = stages, gate
 
-    def _memory(self, slot_M: Tensor) -> Memory:
-        return {name: value_S[slot_M] for name, value_S in self.memory_S.items()}
+    def _memory(self, slot: Tensor) -> Memory:
+        return {name: value[slot] for name, value in self.memory.items()}
 
-    def _tokens(self, slot_M: Tensor) -> PackedTokens:
-        every_M = torch.arange(len(slot_M), device=slot_M.device)
+    def _tokens(self, slot: Tensor) -> PackedTokens:
+        every = torch.arange(len(slot), device=slot.device)
         return PackedTokens(
-            id_M=self.id_S[slot_M],
-            row_M=every_M,
-            position_M=self.position_S[slot_M],
-            place_M=every_M,
-            num_rows=len(slot_M),
-            batch_shape=(len(slot_M), 1),
+            ids=self.ids[slot],
+            row=every,
+            position=self.position[slot],
+            place=every,
+            num_rows=len(slot),
+            batch_shape=(len(slot), 1),
             per_row=1,
         )
 
     def _angles(self, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
-        cos, sin = self.angles_L
-        return cos[tokens.position_M], sin[tokens.position_M]
+        cos, sin = self.angles
+        return cos[tokens.position], sin[tokens.position]

@@ -19,11 +19,11 @@ from mor.model.random import hash_uniform
 class SamplingRows:
     """The settings of each row's request, and how many tokens it has drawn."""
 
-    temperature_M: Tensor
-    top_k_M: Tensor
-    top_p_M: Tensor
-    seed_M: Tensor
-    counter_M: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    seed: Tensor
+    counter: Tensor
 
     @classmethod
     def of(
@@ -51,26 +51,26 @@ class SamplingRows:
 
 def sample_rows(logits_MV: Tensor, rows: SamplingRows) -> Tensor:
     """One token of each row of logits, (M,)."""
-    greedy_M = rows.temperature_M == 0
-    scaled_MV = logits_MV.double() / torch.where(greedy_M, 1.0, rows.temperature_M)[:, None]
+    greedy = rows.temperature == 0
+    scaled_MV = logits_MV.double() / torch.where(greedy, 1.0, rows.temperature)[:, None]
     sorted_MV, id_MV = scaled_MV.sort(dim=-1, descending=True, stable=True)
-    rank_V = torch.arange(logits_MV.shape[1], device=logits_MV.device)
-    cut_MV = (rows.top_k_M[:, None] > 0) & (rank_V >= rows.top_k_M[:, None])
+    rank = torch.arange(logits_MV.shape[1], device=logits_MV.device)
+    cut_MV = (rows.top_k[:, None] > 0) & (rank >= rows.top_k[:, None])
     probability_MV = sorted_MV.masked_fill(cut_MV, float("-inf")).softmax(-1)
     below_MV = probability_MV.cumsum(-1) - probability_MV
     # the fewest best tokens that reach top_p
-    kept_MV = probability_MV * (below_MV < rows.top_p_M[:, None])
+    kept_MV = probability_MV * (below_MV < rows.top_p[:, None])
     cumulative_MV = kept_MV.cumsum(-1)
-    draw_M = hash_uniform(rows.seed_M, rows.counter_M) * cumulative_MV[:, -1]
-    rank_M1 = torch.searchsorted(cumulative_MV, draw_M[:, None], right=True)
+    draw = hash_uniform(rows.seed, rows.counter) * cumulative_MV[:, -1]
+    rank_M1 = torch.searchsorted(cumulative_MV, draw[:, None], right=True)
     rank_M1 = torch.minimum(rank_M1, (kept_MV > 0).sum(-1, keepdim=True) - 1)
-    return torch.where(greedy_M, logits_MV.argmax(-1), id_MV.gather(1, rank_M1)[:, 0])
+    return torch.where(greedy, logits_MV.argmax(-1), id_MV.gather(1, rank_M1)[:, 0])
 
 
-def logprob_rows(logits_MV: Tensor, token_M: Tensor) -> Tensor:
+def logprob_rows(logits_MV: Tensor, token: Tensor) -> Tensor:
     """Log-probability of one token of each row, (M,), fp64."""
     logits_MV = logits_MV.double()
-    return logits_MV.gather(1, token_M[:, None])[:, 0] - logits_MV.logsumexp(-1)
+    return logits_MV.gather(1, token[:, None])[:, 0] - logits_MV.logsumexp(-1)
 
 
 def next_tokens(
@@ -81,9 +81,9 @@ def next_tokens(
     counters: tokens that each request has drawn before.
     """
     if all(p.temperature == 0 for p in params):  # sorting the vocabulary is slow
-        token_M = logits_MV.argmax(-1)
+        token = logits_MV.argmax(-1)
     else:
-        token_M = sample_rows(logits_MV, SamplingRows.of(params, counters, logits_MV.device))
+        token = sample_rows(logits_MV, SamplingRows.of(params, counters, logits_MV.device))
     if not any(p.logprobs for p in params):
-        return token_M.tolist(), [None] * len(params)
-    return token_M.tolist(), logprob_rows(logits_MV, token_M).tolist()
+        return token.tolist(), [None] * len(params)
+    return token.tolist(), logprob_rows(logits_MV, token).tolist()

@@ -65,8 +65,8 @@ def triton_attention(
     k_EGH: Tensor,
     v_EGH: Tensor,
     table_RL: Tensor,
-    row_M: Tensor,
-    seen_M: Tensor,
+    row: Tensor,
+    seen: Tensor,
     *,
     longest: int,
 ) -> Tensor:
@@ -75,7 +75,7 @@ def triton_attention(
     M, N, H = q_MNH.shape
     groups, out_MNH = k_EGH.shape[1], torch.empty_like(q_MNH)
     _attend[(M, groups)](
-        q_MNH, k_EGH, v_EGH, table_RL, row_M, seen_M, out_MNH, H**-0.5, table_RL.stride(0),
+        q_MNH, k_EGH, v_EGH, table_RL, row, seen, out_MNH, H**-0.5, table_RL.stride(0),
         HEADS=N, GROUPS=groups, DIM=H, HEADS_PADDED=max(16, triton.next_power_of_2(N // groups)),
         DIM_PADDED=max(16, triton.next_power_of_2(H)), ENTRIES=ENTRIES,
     )  # fmt: skip

@@ -38,18 +38,18 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight_ND: Tensor) -> None:
         super().__init__()
-        self.scale_N, self.weight_ND = _rounded(weight_ND.detach())
+        self.scale, self.weight_ND = _rounded(weight_ND.detach())
 
     def forward(self, x_MD: Tensor) -> Tensor:
-        scale_M, rounded_MD = _rounded(x_MD)
+        scale, rounded_MD = _rounded(x_MD)
         product_MN = torch._int_mm(rounded_MD, self.weight_ND.t()).to(x_MD.dtype)
-        return product_MN * scale_M[:, None] * self.scale_N
+        return product_MN * scale[:, None] * self.scale
 
 
 def _rounded(x_MD: Tensor) -> tuple[Tensor, Tensor]:
     """Scale of each row, and the row in units of it, int8."""
-    scale_M = (x_MD.abs().amax(1) / 127).clamp(min=1e-12)
-    return scale_M, (x_MD / scale_M[:, None]).round().to(torch.int8)
+    scale = (x_MD.abs().amax(1) / 127).clamp(min=1e-12)
+    return scale, (x_MD / scale[:, None]).round().to(torch.int8)
 
 
 def with_linear(model: Transformer, make: Callable[[Tensor], nn.Module]) -> Transformer:

@@ -6,7 +6,8 @@ sees the entries at or before its own position. A strategy is the list of stream
 reads, later ones replacing earlier ones at the same position; r writes its own stream only if it
 reads it. That is all there is to the three strategies.
 
-B rows · A rows with tokens · S entries · M tokens · N heads · G key/value heads · H head dim
+B rows · A rows with tokens · S entries · M tokens · N heads · G key/value heads · H head dim · K
+selected tokens
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ class KVStore(Protocol):
 
 
 class Cache(KVStore, Protocol):
-    """A store that keeps them for the next forward. length_B: tokens that each of ``batch``
+    """A store that keeps them for the next forward. length: tokens that each of ``batch``
     sequences holds."""
 
     batch: int
 
     @property
-    def length_B(self) -> Tensor: ...
+    def length(self) -> Tensor: ...
 
 
 class Streams(Protocol):
@@ -87,7 +88,7 @@ class KVPass:
         )
         if not (was_empty and reads == (stream,)):
             key_AS = store.positions(reads[0], tokens.rows)
-            query_AK = tokens.pad(tokens.position_M, fill=_PADDED_QUERY)
+            query_AK = tokens.pad(tokens.position, fill=_PADDED_QUERY)
             self.mask_AKS = key_AS[:, None, :] <= query_AK[:, :, None]
         if len(reads) > 1:
             fresh_AS = store.positions(stream, tokens.rows)
@@ -141,19 +142,19 @@ class Scratch:
 
     def positions(self, stream: int, rows: Tensor | None) -> Tensor:
         tokens = self.tokens[stream]
-        return self._lines(stream, tokens.pad(tokens.position_M, fill=EMPTY), rows)
+        return self._lines(stream, tokens.pad(tokens.position, fill=EMPTY), rows)
 
     def _lines(self, stream: int, x_AS: Tensor, rows: Tensor | None) -> Tensor:
         """The lines of batch rows ``rows`` in what this stream padded."""
         own = self.tokens[stream]
         if rows is None or rows is own.rows:
             return x_AS
-        return x_AS[rows if own.lane_B is None else own.lane_B[rows]]
+        return x_AS[rows if own.lane is None else own.lane[rows]]
 
 
 @dataclass
 class _Stream:
-    length_B: Tensor
+    length: Tensor
     position_BS: Tensor
     k: list[Tensor] = field(default_factory=list)  # one (B, S, G, H) per layer
     v: list[Tensor] = field(default_factory=list)
@@ -197,9 +198,9 @@ class KVCache:
             )
 
     @property
-    def length_B(self) -> Tensor:
+    def length(self) -> Tensor:
         """Tokens that each sequence holds."""
-        return self.streams[0].length_B
+        return self.streams[0].length
 
     @property
     def nbytes(self) -> int:
@@ -211,7 +212,7 @@ class KVCache:
                 if stream.position_BS.shape[1]
                 else 0
             )
-            total += int(stream.length_B.sum()) * per_entry
+            total += int(stream.length.sum()) * per_entry
         return total
 
     @property
@@ -223,12 +224,12 @@ class KVCache:
 
     def begin(self, stream: int, tokens: PackedTokens) -> bool:
         s = self.streams[stream]
-        was_empty = not bool(s.length_B.any())
-        slot_M = s.length_B[tokens.row_M] + tokens.slot_M
-        s.length_B = s.length_B + tokens.count_B
-        self._make_room(s, int(s.length_B.max()))
-        s.position_BS[tokens.row_M, slot_M] = tokens.position_M
-        s.place = tokens.row_M, slot_M
+        was_empty = not bool(s.length.any())
+        slot = s.length[tokens.row] + tokens.rank
+        s.length = s.length + tokens.count
+        self._make_room(s, int(s.length.max()))
+        s.position_BS[tokens.row, slot] = tokens.position
+        s.place = tokens.row, slot
         return was_empty
 
     def write(self, stream: int, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:
@@ -249,14 +250,14 @@ class KVCache:
         (B,)."""
         limit = length[:, None] if isinstance(length, Tensor) else length
         for s in self.streams:
-            s.length_B = (s.position_BS < limit).sum(1)
+            s.length = (s.position_BS < limit).sum(1)
             s.position_BS = s.position_BS.masked_fill(s.position_BS >= limit, EMPTY)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep, reorder or repeat sequences: row i becomes what row ``rows[i]`` was."""
         self.batch = rows.numel()
         for s in self.streams:
-            s.length_B, s.position_BS = s.length_B[rows], s.position_BS[rows]
+            s.length, s.position_BS = s.length[rows], s.position_BS[rows]
             s.k, s.v = [t[rows] for t in s.k], [t[rows] for t in s.v]
 
     def _make_room(self, s: _Stream, needed: int) -> None:
@@ -272,5 +273,5 @@ class KVCache:
 
     @staticmethod
     def _lines(s: _Stream, x_BS: Tensor, rows: Tensor | None) -> Tensor:
-        used = x_BS[:, : int(s.length_B.max())]
+        used = x_BS[:, : int(s.length.max())]
         return used if rows is None else used[rows]

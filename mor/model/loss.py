@@ -18,11 +18,11 @@ IGNORED = -100  # target of a token that has nothing to predict
 CHUNK_LOGITS = 1 << 25  # logits alive at a time; 128 MiB in fp32
 
 
-def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, target_M: Tensor) -> Tensor:
+def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor:
     """Mean of ``cross_entropy(x @ weight.T, target)`` over the targets that are not ``IGNORED``, in
     nats."""
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        x_MD, weight_VD, target_M
+        x_MD, weight_VD, target
     )
     return loss
 
@@ -31,9 +31,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The gradients are made in the forward pass, while a chunk's probabilities are at hand."""
 
     @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, weight_VD: Tensor, target_M: Tensor) -> Tensor:
+    def forward(ctx: Any, x_MD: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor:
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        count = (target_M != IGNORED).sum().clamp(min=1)
+        count = (target != IGNORED).sum().clamp(min=1)
         total = torch.zeros(
             (), device=x_MD.device, dtype=torch.promote_types(x_MD.dtype, torch.float32)
         )
@@ -43,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x_MD), rows):
             some = slice(start, start + rows)
             grad = None if grad_MD is None else grad_MD[some]
-            total += _chunk(x_MD[some], weight_VD, target_M[some], count, grad, grad_VD)
+            total += _chunk(x_MD[some], weight_VD, target[some], count, grad, grad_VD)
         ctx.save_for_backward(grad_MD, grad_VD)
         return total / count
 

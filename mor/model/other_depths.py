@@ -36,7 +36,7 @@ class ForcedRouter(RouterAround):
         self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
     ) -> Decision:
         decided = self.inner.decide(recursion, h_CD, tokens, memory, capacity)
-        return replace(decided, takes_C=self.taken_RM[recursion], rank_C=None)
+        return replace(decided, takes=self.taken_RM[recursion], rank=None)
 
 
 class RepeatLastRouter(RouterAround):
@@ -66,10 +66,10 @@ class RepeatLastRouter(RouterAround):
     def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
         trained = self.inner.num_recursions
         memory = self.inner.start(x_MD, tokens, min(max_depth, trained))
-        depth_M = self.inner.chosen_depth(memory)
-        if depth_M is None:
+        depth = self.inner.chosen_depth(memory)
+        if depth is None:
             return memory
-        return self.inner.with_depth(memory, depth_M.masked_fill(depth_M >= trained, max_depth))
+        return self.inner.with_depth(memory, depth.masked_fill(depth >= trained, max_depth))
 
     def decide(
         self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float

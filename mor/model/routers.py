@@ -4,7 +4,8 @@ Every router answers three questions. ``start``: what is to be remembered of eac
 the first recursion? ``decide``: which candidates take this recursion, and with what gate?
 ``combine``: what becomes of the state of a token that did?
 
-M packed tokens · C candidates · K selected · D model · R recursions · V vocab
+M packed tokens · C candidates · K selected · D model · R recursions · V vocab · B rows of the batch
+· T columns
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Router(nn.Module):
         recursion: int | Tensor,
         h_KD: Tensor,
         out_KD: Tensor,
-        gate_K: Tensor | None,
+        gate: Tensor | None,
         memory: Memory,
     ) -> Tensor:
         """New states of tokens that took a recursion. h: before the pass; out: the stack's output.
@@ -135,7 +136,7 @@ class Router(nn.Module):
         each recursion decides."""
         return None
 
-    def with_depth(self, memory: Memory, depth_M: Tensor) -> Memory:
+    def with_depth(self, memory: Memory, depth: Tensor) -> Memory:
         """The memory as if tokens had chosen these depths."""
         return memory
 
@@ -147,7 +148,7 @@ class Router(nn.Module):
         """The score above which a token takes a recursion; None if there is no such number."""
         return None
 
-    def score_M(self, routing: Routing, recursion: int) -> Tensor | None:
+    def shown_score(self, routing: Routing, recursion: int) -> Tensor | None:
         """Scores for people, between 0 and 1; NaN for tokens that were not candidates. None: the
         router scores nothing."""
         return None
@@ -163,32 +164,32 @@ class Router(nn.Module):
         reached the last recursion.
         """
         processes, R = processes or self.processes, self.num_recursions
-        taken_R = torch.stack([r.taken_RM.sum(1) for r in routings]).sum(0)
-        depths_R1 = tally(torch.cat([r.depth_M for r in routings]), R + 1)
-        counts = processes.sum(torch.cat([taken_R, depths_R1])).double()
-        taken_R, depths_R1 = counts[:R], counts[R:]
+        taken = torch.stack([r.taken_RM.sum(1) for r in routings]).sum(0)
+        depths_R1 = tally(torch.cat([r.depth for r in routings]), R + 1)
+        counts = processes.sum(torch.cat([taken, depths_R1])).double()
+        taken, depths_R1 = counts[:R], counts[R:]
         tokens = depths_R1.sum()
         found: dict[str, Any] = {
-            "mean_depth": float(taken_R.sum() / tokens),
-            "share_per_recursion": (taken_R / tokens).tolist(),
+            "mean_depth": float(taken.sum() / tokens),
+            "share_per_recursion": (taken / tokens).tolist(),
         }
         return found | self._routing_health(routings, depths_R1, processes)
 
     def _routing_health(
         self, routings: Sequence[Routing], depths_R1: Tensor, processes: Processes
     ) -> dict[str, Any]:
-        share_R = depths_R1[1:] / depths_R1.sum()
+        share = depths_R1[1:] / depths_R1.sum()
         last = self.num_recursions - 1
-        reached_T = torch.stack([r.selected_BT(last).any(0) for r in routings]).any(0)
+        reached = torch.stack([r.selected_BT(last).any(0) for r in routings]).any(0)
         return {
-            "depth_entropy": float(torch.special.entr(share_R).sum()) / math.log(last + 1),
-            "dead_positions": 1 - float(processes.max(reached_T.float()).mean()),
+            "depth_entropy": float(torch.special.entr(share).sum()) / math.log(last + 1),
+            "dead_positions": 1 - float(processes.max(reached.float()).mean()),
         }
 
     def after_step(self, routings: Sequence[Routing]) -> None:
         """Called after an optimizer step with the forwards that led to it."""
 
-    def fit(self, count_V: Tensor) -> None:
+    def fit(self, count: Tensor) -> None:
         """Called before training with the occurrences of each token in the training text."""
 
 
@@ -223,52 +224,52 @@ class ExpertChoiceRouter(Router):
     def decide(
         self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
     ) -> Decision:
-        logit_C = causal_C = router_logits(self.nets[recursion], h_CD).squeeze(-1)
+        logit = causal = router_logits(self.nets[recursion], h_CD).squeeze(-1)
         if self.aux_nets:  # learns from its own loss alone: no gradient goes back into the states
-            causal_C = router_logits(self.aux_nets[recursion], h_CD.detach()).squeeze(-1)
-        takes_C = None if capacity == 1 else causal_C.sigmoid() > self.threshold_R[recursion]
-        gate_C = self.config.gate_scale * self.score(logit_C)
+            causal = router_logits(self.aux_nets[recursion], h_CD.detach()).squeeze(-1)
+        takes = None if capacity == 1 else causal.sigmoid() > self.threshold_R[recursion]
+        gate = self.config.gate_scale * self.score(logit)
         # The logit ranks as the score does, and does not saturate.
-        return Decision(takes_C, gate_C, logit_C, logit_C, causal_C)
+        return Decision(takes, gate, logit, logit, causal)
 
     def combine(
         self,
         recursion: int | Tensor,
         h_KD: Tensor,
         out_KD: Tensor,
-        gate_K: Tensor | None,
+        gate: Tensor | None,
         memory: Memory,
     ) -> Tensor:
-        assert gate_K is not None
-        return self.gate(h_KD, out_KD, gate_K[:, None].to(out_KD.dtype))
+        assert gate is not None
+        return self.gate(h_KD, out_KD, gate[:, None].to(out_KD.dtype))
 
     def losses(self, routing: Routing) -> dict[str, AuxiliaryLoss]:
         """Binary cross-entropy of the causal logits against membership in the top-k, which teaches
         the threshold to decide alike; and the z-loss."""
         if routing.rule.selection != "topk":
             return {}
-        zero = torch.zeros((), device=routing.tokens.row_M.device)
+        zero = torch.zeros((), device=routing.tokens.row.device)
         selection = sum((self._selection_loss(step) for step in routing.steps), zero)
         found = {"selection": AuxiliaryLoss(selection, self.config.selection_weight)}
         if self.config.z_loss_weight:
-            logits = [step.decision.logit_C for step in routing.steps]
-            squares = [logit_C.square().mean() for logit_C in logits if logit_C is not None]
+            logits = [step.decision.logit for step in routing.steps]
+            squares = [logit.square().mean() for logit in logits if logit is not None]
             found["z_loss"] = AuxiliaryLoss(sum(squares, zero), self.config.z_loss_weight)
         return found
 
     def _selection_loss(self, step: RoutingStep) -> Tensor:
-        causal_C = step.decision.causal_logit_C
-        assert causal_C is not None
-        return F.binary_cross_entropy_with_logits(causal_C, step.chosen_C.to(causal_C.dtype))
+        causal = step.decision.causal_logit
+        assert causal is not None
+        return F.binary_cross_entropy_with_logits(causal, step.chosen.to(causal.dtype))
 
     def threshold(self, recursion: int) -> float | None:
         return float(self.threshold_R[recursion])
 
-    def score_M(self, routing: Routing, recursion: int) -> Tensor | None:
+    def shown_score(self, routing: Routing, recursion: int) -> Tensor | None:
         """Sigmoid of the logit that the threshold looks at."""
         step = routing.steps[recursion]
-        assert step.decision.causal_logit_C is not None
-        return routing.place_M(step.candidate_C, step.decision.causal_logit_C.sigmoid())
+        assert step.decision.causal_logit is not None
+        return routing.place(step.candidate_index, step.decision.causal_logit.sigmoid())
 
     def _routing_health(
         self, routings: Sequence[Routing], depths_R1: Tensor, processes: Processes
@@ -277,8 +278,8 @@ class ExpertChoiceRouter(Router):
         found = super()._routing_health(routings, depths_R1, processes)
         same, count = depths_R1.new_zeros(()), 0
         for step in (step for routing in routings for step in routing.steps):
-            if step.decision.takes_C is not None:
-                same = same + (step.chosen_C == step.decision.takes_C).sum()
+            if step.decision.takes is not None:
+                same = same + (step.chosen == step.decision.takes).sum()
                 count += len(step.candidates)
         all_same, all_count = processes.sum(torch.stack([same, same.new_tensor(count)])).tolist()
         return found | {"agreement": all_same / all_count if all_count else None}
@@ -303,28 +304,28 @@ class TokenChoiceRouter(Router):
     def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
         logit_MR = router_logits(self.net, x_MD)
         score_MR = self.score(logit_MR)
-        wish_M = (score_MR + self.bias_R).argmax(-1) + 1  # the bias balances, it does not gate
-        depth_M = wish_M.clamp(max=max_depth)
-        return dict(logit=logit_MR, score=score_MR, wish=wish_M, depth=depth_M, first=x_MD)
+        wish = (score_MR + self.bias_R).argmax(-1) + 1  # the bias balances, it does not gate
+        depth = wish.clamp(max=max_depth)
+        return dict(logit=logit_MR, score=score_MR, wish=wish, depth=depth, first=x_MD)
 
     def decide(
         self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
     ) -> Decision:
-        takes_C = None if recursion == 0 else memory["depth"] > recursion  # all take at least one
-        gate_C = self.config.gate_scale * memory["score"][:, recursion]
-        return Decision(takes_C, gate_C, logit_C=memory["logit"][:, recursion])
+        takes = None if recursion == 0 else memory["depth"] > recursion  # all take at least one
+        gate = self.config.gate_scale * memory["score"][:, recursion]
+        return Decision(takes, gate, logit=memory["logit"][:, recursion])
 
     def combine(
         self,
         recursion: int | Tensor,
         h_KD: Tensor,
         out_KD: Tensor,
-        gate_K: Tensor | None,
+        gate: Tensor | None,
         memory: Memory,
     ) -> Tensor:
-        assert gate_K is not None
+        assert gate is not None
         last_K1 = (memory["depth"] == recursion + 1)[:, None]
-        gate_K1 = gate_K[:, None].to(out_KD.dtype)
+        gate_K1 = gate[:, None].to(out_KD.dtype)
         return self.combine_form(out_KD, memory["first"], gate_K1, last_K1)
 
     def _gate_last(
@@ -340,25 +341,25 @@ class TokenChoiceRouter(Router):
     def chosen_depth(self, memory: Memory) -> Tensor | None:
         return memory["depth"]
 
-    def with_depth(self, memory: Memory, depth_M: Tensor) -> Memory:
-        return memory | {"depth": depth_M}
+    def with_depth(self, memory: Memory, depth: Tensor) -> Memory:
+        return memory | {"depth": depth}
 
     def losses(self, routing: Routing) -> dict[str, AuxiliaryLoss]:
         """The balancing loss, 1 if all depths are equally frequent; and the z-loss."""
         found, score_MR = {}, routing.memory["score"]
         if self.config.balancing == "loss":
-            wish_M = routing.memory["wish"]
-            share_R = tally(wish_M - 1, self.num_recursions) / wish_M.numel()
-            share_R = self.processes.mean(share_R)
-            mean_R = (score_MR / score_MR.sum(-1, keepdim=True)).mean(0)
-            balance = self.num_recursions * (share_R * mean_R).sum()
+            wish = routing.memory["wish"]
+            share = tally(wish - 1, self.num_recursions) / wish.numel()
+            share = self.processes.mean(share)
+            mean = (score_MR / score_MR.sum(-1, keepdim=True)).mean(0)
+            balance = self.num_recursions * (share * mean).sum()
             found["balancing"] = AuxiliaryLoss(balance, self.config.balancing_weight)
         if self.config.z_loss_weight:
             z_loss = routing.memory["logit"].logsumexp(-1).square().mean()
             found["z_loss"] = AuxiliaryLoss(z_loss, self.config.z_loss_weight)
         return found
 
-    def score_M(self, routing: Routing, recursion: int) -> Tensor | None:
+    def shown_score(self, routing: Routing, recursion: int) -> Tensor | None:
         """The depth's share of all depths' scores."""
         score_MR = routing.memory["score"]
         return score_MR[:, recursion] / score_MR.sum(-1)
@@ -368,19 +369,19 @@ class TokenChoiceRouter(Router):
     ) -> dict[str, Any]:
         """Also max_violation: how far the most chosen depth lies above the mean load."""
         found = super()._routing_health(routings, depths_R1, processes)
-        share_R = depths_R1[1:] / depths_R1.sum()
-        return found | {"max_violation": float(share_R.max()) * self.num_recursions - 1}
+        share = depths_R1[1:] / depths_R1.sum()
+        return found | {"max_violation": float(share.max()) * self.num_recursions - 1}
 
     def after_step(self, routings: Sequence[Routing]) -> None:
         if self.balances_between_steps:
-            depth_M = torch.cat([routing.memory["depth"] for routing in routings])
-            self.update_bias(tally(depth_M - 1, self.num_recursions))
+            depth = torch.cat([routing.memory["depth"] for routing in routings])
+            self.update_bias(tally(depth - 1, self.num_recursions))
 
     @torch.no_grad()
-    def update_bias(self, load_R: Tensor) -> None:
-        """Loss-free balancing. load_R: tokens that chose each depth since the last step."""
-        load_R = self.processes.mean(load_R.to(self.bias_R))
-        self.bias_R += self.config.bias_update_rate * torch.sign(load_R.mean() - load_R)
+    def update_bias(self, load: Tensor) -> None:
+        """Loss-free balancing. load: tokens that chose each depth since the last step."""
+        load = self.processes.mean(load.to(self.bias_R))
+        self.bias_R += self.config.bias_update_rate * torch.sign(load.mean() - load)
 
 
 class RandomRouter(Router):
@@ -396,22 +397,22 @@ class RandomRouter(Router):
     def need(self, tokens: PackedTokens) -> Tensor:
         """Who goes first, (M,), evenly spread over [0, 1): a recursion of capacity c takes those
         from 1 - c on."""
-        return hash_uniform(self.config.seed, tokens.id_M, tokens.position_M)
+        return hash_uniform(self.config.seed, tokens.ids, tokens.position)
 
     def decide(
         self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
     ) -> Decision:
         if capacity == 1:
             return Decision()
-        need_C = self.need(tokens)
-        return Decision(takes_C=need_C >= 1 - capacity, rank_C=need_C)
+        need = self.need(tokens)
+        return Decision(takes=need >= 1 - capacity, rank=need)
 
     def combine(
         self,
         recursion: int | Tensor,
         h_KD: Tensor,
         out_KD: Tensor,
-        gate_K: Tensor | None,
+        gate: Tensor | None,
         memory: Memory,
     ) -> Tensor:
         return self.gate(h_KD, out_KD, self.config.gate_scale)
@@ -423,7 +424,7 @@ class PositionRouter(RandomRouter):
 
     def need(self, tokens: PackedTokens) -> Tensor:
         # Multiples of the golden ratio fill [0, 1) evenly.
-        return (tokens.position_M.double() * ((5**0.5 - 1) / 2)) % 1
+        return (tokens.position.double() * ((5**0.5 - 1) / 2)) % 1
 
 
 class FrequencyRouter(RandomRouter):
@@ -445,15 +446,15 @@ class FrequencyRouter(RandomRouter):
         return cls(config.router, config.dim, config.num_recursions, config.vocab_size)
 
     @torch.no_grad()
-    def fit(self, count_V: Tensor) -> None:
+    def fit(self, count: Tensor) -> None:
         """A token's need becomes the share of the text that more frequent tokens make up."""
-        order_V = count_V.argsort(descending=True, stable=True)
-        ordered_V = count_V[order_V].double()
-        middle_V = (ordered_V.cumsum(0) - ordered_V / 2) / ordered_V.sum().clamp(min=1)
-        self.need_V[order_V] = middle_V.to(self.need_V)
+        order = count.argsort(descending=True, stable=True)
+        ordered = count[order].double()
+        middle = (ordered.cumsum(0) - ordered / 2) / ordered.sum().clamp(min=1)
+        self.need_V[order] = middle.to(self.need_V)
 
     def need(self, tokens: PackedTokens) -> Tensor:
-        return self.need_V[tokens.id_M]
+        return self.need_V[tokens.ids]
 
 
 ROUTERS: dict[str, type[Router]] = {
@@ -494,7 +495,7 @@ class RouterAround(Router):
         recursion: int | Tensor,
         h_KD: Tensor,
         out_KD: Tensor,
-        gate_K: Tensor | None,
+        gate: Tensor | None,
         memory: Memory,
     ) -> Tensor:
-        return self.inner.combine(recursion, h_KD, out_KD, gate_K, memory)
+        return self.inner.combine(recursion, h_KD, out_KD, gate, memory)

@@ -6,8 +6,8 @@ which looks at the token alone: it is causal. ``topk`` ranks the candidates of e
 keeps as many as the capacity allows; that is what training does, and it sees the future. The
 engine, whose tokens are all at different recursions, uses the same decision as a mask.
 
-B rows · T columns · A rows that hold tokens · M packed tokens · C candidates · K selected ·
-R recursions
+B rows · T columns · A rows that hold tokens · M packed tokens · C candidates · R recursions · D
+model
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Decision:
     follows from: its own, or the auxiliary router's (None: ``takes`` does not follow from a logit).
     """
 
-    takes_C: Tensor | None = None
-    gate_C: Tensor | None = None
-    rank_C: Tensor | None = None
-    logit_C: Tensor | None = None
-    causal_logit_C: Tensor | None = None
+    takes: Tensor | None = None
+    gate: Tensor | None = None
+    rank: Tensor | None = None
+    logit: Tensor | None = None
+    causal_logit: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -61,35 +61,35 @@ class RoutingRule:
 class RoutingStep:
     """What happened at one recursion (counted from 0). Indices ascend; None means all.
 
-    candidates: the tokens that were decided upon, candidate_C: their places in the packed batch,
-    decision: what the router said of them. tokens: those that went in, index_K: their places in the
-    packed batch, kept_K: among the candidates, gate_K: weight of the stack's output (None: 1).
+    candidates: the tokens that were decided upon, candidate_index: their places in the packed
+    batch, decision: what the router said of them. tokens: those that went in, index: their places
+    in the packed batch, kept: among the candidates, gate: weight of the stack's output (None: 1).
     """
 
     recursion: int
     candidates: PackedTokens
-    candidate_C: Tensor | None
+    candidate_index: Tensor | None
     decision: Decision
     tokens: PackedTokens
-    index_K: Tensor | None
-    kept_K: Tensor | None
-    gate_K: Tensor | None
+    index: Tensor | None
+    kept: Tensor | None
+    gate: Tensor | None
 
-    def gather(self, x_M: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """The rows of the tokens that went in, (M, ...) -> (K, ...)."""
-        return x_M if self.index_K is None else take(x_M, self.index_K)
+        return x if self.index is None else take(x, self.index)
 
-    def scatter(self, new_K: Tensor, x_M: Tensor) -> Tensor:
-        """``x_M`` with the rows of those tokens replaced."""
-        return new_K if self.index_K is None else x_M.index_copy(0, self.index_K, new_K)
+    def scatter(self, new: Tensor, x: Tensor) -> Tensor:
+        """``x`` with the rows of those tokens replaced."""
+        return new if self.index is None else x.index_copy(0, self.index, new)
 
     @property
-    def chosen_C(self) -> Tensor:
+    def chosen(self) -> Tensor:
         """Whether each candidate went in."""
-        all_C = torch.ones_like(self.candidates.row_M, dtype=torch.bool)
-        if self.kept_K is None:
-            return all_C
-        return torch.zeros_like(all_C).index_fill_(0, self.kept_K, True)
+        everyone = torch.ones_like(self.candidates.row, dtype=torch.bool)
+        if self.kept is None:
+            return everyone
+        return torch.zeros_like(everyone).index_fill_(0, self.kept, True)
 
 
 def route(
@@ -102,48 +102,48 @@ def route(
     rule: RoutingRule,
 ) -> RoutingStep:
     """Ask the router about the candidates of a recursion, and keep those that go in."""
-    candidate_C, candidates = None, tokens
+    candidate_index, candidates = None, tokens
     if router.is_hierarchical and earlier:  # who stayed out once stays out
-        candidate_C, candidates = earlier[-1].index_K, earlier[-1].tokens
-    if candidate_C is not None:
-        x_MD = take(x_MD, candidate_C)
-        memory = {name: take(value, candidate_C) for name, value in memory.items()}
+        candidate_index, candidates = earlier[-1].index, earlier[-1].tokens
+    if candidate_index is not None:
+        x_MD = take(x_MD, candidate_index)
+        memory = {name: take(value, candidate_index) for name, value in memory.items()}
     capacity = rule.capacities[recursion]
     decision = router.decide(recursion, x_MD, candidates, memory, capacity)
-    gate_K, index_K, kept_K, selected = decision.gate_C, candidate_C, None, candidates
-    if decision.takes_C is not None:
-        if rule.selection == "topk" and decision.rank_C is not None:
-            kept_K, per_row = top_k(decision.rank_C.detach(), candidates, tokens, capacity)
+    gate, index, kept, selected = decision.gate, candidate_index, None, candidates
+    if decision.takes is not None:
+        if rule.selection == "topk" and decision.rank is not None:
+            kept, per_row = top_k(decision.rank.detach(), candidates, tokens, capacity)
         else:
-            kept_K, per_row = decision.takes_C.nonzero().squeeze(1), None
-        selected = candidates.select(kept_K, per_row)
-        index_K = kept_K if candidate_C is None else candidate_C[kept_K]
-        gate_K = None if gate_K is None else take(gate_K, kept_K)
+            kept, per_row = decision.takes.nonzero().squeeze(1), None
+        selected = candidates.select(kept, per_row)
+        index = kept if candidate_index is None else candidate_index[kept]
+        gate = None if gate is None else take(gate, kept)
     return RoutingStep(
-        recursion, candidates, candidate_C, decision, selected, index_K, kept_K, gate_K
+        recursion, candidates, candidate_index, decision, selected, index, kept, gate
     )
 
 
 def top_k(
-    rank_C: Tensor, candidates: PackedTokens, tokens: PackedTokens, capacity: float
+    rank: Tensor, candidates: PackedTokens, tokens: PackedTokens, capacity: float
 ) -> tuple[Tensor, int | None]:
     """The max(1, int(capacity * length)) candidates of each row that rank best; ties go to the
     earlier token. The length counts all ``tokens`` of the row, not the candidates alone.
 
     Returns ascending indices and the number per row (None if they differ).
     """
-    rank_AC = candidates.pad(rank_C, fill=float("-inf"))  # padding never competes
+    rank_AC = candidates.pad(rank, fill=float("-inf"))  # padding never competes
     order_AC = rank_AC.argsort(dim=1, descending=True, stable=True)
     if candidates.per_row is not None and tokens.per_row is not None:
         k = min(max(1, int(capacity * tokens.per_row)), candidates.per_row)
-        row_A = torch.arange(candidates.num_rows, device=rank_C.device)
-        start_A1 = row_A[:, None] * candidates.per_row
+        row = torch.arange(candidates.num_rows, device=rank.device)
+        start_A1 = row[:, None] * candidates.per_row
         return (order_AC[:, :k].sort(dim=1).values + start_A1).flatten(), k
-    k_B = (capacity * tokens.count_B.double()).long().clamp(min=1)
-    k_A1 = (k_B if candidates.rows is None else k_B[candidates.rows])[:, None]
+    quota = (capacity * tokens.count.double()).long().clamp(min=1)
+    k_A1 = (quota if candidates.rows is None else quota[candidates.rows])[:, None]
     place_AC = order_AC.argsort(dim=1)
-    kept_C = candidates.unpad(place_AC) < candidates.unpad(k_A1.expand_as(place_AC))
-    return kept_C.nonzero().squeeze(1), None
+    kept = candidates.unpad(place_AC) < candidates.unpad(k_A1.expand_as(place_AC))
+    return kept.nonzero().squeeze(1), None
 
 
 @dataclass(frozen=True)
@@ -170,58 +170,58 @@ class Routing:
     @property
     def weighted_loss(self) -> Tensor:
         """Sum of the auxiliary losses, each times its weight."""
-        total = torch.zeros((), device=self.tokens.row_M.device)
+        total = torch.zeros((), device=self.tokens.row.device)
         for loss in self.losses.values():
             total = total + loss.weight * loss.value
         return total
 
-    def selected_M(self, recursion: int) -> Tensor:
+    def selected(self, recursion: int) -> Tensor:
         """Whether each packed token took this recursion (counted from 0)."""
-        index_K, device = self.steps[recursion].index_K, self.tokens.row_M.device
-        if index_K is None:
+        index, device = self.steps[recursion].index, self.tokens.row.device
+        if index is None:
             return torch.ones(len(self.tokens), dtype=torch.bool, device=device)
-        none_M = torch.zeros(len(self.tokens), dtype=torch.bool, device=device)
-        return none_M.index_fill_(0, index_K, True)
+        none = torch.zeros(len(self.tokens), dtype=torch.bool, device=device)
+        return none.index_fill_(0, index, True)
 
     @property
     def taken_RM(self) -> Tensor:
         """Whether each packed token took each recursion."""
-        return torch.stack([self.selected_M(r) for r in range(len(self.steps))])
+        return torch.stack([self.selected(r) for r in range(len(self.steps))])
 
     @property
-    def depth_M(self) -> Tensor:
+    def depth(self) -> Tensor:
         """Recursions that each packed token took."""
         return self.taken_RM.sum(0)
 
     @property
     def depth_BT(self) -> Tensor:
         """Recursions that each token took; 0 at padding."""
-        return self.tokens.unpack(self.depth_M)
+        return self.tokens.unpack(self.depth)
 
     def selected_BT(self, recursion: int) -> Tensor:
         """Whether each token took this recursion (counted from 0)."""
-        return self.tokens.unpack(self.selected_M(recursion))
+        return self.tokens.unpack(self.selected(recursion))
 
     def logit_BT(self, recursion: int) -> Tensor:
         """Router logits; NaN where the token was not a candidate."""
         step = self.steps[recursion]
-        if step.decision.logit_C is None:
+        if step.decision.logit is None:
             raise ValueError("this router has no logits: fixed and random routers score nothing")
-        logit_M = self.place_M(step.candidate_C, step.decision.logit_C)
-        return self.tokens.unpack(logit_M, float("nan"))
+        logit = self.place(step.candidate_index, step.decision.logit)
+        return self.tokens.unpack(logit, float("nan"))
 
     def gate_BT(self, recursion: int) -> Tensor:
         """Weight of the stack's output; NaN where the token was not selected."""
         step = self.steps[recursion]
-        gate_K = torch.ones(len(step.tokens)) if step.gate_K is None else step.gate_K
-        return self.tokens.unpack(self.place_M(step.index_K, gate_K), float("nan"))
+        gate = torch.ones(len(step.tokens)) if step.gate is None else step.gate
+        return self.tokens.unpack(self.place(step.index, gate), float("nan"))
 
     def tokens_per_recursion(self) -> list[int]:
         return [len(step.tokens) for step in self.steps]
 
-    def place_M(self, index: Tensor | None, values: Tensor) -> Tensor:
+    def place(self, index: Tensor | None, values: Tensor) -> Tensor:
         """Values of some tokens at their places in the packed batch, NaN elsewhere."""
-        device = self.tokens.row_M.device
-        full_M = torch.full((len(self.tokens),), float("nan"), dtype=values.dtype, device=device)
-        full_M[slice(None) if index is None else index] = values.detach().to(device)
-        return full_M
+        device = self.tokens.row.device
+        full = torch.full((len(self.tokens),), float("nan"), dtype=values.dtype, device=device)
+        full[slice(None) if index is None else index] = values.detach().to(device)
+        return full

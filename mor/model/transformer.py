@@ -5,7 +5,7 @@
 Tokens are packed (see packing.py): M counts the tokens that really take part.
 
 B rows · T columns · M packed tokens · K selected · D model · N heads · G key/value heads · H head
-dim · V vocab
+dim · V vocab · A rows that hold tokens
 """
 
 from __future__ import annotations
@@ -52,12 +52,10 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x_MD, self.weight.shape, self.weight, self.eps)
 
 
-def rotary_angles(position_M: Tensor, head_dim: int, theta: float) -> Angles:
+def rotary_angles(position: Tensor, head_dim: int, theta: float) -> Angles:
     """Cosines and sines for rotary embedding, each (M, 1, H/2), fp32."""
-    exponent = (
-        torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_M.device) / head_dim
-    )
-    angle_M1H = position_M[:, None, None].float() * (1.0 / theta**exponent)
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
+    angle_M1H = position[:, None, None].float() * (1.0 / theta**exponent)
     return angle_M1H.cos(), angle_M1H.sin()
 
 
@@ -207,11 +205,11 @@ class Recursions(nn.Module):
                     stream = recursion + 1
                     passes_kv[recursion] = store.open(stream, reads(stream), step.tokens)
                 here = step.gather(angles[0]), step.gather(angles[1])
-                h_KD, memory_K = step.gather(x_MD), {n: step.gather(m) for n, m in memory.items()}
+                h_KD, own_memory = step.gather(x_MD), {n: step.gather(m) for n, m in memory.items()}
 
                 out_KD = self.stack(h_KD, here, passes_kv[recursion], layers, recompute)
 
-                new_KD = router.combine(recursion, h_KD, out_KD, step.gate_K, memory_K)
+                new_KD = router.combine(recursion, h_KD, out_KD, step.gate, own_memory)
                 x_MD = step.scatter(new_KD, x_MD)
             if keep_states:
                 states.append(x_MD)
@@ -269,8 +267,8 @@ class Transformer(nn.Module):
         cache; IndexError for ids outside the vocabulary.
         """
         self._check(tokens_BT, documents_BT, cache, selection, logits)
-        start_B = None if cache is None else cache.length_B
-        tokens = pack(tokens_BT, mask_BT, start_B=start_B, documents_BT=documents_BT)
+        start = None if cache is None else cache.length
+        tokens = pack(tokens_BT, mask_BT, start=start, documents_BT=documents_BT)
         if not len(tokens):
             raise ValueError("the mask hides every token of the batch")
         router = router or self.router
@@ -278,8 +276,8 @@ class Transformer(nn.Module):
         store: KVStore = cache or Scratch(
             kept=() if self.config.kv_strategy == "recursion_wise" else (1,)
         )
-        x_MD = self.embedding(tokens.id_M)
-        angles = rotary_angles(tokens.position_M, self.config.head_dim, self.config.rope_theta)
+        x_MD = self.embedding(tokens.ids)
+        angles = rotary_angles(tokens.position, self.config.head_dim, self.config.rope_theta)
 
         everyone = store.open(0, (0,), tokens)
         for layer, block in enumerate(self.prelude):
@@ -297,8 +295,8 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.coda, start=len(self.prelude)):
             x_MD = checkpointed(block, x_MD, angles, everyone, layer, recompute=recompute)
         if targets_BT is not None:
-            target_M = targets_BT.flatten()[tokens.place_M]
-            nll = linear_cross_entropy(self.final_norm(x_MD), self.head_weight, target_M)
+            target = targets_BT.flatten()[tokens.place]
+            nll = linear_cross_entropy(self.final_norm(x_MD), self.head_weight, target)
             return Output(x_MD.new_empty(0), routing, nll)
         if logits == "none":
             return Output(x_MD.new_empty(0), routing)

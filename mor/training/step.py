@@ -1,6 +1,8 @@
 """One optimizer step.
 
 batches -> forward (top-k selection) -> LM loss + auxiliary losses -> gradients -> update
+
+B rows of the batch · T columns
 """
 
 from __future__ import annotations

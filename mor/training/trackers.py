@@ -118,10 +118,10 @@ def flat_scalars(values: Mapping[str, Any]) -> dict[str, float]:
 def routing_histograms(routings: Sequence[Routing]) -> dict[str, np.ndarray]:
     """Depths that tokens took, and router logits at each recursion, over the forwards of a step on
     this rank."""
-    found = {"routing/depth": torch.cat([r.depth_M for r in routings])}
+    found = {"routing/depth": torch.cat([r.depth for r in routings])}
     for recursion in range(len(routings[0].steps)):
-        logits = [r.steps[recursion].decision.logit_C for r in routings]
-        given = [logit_C for logit_C in logits if logit_C is not None]
+        logits = [r.steps[recursion].decision.logit for r in routings]
+        given = [logit for logit in logits if logit is not None]
         if given:
             found[f"routing/logit/{recursion + 1}"] = torch.cat(given).float()
     return {name: values.cpu().numpy() for name, values in found.items()}
