@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from mor.data.sources import python_documents
+from mor.data.python_docs import python_documents
 
 
 def main(out: Path) -> None:

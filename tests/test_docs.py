@@ -1,6 +1,7 @@
 """README and docs tell the truth: their code runs, their commands parse, their names exist."""
 
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -8,6 +9,7 @@ import sqlite3
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
@@ -22,8 +24,6 @@ ROOT = Path(__file__).parents[1]
 SITE = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *SITE]
 OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md"]
-# Written on other branches. These tests fail as soon as the command line has them: then remove.
-COMING = ("mor compare", "mor info", "mor presets", "mor runs", "--recipe")
 
 sys.path.insert(0, str(ROOT / "docs" / "scripts"))
 refresh, settings_tables, study_tables = map(
@@ -57,9 +57,7 @@ def mor_commands():
             arguments = words[words.index("mor") + 1 :]
         else:
             continue
-        late = pytest.mark.xfail(strict=True, raises=AssertionError, reason="not written yet")
-        marks = [late] if any(word in line for word in COMING) else []
-        yield pytest.param(arguments, id=f"{name} {' '.join(arguments[:2])}", marks=marks)
+        yield pytest.param(arguments, id=f"{name} {' '.join(arguments[:2])}")
 
 
 def parse(arguments, monkeypatch):
@@ -132,6 +130,24 @@ def test_files_and_links_exist(page):
     assert [path for path in named if not (ROOT / path).is_file()] == []
     links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_picture_of_the_demo_is_that_of_its_results():
+    drawn = ROOT / "benchmarks" / "results" / "demo-cpu-2026-11-26" / "task.png"
+    assert (ROOT / "docs" / "images" / "demo-task.png").read_bytes() == drawn.read_bytes()
+
+
+def test_the_tables_of_the_demo_are_those_of_its_results():
+    rows = json.loads((ROOT / "benchmarks/results/demo-cpu-2026-11-26.json").read_text())
+    page = (ROOT / "docs" / "results" / "demo.md").read_text()
+    for row in rows["text"]["rows"]:
+        numbers = row["params_non_embedding"], row["tokens"], row["kv_bytes_per_token"]
+        for number in (*(f"{n:,.0f}" for n in numbers), f"{row['bits_per_byte_causal']:.3f}"):
+            assert f" {number} |" in page
+    for row in rows["task"]["rows"]:
+        spans = [fmean(row["answers_right_by_hops"][i : i + 4]) for i in range(0, 16, 4)]
+        cells = [str(row["effective_layers"]), f"{row['tokens']:,}", *(f"{x:.0%}" for x in spans)]
+        assert f"| {' | '.join(cells)} |" in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -18,7 +18,9 @@ class Entry(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Entry("mor.cli.demo:Demo", "train four small models at equal FLOPs and compare them"),
+    "demo": Entry(
+        "mor.cli.demo:Demo", "small models at equal FLOPs, on a text and on a task where depth pays"
+    ),
     "data": Entry("mor.cli.data:Data", "tokenize text into shards, or look at them"),
     "train": Entry("mor.cli.train:Train", "train one model"),
     "sweep": Entry("mor.cli.sweep:Sweep", "run a study: a grid of runs, its tables and figures"),
