@@ -29,9 +29,15 @@ class Command(Settings):
             made,
             args=arguments,
             prog=program,
-            description=inspect.getdoc(cls),
+            description=description(cls),
             config=(PositionalMetavarFromFieldName,),
         )
 
     def run(self, console: Console) -> None:
         raise NotImplementedError
+
+
+def description(command: type[Command]) -> str:
+    """What a command does: its docstring, whose paragraphs the terminal wraps anew."""
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)

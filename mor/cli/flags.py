@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from rich.console import Console
 from rich.table import Table
 
+from mor.cli.command import Command, description
 from mor.cli.show import flag
 from mor.settings import Settings
 
@@ -59,11 +60,11 @@ def field_texts(cls: type) -> dict[str, str]:
     }
 
 
-def print_short_help(command: Settings, program: str, usual: Sequence[str]) -> None:
+def print_short_help(command: Command, program: str, usual: Sequence[str]) -> None:
     """usual: dotted names of the flags that are explained, in this order."""
     found = {each.name: each for each in flags(command)}
     console = Console(markup=False, highlight=False)
-    console.print(f"usage: {program} [FLAGS]\n\n{inspect.getdoc(command)}\n")
+    console.print(f"usage: {program} [FLAGS]\n\n{description(type(command))}\n")
     explained, others = _grid(), _grid()
     for name in usual:
         default = found[name].default

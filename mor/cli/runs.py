@@ -76,8 +76,9 @@ COLUMNS = (
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("run", "family", "layout"):
-        made.add_column(name, overflow="fold")
+    made.add_column("run", overflow="fold")
+    for name in ("family", "layout"):
+        made.add_column(name, no_wrap=True)
     for name in ("steps", "tokens", "last NLL", "best NLL"):
         made.add_column(name, justify="right", no_wrap=True)
     made.add_column("state", no_wrap=True)
