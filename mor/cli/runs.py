@@ -92,7 +92,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             row["family"],
             row["layout"],
             f"{row['step']:,}/{row['total_steps']:,}",
-            f"{row['tokens']:,}",
+            f"{row['tokens'] / 1e6:,.2f}M",
             *("" if nll is None else f"{nll:.4f}" for nll in losses),
             "finished" if row["finished"] else "unfinished",
         )
