@@ -17,8 +17,19 @@ PREFERENCE = [
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU."""
-    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    """``auto`` is CUDA where there is one, else the CPU.
+
+    Raises ValueError for a device that PyTorch does not know or that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device={name!r} cannot be used here ({reason}); try 'cpu'") from None
+    return device
 
 
 @contextmanager

@@ -55,9 +55,9 @@ class Compare(Command):
 
 def differing(found: Sequence[Facts]) -> dict[str, list[Any]]:
     """Settings that are not the same in all, with the value of each; None where there is none."""
-    from mor.cli.describe import settings_of
+    from mor.cli.describe import shown_settings
 
-    settings = [settings_of(each) for each in found]
+    settings = [shown_settings(each) for each in found]
     names = dict.fromkeys(name for each in settings for name in each)
     values = {name: [each.get(name) for each in settings] for name in names}
     return {name: row for name, row in values.items() if any(v != row[0] for v in row)}

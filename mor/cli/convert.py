@@ -12,7 +12,15 @@ from tyro.conf import Positional
 
 from mor.cli.command import Command
 from mor.cli.show import flag
-from mor.model.config import KVStrategyName, RouterConfig, RouterKind, Sharing
+from mor.model.config import (
+    KVStrategyName,
+    Recipe,
+    RouterConfig,
+    RouterKind,
+    Sharing,
+    gate_of,
+    kv_strategy_of,
+)
 from mor.settings import PositiveFloat, PositiveInt, Seed
 
 
@@ -42,12 +50,14 @@ class Convert(Command):
     """Effective depth. Default: the one nearest to the source's that the sharing scheme allows."""
     router: RouterKind | None = None
     """Default: expert_choice with several recursions; fixed gives a Recursive Transformer."""
+    recipe: Recipe = "recommended"
+    """Gate, keys and values where they are not given; see mor train --help."""
     gate: Literal["paper", "residual"] | None = None
-    """paper (default): h + g * Stack(h); residual: h + g * (Stack(h) - h)."""
+    """paper: h + g * Stack(h); residual: h + g * (Stack(h) - h). Default: the recipe's."""
     alpha: PositiveFloat | None = None
-    """Scale of the gate. Default: the paper's for this router."""
+    """Scale of the gate. Default: the recipe's."""
     kv_strategy: KVStrategyName | None = None
-    """Default: recursion_wise."""
+    """Default: the recipe's."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Default: the source's; GGUF weights become float32."""
     seed: Seed = 0
@@ -67,14 +77,18 @@ class Convert(Command):
             raise ValueError(
                 f"a plain copy has no use for {flags}; add --num-recursions N or leave it out"
             )
-        gate = {name: given.pop(name) for name in ("gate", "alpha") if name in given}
         kind = given.pop("router", "expert_choice" if (self.num_recursions or 1) > 1 else "fixed")
-        router = RouterConfig(kind=kind, **gate)
-        settings: dict[str, Any] = given | {
-            "router": router,
-            "dtype": self.dtype,
-            "seed": self.seed,
-        }
+        gate = {name: given.pop(name) for name in ("gate", "alpha") if name in given}
+        defaults = {"kv_strategy": kv_strategy_of(kind, self.recipe)}
+        settings: dict[str, Any] = (
+            (defaults if self.num_recursions else {})
+            | given
+            | {
+                "router": RouterConfig(kind=kind, **(gate_of(kind, self.recipe) | gate)),
+                "dtype": self.dtype,
+                "seed": self.seed,
+            }
+        )
         done = convert(
             self.source, self.out, to=self.to, num_recursions=self.num_recursions, **settings
         )

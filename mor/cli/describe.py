@@ -39,7 +39,8 @@ class Facts:
 
     @property
     def finished(self) -> bool:
-        return bool(self.checkpoints) and self.progress.get("step") == self.total_steps
+        done, total = self.progress.get("step"), self.total_steps
+        return bool(self.checkpoints) and total is not None and done == total
 
     @property
     def last(self) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, list(value) if isinstance(value, tuple) else value
 
 
-def settings_of(found: Facts) -> dict[str, Any]:
+def shown_settings(found: Facts) -> dict[str, Any]:
     """All settings by dotted name, without the folder; the model's alone outside a run."""
     values = asdict(found.settings) if found.settings else {}
     values |= {"model": asdict(found.model)}

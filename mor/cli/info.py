@@ -38,14 +38,15 @@ def describe(found: Any) -> dict[str, Any]:
     if run is not None:
         groups["data"] = data_facts(run.data)
         groups["changed settings"] = changed_settings(run)
-    groups["training"] = {
-        "step": done.get("step", 0),
-        "total_steps": found.total_steps,
-        "finished": found.finished,
-        "tokens": done.get("tokens", 0),
-        "train_flops": done.get("flops", 0.0),
-        "train_s": done.get("train_s"),
-    }
+    if run or done:
+        groups["training"] = {
+            "step": done.get("step", 0),
+            "total_steps": found.total_steps,
+            "finished": found.finished,
+            "tokens": done.get("tokens", 0),
+            "train_flops": done.get("flops", 0.0),
+            "train_s": done.get("train_s"),
+        }
     for name in ("last", "best"):
         if row := getattr(found, name):
             groups[f"{name} validation"] = {

@@ -1,5 +1,7 @@
 """mor in transformers. Importing this package registers its classes with the Auto classes."""
 
+from typing import Any
+
 from mor.files import extra
 
 with extra("hf", needed_for="mor.hub"):
@@ -11,4 +13,12 @@ with extra("hf", needed_for="mor.hub"):
 AutoConfig.register("mor", MoRConfig)
 AutoModelForCausalLM.register(MoRConfig, MoRForCausalLM)
 
-__all__ = ["MoRCache", "MoRConfig", "MoRForCausalLM", "MoROutput"]
+__all__ = ["LoadBalancing", "MoRCache", "MoRConfig", "MoRForCausalLM", "MoROutput"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LoadBalancing":  # brings transformers' Trainer along, which most do not need
+        from mor.hub.trainer import LoadBalancing
+
+        return LoadBalancing
+    raise AttributeError(f"module 'mor.hub' has no attribute {name!r}")

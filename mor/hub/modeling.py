@@ -206,7 +206,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         """The sum of all losses, and that of the auxiliary ones."""
         if self.training and self.balances_by_bias and not self.is_balanced:
             warnings.warn(
-                "balancing='loss_free' needs callbacks=[mor.hub.trainer.LoadBalancing()] in "
+                "balancing='loss_free' needs callbacks=[mor.hub.LoadBalancing()] in "
                 "Trainer: nothing balances "
                 "the load",
                 stacklevel=2,

@@ -216,14 +216,6 @@ class ModelConfig(Settings):
         shared = f"{self.shared_layers}x{self.num_recursions}"
         return f"{self.prelude_layers}+{shared}+{self.coda_layers}"
 
-    def with_recursions(self, num_recursions: int) -> ModelConfig:
-        """With more recursions, the further ones as large as the last of these."""
-        router = self.router
-        if router.kind in _READ_BY["capacities"]:
-            further = self.capacities[-1:] * (num_recursions - self.num_recursions)
-            router = dataclasses.replace(router, capacities=(*self.capacities, *further))
-        return self.replace(num_recursions=num_recursions, router=router)
-
     @property
     def capacities(self) -> tuple[float, ...]:
         """Expected share of tokens at each recursion (all ones for ``fixed``)."""
@@ -348,20 +340,21 @@ def preset(
     if router is None:
         router = "expert_choice" if num_recursions > 1 else "fixed"
     if isinstance(router, str):
-        kv_strategy = kv_strategy or _kv_strategy(router, recipe)
-        router = RouterConfig(kind=router, **_gate(router, recipe))
+        kv_strategy = kv_strategy or kv_strategy_of(router, recipe)
+        router = RouterConfig(kind=router, **gate_of(router, recipe))
     made = shape | layout(num_layers, num_recursions, sharing) | {"router": router}
     made["kv_strategy"] = kv_strategy or "recursion_wise"
     return ModelConfig(**(made | overrides))
 
 
-def _gate(kind: RouterKind, recipe: Recipe) -> dict[str, Any]:
-    """Token-choice keeps the paper's gate in every recipe: no study of ours says otherwise."""
+def gate_of(kind: RouterKind, recipe: Recipe) -> dict[str, Any]:
+    """The recipe's gate for a router, as settings of it. Token-choice keeps the paper's in every
+    recipe: no study of ours says otherwise."""
     if recipe == "paper" or kind in ("fixed", "token_choice"):
         return {}
     return {"gate": "residual", "alpha": 1.0}
 
 
-def _kv_strategy(kind: RouterKind, recipe: Recipe) -> KVStrategyName:
-    """Only where tokens leave do the entries of those that left matter."""
+def kv_strategy_of(kind: RouterKind, recipe: Recipe) -> KVStrategyName:
+    """The recipe's keys and values. Entries of tokens that left matter only where tokens leave."""
     return "recursion_wise" if recipe == "paper" or kind == "fixed" else "hybrid"

@@ -220,6 +220,11 @@ class KVCache:
         return sum(t.nbytes for stream in self.streams for t in (*stream.k, *stream.v))
 
     def open(self, stream: int, reads: tuple[int, ...], tokens: PackedTokens) -> KVPass:
+        if stream >= len(self.streams):
+            raise ValueError(
+                f"the cache was made for {len(self.streams) - 1} recursions, but the router has "
+                f"more; make it with num_recursions={stream} or more"
+            )
         return KVPass(self, stream, reads, tokens)
 
     def begin(self, stream: int, tokens: PackedTokens) -> bool:

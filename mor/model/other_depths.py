@@ -29,8 +29,14 @@ class ForcedRouter(RouterAround):
         self.taken_RM = taken_RM
 
     def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
+        expected = (self.num_recursions, len(tokens))
+        if self.taken_RM.shape != expected:
+            raise ValueError(
+                f"the table of depths has shape {tuple(self.taken_RM.shape)}, but this forward has "
+                f"{expected[0]} recursions and {expected[1]} tokens; it needs shape {expected}"
+            )
         memory = self.inner.start(x_MD, tokens, max_depth)
-        return self.inner.with_depth(memory, self.taken_RM.sum(0))
+        return self.inner.with_depth(memory, self.taken_RM[:max_depth].sum(0))
 
     def decide(
         self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
@@ -74,5 +80,11 @@ class RepeatLastRouter(RouterAround):
     def decide(
         self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
     ) -> Decision:
-        last = self.inner.num_recursions - 1
-        return self.inner.decide(min(recursion, last), h_CD, tokens, memory, capacity)
+        return self.inner.decide(self._trained(recursion), h_CD, tokens, memory, capacity)
+
+    def threshold(self, recursion: int) -> float | None:
+        return self.inner.threshold(self._trained(recursion))
+
+    def _trained(self, recursion: int) -> int:
+        """The trained recursion that this one does as."""
+        return min(recursion, self.inner.num_recursions - 1)

@@ -481,6 +481,7 @@ class RouterAround(Router):
         super().__init__(inner.config, 0, num_recursions or inner.num_recursions)
         self.inner = inner
         self.is_hierarchical, self.has_topk = inner.is_hierarchical, inner.has_topk
+        self.is_learned = inner.is_learned
 
     def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
         return self.inner.start(x_MD, tokens, max_depth)
@@ -499,3 +500,18 @@ class RouterAround(Router):
         memory: Memory,
     ) -> Tensor:
         return self.inner.combine(recursion, h_KD, out_KD, gate, memory)
+
+    def chosen_depth(self, memory: Memory) -> Tensor | None:
+        return self.inner.chosen_depth(memory)
+
+    def with_depth(self, memory: Memory, depth: Tensor) -> Memory:
+        return self.inner.with_depth(memory, depth)
+
+    def losses(self, routing: Routing) -> dict[str, AuxiliaryLoss]:
+        return self.inner.losses(routing)
+
+    def threshold(self, recursion: int) -> float | None:
+        return self.inner.threshold(recursion)
+
+    def shown_score(self, routing: Routing, recursion: int) -> Tensor | None:
+        return self.inner.shown_score(routing, recursion)

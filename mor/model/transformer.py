@@ -200,6 +200,8 @@ class Recursions(nn.Module):
             if recursion == len(steps):
                 steps.append(route(router, recursion, x_MD, tokens, memory, steps, rule))
             step = steps[recursion]
+            if recursion == 0 and len(step.tokens) < len(tokens):
+                self._check_first()
             if len(step.tokens):
                 if recursion not in passes_kv:
                     stream = recursion + 1
@@ -215,6 +217,14 @@ class Recursions(nn.Module):
                 states.append(x_MD)
         routing = Routing(tokens, rule, memory, steps, states if keep_states else ())
         return x_MD, replace(routing, losses=router.losses(routing))
+
+    def _check_first(self) -> None:
+        if self.config.kv_strategy != "recursion_wise":
+            raise ValueError(
+                f"kv_strategy={self.config.kv_strategy!r} reads the first recursion's keys of "
+                "every token, so every token must take it; use a router or capacities that keep "
+                "all tokens there, or kv_strategy='recursion_wise'"
+            )
 
 
 class Transformer(nn.Module):
@@ -266,7 +276,7 @@ class Transformer(nn.Module):
         Raises ValueError for an empty batch, capacities or a depth that do not fit, or top-k with a
         cache; IndexError for ids outside the vocabulary.
         """
-        self._check(tokens_BT, documents_BT, cache, selection, logits)
+        self._check(tokens_BT, documents_BT, targets_BT, cache, selection, logits)
         start = None if cache is None else cache.length
         tokens = pack(tokens_BT, mask_BT, start=start, documents_BT=documents_BT)
         if not len(tokens):
@@ -325,6 +335,7 @@ class Transformer(nn.Module):
         self,
         tokens_BT: Tensor,
         documents_BT: Tensor | None,
+        targets_BT: Tensor | None,
         cache: Cache | None,
         selection: str,
         logits: Logits,
@@ -333,6 +344,11 @@ class Transformer(nn.Module):
             raise ValueError(
                 "tokens must have shape (batch, length) and not be empty, got "
                 f"{tuple(tokens_BT.shape)}"
+            )
+        if targets_BT is not None and targets_BT.shape != tokens_BT.shape:
+            raise ValueError(
+                f"targets have shape {tuple(targets_BT.shape)}, tokens {tuple(tokens_BT.shape)}; "
+                "they must be equal"
             )
         if selection not in ("topk", "threshold"):
             raise ValueError(f"selection={selection!r} is not known; choose 'topk' or 'threshold'")
@@ -366,6 +382,8 @@ class Transformer(nn.Module):
         capacities = self.config.capacities if capacities is None else tuple(capacities)
         if len(capacities) != trained:
             raise ValueError(f"got {len(capacities)} capacities for {trained} recursions")
+        if not all(0 < capacity <= 1 for capacity in capacities):
+            raise ValueError(f"capacities must lie in (0, 1], got {capacities}")
         further = capacities[-1:] * (R - trained)  # beyond the trained ones, all are as the last
         return RoutingRule(selection, (*capacities, *further), max_depth or R)
 
