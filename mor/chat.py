@@ -36,9 +36,10 @@ class Chat:
         return self.tokenizer.encode(self._render(messages, add_generation_prompt=True))
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        return self.theirs.apply_chat_template(
+        text: str = self.theirs.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
+        return text
 
     def _end_of_answer(self) -> list[int]:
         """The special token that follows an answer, which need not be end-of-text (Llama 3:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mor.data.tokenizer import Tokenizer
-from mor.files import replacing, write_checksums
+from mor.files import read_json, replacing, write_checksums
 from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
 from mor.run_folder import RunFolder
@@ -140,4 +140,4 @@ def load_progress(path: str | Path) -> dict[str, Any]:
     folder = resolve(path)
     if not (folder / _PROGRESS).is_file():
         raise ValueError(f"{folder} was saved without training state and cannot be continued")
-    return json.loads((folder / _PROGRESS).read_text())
+    return read_json(folder / _PROGRESS)

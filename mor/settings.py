@@ -158,7 +158,7 @@ def _problem(place: tuple[Any, ...], errors: list[Any], cls: type | None, prefix
 
 
 def _allowed(error: Any) -> str:
-    words = _ALLOWED.get(error["type"], error["msg"].removeprefix("Input should be "))
+    words: str = _ALLOWED.get(error["type"], error["msg"].removeprefix("Input should be "))
     words = words.format(**error.get("ctx", {})) if error["type"] in _ALLOWED else words
     words = words.replace("greater than or equal to", "at least")
     return words.replace("less than or equal to", "at most")

@@ -402,7 +402,7 @@ class _Reader:
         return self.names[token_id]
 
 
-def routing_columns(model: Transformer, routing: Routing) -> list[dict[str, list]]:
+def routing_columns(model: Transformer, routing: Routing) -> list[dict[str, list[Any]]]:
     """What the router saw and did at each recursion with every token of one sequence: taken, score,
     threshold, gate."""
     router, found = model.router, []
@@ -427,7 +427,7 @@ def _token_fields(
     depth: int,
     own: dict[str, Any],
     by_depth: list[dict[str, Any]],
-    routed: list[dict[str, list]],
+    routed: list[dict[str, list[Any]]],
 ) -> dict[str, Any]:
     """Fields of a TokenRecord that the model decides."""
     steps = [

@@ -74,7 +74,8 @@ def new_grid(figure: Figure, rows: int, columns: int, **sharing: bool | str) -> 
     """Axes in rows and columns, (rows, columns)."""
     with matplotlib.rc_context(STYLE):
         sharing_: Any = sharing
-        return figure.subplots(rows, columns, squeeze=False, **sharing_)
+        axes: NDArray[Any] = figure.subplots(rows, columns, squeeze=False, **sharing_)
+    return axes
 
 
 def series(i: int) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def _height(axes: Axes) -> float:
     """About how high the axes will be, in inches."""
     figure, place = axes.get_figure(root=True), axes.get_subplotspec()
     assert figure is not None and place is not None
-    return 0.72 * figure.get_size_inches()[1] / place.get_gridspec().nrows
+    return 0.72 * float(figure.get_size_inches()[1]) / place.get_gridspec().nrows
 
 
 def apart(places: NDArray[np.float64], gap: float) -> NDArray[np.float64]:

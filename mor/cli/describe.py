@@ -33,9 +33,10 @@ class Facts:
 
     @property
     def total_steps(self) -> int | None:
-        if "total_steps" in self.progress:
-            return self.progress["total_steps"]
-        return total_steps(self.settings) if self.settings else None
+        planned: int | None = self.progress.get("total_steps")
+        if planned is None and self.settings:
+            return total_steps(self.settings)
+        return planned
 
     @property
     def finished(self) -> bool:

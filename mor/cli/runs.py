@@ -39,7 +39,8 @@ class Runs(Command):
 
 def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
     """One row for each run below, by name; a run that cannot be read says why in ``problem``."""
-    from mor.cli.describe import facts, layout_text
+    from mor.cli.describe import facts
+    from mor.costs.flops import layout_text
 
     for run in (found.path for found in RunFolder.below(folder)):
         row: dict[str, Any] = dict.fromkeys(COLUMNS) | {"run": str(run.relative_to(folder))}

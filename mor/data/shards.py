@@ -36,7 +36,7 @@ from rich.console import Console
 from mor.data.readers import Record
 from mor.data.sources import Source, draw, find_sources
 from mor.data.tokenizer import COMPANIONS, Tokenizer, train_bpe
-from mor.files import LOCK, alone_in, replacing, tidy
+from mor.files import LOCK, alone_in, read_json, replacing, tidy
 from mor.progress import ProgressBar
 from mor.settings import NonNegativeInt, PositiveFloat, PositiveInt, Settings
 
@@ -82,6 +82,9 @@ class Chunk:
     size: int = 0
     """Characters; a record without text counts as 100, so that many of them fill a chunk, too."""
     bytes_read: int = 0
+
+
+Waiting = dict[Future[dict[str, Any]], Chunk]
 
 
 def prepare(
@@ -141,7 +144,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} holds no {MANIFEST}; {hint or 'make it with `mor data prepare`'}"
         )
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_json(folder / MANIFEST)
     if manifest["format"] != FORMAT:
         raise ValueError(
             f"{folder} has format {manifest['format']}; this version reads {FORMAT}: prepare it "
@@ -164,12 +167,13 @@ def _refuse_strangers(out: Path) -> None:
 
 def _begun(out: Path) -> dict[str, Any] | None:
     """Settings that a directory was begun or finished with."""
+    begun: dict[str, Any] | None = None
     if (out / MANIFEST).is_file():
-        return read_manifest(out)["settings"]
-    if not (out / JOURNAL).is_file():
-        return None
-    with (out / JOURNAL).open(encoding="utf-8") as journal:
-        return json.loads(journal.readline())
+        begun = read_manifest(out)["settings"]
+    elif (out / JOURNAL).is_file():
+        with (out / JOURNAL).open(encoding="utf-8") as journal:
+            begun = json.loads(journal.readline())
+    return begun
 
 
 def _tokenizer(
@@ -301,7 +305,7 @@ def _tokenize(
     number, place, seen = _progress(out)
     workers = config.workers or os.cpu_count() or 1
     chunks = _chunks(sources, int(config.chunk_megabytes * 1e6), number, place)
-    waiting: dict[Future, Chunk] = {}
+    waiting: Waiting = {}
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -338,7 +342,7 @@ def _tokenize(
 
 
 def _submit(
-    pool: ProcessPoolExecutor, waiting: dict[Future, Chunk], chunk: Chunk, settings: dict[str, Any]
+    pool: ProcessPoolExecutor, waiting: Waiting, chunk: Chunk, settings: dict[str, Any]
 ) -> None:
     future = pool.submit(_write_shards, chunk.number, chunk.documents, settings)
     chunk.documents = []  # the pool holds them now, and drops them when they are done

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -346,7 +346,7 @@ def open_shards(folder: str | Path, split: str, tokenizer: Tokenizer) -> TokenDa
     return TokenData(shards, found["documents"], found["bytes"])
 
 
-def _find_shard(folder: Path, shard: dict, dtype: str) -> Shard:
+def _find_shard(folder: Path, shard: dict[str, Any], dtype: str) -> Shard:
     file = folder / f"{shard['name']}.bin"
     expected = shard["tokens"] * np.dtype(dtype).itemsize
     if not file.is_file() or file.stat().st_size != expected:

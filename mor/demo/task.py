@@ -17,7 +17,8 @@ from rich.table import Table
 
 from mor.analysis.depth_text import depth_legend, depth_text
 from mor.costs import flops as costs
-from mor.data.stream import Corpus, DataConfig, TaskData
+from mor.data.config import DataConfig
+from mor.data.stream import Corpus, TaskData
 from mor.demo.experiment import ROUTED, Experiment, Trained
 from mor.evaluation.nll import by_hops
 from mor.generation import Generation
@@ -98,12 +99,12 @@ def task_table(rows: Sequence[TaskRow]) -> Table:
     for a, b in spans:
         made.add_column(f"{a + 1}–{b} hops", justify="right")
     for what, cell in (
-        ("answers_right_by_hops", lambda x: f"{x:.0%} right"),
-        ("mean_depth_by_hops", lambda x: f"depth {x:.2f}"),
+        ("answers_right_by_hops", "{:.0%} right"),
+        ("mean_depth_by_hops", "depth {:.2f}"),
     ):
         for row in rows:
             values = getattr(row, what)
-            cells = [cell(fmean(values[a:b])) for a, b in spans]
+            cells = [cell.format(fmean(values[a:b])) for a, b in spans]
             made.add_row(row.name, str(row.effective_layers), *cells)
         made.add_section()
     return made

@@ -82,7 +82,8 @@ class DeviceLoop(Strategy):
         read = np.array([[request.num_read] for request in requests])
         longest = np.array([[request.max_length] for request in requests])
         # The token under way is not read yet, but may have its entry in a stream already.
-        return np.minimum(self.steps.codas + 1, longest - np.maximum(read, counted))
+        steps: np.ndarray = np.minimum(self.steps.codas + 1, longest - np.maximum(read, counted))
+        return steps
 
 
 @dataclass(frozen=True)

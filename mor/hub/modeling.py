@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from mor.hub.configuration import MoRConfig
 from mor.model.config import Selection
@@ -119,6 +119,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = MoRConfig
     config: MoRConfig
+    model: Transformer
     _input_embed_layer = "embedding"
     _no_split_modules = ["Recursions", "Block"]  # noqa: RUF012 (a list to transformers)
     supports_gradient_checkpointing = True
@@ -129,7 +130,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = Transformer(config.to_model_config())
         self.gradient_checkpointing = False
         self.is_balanced = False
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_transformer(cls, model: Transformer, **settings: Any) -> MoRForCausalLM:
@@ -138,7 +139,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             made = cls(MoRConfig.from_model_config(model.config, **settings))
         made.model = model
-        return made.train(model.training)
+        made.train(model.training)
+        return made
 
     def forward(
         self,
@@ -156,7 +158,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         past_key_values: MoRCache | None = None,
-    ) -> MoROutput | tuple:
+    ) -> MoROutput | tuple[Any, ...]:
         """Logits, the loss if there are labels, and the depth of every token.
 
         attention_mask: (B, T), or with a cache (B, columns so far + T); padding may be on either
@@ -236,7 +238,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> torch.nn.Module | None:
         return self.model.head
 
-    def set_output_embeddings(self, new_embeddings: torch.nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: torch.nn.Linear | None) -> None:
         self.model.head = new_embeddings
 
     def resize_token_embeddings(self, *args: Any, **settings: Any) -> torch.nn.Embedding:

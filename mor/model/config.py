@@ -116,7 +116,7 @@ class RouterConfig(Settings, prefix="router"):
             )
 
     def _changed(self, name: str) -> bool:
-        return getattr(self, name) != self.__dataclass_fields__[name].default
+        return bool(getattr(self, name) != self.__dataclass_fields__[name].default)
 
     @property
     def score_name(self) -> str:

@@ -306,9 +306,10 @@ def _on_cluster(
 
 def _outcome(job: Any, run: Run, submitit: Any) -> Outcome:
     try:
-        return job.result()
+        outcome: Outcome = job.result()
     except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
         return Outcome(run=run, status="failed", reason=f"job {job.job_id}: {_reason(error)}")
+    return outcome
 
 
 class _Watch:

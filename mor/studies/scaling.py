@@ -299,12 +299,12 @@ def _columns(points: Sequence[Point]) -> dict[str, Array]:
     }
 
 
-def _law(parameters: Any, at: dict[str, Array]) -> Array:
-    floor, log_a, alpha, log_b, beta, phi = parameters
+def _law(parameters: Sequence[float] | Array, at: dict[str, Array]) -> Array:
+    floor, log_a, alpha, log_b, beta, phi = map(float, parameters)
     size = at["once"] + at["loops"] ** phi * at["looped"]
-    return (
-        floor + np.exp(log_a - alpha * np.log(size)) + np.exp(log_b - beta * np.log(at["tokens"]))
-    )
+    of_size: Array = np.exp(log_a - alpha * np.log(size))
+    of_tokens: Array = np.exp(log_b - beta * np.log(at["tokens"]))
+    return floor + of_size + of_tokens
 
 
 def _fit_law(at: dict[str, Array], start: Array | None) -> Array:
@@ -313,21 +313,13 @@ def _fit_law(at: dict[str, Array], start: Array | None) -> Array:
 
     lowest = at["nll"].min()
     bounds = ([0, -20, 0.02, -20, 0.02, -PHI_BOUND], [lowest, 40, 2.5, 60, 2.5, PHI_BOUND])
-    mid_size, mid_tokens = (
-        np.median(np.log(at["once"] + at["looped"])),
-        np.median(np.log(at["tokens"])),
-    )
+    mid_size = np.median(np.log(at["once"] + at["looped"]))
+    mid_tokens = np.median(np.log(at["tokens"]))
+    log_scale = math.log(0.3)
     starts: Iterable[Any] = [start]
     if start is None:
         starts = [
-            (
-                lowest * share,
-                math.log(0.3) + a * mid_size,
-                a,
-                math.log(0.3) + b * mid_tokens,
-                b,
-                0.5,
-            )
+            (lowest * share, log_scale + a * mid_size, a, log_scale + b * mid_tokens, b, 0.5)
             for share in (0.2, 0.6, 0.9)
             for a in (0.2, 0.5)
             for b in (0.3, 0.8, 1.5)
@@ -343,7 +335,8 @@ def _fit_law(at: dict[str, Array], start: Array | None) -> Array:
         )
         for begin in starts
     ]
-    return min(fits, key=lambda fit: fit.cost).x
+    best: Array = min(fits, key=lambda fit: fit.cost).x
+    return best
 
 
 def _inside(bounds: Any) -> tuple[Array, Array]:

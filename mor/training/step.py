@@ -154,7 +154,7 @@ def _forward(
     capacities: Sequence[float],
     device: torch.device,
 ) -> Output:
-    return forward(
+    output: Output = forward(
         batch.tokens_BT.to(device),
         targets_BT=batch.targets_BT.to(device),
         documents_BT=None if batch.documents_BT is None else batch.documents_BT.to(device),
@@ -162,6 +162,7 @@ def _forward(
         capacities=capacities,
         recompute=config.recompute,
     )
+    return output
 
 
 def _autocast(config: TrainConfig, device: torch.device) -> Any:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mor.checkpoint import Checkpoint
-from mor.data.stream import DataConfig, Windows, load_corpus, load_tokens
+from mor.data.config import DataConfig
+from mor.data.stream import Windows, load_corpus, load_tokens
 from mor.training.config import settings_of
 
 
