@@ -83,8 +83,7 @@ def write(
 
 
 def open_weights(folder: Path) -> None:
-    """Let everyone who may read config.json read the weights: safetensors writes them for their
-    owner alone."""
+    """Give the weights config.json's permissions: safetensors lets only their owner read them."""
     for weights in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", weights)
 
@@ -104,7 +103,7 @@ def resolve(path: str | Path) -> Path:
 def load(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint, or the newest one of a run, with the model in evaluation mode.
 
-    Raises ValueError that says what is wrong with it.
+    Raises ValueError if there is none, or if it is damaged.
     """
     folder = resolve(path)
     config = read_config(folder)

@@ -1,5 +1,5 @@
-"""Files and folders that appear whole or not at all, mistakes in them said with their name, locks,
-the cache folder, optional packages."""
+"""Files and folders that appear whole or not at all, errors that name the file, locks, the cache
+folder, optional packages."""
 
 from __future__ import annotations
 
@@ -55,8 +55,7 @@ def remove_folder(path: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Undo what a killed process left in a folder: halves of new files and folders, old ones set
-    aside."""
+    """Clean up what a killed process left in a folder: half-written files, old ones set aside."""
     for unfinished in folder.glob(".*.tmp"):
         _delete(unfinished)
     for aside in folder.glob(".*.old"):
@@ -124,7 +123,7 @@ def _checksum(file: Path) -> str:
 
 @contextmanager
 def alone_in(folder: Path, *, doing: str) -> Iterator[None]:
-    """Make a folder and be the only process at work in it. doing: for the message, "training in".
+    """Make a folder and hold it for this process alone. doing: for the message, "training in".
 
     The lock goes with the process however that ends; its holder may take it again. A folder that
     is left empty is removed. Raises ValueError if another process holds the lock.

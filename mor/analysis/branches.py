@@ -38,8 +38,7 @@ def at_depth(taken_RM: Tensor, depth: int) -> Tensor:
 
 @torch.no_grad()
 def exits_plain(model: Transformer, ids: list[int], taken_RM: Tensor, depth: int) -> Tensor:
-    """Logits after each token had it alone taken ``depth`` recursions, (T, V), one run per
-    token."""
+    """Logits after each token if it alone took ``depth`` recursions, (T, V): one run per token."""
     tokens_1T = torch.tensor([ids], device=model.embedding.weight.device)
     forced_RM, rows = at_depth(taken_RM, depth), []
     for t in range(len(ids)):
@@ -120,8 +119,7 @@ class BranchPass:
         return attention(q_MNH[None], k, v, self.visible_1MS)[0]
 
     def _past(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Entries of the streams read, (S, G, H); those of later streams replace earlier ones at
-        their positions."""
+        """Entries of the streams read, (S, G, H); later streams win."""
         k, v = (x[0] for x in self.store.past.read(self.reads[0], layer, None))
         # every token is in the first stream read, so there its place is its position
         for stream in self.reads[1:]:

@@ -31,8 +31,7 @@ class Convert(Command):
     mor checkpoint together with the code that runs it, for transformers with trust_remote_code=True
     where mor is not installed."""
     num_recursions: PositiveInt | None = None
-    """Start a model that applies its shared layers this often. Default: copy the source as it
-    is."""
+    """Start a model that applies its shared layers this often. Default: a plain copy."""
     sharing: Sharing | None = None
     """Default: middle_cycle."""
     init: Literal["stepwise", "average", "lower", "upper", "random"] | None = None

@@ -53,8 +53,7 @@ class Facts:
 
     @property
     def kv_bytes_per_token(self) -> float:
-        """With the measured shares of tokens at each recursion if there are some, otherwise the
-        expected ones."""
+        """With the measured shares of tokens at each recursion, or else the expected ones."""
         shares = self.last.get("validation_share_per_recursion") or self.model.capacities
         return kv_bytes(self.model, 1, shares, KV_DTYPE_BYTES)
 

@@ -23,11 +23,9 @@ class Eval(Command):
     benchmarks. Causal unless asked otherwise."""
 
     checkpoint: Positional[Path]
-    """A run or a checkpoint. With --tasks also a transformers directory, a hub name or a .gguf
-    file."""
+    """A run or checkpoint; with --tasks also a transformers directory, hub name or .gguf file."""
     data: Path | None = None
-    """A file or folder of text, or prepared data, evaluated whole. Default: the validation text of
-    the run."""
+    """Text or prepared data, all of which is read. Default: the run's validation text."""
     text_field: str = "text"
     routing: Selection = "threshold"
     """topk is the paper's evaluation: it sees the future, and the result is labelled non-causal."""
@@ -132,7 +130,7 @@ class Eval(Command):
             print_json([asdict(row) for row in rows])
             return
         title = f"{self.checkpoint}: {rows[0].tokens:,} tokens in windows of {length}"
-        # fits 80 columns
+        # No padding, so that it fits 80 columns.
         made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
         made.add_column("routing", no_wrap=True)
         for name in ("max depth", "NLL", "perplexity", "bits/byte", "mean depth", "leak, nats"):

@@ -97,8 +97,7 @@ class Explain(Command):
         if self.max_tokens is None and len(pieces) > MAX_TOKENS:
             raise ValueError(
                 f"{len(pieces):,} tokens of {checkpoint} are too many for a page; --max-tokens "
-                f"{MAX_TOKENS} reads the "
-                "beginning, mor report describes a whole corpus"
+                f"{MAX_TOKENS} reads the beginning, mor report describes a whole corpus"
             )
         return "".join(pieces[: self.max_tokens])
 

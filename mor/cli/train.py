@@ -74,8 +74,7 @@ class Start(Settings):
 
 
 class Train(Command):
-    """Train one model. Settings come from --config (TOML), then the model choice, then single
-    flags."""
+    """Train one model. Settings: --config (TOML), then the model choice, then single flags."""
 
     config: Path | None = None
     """TOML file of settings; those that an earlier run wrote work too."""

@@ -133,8 +133,7 @@ def prepare(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises ValueError for a directory that was not prepared, is unfinished, or was made by a
-    later version."""
+    """Raises ValueError for a directory that is not prepared, unfinished or of a later version."""
     if not (folder / MANIFEST).is_file():
         hint = (
             "it is unfinished: run the same `mor data prepare` again"
@@ -154,7 +153,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_strangers(out: Path) -> None:
-    """Raise ValueError if a directory that was not begun holds what no preparation writes first."""
+    """Raise ValueError if a new directory holds anything that no preparation writes first."""
     if not out.is_dir() or (out / MANIFEST).is_file() or (out / JOURNAL).is_file():
         return
     first = {LOCK, "tokenizer.json", *(name.split("/")[0] for name in COMPANIONS)}
@@ -263,8 +262,7 @@ def _refuse_changes(begun: dict[str, Any], now: dict[str, Any], out: Path) -> No
 def _chunks(
     sources: Sequence[Source], size: int, number: int, place: tuple[int, int]
 ) -> Iterator[Chunk]:
-    """Chunks of at least ``size`` characters, starting at ``place`` (source, record); the last may
-    be smaller."""
+    """Chunks from ``place`` (source, record) on, of ``size`` characters or more, save the last."""
     chunk = Chunk(number)
     finished_bytes = sum(source.num_bytes or 0 for source in sources[: place[0]])
     for index in range(place[0], len(sources)):
@@ -362,8 +360,7 @@ def _row(chunk: Chunk, splits: dict[str, Any]) -> dict[str, Any]:
 
 
 def _journal(out: Path) -> list[dict[str, Any]]:
-    """Rows of finished chunks in order, up to the first missing one; a line that was cut off does
-    not count."""
+    """Rows of finished chunks, in order, before the first missing one; a cut-off line is none."""
     with (out / JOURNAL).open(encoding="utf-8") as journal:
         lines = [line for line in journal if line.endswith("\n")][1:]
     rows = {row["chunk"]: row for row in map(json.loads, lines)}
@@ -465,8 +462,7 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 
 
 def _write(path: Path, content: bytes | np.ndarray) -> None:
-    """All of it under its name, or nothing. Arrays are written raw, or as .npy if the name says
-    so."""
+    """Write the whole file or nothing; an array raw, or as .npy if the name says so."""
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         if path.suffix == ".npy":
             np.save(file, content)

@@ -78,8 +78,7 @@ class FileSource:
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set that ``datasets`` streams: OWNER/NAME on the hub, or a local folder that it
-    understands."""
+    """A data set streamed by ``datasets``: OWNER/NAME on the hub, or a local folder it can read."""
 
     dataset: str
     subset: str | None = None
@@ -174,8 +173,7 @@ def _in_folder(folder: Path, text_field: str) -> tuple[list[FileSource], list[st
 
 
 def _with_own_names(sources: list[Source]) -> list[Source]:
-    """Files of equal names are named by their paths. Raises ValueError if a source is given
-    twice."""
+    """Name files of equal names by their paths. Raises ValueError for a source given twice."""
     places = [str(s.path.resolve()) if isinstance(s, FileSource) else s.name for s in sources]
     place, times = Counter(places).most_common(1)[0]
     if times > 1:

@@ -57,8 +57,7 @@ class Part(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A part on disk, mapped when it is read: there may be more shards than files that a process
-    may open."""
+    """A part on disk, mapped when read: there may be more shards than a process may open files."""
 
     file: Path
     dtype: str
@@ -313,8 +312,7 @@ def _validation(config: DataConfig, tokenizer: Tokenizer) -> TokenData:
 
 
 def load_tokens(path: str | Path, tokenizer: Tokenizer, text_field: str = "text") -> TokenData:
-    """All text of a file or folder, or the validation split (else the only one) of prepared
-    data."""
+    """All text of a file or folder, or the validation (or only) split of prepared data."""
     if not is_prepared(path):
         return tokenize(read_documents(path, text_field), tokenizer)
     splits = read_manifest(Path(path))["splits"]
@@ -375,8 +373,7 @@ def tokenize(documents: list[Document], tokenizer: Tokenizer) -> TokenData:
 def split_documents(
     documents: list[Document], validation_share: float
 ) -> tuple[list[Document], list[Document]]:
-    """Training and validation documents, chosen by a hash of their names: adding a document moves
-    no other."""
+    """Training and validation documents by a hash of their names: adding one moves no other."""
     if len(documents) < 2:
         raise ValueError(
             "the data holds a single document; training needs at least one more to validate on"

@@ -54,8 +54,7 @@ class Trained:
 def train_one(
     experiment: Experiment, name: str, corpus: Corpus, out: Path, *, seed: int, console: Console
 ) -> Trained:
-    """Train one of the models into ``out/EXPERIMENT/MODEL``. Raises KeyboardInterrupt if it is
-    interrupted."""
+    """Train one model in ``out/EXPERIMENT/MODEL``. Raises KeyboardInterrupt if interrupted."""
     config = TrainConfig(
         model=experiment.models[name],
         data=experiment.data,

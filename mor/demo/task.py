@@ -31,8 +31,7 @@ SHAPE: dict[str, Any] = dict(num_kv_heads=4, init_std=0.125, max_seq_len=64)
 
 
 def task_experiment(flops: float, *, quick: bool) -> Experiment:
-    """The models and learning rate of studies/sizes/small.toml. quick: small batches, little
-    validation data."""
+    """Models and rate of studies/sizes/small.toml. quick: small batches, little validation data."""
     return Experiment(
         name="task",
         data=DataConfig(path=f"task:state-tracking?states={STATES}&moves=4&hops={HOPS}"),

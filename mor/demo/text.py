@@ -57,8 +57,7 @@ def text_experiment(flops: float, *, quick: bool) -> Experiment:
 
 @dataclass(frozen=True, kw_only=True)
 class TextRow:
-    """One trained model. wall_s is training alone; kv_bytes_per_token was measured on a real fp32
-    cache."""
+    """One trained model. wall_s: training alone. kv_bytes_per_token: measured on an fp32 cache."""
 
     name: str
     params_non_embedding: int

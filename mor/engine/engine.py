@@ -76,8 +76,7 @@ class EngineConfig(Settings):
     attention: AttentionBackend = "auto"
     """The kernel for decoding. auto: the fastest that works here."""
     quantize: Literal["int8"] | None = None
-    """int8: weights of all layers and the head in 8 bits, activations rounded as they come
-    (CPU)."""
+    """int8: weights of layers and head in 8 bits, activations quantized on the fly (CPU)."""
 
     def __post_init__(self) -> None:
         if self.loop == "device" and self.batching != "depth_wise":
@@ -229,8 +228,7 @@ class Engine:
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Request]:
-        """Continue prompts, all together; finished requests in their order. Arguments as in
-        :meth:`stream`."""
+        """Continue prompts together; finished requests in order. Arguments as in :meth:`stream`."""
         own = self._add_all(prompts, params)
         while any(request.finish_reason is None for request in own.values()):
             self.step()

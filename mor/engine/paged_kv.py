@@ -181,8 +181,7 @@ class PagedKV:
         self.host_count[:] = self.count.view(self.host_count.shape).cpu().numpy()
 
     def reserve(self, slot: np.ndarray, stream: np.ndarray, entries: int | np.ndarray = 1) -> None:
-        """Places for so many more entries of each virtual sequence. Needs free pages: callers make
-        room first."""
+        """Places for so many more entries of each virtual sequence; callers make room first."""
         wanted = self.host_count[slot, stream] + entries
         missing = (wanted - self.reserved[slot, stream]) * self.writes[stream]
         for i in np.flatnonzero(missing > 0):

@@ -59,8 +59,7 @@ class Request:
     """Of these, the tokens that came from the prefix cache."""
     preemptions: int = 0
     taken: list[np.ndarray] = field(default_factory=list)
-    """Whether the tokens read as prompt took each recursion: (tokens, recursions) for each
-    chunk."""
+    """Whether each prompt token took each recursion: (tokens, recursions) per chunk read."""
 
     @property
     def known_ids(self) -> list[int]:

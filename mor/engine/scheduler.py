@@ -38,8 +38,7 @@ class Scheduler:
         request.status = Status.FINISHED
 
     def admit(self) -> None:
-        """Give free slots to waiting requests, as long as their prompts have room without
-        preempting anyone."""
+        """Give free slots to waiting requests while their prompts fit without preempting anyone."""
         while self.waiting and self._free_slots:
             request, slot = self.waiting[0], self._free_slots[-1]
             segments = self._cached_beginning(request)
@@ -94,8 +93,7 @@ class Scheduler:
         return [] if self.prefix_cache is None else self.prefix_cache.match(request.known_ids)
 
     def _start_running(self, request: Request, segments: Sequence[Segment]) -> None:
-        """Move the oldest waiting request to the next free slot, to which ``segments`` are
-        attached."""
+        """Move the oldest waiting request to the next free slot, and attach ``segments`` to it."""
         self.waiting.pop(0)
         request.slot, request.status = self._free_slots.pop(), Status.RUNNING
         request.taken = [segment.taken for segment in segments]

@@ -1,7 +1,7 @@
 """The model for transformers: AutoModelForCausalLM, generate(), Trainer, PEFT, lm-eval.
 
 ``import mor.hub`` registers these classes. A directory written by ``mor.checkpoint`` and one
-written by ``save_pretrained`` are the same thing, and either loads in both worlds.
+written by ``save_pretrained`` are the same thing, and either package loads both.
 
 B rows · T columns, padding included · V vocabulary
 """
@@ -25,8 +25,7 @@ from mor.model.config import Selection
 from mor.model.kv_cache import KVCache
 from mor.model.transformer import Output, RMSNorm, Transformer
 
-# generate() hands the cache over as "cache" since transformers 5.24, before that as
-# "past_key_values".
+# generate() passes the cache as "cache" since transformers 5.24, earlier as "past_key_values".
 _GENERATE_ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 _CACHE = "cache" if "cache" in _GENERATE_ARGUMENTS else "past_key_values"
 
@@ -70,7 +69,7 @@ class MoRCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        # keys and values of earlier tokens are kept, so only new tokens are to be passed
+        # Keys and values of earlier tokens are kept, so generate() passes new tokens alone.
         return [False]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -134,8 +133,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_transformer(cls, model: Transformer, **settings: Any) -> MoRForCausalLM:
-        """Wrap a model without copying its weights. settings: those of transformers, such as
-        eos_token_id."""
+        """Wrap a model without a copy. settings: those of transformers, such as eos_token_id."""
         with torch.device("meta"):
             made = cls(MoRConfig.from_model_config(model.config, **settings))
         made.model = model
@@ -209,15 +207,14 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         if self.training and self.balances_by_bias and not self.is_balanced:
             warnings.warn(
                 "balancing='loss_free' needs callbacks=[mor.hub.trainer.LoadBalancing()] in "
-                "Trainer: nothing balances "
-                "the load",
+                "Trainer: nothing balances the load",
                 stacklevel=2,
             )
         logits, aux_loss = output.logits_BTV, output.routing.weighted_loss
         lm_loss = self.loss_function(
             logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch
         )
-        # a mean over this batch, of which there are several in a step
+        # The loss is a mean over this batch, one of several in a step.
         if num_items_in_batch is not None:
             aux_loss = aux_loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
         return lm_loss + aux_loss, aux_loss

@@ -195,8 +195,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def tally(index: Tensor, length: int) -> Tensor:
-    """How often each of 0..length-1 occurs; unlike ``bincount`` it does not make the host wait for
-    the device."""
+    """Counts of 0..length-1; unlike ``bincount``, the host does not wait for the device."""
     return index.new_zeros(length).index_add_(0, index, torch.ones_like(index))
 
 

@@ -1,5 +1,4 @@
-"""What a study's numbers say: differences seed by seed, with intervals, and whether depth pays at
-all."""
+"""What a study's numbers say: paired differences with intervals, and whether depth pays."""
 
 from __future__ import annotations
 
@@ -118,8 +117,7 @@ def _reference_of(study: Study, run: dict[str, Any]) -> str | None:
 
 
 def depth_verdict(study: Study, rows: Sequence[dict[str, Any]]) -> str:
-    """Whether depth pays at this size, in words computed from the numbers; said before anything
-    else."""
+    """Whether depth pays at this size, in words computed from the numbers."""
     control = study.depth_pays
     if not (control.deep and control.shallow):
         return "This study has no control, so it does not show whether depth pays at its size."

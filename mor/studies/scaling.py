@@ -23,7 +23,7 @@ from mor.statistics import bootstrap_bounds
 from mor.studies.study import LABEL, row_name
 
 Array = NDArray[np.float64]
-# a minimum farther outside the measured log sizes does not count: the curve is flat or a slope
+# A minimum farther outside the measured log sizes does not count: the curve is flat or a slope.
 REACH = math.log(1000)
 PHI_BOUND = 3.0
 
@@ -111,8 +111,7 @@ def parabola(points: Sequence[Point]) -> Array:
 
 
 def lowest_point(points: Sequence[Point]) -> tuple[float, float]:
-    """(log size, NLL) where the parabola is lowest; NaN for a curve without such a point within
-    REACH."""
+    """(log size, NLL) where the parabola is lowest; NaN if it has no minimum within REACH."""
     curve = parabola(points)
     best = -curve[1] / (2 * curve[0]) if curve[0] > 0 else math.nan
     sizes = [math.log(p.size) for p in points]
@@ -168,8 +167,7 @@ def _log_tokens(points: Sequence[Point], log_size: Any) -> Any:
 def _resamples(
     points: Sequence[Point], noise: float, count: int, seed: int
 ) -> Iterable[list[Point]]:
-    """The points with fresh noise (parametric bootstrap): as large as between seeds, otherwise
-    ``noise`` nats."""
+    """The points with fresh noise (parametric bootstrap): that between seeds, or ``noise`` nats."""
     random = np.random.default_rng(seed)
     between_seeds = _deviation_between_seeds(points)
     for _ in range(count):
@@ -197,8 +195,7 @@ def _deviation_between_seeds(points: Sequence[Point]) -> float | None:
 def paths(
     points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000, seed: int = 0
 ) -> list[ScalingPath]:
-    """How the best size and token count grow with the budget, for each family with two or more
-    budgets."""
+    """How best size and token count grow with the budget, for families with two or more budgets."""
     found = []
     for family in dict.fromkeys(p.family for p in points):
         chosen = [p for p in points if p.family == family]
