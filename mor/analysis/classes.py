@@ -1,4 +1,4 @@
-"""Classes of tokens: by their text, by their position and by how common they are."""
+"""Classes of tokens by text, by position and by frequency."""
 
 from __future__ import annotations
 

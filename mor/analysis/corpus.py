@@ -380,8 +380,8 @@ def counterfactual_gains(reading: Reading) -> Rows:
 
 @torch.no_grad()
 def _exit_logprobs(reading: Reading, w: int, routing: Routing) -> Tensor:
-    """Log-probability of every token's target had it left after 1..R recursions, (R, T); without
-    meaning where there is none."""
+    """Log-probability of every token's target had it left after 1..R recursions, (R, T); undefined
+    where there is none."""
     ids, target_T1 = reading.tokens_BT[w].tolist(), reading.targets_BT[w].clamp(min=0)[:, None]
     taken_RT, rows = routing.taken_RM, []
     for depth in range(1, reading.model.config.num_recursions + 1):
@@ -391,7 +391,7 @@ def _exit_logprobs(reading: Reading, w: int, routing: Routing) -> Tensor:
 
 
 def token_counts(data: TokenData, chunk: int = 1 << 20) -> dict[int, int]:
-    """How often every token id occurs."""
+    """How often each token id occurs."""
     counts: Counter[int] = Counter()
     for piece in _chunks(data, chunk):
         values, times = piece.unique(return_counts=True)

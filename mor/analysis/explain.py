@@ -290,8 +290,7 @@ def shown(value: float, digits: int) -> str:
 
 
 def windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
-    """(start, first token reported, stop) of half-overlapping windows that cover each token
-    once."""
+    """(start, first token reported, stop) of half-overlapping windows, each token in one report."""
     start = first = 0
     while True:
         stop = min(start + window, length)

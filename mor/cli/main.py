@@ -37,7 +37,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Exit codes: 2 for mistakes of the user, 130 for Ctrl-C, 1 if nobody reads on."""
+    """Exit codes: 2 for a user's mistake, 130 for Ctrl-C, 1 if the reader of a pipe is gone."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         run(sys.argv[1:] if arguments is None else arguments)

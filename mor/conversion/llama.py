@@ -53,7 +53,7 @@ def llama_config(theirs: Any) -> ModelConfig:
                 f"the source has {name}={value!r}; mor computes with {name}={allowed[-1]!r} only"
             )
     quantized = getattr(theirs, "quantization_config", None)
-    # GGUF is no problem: transformers dequantizes it.
+    # transformers dequantizes GGUF files by itself.
     if quantized is not None and "gguf" not in str(quantized):
         raise ValueError(
             "the source's weights are quantized; convert the original model, or a GGUF file of it"

@@ -206,7 +206,7 @@ def parse_task(path: str) -> Task:
     name, _, settings = path.removeprefix(PREFIX).partition("?")
     if name not in TASKS:
         raise ValueError(
-            f"{path!r}: no task {name!r}{suggestion(name, TASKS)}; there is {', '.join(TASKS)}"
+            f"{path!r}: no task {name!r}{suggestion(name, TASKS)}; choose from {', '.join(TASKS)}"
         )
     try:
         values = {

@@ -118,11 +118,11 @@ def task_verdict(rows: Sequence[TaskRow]) -> str:
     if paying:
         more = " and ".join(f"{name} {100 * gains[name]:.0f}" for name in paying)
         plain = (
-            "Depth pays on this task: with the same unique layers, right answers in percentage "
-            f"points more than one pass: {more}."
+            "Depth pays on this task. More right answers than one pass of the same unique layers, "
+            f"in percentage points: {more}."
         )
     else:
-        plain = "No model answers clearly more than one pass: depth did not pay here."
+        plain = "No model is clearly better than one pass: depth did not pay here."
     depth = next(row.mean_depth_by_hops for row in rows if row.name == "MoR")
     easy, late = fmean(depth[: HOPS // SPANS]), fmean(depth[-HOPS // SPANS :])
     routed = "sends harder questions deeper" if late > easy + 0.5 else "does not follow the hops"

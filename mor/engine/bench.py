@@ -134,7 +134,7 @@ class DecodeRow:
 
     model: str
     batch: int
-    """Tokens in a pass of the shared layers at most."""
+    """Most tokens in a pass of the shared layers."""
     slots: int
     """Requests that run at a time."""
     tokens_per_s: float

@@ -23,8 +23,8 @@ def kind_of(stream: int) -> int:
 class PagePool:
     """Pages of one kind, with the number of owners of each.
 
-    Running sequences and cached prefixes own pages. A page has several owners when sequences begin
-    alike, and is free again when the last of them lets go.
+    Running sequences and cached prefixes own pages. A page has several owners when sequences share
+    a prefix, and is free again when the last one releases it.
     """
 
     def __init__(self, num_pages: int) -> None:

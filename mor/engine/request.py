@@ -72,7 +72,7 @@ class Request:
 
     @property
     def max_length(self) -> int:
-        """Tokens that are cached at most; the last new one is never read."""
+        """Most tokens that are cached; the last new one is never read."""
         return len(self.prompt_ids) + self.params.max_new_tokens - 1
 
     @property

@@ -1,4 +1,4 @@
-"""Who runs: admission, room for pages, preemption. Oldest first everywhere, so nobody starves."""
+"""Who runs: admission, room for pages, preemption. Oldest first, so that no request starves."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Scheduler:
             segments = self._cached_beginning(request)
             self.kv.attach(slot, segments)
             left = len(request.known_ids) - sum(len(segment.taken) for segment in segments)
-            # If nobody runs, the oldest request always fits: the engine refused it otherwise.
+            # If none is running, the oldest request always fits: the engine refused it otherwise.
             if self.running and not self._evict_until_free(self.kv.pages_for(left, [slot])):
                 self.kv.free_slot(slot)
                 return
@@ -119,7 +119,7 @@ class Scheduler:
         self.add(request)
 
     def _evict_until_free(self, pages: Sequence[int]) -> bool:
-        """Drop cached prefixes until so many pages are free; False if they never are."""
+        """Drop cached prefixes until this many pages are free; False if they never are."""
         while not self.kv.has_free(pages):
             if not self._evict_prefix():
                 return False

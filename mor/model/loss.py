@@ -19,8 +19,7 @@ CHUNK_LOGITS = 1 << 25  # logits alive at a time; 128 MiB in fp32
 
 
 def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor:
-    """Mean ``cross_entropy(x @ weight.T, target)`` in nats, without targets that are
-    ``IGNORED``."""
+    """Mean ``cross_entropy(x @ weight.T, target)`` in nats, over targets not ``IGNORED``."""
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         x_MD, weight_VD, target
     )

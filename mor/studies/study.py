@@ -236,7 +236,7 @@ def _shape(study: Study, changes: Mapping[str, Any]) -> dict[str, Any]:
         return own
     if not isinstance(like, str) or like not in study.shapes:
         raise ValueError(
-            f"there is no shape {like!r}; there are {', '.join(study.shapes) or 'none'}"
+            f"there is no shape {like!r}; this study has {', '.join(study.shapes) or 'none'}"
         )
     return merge(study.shapes[like], own)
 
@@ -403,7 +403,7 @@ def variants_named(study: Study, names: Sequence[str]) -> Study:
     """Some of a study's variants, to run only. Raises ValueError for an unknown name."""
     for name in names:
         if name not in study.variants:
-            raise ValueError(f"no variant {name!r}; there are {', '.join(study.variants)}")
+            raise ValueError(f"no variant {name!r}; this study has {', '.join(study.variants)}")
     kept = {name: study.variants[name] for name in study.variants if name in names}
     exits = tuple(name for name in study.exits if name in kept)
     return replace(study, variants=kept, exits=exits, reference="", depth_pays=DepthPays())

@@ -61,7 +61,7 @@ def train(
 
     resume: continue the run in ``config.out`` from its newest checkpoint, or start it if there is
     none yet. Ctrl-C or SIGTERM finishes the step, saves and returns with ``finished=False``. Raises
-    TrainingError if the loss stays not finite or a checkpoint cannot be written, ValueError if the
+    TrainingError if the loss stays non-finite or a checkpoint cannot be written, ValueError if the
     newest one is damaged or another process trains in ``config.out``.
     """
     run = RunFolder(Path(config.out))

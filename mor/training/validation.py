@@ -31,7 +31,7 @@ def validation_of(
     training.
 
     loaded: the checkpoint at ``path``. seq_len: None is that of the run, or of the model for a
-    checkpoint that lies alone.
+    checkpoint outside a run.
     """
     run = settings_of(path)
     found = (
