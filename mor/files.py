@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_checksums(folder: Path) -> None:
-    """Note the checksum of every file in a folder, for :func:`verify`."""
+    """Write the checksum of every file in a folder, for :func:`verify`."""
     sums = {str(f.relative_to(folder)): _checksum(f) for f in folder.rglob("*") if f.is_file()}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2))
 
@@ -146,7 +146,7 @@ def alone_in(folder: Path, *, doing: str) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """An existing folder for what can be made again: ``$XDG_CACHE_HOME/mor``, else
+    """An existing folder for files that can be recreated: ``$XDG_CACHE_HOME/mor``, else
     ``~/.cache/mor``. Where neither can be written, a private one that goes with this process."""
     for place in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
         folder = Path(place) / "mor"
@@ -168,8 +168,8 @@ def _temporary_folder() -> Path:
     # Nobody else may write there: the cache holds compiled code. So its name cannot be a fixed one.
     folder = tempfile.mkdtemp(prefix="mor-")
     warnings.warn(
-        "neither $XDG_CACHE_HOME nor ~/.cache can be written, so what is kept there is made again "
-        "in every process; set XDG_CACHE_HOME to a writable folder",
+        "neither $XDG_CACHE_HOME nor ~/.cache can be written, so cached files are made again in "
+        "every process; set XDG_CACHE_HOME to a writable folder",
         stacklevel=3,
     )
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

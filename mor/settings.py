@@ -93,7 +93,7 @@ def suggestion(word: Any, known: Any) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-# What a value must be, by the type of pydantic's error, where its own words are a programmer's.
+# What a value must be, by pydantic's type of error, where its own words are for programmers.
 _ALLOWED = {
     "int_type": "a whole number",
     "float_type": "a number",

@@ -126,8 +126,8 @@ def oracle_exits(nll_MR: Tensor, confidence_MR: Tensor, mean_depth: float) -> Te
 
 
 def _between(shallow: Tensor, deep: Tensor, mean_depth: float) -> Tensor:
-    """The mean depth where a limit would send equal tokens all or none deeper: as many go deeper as
-    it takes, in an order that does not depend on them."""
+    """Reach the mean depth where tokens tie at the limit: as many of them go deeper as it takes, in
+    a pseudo-random order."""
     order = hash_uniform(1, torch.arange(len(deep))).argsort()
     more = (deep - shallow)[order]
     more[more.cumsum(0) > mean_depth * len(deep) - shallow.sum()] = 0

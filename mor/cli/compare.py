@@ -54,7 +54,7 @@ class Compare(Command):
 
 
 def differing(found: Sequence[Facts]) -> dict[str, list[Any]]:
-    """Settings that are not the same in all, with the value of each; None where there is none."""
+    """Settings that differ, with the value of each; None where there is none."""
     from mor.cli.describe import settings_of
 
     settings = [settings_of(each) for each in found]

@@ -53,9 +53,9 @@ def train_memory(config: ModelConfig, run: Step) -> TrainMemory:
     """Memory of a training step with top-k selection (or as many tokens at each depth)."""
     params = MASTER_BYTES * unique_params(config)
     several, share = run.ranks > 1, run.ranks if run.parallel == "fsdp" else 1
-    # FSDP: during a step everything, beside its share
+    # FSDP: during a step also the gathered parameters
     gathered = params if several and run.parallel == "fsdp" else 0
-    # DDP: the gradients have their place all the time
+    # DDP: gradient buckets stay allocated all the time
     buckets = params if several and run.parallel == "ddp" else 0
     # Autocast's copies of the weights.
     copies = unique_params(config) * 2 if run.precision == "bfloat16" else 0

@@ -1,5 +1,4 @@
-"""The demo on state tracking, a task whose questions need up to 16 steps: one pass, recursive,
-MoR.
+"""The demo on state tracking, whose questions need up to 16 steps: one pass, recursive, MoR.
 
 B rows of the batch · T columns
 """

@@ -143,8 +143,8 @@ def text_verdict(rows: Sequence[TextRow]) -> str:
         control = f"One pass is worse than MoR by {gain:.3f}: depth pays on this text."
     elif gain >= -CLEAR:
         control = (
-            f"One pass and MoR differ by {abs(gain):.3f}, less than chance: depth does not pay yet "
-            "on text at this size and budget."
+            f"One pass and MoR differ by {abs(gain):.3f}, which is within noise: depth does not "
+            "pay yet on text at this size and budget."
         )
     else:
         control = (

@@ -138,11 +138,11 @@ class ModelConfig(Settings):
     head_dim: PositiveInt = 64
     ffn_dim: PositiveInt = 1536
     prelude_layers: NonNegativeInt = 0
-    """Layers of their own before the recursions."""
+    """Layers before the recursions, applied once."""
     shared_layers: PositiveInt = 30
     """Layers in the shared stack, stored once and applied num_recursions times."""
     coda_layers: NonNegativeInt = 0
-    """Layers of their own after the recursions."""
+    """Layers after the recursions, applied once."""
     num_recursions: PositiveInt = 1
     shared_order: Literal["cycle", "sequence"] = "cycle"
     """cycle: (0,1,2)(0,1,2); sequence: (0,0)(1,1)(2,2)."""
@@ -210,7 +210,7 @@ class ModelConfig(Settings):
         return f"{self.prelude_layers}+{shared}+{self.coda_layers}"
 
     def with_recursions(self, num_recursions: int) -> ModelConfig:
-        """With more recursions, the further ones as large as the last of these."""
+        """With more recursions, whose capacities are the last one's."""
         router = self.router
         if router.kind in _READ_BY["capacities"]:
             further = self.capacities[-1:] * (num_recursions - self.num_recursions)

@@ -188,8 +188,7 @@ class _Take(torch.autograd.Function):
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """``x[index]`` where no index occurs twice: then the gradient is a copy, and needs neither
-    sums nor sorting."""
+    """``x[index]`` for distinct indices: the gradient is a copy, without sums or sorting."""
     taken: Tensor = _Take.apply(x, index)  # type: ignore[no-untyped-call]
     return taken
 

@@ -149,7 +149,7 @@ class Router(nn.Module):
         return None
 
     def shown_score(self, routing: Routing, recursion: int) -> Tensor | None:
-        """Scores for people, between 0 and 1; NaN for tokens that were not candidates. None: the
+        """Scores to show, between 0 and 1; NaN for tokens that were not candidates. None: the
         router scores nothing."""
         return None
 

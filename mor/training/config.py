@@ -88,7 +88,7 @@ class TrainConfig(Settings):
     keep: NonNegativeInt = 2
     """Checkpoints that are kept; 0 keeps all."""
     keep_steps: Listed[tuple[PositiveInt, ...]] = ()
-    """Steps whose checkpoints are kept besides, such as those that other runs branch off."""
+    """Steps whose checkpoints are kept as well, such as those that other runs branch off."""
     max_skipped: NonNegativeInt = 5
     """Skipped steps in a row (loss or gradient not finite) after which the run stops."""
     branch_from: str | None = None
@@ -98,7 +98,7 @@ class TrainConfig(Settings):
     seed: Seed = 0
     """Of weights and data order."""
     device: str = "auto"
-    """auto, cpu, cuda or another of PyTorch's. auto: a GPU if there is one."""
+    """auto, cpu, cuda or another PyTorch device. auto: a GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
     parallel: Parallel = "ddp"
