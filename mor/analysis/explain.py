@@ -304,11 +304,8 @@ class _Reader:
     """Reads windows of ids and records, token by token, what the text alone does not show."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, guesses: int) -> None:
-        self.model, self.tokenizer, self.guesses = (
-            model,
-            tokenizer,
-            min(guesses, model.config.vocab_size),
-        )
+        self.model, self.tokenizer = model, tokenizer
+        self.guesses = min(guesses, model.config.vocab_size)
         self.names: dict[int, str] = {}
 
     def read(

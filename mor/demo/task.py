@@ -96,10 +96,8 @@ def task_table(rows: Sequence[TaskRow]) -> Table:
     made.add_column("layers")
     for a, b in spans:
         made.add_column(f"{a + 1}–{b} hops", justify="right")
-    for what, cell in (
-        ("answers_right_by_hops", "{:.0%} right"),
-        ("mean_depth_by_hops", "depth {:.2f}"),
-    ):
+    cells_of = {"answers_right_by_hops": "{:.0%} right", "mean_depth_by_hops": "depth {:.2f}"}
+    for what, cell in cells_of.items():
         for row in rows:
             values = getattr(row, what)
             cells = [cell.format(fmean(values[a:b])) for a, b in spans]
