@@ -29,7 +29,7 @@ OPTIMIZER = Path("training_state") / "optimizer"
 _PROGRESS = Path("training_state") / "progress.json"
 _WEIGHTS = "model.safetensors"
 _PREFIX = "model."  # MoRForCausalLM holds the Transformer under this name
-# in config.json beside the settings of ModelConfig
+# Entries of config.json that are not settings of ModelConfig.
 _OUR_EXTRAS = {"model_type", "architectures", "eos_token_id", "auto_map"}
 
 
@@ -126,7 +126,7 @@ def read_config(folder: Path) -> ModelConfig:
     values = json.loads(file.read_text())
     if values.get("model_type") != "mor":
         raise ValueError(f"{file} does not describe a mor model (model_type is not 'mor')")
-    # transformers adds settings of its own
+    # A file that transformers wrote also has settings of transformers.
     theirs = "transformers_version" in values
     ignored = values.keys() - ModelConfig.__dataclass_fields__.keys() if theirs else _OUR_EXTRAS
     return ModelConfig.from_dict(

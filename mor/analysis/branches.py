@@ -23,7 +23,7 @@ from mor.model.other_depths import ForcedRouter
 from mor.model.packing import PackedTokens
 from mor.model.transformer import Transformer
 
-# alive at a time; four times as many spend more in the kernel than they save
+# Logits alive at a time; four times as many cost more in the kernel than they save.
 CHUNK_LOGITS = 1 << 22
 
 
@@ -121,7 +121,7 @@ class BranchPass:
     def _past(self, layer: int) -> tuple[Tensor, Tensor]:
         """Entries of the streams read, (S, G, H); later streams win."""
         k, v = (x[0] for x in self.store.past.read(self.reads[0], layer, None))
-        # every token is in the first stream read, so there its place is its position
+        # Every token is in the first stream read, so there its place is its position.
         for stream in self.reads[1:]:
             position = self.store.past.positions(stream, None)[0]
             k_new, v_new = (x[0] for x in self.store.past.read(stream, layer, None))

@@ -352,7 +352,7 @@ class _Reader:
         logp_M1 = logp_MV.gather(
             1, torch.tensor(targets, device=logits_MV.device).clamp(min=0)[:, None]
         )
-        # sums of booleans are slow
+        # Sums of booleans are slow.
         ranks = ((logp_MV > logp_M1).float().sum(1).int() + 1).tolist()
         columns = (
             targets,

@@ -125,7 +125,7 @@ def prepare(
             console.print(f"{out} is complete: nothing to do", highlight=False)
             return read_manifest(out)
         if begun is None:
-            # a wrong field or a damaged file is an error before the settings of ``out`` are fixed
+            # A wrong field or a damaged file is an error before the settings of ``out`` are fixed.
             next(sources[0].read(), None)
             _write(out / JOURNAL, json.dumps(settings).encode() + b"\n")
         _tokenize(config, sources, out, settings, console)

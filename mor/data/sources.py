@@ -105,7 +105,6 @@ class HubSource:
         datasets = optional_module("datasets")
         datasets.disable_progress_bars()
         number = skip
-        # no network, unknown name, subset or split
         try:
             rows = datasets.load_dataset(
                 self.dataset, self.subset, split=self.split, streaming=True
@@ -114,7 +113,7 @@ class HubSource:
                 yield record_from(f"{self.name}:{number}", row, self.text_field), 0
         except MissingFieldError:
             raise
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # no network, or an unknown name
             raise ValueError(
                 f"{self.name} cannot be read (after record {number}): {error}"
             ) from error

@@ -332,8 +332,7 @@ def open_shards(folder: str | Path, split: str, tokenizer: Tokenizer) -> TokenDa
         raise ValueError(
             f"{folder} was prepared with the tokenizer {made_by['asked']!r} "
             f"({made_by['fingerprint']}), not with the one of this model or run "
-            f"({tokenizer.fingerprint}); prepare it again with --tokenizer and the directory "
-            "of the latter"
+            f"({tokenizer.fingerprint}); prepare it again with --tokenizer MODEL_OR_RUN"
         )
     if split not in manifest["splits"]:
         raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(manifest['splits'])}")

@@ -66,10 +66,9 @@ class Tokenizer:
         return self._encoding(text).ids
 
     def _encoding(self, text: str, *, add_special_tokens: bool = False) -> tokenizers.Encoding:
-        # a command line's bytes that are not UTF-8 come as lone surrogates
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens)
-        except TypeError as error:
+        except TypeError as error:  # lone surrogates, from a command line that is not UTF-8
             raise ValueError(f"the text is not valid UTF-8: {text[:40]!r}") from error
 
     def encode_prompt(self, text: str) -> list[int]:

@@ -235,7 +235,7 @@ def _load_tasks(manager: TaskManager, part: str, shots: int) -> list[Task]:
             "task files that read local data: --include-path DIR"
         ) from error
     for name, task in found.items():
-        # lm-eval would ask without examples, silently.
+        # Otherwise lm-eval would silently ask without examples.
         if shots and task.config.num_fewshot == 0:
             raise ValueError(
                 f"the task file of {name} says num_fewshot: 0, so it cannot be asked with {shots} "

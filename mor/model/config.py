@@ -267,7 +267,7 @@ def layout(
     )
 
 
-# name: (layers, settings). SmolLM shapes of the paper's section 3; tiny ones for tests, laptops.
+# Name: (layers, settings). SmolLM shapes of the paper's section 3; tiny ones for tests, laptops.
 _PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "smollm-135m": (30, dict(dim=576, num_heads=9, num_kv_heads=3, ffn_dim=1536)),
     "smollm-360m": (32, dict(dim=960, num_heads=15, num_kv_heads=5, ffn_dim=2560)),

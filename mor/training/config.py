@@ -186,8 +186,8 @@ def branch(start: str | Path, *, cooldown_steps: PositiveInt, out: str) -> Train
     if config.optim.schedule != "trapezoid" or not stable[0] <= step <= stable[1]:
         raise ValueError(
             f"{folder} is at step {step}; a branch needs a checkpoint of the stable phase of a "
-            "trapezoid schedule, "
-            f"here steps {stable[0]} to {stable[1]} (keep them with --save-every and --keep 0)"
+            f"trapezoid schedule, here steps {stable[0]} to {stable[1]} (keep them with "
+            "--save-every and --keep 0)"
         )
     return dataclasses.replace(
         cooled(config, folder, step + cooldown_steps, cooldown_steps), out=out
