@@ -80,12 +80,12 @@ def evenly_spaced(count: int, total: int) -> list[int]:
 
 
 class Windows:
-    """Training or validation sequences, numbered from 0.
+    """Training or validation sequences, numbered from 0."""
 
-    bytes_per_token: UTF-8 bytes of text per token, which turns nats into bits per byte.
-    """
-
-    bytes_per_token: float
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token, which turns nats into bits per byte."""
+        raise NotImplementedError
 
     def describe(self) -> str:
         """How much there is, in words."""
@@ -160,7 +160,7 @@ class TokenData(Windows):
     num_bytes: int
 
     @property
-    def bytes_per_token(self) -> float:  # type: ignore[override]
+    def bytes_per_token(self) -> float:
         return self.num_bytes / len(self)
 
     def describe(self) -> str:

@@ -272,8 +272,9 @@ def merge(*tables: Mapping[str, Any]) -> dict[str, Any]:
     for table in tables:
         for key, value in table.items():
             before = merged.get(key)
-            both = isinstance(before, Mapping) and isinstance(value, Mapping)
-            merged[key] = merge(before, value) if both else value  # type: ignore[arg-type]
+            if isinstance(before, Mapping) and isinstance(value, Mapping):
+                value = merge(before, value)
+            merged[key] = value
     return merged
 
 
