@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mor import checkpoint
-from mor.costs.flops import kv_bytes, layout_text, non_embedding_params, unique_params
+from mor.costs.flops import kv_bytes, non_embedding_params, unique_params
 from mor.data.config import DataConfig
 from mor.data.problems import PREFIX
 from mor.data.stream import is_prepared
@@ -109,7 +109,7 @@ def model_facts(model: ModelConfig) -> dict[str, Any]:
     routed = model.router.kind != "fixed"
     return {
         "family": model.family,
-        "layout": layout_text(model),
+        "layout": model.layout_name,
         "effective_layers": model.num_layers,
         "params": unique_params(model),
         "params_non_embedding": non_embedding_params(model),

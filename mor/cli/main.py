@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import warnings
@@ -60,8 +59,9 @@ def run(arguments: list[str]) -> None:
     elif name == "--version":
         print(f"mor {mor.__version__}")
     elif name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        meant = f" (did you mean {close[0]!r}?)" if close else ""
+        from mor.settings import suggestion
+
+        meant = suggestion(name, COMMANDS)
         raise ValueError(f"mor has no command {name!r}{meant}; mor --help lists them")
     else:
         from rich.console import Console

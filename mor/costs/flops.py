@@ -212,14 +212,6 @@ def decode_seconds(
     return seconds
 
 
-def layout_text(config: ModelConfig) -> str:
-    """Prelude, shared layers times recursions, and coda, such as ``1+10x3+1``."""
-    return (
-        f"{config.prelude_layers}+{config.shared_layers}x{config.num_recursions}"
-        f"+{config.coda_layers}"
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Costs:
     """Costs at a context length, with the configured capacities as shares of tokens."""
@@ -247,7 +239,7 @@ def costs(
     forward = forward_flops(config, sequence_workload(config, length)) / length
     return Costs(
         family=config.family,
-        layout=layout_text(config),
+        layout=config.layout_name,
         num_layers=config.num_layers,
         context=length,
         params=unique_params(config),
