@@ -115,8 +115,8 @@ def task_verdict(rows: Sequence[TaskRow]) -> str:
     if paying:
         more = " and ".join(f"{name} {100 * gains[name]:.0f}" for name in paying)
         plain = (
-            "Depth pays on this task. More right answers than one pass of the same unique layers, "
-            f"in percentage points: {more}."
+            "Depth pays on this task. Right answers gained, in percentage points, over the same "
+            f"unique layers in one pass: {more}."
         )
     else:
         plain = "No model is clearly better than one pass: depth did not pay here."
