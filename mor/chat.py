@@ -1,4 +1,4 @@
-"""Chat: messages become a prompt by the tokenizer's template; which tokens end an answer."""
+"""Chat: prompts made with the tokenizer's template, and the tokens that end an answer."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Chat:
         return self.tokenizer.encode(self._render(messages, add_generation_prompt=True))
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        return self.theirs.apply_chat_template(
+        text: str = self.theirs.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
+        return text
 
     def _end_of_answer(self) -> list[int]:
-        """The special token that follows an answer, which need not be end-of-text (Llama 3:
-        <|eot_id|>)."""
+        """The token that follows an answer, not always end-of-text (Llama 3: <|eot_id|>)."""
         marker = "8d1f"
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
         after = self._render(turns, add_generation_prompt=False).rpartition(marker)[2]

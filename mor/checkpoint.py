@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mor.data.tokenizer import Tokenizer
-from mor.files import replacing, write_checksums
+from mor.files import read_json, replacing, write_checksums
 from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
 from mor.run_folder import RunFolder
@@ -29,7 +29,7 @@ OPTIMIZER = Path("training_state") / "optimizer"
 _PROGRESS = Path("training_state") / "progress.json"
 _WEIGHTS = "model.safetensors"
 _PREFIX = "model."  # MoRForCausalLM holds the Transformer under this name
-# in config.json beside the settings of ModelConfig
+# Entries of config.json that are not settings of ModelConfig.
 _OUR_EXTRAS = {"model_type", "architectures", "eos_token_id", "auto_map"}
 
 
@@ -83,8 +83,7 @@ def write(
 
 
 def open_weights(folder: Path) -> None:
-    """Let everyone who may read config.json read the weights: safetensors writes them for their
-    owner alone."""
+    """Give the weights config.json's permissions: safetensors lets only their owner read them."""
     for weights in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", weights)
 
@@ -104,7 +103,7 @@ def resolve(path: str | Path) -> Path:
 def load(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint, or the newest one of a run, with the model in evaluation mode.
 
-    Raises ValueError that says what is wrong with it.
+    Raises ValueError if there is none, or if it is damaged.
     """
     folder = resolve(path)
     config = read_config(folder)
@@ -127,7 +126,7 @@ def read_config(folder: Path) -> ModelConfig:
     values = json.loads(file.read_text())
     if values.get("model_type") != "mor":
         raise ValueError(f"{file} does not describe a mor model (model_type is not 'mor')")
-    # transformers adds settings of its own
+    # A file that transformers wrote also has settings of transformers.
     theirs = "transformers_version" in values
     ignored = values.keys() - ModelConfig.__dataclass_fields__.keys() if theirs else _OUR_EXTRAS
     return ModelConfig.from_dict(
@@ -140,4 +139,4 @@ def load_progress(path: str | Path) -> dict[str, Any]:
     folder = resolve(path)
     if not (folder / _PROGRESS).is_file():
         raise ValueError(f"{folder} was saved without training state and cannot be continued")
-    return json.loads((folder / _PROGRESS).read_text())
+    return read_json(folder / _PROGRESS)

@@ -34,8 +34,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @contextmanager
 def preferred_kernels(device: torch.device) -> Iterator[None]:
-    """On Hopper and later GPUs cuDNN's attention comes first, then the others wherever it
-    declines."""
+    """Prefer cuDNN's attention on Hopper and later GPUs, the others wherever it declines."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
         yield
         return

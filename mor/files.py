@@ -1,5 +1,5 @@
-"""Files and folders that appear whole or not at all, mistakes in them said with their name, locks,
-the cache folder, optional packages."""
+"""Files and folders that appear whole or not at all, errors that name the file, locks, the cache
+folder, optional packages."""
 
 from __future__ import annotations
 
@@ -55,8 +55,7 @@ def remove_folder(path: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Undo what a killed process left in a folder: halves of new files and folders, old ones set
-    aside."""
+    """Clean up what a killed process left in a folder: half-written files, old ones set aside."""
     for unfinished in folder.glob(".*.tmp"):
         _delete(unfinished)
     for aside in folder.glob(".*.old"):
@@ -100,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_checksums(folder: Path) -> None:
-    """Note the checksum of every file in a folder, for :func:`verify`."""
+    """Write the checksum of every file in a folder, for :func:`verify`."""
     sums = {str(f.relative_to(folder)): _checksum(f) for f in folder.rglob("*") if f.is_file()}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2))
 
@@ -124,7 +123,7 @@ def _checksum(file: Path) -> str:
 
 @contextmanager
 def alone_in(folder: Path, *, doing: str) -> Iterator[None]:
-    """Make a folder and be the only process at work in it. doing: for the message, "training in".
+    """Make a folder and hold it for this process alone. doing: for the message, "training in".
 
     The lock goes with the process however that ends; its holder may take it again. A folder that
     is left empty is removed. Raises ValueError if another process holds the lock.
@@ -147,7 +146,7 @@ def alone_in(folder: Path, *, doing: str) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """An existing folder for what can be made again: ``$XDG_CACHE_HOME/mor``, else
+    """An existing folder for files that can be recreated: ``$XDG_CACHE_HOME/mor``, else
     ``~/.cache/mor``. Where neither can be written, a private one that goes with this process."""
     for place in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
         folder = Path(place) / "mor"
@@ -169,8 +168,8 @@ def _temporary_folder() -> Path:
     # Nobody else may write there: the cache holds compiled code. So its name cannot be a fixed one.
     folder = tempfile.mkdtemp(prefix="mor-")
     warnings.warn(
-        "neither $XDG_CACHE_HOME nor ~/.cache can be written, so what is kept there is made again "
-        "in every process; set XDG_CACHE_HOME to a writable folder",
+        "neither $XDG_CACHE_HOME nor ~/.cache can be written, so cached files are made again in "
+        "every process; set XDG_CACHE_HOME to a writable folder",
         stacklevel=3,
     )
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

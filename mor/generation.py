@@ -69,8 +69,7 @@ def logprob(logits: Tensor, token_id: int) -> float:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A new token of sequence ``index``. source_depth: recursions of the token that predicted
-    it."""
+    """A new token of sequence ``index``. source_depth: recursions of the one that predicted it."""
 
     index: int
     token_id: int
@@ -101,8 +100,7 @@ def prefill(
     *,
     max_depth: int | None = None,
 ) -> Output:
-    """Read prompts of any lengths into an empty cache; logits of each one's last token, (B, 1,
-    V)."""
+    """Read prompts of any length into an empty cache; logits of each last token, (B, 1, V)."""
     device = model.embedding.weight.device
     width = max(map(len, prompts))
     tokens_BT = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=device)
@@ -221,6 +219,5 @@ def _check_prompts(
         if len(prompt) + p.max_new_tokens > config.max_seq_len:
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens and asks for {p.max_new_tokens} more, but "
-                "the model holds "
-                f"{config.max_seq_len}; shorten the prompt or lower max_new_tokens"
+                f"the model holds {config.max_seq_len}; shorten the prompt or lower max_new_tokens"
             )

@@ -29,7 +29,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, checkpoint: Path) -> RunFolder:
-        """The run that wrote a checkpoint, if any did: one that lies alone has no settings here."""
+        """The run that a checkpoint belongs to; without settings if it lies outside a run."""
         return cls(checkpoint.parent.parent)
 
     @classmethod
@@ -61,7 +61,7 @@ class RunFolder:
     # Metrics
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All rows, none before the run began. A last line that a crash cut off is left out."""
+        """All rows; none before the run began. A last line that a crash cut off is left out."""
         if not self.metrics.is_file():
             return []
         lines = self.metrics.read_text().splitlines(keepends=True)
@@ -84,11 +84,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint after so many steps lies, or will lie."""
+        """Path of the checkpoint after ``step`` steps, whether it exists or not."""
         return self._checkpoints / f"{_STEP}{step:08d}"
 
     def checkpoints(self) -> list[Path]:
-        """Those that there are, the oldest first."""
+        """The checkpoints that exist, oldest first."""
         return sorted(self._checkpoints.glob(f"{_STEP}*"))
 
     def newest_intact(self) -> Path | None:

@@ -31,7 +31,7 @@ UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 """What fits into a signed 64-bit integer."""
 Listed = Annotated[T, Strict(False)]
-"""A tuple that a list may stand for, as in files: ``Listed[tuple[int, ...]]``."""
+"""A tuple that may be given as a list, as in files: ``Listed[tuple[int, ...]]``."""
 
 _CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -44,9 +44,9 @@ class Settings:
     themselves.
 
     prefix: what leads to the settings in a run's file, for messages (``router`` for
-    ``router.alpha``). Whole numbers are taken for floats and tables for nested settings; anything
-    else of another type, nan, infinity and an unknown name raise a ValueError, as do the relations
-    between settings that a subclass checks in ``__post_init__``.
+    ``router.alpha``). Whole numbers are accepted as floats and tables as nested settings; any other
+    wrong type, nan, infinity and unknown names raise ValueError, as do the relations between
+    settings that a subclass checks in ``__post_init__``.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -93,7 +93,7 @@ def suggestion(word: Any, known: Any) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-# What a value must be, by the type of pydantic's error, where its own words are a programmer's.
+# What a value must be, by pydantic's type of error, where its own words are for programmers.
 _ALLOWED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -129,8 +129,7 @@ def _in_plain_words(
 
 
 def _place(error: Any, values: Any) -> tuple[Any, ...]:
-    """Keys that lead to a wrong value, without the branches of unions that pydantic names between
-    them."""
+    """Keys that lead to a wrong value, without the names of union branches between them."""
     place = []
     for key in error["loc"]:
         inside = key in values if isinstance(values, Mapping) else isinstance(key, int)
@@ -158,7 +157,7 @@ def _problem(place: tuple[Any, ...], errors: list[Any], cls: type | None, prefix
 
 
 def _allowed(error: Any) -> str:
-    words = _ALLOWED.get(error["type"], error["msg"].removeprefix("Input should be "))
+    words: str = _ALLOWED.get(error["type"], error["msg"].removeprefix("Input should be "))
     words = words.format(**error.get("ctx", {})) if error["type"] in _ALLOWED else words
     words = words.replace("greater than or equal to", "at least")
     return words.replace("less than or equal to", "at most")

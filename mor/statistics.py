@@ -98,11 +98,8 @@ def group_means(
     sum_CK, count_CK = np.zeros((C, K)), np.zeros((C, K))
     np.add.at(sum_CK, (block, group), np.asarray(values, dtype=float))
     np.add.at(count_CK, (block, group), 1)
-    means, counts, holds = (
-        sum_CK.sum(0) / count_CK.sum(0),
-        count_CK.sum(0),
-        (count_CK > 0).sum(0),
-    )
+    counts = count_CK.sum(0)
+    means, holds = sum_CK.sum(0) / counts, (count_CK > 0).sum(0)
     squares = np.square(sum_CK - means * count_CK).sum(0)  # 0 from blocks without the group
     found = []
     for name, mean, count, c, square in zip(names, means, counts, holds, squares, strict=True):

@@ -23,7 +23,7 @@ from mor.model.other_depths import ForcedRouter
 from mor.model.packing import PackedTokens
 from mor.model.transformer import Transformer
 
-# alive at a time; four times as many spend more in the kernel than they save
+# Logits alive at a time; four times as many cost more in the kernel than they save.
 CHUNK_LOGITS = 1 << 22
 
 
@@ -38,8 +38,7 @@ def at_depth(taken_RM: Tensor, depth: int) -> Tensor:
 
 @torch.no_grad()
 def exits_plain(model: Transformer, ids: list[int], taken_RM: Tensor, depth: int) -> Tensor:
-    """Logits after each token had it alone taken ``depth`` recursions, (T, V), one run per
-    token."""
+    """Logits after each token if it alone took ``depth`` recursions, (T, V): one run per token."""
     tokens_1T = torch.tensor([ids], device=model.embedding.weight.device)
     forced_RM, rows = at_depth(taken_RM, depth), []
     for t in range(len(ids)):
@@ -120,10 +119,9 @@ class BranchPass:
         return attention(q_MNH[None], k, v, self.visible_1MS)[0]
 
     def _past(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Entries of the streams read, (S, G, H); those of later streams replace earlier ones at
-        their positions."""
+        """Entries of the streams read, (S, G, H); later streams win."""
         k, v = (x[0] for x in self.store.past.read(self.reads[0], layer, None))
-        # every token is in the first stream read, so there its place is its position
+        # Every token is in the first stream read, so there its place is its position.
         for stream in self.reads[1:]:
             position = self.store.past.positions(stream, None)[0]
             k_new, v_new = (x[0] for x in self.store.past.read(stream, layer, None))

@@ -1,4 +1,4 @@
-"""What kind of token it is: its look, its place, how common it is."""
+"""Classes of tokens by text, by position and by frequency."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = (
 def kinds(
     tokenizer: Tokenizer, ids: Sequence[int], pieces: Sequence[str], task: Task | None = None
 ) -> list[str]:
-    """One of KINDS per token; of a task, what its words are for. pieces: their texts, as
+    """One of KINDS per token; for a task, what each word is for. pieces: their texts, as
     ``Tokenizer.pieces`` gives them."""
     special = {
         i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special
@@ -62,8 +62,7 @@ def place_groups(positions: Sequence[int], parts: int = 4) -> list[str]:
 
 
 def frequency_groups(counts: Sequence[int]) -> list[str]:
-    """Thirds of the tokens from rare to frequent, named with the counts they span; equal counts
-    stay together."""
+    """Thirds of the tokens, rare to frequent, named by their counts; equal counts stay together."""
     ordered = sorted(counts)
     cuts = [ordered[len(ordered) // 3], ordered[2 * len(ordered) // 3]] if ordered else [0, 0]
     part = [sum(count > cut for cut in cuts) for count in counts]

@@ -147,7 +147,7 @@ def agreement(reading: Reading) -> Rows:
     selects.
 
     same_decision: share of top-k's candidates on which the threshold, seeing the same state,
-    decides alike.
+    decides the same.
     same_depth: share of tokens that end at the same depth when each selection reads the text by
     itself. Empty for routers without top-k.
     """
@@ -197,7 +197,7 @@ def score_histogram(reading: Reading, bins: int = 20) -> Rows:
             chosen_here = routing.selected(r) if depth is None else depth == r + 1
             scores.append(score[~score.isnan()])
             chosen.append(chosen_here[~score.isnan()])
-        if not sum(map(len, scores)):  # no token came as far
+        if not sum(map(len, scores)):  # no token got this far
             continue
         all_scores, all_chosen = torch.cat(scores), torch.cat(chosen)
         place = (all_scores * bins).long().clamp(max=bins - 1)
@@ -210,8 +210,7 @@ def score_histogram(reading: Reading, bins: int = 20) -> Rows:
 
 
 def separation(histogram: Rows, margin: float = 0.1) -> Rows:
-    """For each recursion the share of scores within ``margin`` of 0 or 1: near 1 means almost
-    binary decisions."""
+    """Share of scores within ``margin`` of 0 or 1 per recursion; near 1: decisions are binary."""
     rows = []
     for recursion in sorted({row["recursion"] for row in histogram}):
         own = [row for row in histogram if row["recursion"] == recursion]
@@ -335,7 +334,7 @@ def depth_by_token_class(
     task: Task | None = None,
 ) -> Rows:
     """Mean depth by kind, position and frequency; 95% intervals, for which a window is one
-    observation. task: that the text is of, if any."""
+    observation. task: the one that the text belongs to, if any."""
     tokens, kind = reading.tokens_BT.tolist(), []
     for ids in tokens:
         kind += kinds(tokenizer, ids, tokenizer.pieces(ids), task)
@@ -381,8 +380,8 @@ def counterfactual_gains(reading: Reading) -> Rows:
 
 @torch.no_grad()
 def _exit_logprobs(reading: Reading, w: int, routing: Routing) -> Tensor:
-    """Log-probability of every token's target had it left after 1..R recursions, (R, T); without
-    meaning where there is none."""
+    """Log-probability of every token's target had it left after 1..R recursions, (R, T); undefined
+    where there is none."""
     ids, target_T1 = reading.tokens_BT[w].tolist(), reading.targets_BT[w].clamp(min=0)[:, None]
     taken_RT, rows = routing.taken_RM, []
     for depth in range(1, reading.model.config.num_recursions + 1):
@@ -392,7 +391,7 @@ def _exit_logprobs(reading: Reading, w: int, routing: Routing) -> Tensor:
 
 
 def token_counts(data: TokenData, chunk: int = 1 << 20) -> dict[int, int]:
-    """How often every token id occurs."""
+    """How often each token id occurs."""
     counts: Counter[int] = Counter()
     for piece in _chunks(data, chunk):
         values, times = piece.unique(return_counts=True)

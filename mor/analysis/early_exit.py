@@ -61,9 +61,8 @@ def _by_depth(
     confidence: list[list[Tensor]] = [[] for _ in range(R)]
     for start in range(0, len(chosen), 16):
         batch = data.batch(chosen[start : start + 16], seq_len)
-        tokens_BT, targets_BT = (
-            x.to(model.embedding.weight.device) for x in (batch.tokens_BT, batch.targets_BT)
-        )
+        device = model.embedding.weight.device
+        tokens_BT, targets_BT = batch.tokens_BT.to(device), batch.targets_BT.to(device)
         for r in range(R):  # one depth at a time: logits are large
             logits_BTV = all_to_depth(model, tokens_BT, r + 1)
             new_nll, new_confidence = _predictions(logits_BTV, targets_BT)
@@ -74,8 +73,7 @@ def _by_depth(
 
 
 def all_to_depth(model: Transformer, tokens_BT: Tensor, depth: int) -> Tensor:
-    """Logits (B, T, V) with every token in the first ``depth`` recursions, whatever the router
-    would decide."""
+    """Logits (B, T, V) with every token taking exactly the first ``depth`` recursions."""
     wanted = torch.arange(model.config.num_recursions, device=tokens_BT.device) < depth
     table_RM = wanted[:, None].expand(-1, tokens_BT.numel())
     forced = ForcedRouter(model.router, table_RM)
@@ -83,8 +81,7 @@ def all_to_depth(model: Transformer, tokens_BT: Tensor, depth: int) -> Tensor:
 
 
 def _predictions(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """NLL of the target and probability of the likeliest token, where there is a target, (M,)
-    each."""
+    """NLL of each target, and probability of the likeliest token there, (M,) each."""
     asked_BT = targets_BT != IGNORED
     logits_MV = logits_BTV[asked_BT].float()
     total = logits_MV.logsumexp(-1)
@@ -129,8 +126,8 @@ def oracle_exits(nll_MR: Tensor, confidence_MR: Tensor, mean_depth: float) -> Te
 
 
 def _between(shallow: Tensor, deep: Tensor, mean_depth: float) -> Tensor:
-    """The mean depth where a limit would send equal tokens all or none deeper: as many go deeper as
-    it takes, in an order that does not depend on them."""
+    """Reach the mean depth where tokens tie at the limit: as many of them go deeper as it takes, in
+    a pseudo-random order."""
     order = hash_uniform(1, torch.arange(len(deep))).argsort()
     more = (deep - shallow)[order]
     more[more.cumsum(0) > mean_depth * len(deep) - shallow.sum()] = 0

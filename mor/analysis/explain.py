@@ -99,8 +99,7 @@ class TokenRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What :func:`explain` found. model: what the model is, for a heading. asked: what targets
-    are."""
+    """What :func:`explain` found. model: its description. asked: what targets are."""
 
     name: str
     text: str
@@ -129,8 +128,7 @@ class Explanation:
         return self.nll * (len(self.tokens) - 1) / size / math.log(2)
 
     def records(self) -> list[dict[str, Any]]:
-        """Tidy rows, one per token and recursion, ready for pandas; the best guess stands for
-        all."""
+        """Tidy rows for pandas, one per token and recursion, with the best guess alone."""
         own = [f.name for f in fields(TokenRecord) if f.name != "steps"]
         rows = []
         for token in self.tokens:
@@ -148,8 +146,7 @@ class Explanation:
         return rows
 
     def by_class(self) -> dict[str, list[GroupMean]]:
-        """Mean depth by kind, position and frequency; intervals over stretches of ``BLOCK``
-        tokens."""
+        """Mean depth by kind, position and frequency; intervals over blocks of ``BLOCK`` tokens."""
         return depth_by_class(
             [t.depth for t in self.tokens],
             kind=[t.kind for t in self.tokens],
@@ -159,8 +156,7 @@ class Explanation:
         )
 
     def counterfactuals(self) -> dict[str, list[GroupMean]]:
-        """Mean change of log-probability with one recursion fewer and one more, by the depth
-        taken."""
+        """Mean change of log-probability with one recursion fewer or more, by depth taken."""
         found = {}
         for name in ("fewer", "more"):
             known = sorted(
@@ -175,8 +171,7 @@ class Explanation:
         return found
 
     def flow(self) -> list[dict[str, int]]:
-        """Tokens that go from being in (1) or out (0) at a recursion to being in or out at the
-        next."""
+        """Counts of tokens by whether they are in (1) or out (0) at one recursion and the next."""
         moves: Counter[tuple[int, bool, bool]] = Counter()
         for token in self.tokens:
             for before, after in pairwise(token.steps):
@@ -221,7 +216,7 @@ def explain(
     in windows that overlap by half, and each token is shown as in the window that gives it most
     context. counts: occurrences of token ids in a corpus (default: in the text). answers: of a
     model trained on a task, what is right at each token (see ``Task.answers``), in place of the
-    next token. task: the one that the text is of, if any; it names the kinds of tokens.
+    next token. task: the one that the text belongs to, if any; it names the kinds of tokens.
 
     Raises ValueError for an empty text, a window that does not fit the model, answers that do not
     fit the text and a model that gives NaN or infinity.
@@ -257,8 +252,7 @@ def explain(
         if not _is_finite(tokens[-1]):
             raise ValueError(
                 f"{name} gives values that are not finite (at token {i + 1}); its weights are "
-                "broken, take another "
-                "checkpoint"
+                "broken, take another checkpoint"
             )
     asked: Literal["next token", "answer"] = "next token" if answers is None else "answer"
     return Explanation(
@@ -296,8 +290,7 @@ def shown(value: float, digits: int) -> str:
 
 
 def windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
-    """(start, first token reported, stop) of windows that overlap by half and report every token
-    once."""
+    """(start, first token reported, stop) of half-overlapping windows, each token in one report."""
     start = first = 0
     while True:
         stop = min(start + window, length)
@@ -308,14 +301,11 @@ def windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
 
 
 class _Reader:
-    """Reads windows of ids and says, token by token, what is not plain from the text."""
+    """Reads windows of ids and records, token by token, what the text alone does not show."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, guesses: int) -> None:
-        self.model, self.tokenizer, self.guesses = (
-            model,
-            tokenizer,
-            min(guesses, model.config.vocab_size),
-        )
+        self.model, self.tokenizer = model, tokenizer
+        self.guesses = min(guesses, model.config.vocab_size)
         self.names: dict[int, str] = {}
 
     def read(
@@ -326,15 +316,13 @@ class _Reader:
 
     @torch.no_grad()
     def _window(self, ids: list[int], targets: list[int], first: int) -> list[dict[str, Any]]:
-        """Fields of the tokens from ``first`` on, which ``targets`` are of."""
+        """Fields of the tokens from ``first`` on, to which ``targets`` belong."""
         model, device = self.model, self.model.embedding.weight.device
         cache = KVCache(model.config, 1, device=device, dtype=model.embedding.weight.dtype)
         output = model(torch.tensor([ids], device=device), cache=cache)
         taken_RT = output.routing.taken_RM
-        own, depths = (
-            self._predictions(output.logits_BTV[0, first:], targets),
-            taken_RT.sum(0).tolist(),
-        )
+        own = self._predictions(output.logits_BTV[0, first:], targets)
+        depths = taken_RT.sum(0).tolist()
         by_depth = []
         for depth in range(1, model.config.num_recursions + 1):
             # At the depth that a token took, its exit is the model's own prediction.
@@ -364,7 +352,7 @@ class _Reader:
         logp_M1 = logp_MV.gather(
             1, torch.tensor(targets, device=logits_MV.device).clamp(min=0)[:, None]
         )
-        # sums of booleans are slow
+        # Sums of booleans are slow.
         ranks = ((logp_MV > logp_M1).float().sum(1).int() + 1).tolist()
         columns = (
             targets,
@@ -392,7 +380,7 @@ class _Reader:
         ]
 
     def _name(self, token_id: int) -> str:
-        """Its text, or its name in the vocabulary where it is not a whole text by itself."""
+        """Its text, or its name in the vocabulary where it is only part of a character."""
         if token_id not in self.names:
             text = self.tokenizer.decode([token_id])
             whole = text and "\ufffd" not in text
@@ -402,9 +390,8 @@ class _Reader:
         return self.names[token_id]
 
 
-def routing_columns(model: Transformer, routing: Routing) -> list[dict[str, list]]:
-    """What the router saw and did at each recursion with every token of one sequence: taken, score,
-    threshold, gate."""
+def routing_columns(model: Transformer, routing: Routing) -> list[dict[str, list[Any]]]:
+    """For each recursion: taken, score, threshold and gate of every token of one sequence."""
     router, found = model.router, []
     for r, step in enumerate(routing.steps):
         scored = router.shown_score(routing, r)
@@ -427,7 +414,7 @@ def _token_fields(
     depth: int,
     own: dict[str, Any],
     by_depth: list[dict[str, Any]],
-    routed: list[dict[str, list]],
+    routed: list[dict[str, list[Any]]],
 ) -> dict[str, Any]:
     """Fields of a TokenRecord that the model decides."""
     steps = [

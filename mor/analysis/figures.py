@@ -1,5 +1,4 @@
-"""One figure for each analysis, in the look of :mod:`mor.analysis.style`. Rows in, a matplotlib
-Figure out."""
+"""One figure per analysis, in the style of :mod:`mor.analysis.style`: rows in, a Figure out."""
 
 from __future__ import annotations
 
@@ -84,8 +83,7 @@ def loss_over_flops(
 
 
 def router_health(metrics: Rows) -> Figure:
-    """Share of tokens in each recursion, and the health figures of the router, over training
-    steps."""
+    """Share of tokens in each recursion, and the router's health, over training steps."""
     figure, (left, right) = new_axes(
         "Tokens in each recursion, and the health of the router", 9.6, 3.6, 2
     )

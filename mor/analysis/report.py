@@ -56,8 +56,8 @@ ENTRIES: dict[str, Entry] = {
     "depth_scaling": Entry(
         title="Test-time depth",
         note="Causal NLL with the depth capped. Beyond the trained depth the last router decides "
-        "and gates again, on "
-        "the new states: an extrapolation of the network, not something it was trained for.",
+        "and gates again, on the new states: an extrapolation of the network, not something it "
+        "was trained for.",
         figure=figures.depth_scaling,
     ),
     "depth_histogram": Entry(
@@ -78,15 +78,14 @@ ENTRIES: dict[str, Entry] = {
     "counterfactual_gains": Entry(
         title="One recursion fewer or more",
         note="Each token is run again at another depth while the tokens before it stay as they "
-        "were. Target: the next "
-        "token, or the answer of a task. Better: the share of tokens that gain.",
+        "were. Target: the next token, or the answer of a task. Better: the share of tokens "
+        "that gain.",
         figure=figures.counterfactual_gains,
     ),
     "score_histogram": Entry(
         title="Router scores",
         note="Expert-choice: sigmoid of the logit that is compared with the threshold. "
-        "Token-choice: share of each "
-        "depth.",
+        "Token-choice: share of each depth.",
         figure=figures.score_histogram,
     ),
     "separation": Entry(
@@ -178,8 +177,7 @@ def analyses(
 
 
 def collapse(tables: dict[str, Rows]) -> str | None:
-    """What a reader must know of a router that sends nobody into a recursion; None for any
-    other."""
+    """A note on a router that sends no token into a recursion; None for any other."""
     dead = [
         str(row["recursion"]) for row in tables.get("dead_tokens", []) if row["dead_positions"] == 1
     ]
@@ -188,8 +186,7 @@ def collapse(tables: dict[str, Rows]) -> str | None:
 
 
 def write(folder: Path, tables: dict[str, Rows]) -> None:
-    """tables/NAME.csv and figures/NAME.png and .svg for each table of ``ENTRIES``; older files of
-    others go."""
+    """Write tables/NAME.csv and figures/NAME.png and .svg; remove older ones of ``ENTRIES``."""
     for name in ENTRIES:
         for kind in ("tables/{}.csv", "figures/{}.png", "figures/{}.svg"):
             (folder / kind.format(name)).unlink(missing_ok=True)

@@ -74,12 +74,12 @@ def new_grid(figure: Figure, rows: int, columns: int, **sharing: bool | str) -> 
     """Axes in rows and columns, (rows, columns)."""
     with matplotlib.rc_context(STYLE):
         sharing_: Any = sharing
-        return figure.subplots(rows, columns, squeeze=False, **sharing_)
+        axes: NDArray[Any] = figure.subplots(rows, columns, squeeze=False, **sharing_)
+    return axes
 
 
 def series(i: int) -> dict[str, Any]:
-    """Look of the i-th line: colour, dash and marker all differ. Every second six have hollow
-    markers."""
+    """Colour, dash and marker of the i-th line; every second six have hollow markers."""
     turn = i // 6
     look = dict(color=COLOURS[i % 6], linestyle=DASHES[(i + turn) % 6])
     look |= dict(marker=MARKERS[(i + turn // 2) % 6])
@@ -93,7 +93,7 @@ def shades(count: int) -> list[tuple[float, ...]]:
 
 
 def literal(name: str) -> str:
-    """A user's name as a text of matplotlib, which takes what is between two $ for mathematics."""
+    """A user's name as matplotlib text, where a pair of $ would begin mathematics."""
     return name.replace("$", r"\$")
 
 
@@ -124,16 +124,15 @@ def name_lines(
 
 
 def _height(axes: Axes) -> float:
-    """About how high the axes will be, in inches."""
+    """Approximate height of the axes, in inches."""
     figure, place = axes.get_figure(root=True), axes.get_subplotspec()
     assert figure is not None and place is not None
-    return 0.72 * figure.get_size_inches()[1] / place.get_gridspec().nrows
+    return 0.72 * float(figure.get_size_inches()[1]) / place.get_gridspec().nrows
 
 
 def apart(places: NDArray[np.float64], gap: float) -> NDArray[np.float64]:
-    """The nearest places, in least squares, that keep their order and ``gap`` between each
-    other."""
-    from scipy.optimize import isotonic_regression  # here: it takes long to import
+    """The nearest places (least squares) that keep their order and a ``gap`` between them."""
+    from scipy.optimize import isotonic_regression  # imported here: it takes long
 
     order = np.argsort(places, kind="stable")
     offsets = gap * np.arange(len(places))

@@ -36,7 +36,7 @@ class Bench(Command):
     num_layers: PositiveInt = 26
     """Effective depth of every model."""
     batches: tuple[PositiveInt, ...] = (1, 8, 32)
-    """Tokens in a pass at most. Each model has twice as many slots. The last batch is measured once
+    """Most tokens in a pass. Each model has twice as many slots. The last batch is measured once
     more with as many slots as fit into the bytes of the baseline's keys and values."""
     lengths: Lengths = field(default_factory=Lengths)
     rounds: PositiveInt = 5

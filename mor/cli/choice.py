@@ -10,10 +10,9 @@ class ModelChoice(Settings):
     """Which model: a preset and the paper's layout for a number of recursions."""
 
     preset: str = "mini"
-    """tiny, mini, small, smollm-135m, smollm-360m, smollm-730m or smollm-1.7b; mor presets shows
-    their sizes."""
+    """tiny, mini, small, smollm-135m, smollm-360m, smollm-730m or smollm-1.7b (see mor presets)."""
     num_recursions: PositiveInt = 3
-    """Times the shared layers are applied; 1 is a vanilla Transformer."""
+    """How often the shared layers are applied; 1 is a vanilla Transformer."""
     recipe: Recipe = "recommended"
     """Router, gate, keys and values where they are not given. recommended: expert-choice, residual
     gate with alpha 1, hybrid; paper: expert-choice, the paper's gate with alpha 0.1,

@@ -25,13 +25,14 @@ class Command(Settings):
         made.__annotations__ = {"command": Annotated[cls, arg(name="")], "return": cls}
         if default is not None:
             made.__defaults__ = (default,)
-        return tyro.cli(
+        command: Self = tyro.cli(
             made,
             args=arguments,
             prog=program,
             description=description(cls),
             config=(PositionalMetavarFromFieldName,),
         )
+        return command
 
     def run(self, console: Console) -> None:
         raise NotImplementedError

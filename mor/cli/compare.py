@@ -54,7 +54,7 @@ class Compare(Command):
 
 
 def differing(found: Sequence[Facts]) -> dict[str, list[Any]]:
-    """Settings that are not the same in all, with the value of each; None where there is none."""
+    """Settings that differ, with the value of each; None where there is none."""
     from mor.cli.describe import shown_settings
 
     settings = [shown_settings(each) for each in found]
@@ -87,7 +87,7 @@ def cautions(found: Sequence[Facts]) -> Iterator[str]:
 
     outside = [str(each.path) for each in found if each.settings is None]
     if outside:
-        yield f"{', '.join(outside)} belongs to no run: nothing is known of its data and budget"
+        yield f"{', '.join(outside)} belongs to no run: its data and budget are unknown"
         return
     if differ(_tokenizer):
         yield (
@@ -103,11 +103,11 @@ def cautions(found: Sequence[Facts]) -> Iterator[str]:
     budgets = [each.progress.get("flops", 0.0) for each in found]
     if min(budgets) <= 0 or max(budgets) / min(budgets) > CLOSE_BUDGETS:
         shown = ", ".join(f"{budget:.3g}" for budget in budgets)
-        yield f"the training FLOPs differ ({shown}): the scores are of unequal budgets"
+        yield f"the training FLOPs differ ({shown}): the budgets are unequal"
 
 
 def _validation_data(found: Facts) -> Any:
-    """What the validation loss is measured on: text, cut, and windows."""
+    """What the validation loss is measured on: text, split and windows."""
     run = found.settings
     assert run is not None
     data = run.data

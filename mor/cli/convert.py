@@ -25,8 +25,8 @@ from mor.settings import PositiveFloat, PositiveInt, Seed
 
 
 class Convert(Command):
-    """Turn a Llama-type model into a mor checkpoint, or back, or into the start of a recursive or
-    MoR model.
+    """Convert a Llama-type model to a mor checkpoint or back, or initialise a recursive or MoR
+    model from it.
 
     SOURCE is a Llama directory, a .gguf file, a name on the Hugging Face hub, or a mor checkpoint
     or run.
@@ -39,8 +39,7 @@ class Convert(Command):
     mor checkpoint together with the code that runs it, for transformers with trust_remote_code=True
     where mor is not installed."""
     num_recursions: PositiveInt | None = None
-    """Start a model that applies its shared layers this often. Default: copy the source as it
-    is."""
+    """Initialise a model that applies its shared layers this often. Default: a plain copy."""
     sharing: Sharing | None = None
     """Default: middle_cycle."""
     init: Literal["stepwise", "average", "lower", "upper", "random"] | None = None

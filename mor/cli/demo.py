@@ -22,7 +22,7 @@ class Demo(Command):
     task_flops: PositiveFloat = 1.6e12
     """Training FLOPs of each of the three models on the task."""
     quick: bool = False
-    """Budgets divided by 800 and less validation data: shows that all works, nothing else."""
+    """Budgets divided by 800 and less validation data: only shows that everything works."""
     seed: Seed = 0
     json: bool = False
     """Print everything as JSON in the last line."""

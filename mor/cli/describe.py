@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mor import checkpoint
-from mor.costs.flops import kv_bytes, layout_text, non_embedding_params, unique_params
+from mor.costs.flops import kv_bytes, non_embedding_params, unique_params
 from mor.data.config import DataConfig
 from mor.data.problems import PREFIX
 from mor.data.stream import is_prepared
@@ -33,9 +33,10 @@ class Facts:
 
     @property
     def total_steps(self) -> int | None:
-        if "total_steps" in self.progress:
-            return self.progress["total_steps"]
-        return total_steps(self.settings) if self.settings else None
+        planned: int | None = self.progress.get("total_steps")
+        if planned is None and self.settings:
+            return total_steps(self.settings)
+        return planned
 
     @property
     def finished(self) -> bool:
@@ -53,8 +54,7 @@ class Facts:
 
     @property
     def kv_bytes_per_token(self) -> float:
-        """With the measured shares of tokens at each recursion if there are some, otherwise the
-        expected ones."""
+        """With the measured shares of tokens at each recursion, or else the expected ones."""
         shares = self.last.get("validation_share_per_recursion") or self.model.capacities
         return kv_bytes(self.model, 1, shares, KV_DTYPE_BYTES)
 
@@ -110,7 +110,7 @@ def model_facts(model: ModelConfig) -> dict[str, Any]:
     routed = model.router.kind != "fixed"
     return {
         "family": model.family,
-        "layout": layout_text(model),
+        "layout": model.layout_name,
         "effective_layers": model.num_layers,
         "params": unique_params(model),
         "params_non_embedding": non_embedding_params(model),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -17,17 +18,19 @@ from mor.cli.show import cell, flag, print_json
 from mor.model.config import Selection
 from mor.settings import NonNegativeInt, PositiveInt
 
+if TYPE_CHECKING:
+    from mor.evaluation.harness import HarnessResult
+    from mor.evaluation.nll import Evaluation
+
 
 class Eval(Command):
     """NLL, perplexity and bits per byte of a checkpoint, or with --tasks its scores on the paper's
     benchmarks. Causal unless asked otherwise."""
 
     checkpoint: Positional[Path]
-    """A run or a checkpoint. With --tasks also a transformers directory, a hub name or a .gguf
-    file."""
+    """A run or checkpoint; with --tasks also a transformers directory, hub name or .gguf file."""
     data: Path | None = None
-    """A file or folder of text, or prepared data, evaluated whole. Default: the validation text of
-    the run."""
+    """Text or prepared data, all of which is read. Default: the run's validation text."""
     text_field: str = "text"
     routing: Selection = "threshold"
     """topk is the paper's evaluation: it sees the future, and the result is labelled non-causal."""
@@ -86,30 +89,12 @@ class Eval(Command):
         if self.json:
             print_json([{"checkpoint": str(self.checkpoint), **result.to_dict()}])
             return
-        made = Table(title=f"{self.checkpoint}: {self.shots}-shot", title_justify="left")
-        made.add_column("task")
-        made.add_column("metric")
-        for name in ("score, %", "stderr", "items"):
-            made.add_column(name, justify="right")
-        for row in result.tasks:
-            for shown in (
-                row,
-                *(part for part in result.parts if part.task.startswith(f"{row.task}_")),
-            ):
-                stderr = "" if shown.stderr is None else f"{100 * shown.stderr:.2f}"
-                label = shown.task if shown is row else f"  {shown.task}"
-                made.add_row(
-                    label, shown.metric, f"{100 * shown.score:.2f}", stderr, f"{shown.items:,}"
-                )
-        if result.average is not None:
-            made.add_section()
-            made.add_row("average", "", f"{100 * result.average:.2f}", "", "")
-        console.print(made)
+        console.print(_tasks_table(result, title=f"{self.checkpoint}: {self.shots}-shot"))
 
     def _run_nll(self, console: Console) -> None:
         from mor.checkpoint import load
         from mor.device import pick_device
-        from mor.evaluation.nll import Evaluation, evaluate, leak
+        from mor.evaluation.nll import evaluate, leak
         from mor.training.validation import validation_of
 
         loaded = load(self.checkpoint, device=pick_device())
@@ -132,18 +117,40 @@ class Eval(Command):
             print_json([asdict(row) for row in rows])
             return
         title = f"{self.checkpoint}: {rows[0].tokens:,} tokens in windows of {length}"
-        # fits 80 columns
-        made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-        made.add_column("routing", no_wrap=True)
-        for name in ("max depth", "NLL", "perplexity", "bits/byte", "mean depth", "leak, nats"):
-            made.add_column(name, justify="right", overflow="fold")
-        for row in rows:
-            figures = (row.nll, row.perplexity, row.bits_per_byte, row.mean_depth, row.leak_nats)
-            label = row.selection if row.causal else f"{row.selection}, non-causal"
+        console.print(_nll_table(rows, title))
+
+
+def _tasks_table(result: HarnessResult, title: str) -> Table:
+    made = Table(title=title, title_justify="left")
+    made.add_column("task")
+    made.add_column("metric")
+    for name in ("score, %", "stderr", "items"):
+        made.add_column(name, justify="right")
+    for row in result.tasks:
+        parts = [part for part in result.parts if part.task.startswith(f"{row.task}_")]
+        for shown in (row, *parts):
+            stderr = "" if shown.stderr is None else f"{100 * shown.stderr:.2f}"
+            label = shown.task if shown is row else f"  {shown.task}"
             made.add_row(
-                label, str(row.max_depth), *("" if x is None else cell(x) for x in figures)
+                label, shown.metric, f"{100 * shown.score:.2f}", stderr, f"{shown.items:,}"
             )
-        console.print(made)
+    if result.average is not None:
+        made.add_section()
+        made.add_row("average", "", f"{100 * result.average:.2f}", "", "")
+    return made
+
+
+def _nll_table(rows: Sequence[Evaluation], title: str) -> Table:
+    # No padding, so that it fits 80 columns.
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    made.add_column("routing", no_wrap=True)
+    for name in ("max depth", "NLL", "perplexity", "bits/byte", "mean depth", "leak, nats"):
+        made.add_column(name, justify="right", overflow="fold")
+    for row in rows:
+        figures = (row.nll, row.perplexity, row.bits_per_byte, row.mean_depth, row.leak_nats)
+        label = row.selection if row.causal else f"{row.selection}, non-causal"
+        made.add_row(label, str(row.max_depth), *("" if x is None else cell(x) for x in figures))
+    return made
 
 
 def _refuse_others(given: Eval, nll: bool) -> None:

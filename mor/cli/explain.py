@@ -39,8 +39,8 @@ class Explain(Command):
     window: PositiveInt | None = None
     """Tokens that are read together. Default: the length the model was trained with."""
     max_tokens: PositiveInt | None = None
-    """Read only the beginning of the text, so many tokens of either model. Without it a text of
-    more than 2,048 tokens is refused."""
+    """Read only this many tokens of the text, counted by each model. Without it a text of more than
+    2,048 tokens is refused."""
     corpus: Path | None = None
     """Text or prepared data in which tokens are counted to tell rare from frequent ones. Default:
     the text itself."""
@@ -97,8 +97,7 @@ class Explain(Command):
         if self.max_tokens is None and len(pieces) > MAX_TOKENS:
             raise ValueError(
                 f"{len(pieces):,} tokens of {checkpoint} are too many for a page; --max-tokens "
-                f"{MAX_TOKENS} reads the "
-                "beginning, mor report describes a whole corpus"
+                f"{MAX_TOKENS} reads the beginning, mor report describes a whole corpus"
             )
         return "".join(pieces[: self.max_tokens])
 

@@ -115,7 +115,7 @@ class Generate(Command):
         for event in stream(model, [ids], self._params(stops), max_depth=self.max_depth):
             new.append(event.token_id)
             text = tokenizer.decode(new)
-            # wait for the rest of a character
+            # A character of several tokens is printed when it is complete.
             if not text.endswith("\ufffd") or event.finish_reason:
                 print(text[len(shown) :], end="", flush=True)
                 shown = text

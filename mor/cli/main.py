@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import warnings
@@ -39,7 +38,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Exit codes: 2 for mistakes of the user, 130 for Ctrl-C, 1 if nobody reads on."""
+    """Exit codes: 2 for a user's mistake, 130 for Ctrl-C, 1 if the reader of a pipe is gone."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         run(sys.argv[1:] if arguments is None else arguments)
@@ -62,8 +61,9 @@ def run(arguments: list[str]) -> None:
     elif name == "--version":
         print(f"mor {mor.__version__}")
     elif name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        meant = f" (did you mean {close[0]!r}?)" if close else ""
+        from mor.settings import suggestion
+
+        meant = suggestion(name, COMMANDS)
         raise ValueError(f"mor has no command {name!r}{meant}; mor --help lists them")
     else:
         from rich.console import Console

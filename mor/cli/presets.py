@@ -43,7 +43,7 @@ class Presets(Command):
 
 
 def rows_of(recursions: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    from mor.costs.flops import layout_text, unique_params
+    from mor.costs.flops import unique_params
     from mor.model.config import PRESET_NAMES, preset
 
     for name in PRESET_NAMES:
@@ -51,7 +51,7 @@ def rows_of(recursions: tuple[int, ...]) -> Iterator[dict[str, Any]]:
         sizes = [
             {
                 "num_recursions": model.num_recursions,
-                "layout": layout_text(model),
+                "layout": model.layout_name,
                 "params": unique_params(model),
             }
             for model in models

@@ -39,7 +39,7 @@ class Runs(Command):
 
 def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
     """One row for each run below, by name; a run that cannot be read says why in ``problem``."""
-    from mor.cli.describe import facts, layout_text
+    from mor.cli.describe import facts
 
     for run in (found.path for found in RunFolder.below(folder)):
         row: dict[str, Any] = dict.fromkeys(COLUMNS) | {"run": str(run.relative_to(folder))}
@@ -50,7 +50,7 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
             continue
         yield row | {
             "family": found.model.family,
-            "layout": layout_text(found.model),
+            "layout": found.model.layout_name,
             "step": found.progress.get("step", 0),
             "total_steps": found.total_steps,
             "tokens": found.progress.get("tokens", 0),

@@ -39,8 +39,7 @@ class Sweep(Command):
     report: bool = False
     """Only write the tables and figures of what is finished."""
     fit: str | None = None
-    """Fit published losses instead of running anything: 'paper', or a TOML file like
-    mor/studies/paper.toml."""
+    """Fit published losses and run nothing: 'paper', or a TOML file like mor/studies/paper.toml."""
     resamples: PositiveInt = 1000
     """Of the bootstrap behind the intervals of fits."""
 

@@ -74,8 +74,7 @@ class Start(Settings):
 
 
 class Train(Command):
-    """Train one model. Settings come from --config (TOML), then the model choice, then single
-    flags."""
+    """Train one model. Settings: --config (TOML), then the model choice, then single flags."""
 
     config: Path | None = None
     """TOML file of settings; those that an earlier run wrote work too."""
@@ -130,7 +129,7 @@ class Train(Command):
 def header(settings: TrainConfig) -> str:
     """What is about to be trained, on what and for how long, in one line."""
     from mor.cli.describe import corpus_name
-    from mor.costs.flops import layout_text, unique_params
+    from mor.costs.flops import unique_params
     from mor.data.stream import vocab_size
 
     model = settings.model.replace(vocab_size=vocab_size(settings.data))
@@ -139,7 +138,7 @@ def header(settings: TrainConfig) -> str:
     steps = total_steps(settings, ranks)
     tokens = settings.batch_size * settings.accumulate * settings.seq_len * ranks
     return (
-        f"{model.family}: {unique_params(model):,} parameters, {layout_text(model)} · "
+        f"{model.family}: {unique_params(model):,} parameters, {model.layout_name} · "
         f"{corpus_name(settings.data)} · {steps:,} steps × {tokens:,} tokens = "
         f"{steps * tokens:,} tokens · {total_flops(settings, ranks):.3g} training FLOPs"
     )

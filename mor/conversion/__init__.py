@@ -1,2 +1,1 @@
-"""Models of other formats in and out, and models that start from the layers of pretrained
-ones."""
+"""Models of other formats in and out, and models that start from pretrained layers."""

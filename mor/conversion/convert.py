@@ -1,4 +1,4 @@
-"""Convert models: Llama to mor and back, or to the start of a recursive or MoR model."""
+"""Convert models: Llama to mor and back, or into an initialised recursive or MoR model."""
 
 from __future__ import annotations
 
@@ -104,8 +104,7 @@ def convert(
     dtype: DType | None = None,
     seed: int = 0,
 ) -> Conversion:
-    """Read ``source``, write ``out``; with ``num_recursions`` as the start of a recursive or MoR
-    model.
+    """Read ``source``, write ``out``; with ``num_recursions``, initialise a recursive or MoR model.
 
     num_layers: effective depth; None takes the one nearest to the source's that fits. router: None
     is fixed depth. dtype: None keeps the source's. Raises ValueError if ``out`` is not empty, for a

@@ -63,8 +63,7 @@ def _notes(path: Path) -> _Notes:
 
 
 def _restore_pre_tokenizer(tokenizer: Tokenizer, rule: str) -> None:
-    """Cut text as the GGUF says; transformers always cuts as GPT-2 does. Warns about an unknown
-    rule."""
+    """Cut text by the GGUF's rule (transformers always cuts like GPT-2); warn of an unknown one."""
     if rule == "smollm":  # every digit is a token
         tokenizer.backend.pre_tokenizer = pre_tokenizers.Sequence(
             [

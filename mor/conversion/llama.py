@@ -1,7 +1,7 @@
 """Llama models in and out, through transformers.
 
 mor rotates pairs of dimensions as transformers does, so weights are copied as they are.
-transformers is imported where it is needed: initialisations of mor's own checkpoints do without.
+transformers is imported where it is needed: initialising from a mor checkpoint does not need it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def llama_config(theirs: Any) -> ModelConfig:
                 f"the source has {name}={value!r}; mor computes with {name}={allowed[-1]!r} only"
             )
     quantized = getattr(theirs, "quantization_config", None)
-    # transformers dequantizes GGUF as it reads it
+    # transformers dequantizes GGUF files by itself.
     if quantized is not None and "gguf" not in str(quantized):
         raise ValueError(
             "the source's weights are quantized; convert the original model, or a GGUF file of it"
@@ -132,8 +132,7 @@ def to_llama(model: Transformer) -> Any:
 
 
 def _pairs(model: Transformer) -> Iterator[tuple[nn.Module, str]]:
-    """Every module that holds weights, with its name in transformers; shared layers come once per
-    application."""
+    """Every module with weights, by its name in transformers; shared layers once per use."""
     for name, prefix in _OUTER.items():
         if (module := getattr(model, name)) is not None:
             yield module, prefix
@@ -165,7 +164,7 @@ def read_llama(
     transformers.utils.logging.disable_progress_bar()
     settings = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        # the config first: weights may be large
+        # The config first: weights may be large.
         llama_config(AutoConfig.from_pretrained(name, **settings))
         theirs = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **settings)
         tokenizer = AutoTokenizer.from_pretrained(name, **settings)

@@ -70,8 +70,7 @@ def non_embedding_params(config: ModelConfig) -> int:
 
 
 def paper_flops_per_token(config: ModelConfig, context: int | None = None) -> float:
-    """Forward FLOPs as the paper counts them: no head, no credit for GQA, causal half of
-    attention."""
+    """The paper's count of forward FLOPs: no head, no credit for GQA, causal half of attention."""
     d, b, c = config.dim, config.shared_layers, config.capacities
     linear, attention = 8 * d * d + 6 * d * config.ffn_dim, 2 * d * (context or config.max_seq_len)
     own = (config.prelude_layers + config.coda_layers) * (linear + attention)
@@ -166,8 +165,7 @@ def kv_bytes(config: ModelConfig, tokens: int, kept: Sequence[float], dtype_byte
 
 
 class Machine(Settings):
-    """What bounds a computation: matrix products per second (FLOP) and memory read or written per
-    second (bytes)."""
+    """The limits of a machine, per second: FLOPs of matrix products, bytes to or from memory."""
 
     flops_per_s: PositiveFloat
     bytes_per_s: PositiveFloat
@@ -214,18 +212,9 @@ def decode_seconds(
     return seconds
 
 
-def layout_text(config: ModelConfig) -> str:
-    """Prelude, shared layers times recursions, and coda, such as ``1+10x3+1``."""
-    return (
-        f"{config.prelude_layers}+{config.shared_layers}x{config.num_recursions}"
-        f"+{config.coda_layers}"
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Costs at a context length, with the configured capacities as the share of tokens per
-    recursion."""
+    """Costs at a context length, with the configured capacities as shares of tokens."""
 
     family: str
     layout: str
@@ -250,7 +239,7 @@ def costs(
     forward = forward_flops(config, sequence_workload(config, length)) / length
     return Costs(
         family=config.family,
-        layout=layout_text(config),
+        layout=config.layout_name,
         num_layers=config.num_layers,
         context=length,
         params=unique_params(config),

@@ -34,8 +34,7 @@ class TrainMemory:
 
 
 class Step(Settings):
-    """A training step on one of ``ranks``; batch_size: sequences per forward. fused_norms: as on a
-    GPU."""
+    """A step on one of ``ranks``. batch_size: sequences per forward. fused_norms: as on a GPU."""
 
     batch_size: PositiveInt
     seq_len: PositiveInt
@@ -54,21 +53,16 @@ def train_memory(config: ModelConfig, run: Step) -> TrainMemory:
     """Memory of a training step with top-k selection (or as many tokens at each depth)."""
     params = MASTER_BYTES * unique_params(config)
     several, share = run.ranks > 1, run.ranks if run.parallel == "fsdp" else 1
-    # FSDP: during a step everything, beside its share
+    # FSDP: during a step also the gathered parameters
     gathered = params if several and run.parallel == "fsdp" else 0
-    # DDP: the gradients have their place all the time
+    # DDP: gradient buckets stay allocated all the time
     buckets = params if several and run.parallel == "ddp" else 0
-    # autocast's, of the weights
+    # Autocast's copies of the weights.
     copies = unique_params(config) * 2 if run.precision == "bfloat16" else 0
-    weights, moments, gradients = (
-        params // share + gathered,
-        2 * params // share,
-        params // share + gathered,
-    )
-    activations, head = (
-        activation_bytes(config, run) + copies,
-        head_bytes(config, run.batch_size * run.seq_len),
-    )
+    weights = gradients = params // share + gathered
+    moments = 2 * params // share
+    activations = activation_bytes(config, run) + copies
+    head = head_bytes(config, run.batch_size * run.seq_len)
     at_worst = max(buckets + activations + head, gradients + copies)
     return TrainMemory(
         weights=weights,
@@ -114,18 +108,16 @@ def activation_bytes(config: ModelConfig, run: Step) -> int:
 
 
 def layer_bytes(config: ModelConfig, run: Step, *, with_kv: bool) -> int:
-    """What one layer keeps for one token: what enters and leaves its parts, and four widths of the
-    feed-forward."""
+    """What one layer keeps per token: what enters and leaves its parts, and the feed-forward."""
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     products = 2 * config.dim + 2 * heads + (2 * kv_heads if with_kv else 0) + 4 * config.ffn_dim
-    # unfused ones also keep what they scale by their weights
+    # Unfused norms also keep what they scale by their weights.
     norms = (2 if run.fused_norms else 4) * config.dim
     return MASTER_BYTES * (norms + config.num_heads) + run.product_bytes * products
 
 
 def routing_bytes(config: ModelConfig, kept: list[int], seq_len: int) -> int:
-    """What routing keeps: the states that the routers scored and the stack's outputs that the gates
-    scaled."""
+    """What routing keeps: the states that routers scored, and the outputs that gates scaled."""
     if config.family != "mor":
         return 0
     scored = {"expert_choice": [seq_len, *kept[:-1]], "token_choice": [seq_len]}.get(

@@ -16,8 +16,7 @@ class DataConfig(Settings, prefix="data"):
     tokenizer and validation split. None: Python's own documentation, which every installation
     has."""
     validation_path: str | None = None
-    """Validation text of the same kinds. None: a share of the documents, or the prepared validation
-    split."""
+    """Validation text of the same kinds. None: a share of the documents, or the prepared split."""
     text_field: str = "text"
     tokenizer: str = "bpe"
     """'bytes', 'bpe' (trained on the training documents), a directory or hub name; prepared data

@@ -52,8 +52,7 @@ class Task(Protocol):
         ...
 
     def problems(self, index: Tensor, length: int) -> Problems:
-        """The problems with these numbers, of ``length`` tokens. Raises ValueError if that is too
-        short."""
+        """The problems of these numbers, ``length`` tokens each. Raises ValueError if too short."""
         ...
 
     def answers(self, ids: Sequence[int]) -> list[int]:
@@ -142,8 +141,7 @@ class StateTracking(Settings):
     states: Annotated[int, Field(ge=2)] = 5
     moves: PositiveInt = 4
     hops: PositiveInt = 16
-    """Longest run: a word that sets the state counts 1, the move after it 2, and so on; all lengths
-    equally often."""
+    """Most words in a run, counted from the one that sets the state; all lengths equally often."""
     seed: Seed = 0
 
     def words(self) -> list[str]:
@@ -155,8 +153,7 @@ class StateTracking(Settings):
         return {"=": "sets the state", "p": "moves the state"}.get(word[:1], "state")
 
     def permutations(self) -> Tensor:
-        """State after each move from each state, (moves, states); the same in all problems and for
-        all seeds."""
+        """State after each move from each state, (moves, states); the same for all seeds."""
         return hash_uniform(
             0, torch.arange(self.moves)[:, None], torch.arange(self.states)
         ).argsort(1)
@@ -167,11 +164,8 @@ class StateTracking(Settings):
                 hash_uniform(self.seed, index[:, None], kind, torch.arange(length)) * below
             ).long()
 
-        set_to_BT, move_BT, run_BT = (
-            draw(0, self.states),
-            draw(1, self.moves),
-            1 + draw(2, self.hops),
-        )
+        set_to_BT, move_BT = draw(0, self.states), draw(1, self.moves)
+        run_BT = 1 + draw(2, self.hops)
         after_PS = self.permutations()
         tokens_BT, targets_BT, hops_BT = (torch.empty_like(move_BT) for _ in range(3))
         left, state, hops = (torch.zeros(len(index), dtype=torch.int64) for _ in range(3))
@@ -212,7 +206,7 @@ def parse_task(path: str) -> Task:
     name, _, settings = path.removeprefix(PREFIX).partition("?")
     if name not in TASKS:
         raise ValueError(
-            f"{path!r}: no task {name!r}{suggestion(name, TASKS)}; there is {', '.join(TASKS)}"
+            f"{path!r}: no task {name!r}{suggestion(name, TASKS)}; choose from {', '.join(TASKS)}"
         )
     try:
         values = {

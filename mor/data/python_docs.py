@@ -37,8 +37,7 @@ def python_documents() -> list[Document]:
 
 
 def without_repeats(documents: list[Document]) -> list[Document]:
-    """The documents without paragraphs that occur in an earlier one: validation must not hold
-    training text."""
+    """Drop paragraphs that occur in an earlier document: validation must not hold training text."""
     seen: set[str] = set()
     kept = []
     for document in documents:

@@ -1,4 +1,4 @@
-"""Records of text files: JSON lines, plain text and parquet, packed or not.
+"""Records of text files: JSON lines, plain text and parquet, compressed or not.
 
 Every reader is a stream: a record is in memory only while someone holds it. Records that cannot be
 used (broken, empty) come out of the stream as well, so that callers can count and report them.
@@ -40,7 +40,7 @@ class MissingFieldError(ValueError):
 
 
 def kind_of(path: Path) -> str:
-    """.txt, .jsonl or .parquet, packed or not; empty if the file cannot be read."""
+    """.txt, .jsonl or .parquet, compressed or not; empty if the file cannot be read."""
     *_, before, last = ("", "", *path.suffixes)
     if last in PACKINGS:
         return before if before in (".txt", ".jsonl") else ""
@@ -130,8 +130,7 @@ def _parse_line(name: str, line: bytes, text_field: str) -> Record:
 
 
 def _read_text(path: Path, name: str, text_field: str, skip: int) -> Iterator[tuple[Record, int]]:
-    """Pieces of about 4,000 characters, cut at blank lines; lines that are not UTF-8 come out as
-    broken."""
+    """Pieces of about 4,000 characters, cut at blank lines; lines that are not UTF-8 are broken."""
     with path.open("rb") as file:
         pieces = _pieces(name, unpacked_lines(path, file))
         yield from ((record, file.tell()) for record in itertools.islice(pieces, skip, None))
@@ -221,11 +220,11 @@ _READERS: dict[str, Callable[[Path, str, str, int], Iterator[tuple[Record, int]]
 }
 
 
-# Unpacking
+# Decompression
 
 
 def unpacked_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Lines of an open file, unpacked as its suffix says, without their newlines."""
+    """Lines of an open file, decompressed as its suffix says, without their newlines."""
     begun: list[bytes] = []
     for block in _blocks(path, file):
         first, *more = block.split(b"\n")

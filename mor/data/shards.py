@@ -36,7 +36,7 @@ from rich.console import Console
 from mor.data.readers import Record
 from mor.data.sources import Source, draw, find_sources
 from mor.data.tokenizer import COMPANIONS, Tokenizer, train_bpe
-from mor.files import LOCK, alone_in, replacing, tidy
+from mor.files import LOCK, alone_in, read_json, replacing, tidy
 from mor.progress import ProgressBar
 from mor.settings import NonNegativeInt, PositiveFloat, PositiveInt, Settings
 
@@ -84,6 +84,9 @@ class Chunk:
     bytes_read: int = 0
 
 
+Waiting = dict[Future[dict[str, Any]], Chunk]
+
+
 def prepare(
     places: Sequence[str],
     out: str | Path,
@@ -122,7 +125,7 @@ def prepare(
             console.print(f"{out} is complete: nothing to do", highlight=False)
             return read_manifest(out)
         if begun is None:
-            # a wrong field or a damaged file is an error before the settings of ``out`` are fixed
+            # A wrong field or a damaged file is an error before the settings of ``out`` are fixed.
             next(sources[0].read(), None)
             _write(out / JOURNAL, json.dumps(settings).encode() + b"\n")
         _tokenize(config, sources, out, settings, console)
@@ -130,8 +133,7 @@ def prepare(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises ValueError for a directory that was not prepared, is unfinished, or was made by a
-    later version."""
+    """Raises ValueError for a directory that is not prepared, unfinished or of a later version."""
     if not (folder / MANIFEST).is_file():
         hint = (
             "it is unfinished: run the same `mor data prepare` again"
@@ -141,7 +143,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} holds no {MANIFEST}; {hint or 'make it with `mor data prepare`'}"
         )
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_json(folder / MANIFEST)
     if manifest["format"] != FORMAT:
         raise ValueError(
             f"{folder} has format {manifest['format']}; this version reads {FORMAT}: prepare it "
@@ -151,7 +153,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_strangers(out: Path) -> None:
-    """Raise ValueError if a directory that was not begun holds what no preparation writes first."""
+    """Raise ValueError if a new directory holds anything that no preparation writes first."""
     if not out.is_dir() or (out / MANIFEST).is_file() or (out / JOURNAL).is_file():
         return
     first = {LOCK, "tokenizer.json", *(name.split("/")[0] for name in COMPANIONS)}
@@ -164,12 +166,13 @@ def _refuse_strangers(out: Path) -> None:
 
 def _begun(out: Path) -> dict[str, Any] | None:
     """Settings that a directory was begun or finished with."""
+    begun: dict[str, Any] | None = None
     if (out / MANIFEST).is_file():
-        return read_manifest(out)["settings"]
-    if not (out / JOURNAL).is_file():
-        return None
-    with (out / JOURNAL).open(encoding="utf-8") as journal:
-        return json.loads(journal.readline())
+        begun = read_manifest(out)["settings"]
+    elif (out / JOURNAL).is_file():
+        with (out / JOURNAL).open(encoding="utf-8") as journal:
+            begun = json.loads(journal.readline())
+    return begun
 
 
 def _tokenizer(
@@ -259,8 +262,7 @@ def _refuse_changes(begun: dict[str, Any], now: dict[str, Any], out: Path) -> No
 def _chunks(
     sources: Sequence[Source], size: int, number: int, place: tuple[int, int]
 ) -> Iterator[Chunk]:
-    """Chunks of at least ``size`` characters, starting at ``place`` (source, record); the last may
-    be smaller."""
+    """Chunks from ``place`` (source, record) on, of ``size`` characters or more, save the last."""
     chunk = Chunk(number)
     finished_bytes = sum(source.num_bytes or 0 for source in sources[: place[0]])
     for index in range(place[0], len(sources)):
@@ -301,7 +303,7 @@ def _tokenize(
     number, place, seen = _progress(out)
     workers = config.workers or os.cpu_count() or 1
     chunks = _chunks(sources, int(config.chunk_megabytes * 1e6), number, place)
-    waiting: dict[Future, Chunk] = {}
+    waiting: Waiting = {}
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -338,7 +340,7 @@ def _tokenize(
 
 
 def _submit(
-    pool: ProcessPoolExecutor, waiting: dict[Future, Chunk], chunk: Chunk, settings: dict[str, Any]
+    pool: ProcessPoolExecutor, waiting: Waiting, chunk: Chunk, settings: dict[str, Any]
 ) -> None:
     future = pool.submit(_write_shards, chunk.number, chunk.documents, settings)
     chunk.documents = []  # the pool holds them now, and drops them when they are done
@@ -358,8 +360,7 @@ def _row(chunk: Chunk, splits: dict[str, Any]) -> dict[str, Any]:
 
 
 def _journal(out: Path) -> list[dict[str, Any]]:
-    """Rows of finished chunks in order, up to the first missing one; a line that was cut off does
-    not count."""
+    """Rows of finished chunks, in order, before the first missing one; a cut-off line is none."""
     with (out / JOURNAL).open(encoding="utf-8") as journal:
         lines = [line for line in journal if line.endswith("\n")][1:]
     rows = {row["chunk"]: row for row in map(json.loads, lines)}
@@ -461,8 +462,7 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 
 
 def _write(path: Path, content: bytes | np.ndarray) -> None:
-    """All of it under its name, or nothing. Arrays are written raw, or as .npy if the name says
-    so."""
+    """Write the whole file or nothing; an array raw, or as .npy if the name says so."""
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         if path.suffix == ".npy":
             np.save(file, content)

@@ -78,8 +78,7 @@ class FileSource:
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set that ``datasets`` streams: OWNER/NAME on the hub, or a local folder that it
-    understands."""
+    """A data set streamed by ``datasets``: OWNER/NAME on the hub, or a local folder it can read."""
 
     dataset: str
     subset: str | None = None
@@ -106,7 +105,6 @@ class HubSource:
         datasets = optional_module("datasets")
         datasets.disable_progress_bars()
         number = skip
-        # no network, unknown name, subset or split
         try:
             rows = datasets.load_dataset(
                 self.dataset, self.subset, split=self.split, streaming=True
@@ -115,7 +113,7 @@ class HubSource:
                 yield record_from(f"{self.name}:{number}", row, self.text_field), 0
         except MissingFieldError:
             raise
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # no network, or an unknown name
             raise ValueError(
                 f"{self.name} cannot be read (after record {number}): {error}"
             ) from error
@@ -174,8 +172,7 @@ def _in_folder(folder: Path, text_field: str) -> tuple[list[FileSource], list[st
 
 
 def _with_own_names(sources: list[Source]) -> list[Source]:
-    """Files of equal names are named by their paths. Raises ValueError if a source is given
-    twice."""
+    """Name files of equal names by their paths. Raises ValueError for a source given twice."""
     places = [str(s.path.resolve()) if isinstance(s, FileSource) else s.name for s in sources]
     place, times = Counter(places).most_common(1)[0]
     if times > 1:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,8 +57,7 @@ class Part(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A part on disk, mapped when it is read: there may be more shards than files that a process
-    may open."""
+    """A part on disk, mapped when read: there may be more shards than a process may open files."""
 
     file: Path
     dtype: str
@@ -81,12 +80,12 @@ def evenly_spaced(count: int, total: int) -> list[int]:
 
 
 class Windows:
-    """Training or validation sequences, numbered from 0.
+    """Training or validation sequences, numbered from 0."""
 
-    bytes_per_token: UTF-8 bytes of text per token, which turns nats into bits per byte.
-    """
-
-    bytes_per_token: float
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token, which turns nats into bits per byte."""
+        raise NotImplementedError
 
     def describe(self) -> str:
         """How much there is, in words."""
@@ -161,7 +160,7 @@ class TokenData(Windows):
     num_bytes: int
 
     @property
-    def bytes_per_token(self) -> float:  # type: ignore[override]
+    def bytes_per_token(self) -> float:
         return self.num_bytes / len(self)
 
     def describe(self) -> str:
@@ -313,8 +312,7 @@ def _validation(config: DataConfig, tokenizer: Tokenizer) -> TokenData:
 
 
 def load_tokens(path: str | Path, tokenizer: Tokenizer, text_field: str = "text") -> TokenData:
-    """All text of a file or folder, or the validation split (else the only one) of prepared
-    data."""
+    """All text of a file or folder, or the validation (or only) split of prepared data."""
     if not is_prepared(path):
         return tokenize(read_documents(path, text_field), tokenizer)
     splits = read_manifest(Path(path))["splits"]
@@ -334,8 +332,7 @@ def open_shards(folder: str | Path, split: str, tokenizer: Tokenizer) -> TokenDa
         raise ValueError(
             f"{folder} was prepared with the tokenizer {made_by['asked']!r} "
             f"({made_by['fingerprint']}), not with the one of this model or run "
-            f"({tokenizer.fingerprint}); prepare it again with --tokenizer and the directory "
-            "of the latter"
+            f"({tokenizer.fingerprint}); prepare it again with --tokenizer MODEL_OR_RUN"
         )
     if split not in manifest["splits"]:
         raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(manifest['splits'])}")
@@ -346,7 +343,7 @@ def open_shards(folder: str | Path, split: str, tokenizer: Tokenizer) -> TokenDa
     return TokenData(shards, found["documents"], found["bytes"])
 
 
-def _find_shard(folder: Path, shard: dict, dtype: str) -> Shard:
+def _find_shard(folder: Path, shard: dict[str, Any], dtype: str) -> Shard:
     file = folder / f"{shard['name']}.bin"
     expected = shard["tokens"] * np.dtype(dtype).itemsize
     if not file.is_file() or file.stat().st_size != expected:
@@ -375,8 +372,7 @@ def tokenize(documents: list[Document], tokenizer: Tokenizer) -> TokenData:
 def split_documents(
     documents: list[Document], validation_share: float
 ) -> tuple[list[Document], list[Document]]:
-    """Training and validation documents, chosen by a hash of their names: adding a document moves
-    no other."""
+    """Training and validation documents by a hash of their names: adding one moves no other."""
     if len(documents) < 2:
         raise ValueError(
             "the data holds a single document; training needs at least one more to validate on"

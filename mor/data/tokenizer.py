@@ -40,8 +40,7 @@ class Tokenizer:
         end_of_text: str = END_OF_TEXT,
         files: Mapping[str, str] | None = None,
     ) -> None:
-        """files: a Hugging Face tokenizer's other files, texts by name, which :meth:`save` writes
-        unchanged."""
+        """files: texts of a Hugging Face tokenizer's other files; :meth:`save` writes them back."""
         self.backend, self.end_of_text = backend, end_of_text
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_text}
         self.files = dict(files or {"tokenizer_config.json": json.dumps(settings, indent=2)})
@@ -56,8 +55,7 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for tokenizers that make the same tokens: a hash of the vocabulary and of a sample
-        text's tokens."""
+        """A hash of the vocabulary and a sample text's tokens: equal for equal tokenizers."""
         known = json.dumps(
             [sorted(self.backend.get_vocab().items()), self.end_of_text_id, self.encode(_SAMPLE)]
         )
@@ -68,10 +66,9 @@ class Tokenizer:
         return self._encoding(text).ids
 
     def _encoding(self, text: str, *, add_special_tokens: bool = False) -> tokenizers.Encoding:
-        # a command line's bytes that are not UTF-8 come as lone surrogates
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens)
-        except TypeError as error:
+        except TypeError as error:  # lone surrogates, from a command line that is not UTF-8
             raise ValueError(f"the text is not valid UTF-8: {text[:40]!r}") from error
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -98,8 +95,7 @@ class Tokenizer:
         return encoding.ids, [text[start:end] for start, end in pairwise(bounds[: len(spans)])]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each id adds to the decoded text, for when only ids are at hand. Special tokens add
-        nothing."""
+        """What each id adds to the decoded text, from ids alone. Special tokens add nothing."""
         pieces, done = [], ""
         for end in range(1, len(ids) + 1):
             text = self.decode(ids[:end])
@@ -137,8 +133,7 @@ class Tokenizer:
 
     @classmethod
     def find(cls, name: str) -> Tokenizer:
-        """'bytes', a tokenizer directory (a checkpoint or prepared data holds one too), or a hub
-        name."""
+        """'bytes', a directory with a tokenizer (such as a checkpoint) or a hub name."""
         if name == "bytes":
             return byte_tokenizer()
         if Path(name).exists() or name.count("/") > 1 or name.startswith(("/", ".")):
@@ -155,8 +150,7 @@ class Tokenizer:
 
     @classmethod
     def from_transformers(cls, theirs: Any) -> Tokenizer:
-        """A transformers tokenizer with all its settings. Raises ValueError if it has no fast
-        form."""
+        """From a transformers tokenizer, settings included. Raises ValueError for a slow one."""
         if not theirs.is_fast:
             raise ValueError(
                 f"{type(theirs).__name__} has no tokenizer.json form; mor reads fast tokenizers "

@@ -1,5 +1,4 @@
-"""What `mor demo` runs: both experiments, their tables, verdicts and pictures, in a folder of
-its own."""
+"""What `mor demo` runs: two experiments, with tables, verdicts and pictures, in one folder."""
 
 from __future__ import annotations
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
-from mor.data.stream import Corpus, DataConfig
+from mor.data.config import DataConfig
+from mor.data.stream import Corpus
 from mor.model.config import ModelConfig, RouterConfig
 from mor.model.transformer import Transformer
 from mor.run_folder import RunFolder
-from mor.training.config import TrainConfig, step_flops
+from mor.training.config import OptimConfig, TrainConfig, step_flops
 from mor.training.loop import train
-from mor.training.optim import OptimConfig
 
 # The settings that do best where depth pays; see studies/.
 ROUTED: dict[str, Any] = dict(
@@ -54,8 +54,7 @@ class Trained:
 def train_one(
     experiment: Experiment, name: str, corpus: Corpus, out: Path, *, seed: int, console: Console
 ) -> Trained:
-    """Train one of the models into ``out/EXPERIMENT/MODEL``. Raises KeyboardInterrupt if it is
-    interrupted."""
+    """Train one model in ``out/EXPERIMENT/MODEL``. Raises KeyboardInterrupt if interrupted."""
     config = TrainConfig(
         model=experiment.models[name],
         data=experiment.data,

@@ -1,5 +1,4 @@
-"""The demo on state tracking, a task whose questions need up to 16 steps: one pass, recursive,
-MoR.
+"""The demo on state tracking, whose questions need up to 16 steps: one pass, recursive, MoR.
 
 B rows of the batch · T columns
 """
@@ -17,7 +16,8 @@ from rich.table import Table
 
 from mor.analysis.depth_text import depth_legend, depth_text
 from mor.costs import flops as costs
-from mor.data.stream import Corpus, DataConfig, TaskData
+from mor.data.config import DataConfig
+from mor.data.stream import Corpus, TaskData
 from mor.demo.experiment import ROUTED, Experiment, Trained
 from mor.evaluation.nll import by_hops
 from mor.generation import Generation
@@ -30,8 +30,7 @@ SHAPE: dict[str, Any] = dict(num_kv_heads=4, init_std=0.125, max_seq_len=64)
 
 
 def task_experiment(flops: float, *, quick: bool) -> Experiment:
-    """The models and learning rate of studies/sizes/small.toml. quick: small batches, little
-    validation data."""
+    """Models and rate of studies/sizes/small.toml. quick: small batches, little validation data."""
     return Experiment(
         name="task",
         data=DataConfig(path=f"task:state-tracking?states={STATES}&moves=4&hops={HOPS}"),
@@ -97,13 +96,11 @@ def task_table(rows: Sequence[TaskRow]) -> Table:
     made.add_column("layers")
     for a, b in spans:
         made.add_column(f"{a + 1}–{b} hops", justify="right")
-    for what, cell in (
-        ("answers_right_by_hops", lambda x: f"{x:.0%} right"),
-        ("mean_depth_by_hops", lambda x: f"depth {x:.2f}"),
-    ):
+    cells_of = {"answers_right_by_hops": "{:.0%} right", "mean_depth_by_hops": "depth {:.2f}"}
+    for what, cell in cells_of.items():
         for row in rows:
             values = getattr(row, what)
-            cells = [cell(fmean(values[a:b])) for a, b in spans]
+            cells = [cell.format(fmean(values[a:b])) for a, b in spans]
             made.add_row(row.name, str(row.effective_layers), *cells)
         made.add_section()
     return made
@@ -118,11 +115,11 @@ def task_verdict(rows: Sequence[TaskRow]) -> str:
     if paying:
         more = " and ".join(f"{name} {100 * gains[name]:.0f}" for name in paying)
         plain = (
-            "Depth pays on this task: with the same unique layers, right answers in percentage "
-            f"points more than one pass: {more}."
+            "Depth pays on this task. Right answers gained, in percentage points, over the same "
+            f"unique layers in one pass: {more}."
         )
     else:
-        plain = "No model answers clearly more than one pass: depth did not pay here."
+        plain = "No model is clearly better than one pass: depth did not pay here."
     depth = next(row.mean_depth_by_hops for row in rows if row.name == "MoR")
     easy, late = fmean(depth[: HOPS // SPANS]), fmean(depth[-HOPS // SPANS :])
     routed = "sends harder questions deeper" if late > easy + 0.5 else "does not follow the hops"

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from mor.analysis.depth_text import depth_legend, depth_text
 from mor.costs import flops as costs
-from mor.data.stream import Corpus, DataConfig, Windows
+from mor.data.config import DataConfig
+from mor.data.stream import Corpus, Windows
 from mor.demo.experiment import ROUTED, Experiment, Trained
 from mor.evaluation.nll import evaluate
 from mor.generation import SamplingParams, generate
@@ -57,8 +58,7 @@ def text_experiment(flops: float, *, quick: bool) -> Experiment:
 
 @dataclass(frozen=True, kw_only=True)
 class TextRow:
-    """One trained model. wall_s is training alone; kv_bytes_per_token was measured on a real fp32
-    cache."""
+    """One trained model. wall_s: training alone. kv_bytes_per_token: measured on an fp32 cache."""
 
     name: str
     params_non_embedding: int
@@ -150,8 +150,8 @@ def text_verdict(rows: Sequence[TextRow]) -> str:
         control = f"One pass is worse than MoR by {gain:.3f}: depth pays on this text."
     elif gain >= -CLEAR:
         control = (
-            f"One pass and MoR differ by {abs(gain):.3f}, less than chance: depth does not pay yet "
-            "on text at this size and budget."
+            f"One pass and MoR differ by {abs(gain):.3f}, which is within noise: depth does not "
+            "pay yet on text at this size and budget."
         )
     else:
         control = (

@@ -1,5 +1,4 @@
-"""Inference for many requests at a time: continuous depth-wise batching on a paged, recursion-wise
-KV cache."""
+"""Continuous depth-wise batching of many requests over a paged, recursion-wise KV cache."""
 
 from mor.engine.engine import Engine, EngineConfig
 from mor.engine.request import Request, RequestOutput, Status

@@ -50,8 +50,7 @@ def gathered_attention(
     *,
     longest: int,
 ) -> Tensor:
-    """The definition: copy the entries of each query side by side and mask what it must not
-    see."""
+    """The definition: gather the entries of each query and mask what it must not see."""
     entry_MS = table_RL[:, :longest].index_select(0, row)
     k_MSGH, v_MSGH = (
         pool.index_select(0, entry_MS.flatten()).unflatten(0, entry_MS.shape)

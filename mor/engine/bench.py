@@ -61,8 +61,8 @@ class Lengths:
 
 @dataclass
 class SteadyLoad:
-    """An engine that is always full. It starts as if it had run for long, with requests at every
-    stage of their lives. Each turn adds a number to each of the lists."""
+    """An engine that is always full. It starts as if it had been running for long, with requests at
+    every stage of their lives. Each turn adds a number to each of the lists."""
 
     name: str
     engine: Engine
@@ -72,10 +72,9 @@ class SteadyLoad:
     seed: int = 0
     tokens_per_s: list[float] = field(default_factory=list)
     layers_s: list[float] = field(default_factory=list)
-    """Seconds in layers per new token; 0 in the device loop, which does not tell parts apart."""
+    """Seconds in layers per new token; 0 in the device loop, which does not time its parts."""
     host_s: list[float] = field(default_factory=list)
-    """Seconds per step outside layers, routers, head and sampling: scheduling, pages, moving
-    states."""
+    """Seconds per step outside layers, routers, head and sampling, such as scheduling."""
     step_s: list[float] = field(default_factory=list)
     depth: list[float] = field(default_factory=list)
     """Recursions per new token."""
@@ -135,7 +134,7 @@ class DecodeRow:
 
     model: str
     batch: int
-    """Tokens in a pass of the shared layers at most."""
+    """Most tokens in a pass of the shared layers."""
     slots: int
     """Requests that run at a time."""
     tokens_per_s: float
@@ -146,8 +145,7 @@ class DecodeRow:
     share_of_limit: float
     mean_depth: float
     block_only_speedup: float | None
-    """The speedup counting only the time in layers; None in the device loop, where it is not
-    known."""
+    """Speedup of the time in layers alone; None in the device loop, where it is unknown."""
     host_us_per_step: float
     kv_bytes_per_token: float
 
@@ -247,8 +245,7 @@ def _ideal_seconds(load: SteadyLoad, lengths: Lengths, machine: costs.Machine) -
 
 
 def shares(config: ModelConfig, mean_depth: float) -> list[float]:
-    """Share of tokens at each recursion: the configured capacities, scaled to a measured mean
-    depth."""
+    """Share of tokens at each recursion: the capacities, scaled to a measured mean depth."""
     extra = sum(config.capacities[1:])
     factor = (mean_depth - 1) / extra if extra else 0.0
     return [1.0, *(min(1.0, c * factor) for c in config.capacities[1:])]

@@ -45,8 +45,7 @@ def _compiler() -> list[str]:
 
 
 def compile_library(source: str) -> Path:
-    """The shared library of ``source``, compiled unless an earlier run did. Raises
-    CompilerError."""
+    """The library of ``source``, compiled unless an earlier run did so. Raises CompilerError."""
     compiler = _compiler()
     # The code is for one processor, and one home may serve several machines.
     machine = (platform.node(), platform.processor(), torch.__version__)
@@ -97,8 +96,7 @@ def compiled_attention(
     *,
     longest: int,
 ) -> Tensor:
-    """As :func:`mor.engine.attention.gathered_attention`, for fp32 on the CPU, without copying
-    entries."""
+    """:func:`mor.engine.attention.gathered_attention` for fp32 on the CPU, without the copies."""
     q_MNH = q_MNH.contiguous()
     M, N, H = q_MNH.shape
     out_MNH, scores = torch.empty_like(q_MNH), q_MNH.new_empty(M * N * longest)

@@ -61,8 +61,7 @@ class DepthWise(Strategy):
         self._advance(entering)
 
     def _pass(self) -> None:
-        """One pass of the shared block: the oldest tokens, and those that are at the same layers of
-        it."""
+        """One pass of the shared block: the oldest tokens, and others at the same layers of it."""
         work, passes = self.work, self.work.runner.passes
         if not (ready := work.in_phase(Phase.BLOCK)):
             return

@@ -76,13 +76,13 @@ class DeviceLoop(Strategy):
         return self.work.kv.pages_for(self._entries(requests), [r.slot for r in requests])
 
     def _entries(self, requests: list[Request]) -> np.ndarray:
-        """Entries that a launch adds at most to each stream of each request, (requests,
-        streams)."""
+        """The most entries that a launch adds to each stream of a request, (requests, streams)."""
         counted = self.work.kv.host_count[[request.slot for request in requests]]
         read = np.array([[request.num_read] for request in requests])
         longest = np.array([[request.max_length] for request in requests])
         # The token under way is not read yet, but may have its entry in a stream already.
-        return np.minimum(self.steps.codas + 1, longest - np.maximum(read, counted))
+        steps: np.ndarray = np.minimum(self.steps.codas + 1, longest - np.maximum(read, counted))
+        return steps
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class DeviceSteps:
         )
         self.stop_SJ = torch.full((slots, MAX_STOP_TOKENS), -1, device=device)
         self.sampling = SamplingRows.greedy(slots, device)
-        # slot, token, depth and log-probability of what each coda step found in each lane
+        # Slot, token, depth and log-probability that each coda step found in each lane.
         self.out_KM4 = torch.zeros(codas, self.lanes, 4, dtype=torch.float64, device=device)
         self.sampled: set[int] = set()  # slots whose request is not greedy
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
@@ -140,8 +140,7 @@ class DeviceSteps:
             (self.sampled.add if request.params.temperature else self.sampled.discard)(request.slot)
 
     def launch(self, slots: Sequence[int]) -> list[NewToken]:
-        """One pattern of steps for the requests in these slots (others rest); their new tokens in
-        order."""
+        """One pattern of steps for the requests in these slots; their new tokens in order."""
         keep = torch.zeros(len(self.live), dtype=torch.bool)
         keep[list(slots)] = True
         self.live &= keep.to(self.live.device)

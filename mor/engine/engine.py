@@ -50,11 +50,11 @@ class EngineConfig(Settings):
     max_num_seqs: PositiveInt = 64
     """Requests that run at a time (slots)."""
     lanes: PositiveInt | None = None
-    """Tokens in one pass of the shared block at most. None: as many as there are slots. With fewer
+    """Most tokens in one pass of the shared block. None: as many as there are slots. With fewer
     lanes than slots, tokens that are done wait for coda and head until the others no longer fill
     the lanes."""
     prefill_chunk: PositiveInt = 256
-    """Prompt tokens read in one step at most, so that running requests never wait long."""
+    """Most prompt tokens read in one step, so that running requests never wait long."""
     page_size: PositiveInt = 16
     """Tokens in a page of keys and values."""
     kv_cache_memory: PositiveInt = 1 << 30
@@ -72,12 +72,11 @@ class EngineConfig(Settings):
     passes are one launch, a CUDA graph where there is CUDA. auto: device on CUDA, host
     elsewhere."""
     prefix_caching: bool = True
-    """Keep the keys and values of prompts for others that begin alike."""
+    """Keep the keys and values of prompts for others with the same beginning."""
     attention: AttentionBackend = "auto"
     """The kernel for decoding. auto: the fastest that works here."""
     quantize: Literal["int8"] | None = None
-    """int8: weights of all layers and the head in 8 bits, activations rounded as they come
-    (CPU)."""
+    """int8: weights of layers and head in 8 bits, activations quantized on the fly (CPU)."""
 
     def __post_init__(self) -> None:
         if self.loop == "device" and self.batching != "depth_wise":
@@ -229,8 +228,7 @@ class Engine:
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Request]:
-        """Continue prompts, all together; finished requests in their order. Arguments as in
-        :meth:`stream`."""
+        """Continue prompts together; finished requests in order. Arguments as in :meth:`stream`."""
         own = self._add_all(prompts, params)
         while any(request.finish_reason is None for request in own.values()):
             self.step()

@@ -10,8 +10,7 @@ from mor.engine.strategy import Strategy
 
 
 class LockStep(Strategy):
-    """One token of every sequence a step, from embedding to head. Finished sequences are replaced
-    at once."""
+    """One token per sequence and step, embedding to head; finished ones are replaced at once."""
 
     def step(self) -> None:
         work = self.work
@@ -29,8 +28,7 @@ class LockStep(Strategy):
 
 
 class StaticBatches(LockStep):
-    """As lock-step, but a batch ends with its longest request: others wait until all have
-    finished."""
+    """As lock-step, but a batch ends with its longest request; the others wait for it."""
 
     def admit(self) -> None:
         if not self.work.scheduler.running:

@@ -42,9 +42,9 @@ from mor.model.packing import PackedTokens
 class PagedKV:
     """Pools, tables and counts for ``num_slots`` running sequences of up to ``max_len`` tokens.
 
-    A further slot, ``idle``, belongs to nobody: passes of fixed size are filled up with it, and
-    what they write goes to a place that nobody reads. Raises ValueError if ``num_bytes`` does not
-    hold a page of each kind.
+    A further slot, ``idle``, has no sequence: passes of fixed size are filled up with it, and what
+    they write goes to a place that is never read. Raises ValueError if ``num_bytes`` does not hold
+    a page of each kind.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class PagedKV:
             most_pages=[pages_per_stream, pages_per_stream * int(self.writes[1:].sum())],
         )
         self.pools = [PagePool(n) for n in num_pages]
-        # One page more than the pool has: its places are for entries that nobody reads.
+        # One page more than the pool has: its places are for entries that are never read.
         unread = [n * self.page_size for n in num_pages]
         self.unread = torch.tensor(
             [unread[kind_of(stream)] for stream in range(self.num_streams)], device=self.device
@@ -160,7 +160,7 @@ class PagedKV:
         return [own, int((full & (stream > 0)).sum())]
 
     def has_free(self, pages: Sequence[int]) -> bool:
-        """Whether so many pages of each kind are free."""
+        """Whether this many pages of each kind are free."""
         return all(pool.num_free >= n for pool, n in zip(self.pools, pages, strict=True))
 
     def free_slot(self, slot: int) -> None:
@@ -181,8 +181,7 @@ class PagedKV:
         self.host_count[:] = self.count.view(self.host_count.shape).cpu().numpy()
 
     def reserve(self, slot: np.ndarray, stream: np.ndarray, entries: int | np.ndarray = 1) -> None:
-        """Places for so many more entries of each virtual sequence. Needs free pages: callers make
-        room first."""
+        """Places for this many more entries of virtual sequences; callers make room first."""
         wanted = self.host_count[slot, stream] + entries
         missing = (wanted - self.reserved[slot, stream]) * self.writes[stream]
         for i in np.flatnonzero(missing > 0):

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Kinds of pages. Stream 0 of a sequence lives in pages of prelude and coda, all others (one for
-# each recursion) in pages of the shared layers.
+# Kinds of pages. Stream 0 of a sequence lives in pages of prelude and coda; the others, one for
+# each recursion, in pages of the shared layers.
 OWN, SHARED = 0, 1
 
 
@@ -23,8 +23,8 @@ def kind_of(stream: int) -> int:
 class PagePool:
     """Pages of one kind, with the number of owners of each.
 
-    Running sequences and cached prefixes own pages. A page has several owners when sequences begin
-    alike, and is free again when the last of them lets go.
+    Running sequences and cached prefixes own pages. A page has several owners when sequences share
+    a prefix, and is free again when the last one releases it.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -40,8 +40,7 @@ class PagePool:
         return len(self._free)
 
     def allocate(self) -> int:
-        """A page that only the caller owns. Raises IndexError if none is free: callers make room
-        first."""
+        """A page owned by the caller alone. Raises IndexError if none is free: make room first."""
         page = self._free.pop()
         assert self.owners[page] == 0
         self.owners[page] = 1
@@ -74,7 +73,7 @@ def divide_memory(
     proportion, so that both kinds run out together. most_pages: more than these could never be
     used. Raises ValueError if the memory does not hold a page of each kind that has layers.
     """
-    # what page_size tokens take
+    # Bytes of page_size tokens.
     bytes_together = sum(n * b for n, b in zip(entries_per_token, page_bytes, strict=True))
     pages = [
         min(int(num_bytes / bytes_together * n), most) if b else 0

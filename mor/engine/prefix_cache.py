@@ -1,4 +1,4 @@
-"""Prompts that begin alike are read once: a cache of what earlier ones left behind."""
+"""The prefix cache: prompts with a common beginning read it once."""
 
 from __future__ import annotations
 

@@ -59,8 +59,7 @@ class Request:
     """Of these, the tokens that came from the prefix cache."""
     preemptions: int = 0
     taken: list[np.ndarray] = field(default_factory=list)
-    """Whether the tokens read as prompt took each recursion: (tokens, recursions) for each
-    chunk."""
+    """Whether each prompt token took each recursion: (tokens, recursions) per chunk read."""
 
     @property
     def known_ids(self) -> list[int]:
@@ -73,7 +72,7 @@ class Request:
 
     @property
     def max_length(self) -> int:
-        """Tokens that are cached at most; the last new one is never read."""
+        """Most tokens that are cached; the last new one is never read."""
         return len(self.prompt_ids) + self.params.max_new_tokens - 1
 
     @property

@@ -113,8 +113,7 @@ class Runner:
         self._route(slot, x_MD, tokens, entering=True)
 
     def block(self, slot: Tensor, layers: Sequence[int]) -> None:
-        """One pass of the shared stack. The slots may be at any recursions, but at these layers of
-        it."""
+        """One pass of the shared stack: slots at any recursions, all at these layers of it."""
         recursion = self.recursion[self.stage[slot]]
         tokens, new = self._tokens(slot), ~self.took_SR[slot, recursion]
         self.took_SR[slot, recursion] = True
@@ -131,8 +130,7 @@ class Runner:
         self._route(slot, h_MD, tokens, entering=False)
 
     def coda(self, slot: Tensor) -> Tensor:
-        """States after the coda of tokens that took their last pass, (M, D); the head makes logits
-        of them."""
+        """States after the coda, (M, D), of tokens that took their last pass; input of the head."""
         x_MD = self.h_SD[slot]
         if self.model.coda:
             own, tokens = torch.zeros_like(slot), self._tokens(slot)

@@ -58,7 +58,7 @@ def sample_rows(logits_MV: Tensor, rows: SamplingRows) -> Tensor:
     cut_MV = (rows.top_k[:, None] > 0) & (rank >= rows.top_k[:, None])
     probability_MV = sorted_MV.masked_fill(cut_MV, float("-inf")).softmax(-1)
     below_MV = probability_MV.cumsum(-1) - probability_MV
-    # the fewest best tokens that reach top_p
+    # Keep the fewest best tokens that reach top_p.
     kept_MV = probability_MV * (below_MV < rows.top_p[:, None])
     cumulative_MV = kept_MV.cumsum(-1)
     draw = hash_uniform(rows.seed, rows.counter) * cumulative_MV[:, -1]

@@ -1,4 +1,4 @@
-"""Who runs: admission, room for pages, preemption. Oldest first everywhere, so nobody starves."""
+"""Who runs: admission, room for pages, preemption. Oldest first, so that no request starves."""
 
 from __future__ import annotations
 
@@ -38,14 +38,13 @@ class Scheduler:
         request.status = Status.FINISHED
 
     def admit(self) -> None:
-        """Give free slots to waiting requests, as long as their prompts have room without
-        preempting anyone."""
+        """Give free slots to waiting requests while their prompts fit without preempting anyone."""
         while self.waiting and self._free_slots:
             request, slot = self.waiting[0], self._free_slots[-1]
             segments = self._cached_beginning(request)
             self.kv.attach(slot, segments)
             left = len(request.known_ids) - sum(len(segment.taken) for segment in segments)
-            # If nobody runs, the oldest request always fits: the engine refused it otherwise.
+            # If none is running, the oldest request always fits: the engine refused it otherwise.
             if self.running and not self._evict_until_free(self.kv.pages_for(left, [slot])):
                 self.kv.free_slot(slot)
                 return
@@ -94,8 +93,7 @@ class Scheduler:
         return [] if self.prefix_cache is None else self.prefix_cache.match(request.known_ids)
 
     def _start_running(self, request: Request, segments: Sequence[Segment]) -> None:
-        """Move the oldest waiting request to the next free slot, to which ``segments`` are
-        attached."""
+        """Move the oldest waiting request to the next free slot, and attach ``segments`` to it."""
         self.waiting.pop(0)
         request.slot, request.status = self._free_slots.pop(), Status.RUNNING
         request.taken = [segment.taken for segment in segments]
@@ -121,7 +119,7 @@ class Scheduler:
         self.add(request)
 
     def _evict_until_free(self, pages: Sequence[int]) -> bool:
-        """Drop cached prefixes until so many pages are free; False if they never are."""
+        """Drop cached prefixes until this many pages are free; False if they never are."""
         while not self.kv.has_free(pages):
             if not self._evict_prefix():
                 return False

@@ -18,7 +18,7 @@ from torch import Tensor
 ENTRIES = 64  # read in one iteration of the loop
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, table_ptr, row_ptr, seen_ptr, out_ptr, scale, table_width,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, HEADS_PADDED: tl.constexpr,

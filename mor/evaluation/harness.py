@@ -60,8 +60,7 @@ _BENCHMARKS = {
     "mmlu": _Benchmark("acc", ("mmlu",), "mmlu/default"),
 }
 TASK_NAMES = tuple(_BENCHMARKS)
-# Without perplexity, which the paper does not report: lm-eval would bootstrap its error for
-# minutes.
+# Without perplexity, which the paper does not report: bootstrapping its error takes minutes.
 _CHANGES: dict[str, dict[str, Any]] = {
     "lambada_openai": {
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
@@ -71,8 +70,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """score: a share of 1. stderr: as lm-eval gives it; it gives none for ARC's mean and for single
-    items."""
+    """score: a share of 1. stderr: lm-eval's; None for ARC's mean and for single items."""
 
     task: str
     metric: str
@@ -237,7 +235,7 @@ def _load_tasks(manager: TaskManager, part: str, shots: int) -> list[Task]:
             "task files that read local data: --include-path DIR"
         ) from error
     for name, task in found.items():
-        # lm-eval would ask without examples and not say so
+        # Otherwise lm-eval would silently ask without examples.
         if shots and task.config.num_fewshot == 0:
             raise ValueError(
                 f"the task file of {name} says num_fewshot: 0, so it cannot be asked with {shots} "
@@ -249,8 +247,7 @@ def _load_tasks(manager: TaskManager, part: str, shots: int) -> list[Task]:
 def _choose_documents(
     names: Sequence[str], loaded: dict[str, list[Task]], limit: int
 ) -> dict[str, list[int]]:
-    """Indices of the documents to ask about, by lm-eval's task name; tasks that get none are
-    absent."""
+    """Indices of the documents to ask about, by lm-eval task; tasks without any are absent."""
     chosen: dict[str, list[int]] = {}
     for name in names:
         parts = _BENCHMARKS[name].parts
@@ -280,8 +277,7 @@ def evenly_over(sizes: dict[str, int], count: int) -> dict[str, list[int]]:
 def _to_run(
     part: str, tasks: list[Task], samples: dict[str, list[int]] | None
 ) -> list[Task | Group]:
-    """The tasks with documents to ask about; MMLU's in a group that weights them by size, as its
-    own does."""
+    """The tasks with documents to ask about; MMLU's in a group that weights them by size."""
     kept = [task for task in tasks if samples is None or task.task_name in samples]
     if part != "mmlu":
         return list(kept)

@@ -1,7 +1,7 @@
 """The model for transformers: AutoModelForCausalLM, generate(), Trainer, PEFT, lm-eval.
 
 ``import mor.hub`` registers these classes. A directory written by ``mor.checkpoint`` and one
-written by ``save_pretrained`` are the same thing, and either loads in both worlds.
+written by ``save_pretrained`` are the same thing, and either package loads both.
 
 B rows · T columns, padding included · V vocabulary
 """
@@ -18,15 +18,14 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from mor.hub.configuration import MoRConfig
 from mor.model.config import Selection
 from mor.model.kv_cache import KVCache
 from mor.model.transformer import Output, RMSNorm, Transformer
 
-# generate() hands the cache over as "cache" since transformers 5.24, before that as
-# "past_key_values".
+# generate() passes the cache as "cache" since transformers 5.24, earlier as "past_key_values".
 _GENERATE_ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 _CACHE = "cache" if "cache" in _GENERATE_ARGUMENTS else "past_key_values"
 
@@ -70,7 +69,7 @@ class MoRCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        # keys and values of earlier tokens are kept, so only new tokens are to be passed
+        # Keys and values of earlier tokens are kept, so generate() passes new tokens alone.
         return [False]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -119,6 +118,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = MoRConfig
     config: MoRConfig
+    model: Transformer
     _input_embed_layer = "embedding"
     _no_split_modules = ["Recursions", "Block"]  # noqa: RUF012 (a list to transformers)
     supports_gradient_checkpointing = True
@@ -129,16 +129,16 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = Transformer(config.to_model_config())
         self.gradient_checkpointing = False
         self.is_balanced = False
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_transformer(cls, model: Transformer, **settings: Any) -> MoRForCausalLM:
-        """Wrap a model without copying its weights. settings: those of transformers, such as
-        eos_token_id."""
+        """Wrap a model without a copy. settings: those of transformers, such as eos_token_id."""
         with torch.device("meta"):
             made = cls(MoRConfig.from_model_config(model.config, **settings))
         made.model = model
-        return made.train(model.training)
+        made.train(model.training)
+        return made
 
     def forward(
         self,
@@ -156,7 +156,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         past_key_values: MoRCache | None = None,
-    ) -> MoROutput | tuple:
+    ) -> MoROutput | tuple[Any, ...]:
         """Logits, the loss if there are labels, and the depth of every token.
 
         attention_mask: (B, T), or with a cache (B, columns so far + T); padding may be on either
@@ -207,15 +207,14 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         if self.training and self.balances_by_bias and not self.is_balanced:
             warnings.warn(
                 "balancing='loss_free' needs callbacks=[mor.hub.LoadBalancing()] in "
-                "Trainer: nothing balances "
-                "the load",
+                "Trainer: nothing balances the load",
                 stacklevel=2,
             )
         logits, aux_loss = output.logits_BTV, output.routing.weighted_loss
         lm_loss = self.loss_function(
             logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch
         )
-        # a mean over this batch, of which there are several in a step
+        # The loss is a mean over this batch, one of several in a step.
         if num_items_in_batch is not None:
             aux_loss = aux_loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
         return lm_loss + aux_loss, aux_loss
@@ -236,7 +235,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> torch.nn.Module | None:
         return self.model.head
 
-    def set_output_embeddings(self, new_embeddings: torch.nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: torch.nn.Linear | None) -> None:
         self.model.head = new_embeddings
 
     def resize_token_embeddings(self, *args: Any, **settings: Any) -> torch.nn.Embedding:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from mor.hub.modeling import MoRForCausalLM, MoROutput
+from mor.model.routers import TokenChoiceRouter
 
 
 class LoadBalancing(TrainerCallback):
@@ -37,7 +38,9 @@ class LoadBalancing(TrainerCallback):
             self.loads.append(torch.bincount(depths, minlength=model.config.num_recursions + 1)[1:])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.model.model.router.update_bias(torch.stack(self.loads).sum(0))
+        router = self.model.model.router
+        assert isinstance(router, TokenChoiceRouter)
+        router.update_bias(torch.stack(self.loads).sum(0))
         self.loads.clear()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -51,8 +51,7 @@ _READ_BY: dict[str, tuple[RouterKind, ...]] = {
 
 
 class RouterConfig(Settings, prefix="router"):
-    """How a token's recursion depth is decided. ``None`` means: the paper's choice for this
-    router."""
+    """How a token's recursion depth is decided. ``None``: the paper's choice for this router."""
 
     kind: RouterKind = "fixed"
     """fixed: every token takes every recursion; expert_choice: each recursion picks its tokens;
@@ -62,8 +61,7 @@ class RouterConfig(Settings, prefix="router"):
     score: Literal["sigmoid", "tanh", "none", "softmax"] | None = None
     """Function applied to router logits. Paper: sigmoid (expert-choice), softmax (token-choice)."""
     alpha: PositiveFloat | None = None
-    """Scale of the gate. Paper: 0.1 for expert-choice and random (and here for the baselines), 1
-    for token-choice."""
+    """Scale of the gate. Paper: 1 for token-choice, 0.1 for the others, our baselines included."""
     gate: Literal["paper", "residual"] = "paper"
     """paper: h + g * Stack(h); residual: h + g * (Stack(h) - h)."""
     capacities: Listed[tuple[Share, ...]] | None = None
@@ -71,8 +69,7 @@ class RouterConfig(Settings, prefix="router"):
     hierarchical: bool = True
     """Only tokens selected at one recursion compete for the next."""
     causal_selection: Literal["aux_loss", "aux_router"] = "aux_loss"
-    """What learns to imitate top-k without seeing the future: the router's own logits or a second
-    net."""
+    """What learns to imitate top-k causally: the router's own logits, or a second network."""
     selection_weight: NonNegativeFloat = 0.001
     """Weight of the binary cross-entropy against top-k membership."""
     z_loss_weight: NonNegativeFloat = 0.0
@@ -116,7 +113,7 @@ class RouterConfig(Settings, prefix="router"):
             )
 
     def _changed(self, name: str) -> bool:
-        return getattr(self, name) != self.__dataclass_fields__[name].default
+        return bool(getattr(self, name) != self.__dataclass_fields__[name].default)
 
     @property
     def score_name(self) -> str:
@@ -141,11 +138,11 @@ class ModelConfig(Settings):
     head_dim: PositiveInt = 64
     ffn_dim: PositiveInt = 1536
     prelude_layers: NonNegativeInt = 0
-    """Layers of their own before the recursions."""
+    """Layers before the recursions, applied once."""
     shared_layers: PositiveInt = 30
     """Layers in the shared stack, stored once and applied num_recursions times."""
     coda_layers: NonNegativeInt = 0
-    """Layers of their own after the recursions."""
+    """Layers after the recursions, applied once."""
     num_recursions: PositiveInt = 1
     shared_order: Literal["cycle", "sequence"] = "cycle"
     """cycle: (0,1,2)(0,1,2); sequence: (0,0)(1,1)(2,2)."""
@@ -171,14 +168,12 @@ class ModelConfig(Settings):
         if kind != "fixed" and self.num_recursions == 1:
             raise ValueError(
                 f"router.kind={kind!r} needs num_recursions >= 2: with one recursion there is "
-                "nothing to route; "
-                "use router.kind='fixed' for a plain model"
+                "nothing to route; use router.kind='fixed' for a plain model"
             )
         if kind != "fixed" and self.shared_order == "sequence":
             raise ValueError(
                 f"router.kind={kind!r} needs shared_order='cycle': in 'sequence' a layer repeats "
-                "before the next one "
-                "starts, so no pass of the whole stack is left that a token could skip"
+                "before the next one starts, so there is no pass of the whole stack to skip"
             )
         if given is not None and kind in _READ_BY["capacities"]:
             if len(given) != self.num_recursions:
@@ -190,15 +185,13 @@ class ModelConfig(Settings):
             if nested and list(given) != sorted(given, reverse=True):
                 raise ValueError(
                     f"router.capacities={given} must not grow with depth when tokens drop out for "
-                    "good; "
-                    "sort them or set router.hierarchical=False"
+                    "good; sort them or set router.hierarchical=False"
                 )
         if self.kv_strategy != "recursion_wise":
             if self.capacities[0] < 1:
                 raise ValueError(
                     f"kv_strategy={self.kv_strategy!r} reads the first recursion's keys of every "
-                    "token; "
-                    f"the first capacity must be 1, got {self.capacities[0]}"
+                    f"token; the first capacity must be 1, got {self.capacities[0]}"
                 )
             if self.num_recursions == 1 or (self.kv_strategy == "hybrid" and kind == "fixed"):
                 warnings.warn(
@@ -249,11 +242,12 @@ def layout(
     shared, rest = divmod(num_layers - 2 * own, num_recursions)
     if rest or shared < 1:
         below = 2 * own + shared * num_recursions
-        near = [d for d in (below, below + num_recursions) if d >= 2 * own + num_recursions]
+        least = 2 * own + num_recursions
+        near = [depth for depth in (below, below + num_recursions) if depth >= least] or [least]
+        nearest = " or ".join(map(str, near))
         raise ValueError(
             f"num_layers={num_layers} does not fit {num_recursions} recursions with "
-            f"sharing={sharing!r}; "
-            f"nearest valid: {' or '.join(map(str, near)) or 2 * own + num_recursions}"
+            f"sharing={sharing!r}; nearest valid: {nearest}"
         )
     order = "sequence" if sharing.endswith("sequence") and num_recursions > 1 else "cycle"
     return dict(
@@ -265,8 +259,7 @@ def layout(
     )
 
 
-# name: (layers, settings). SmolLM shapes as in the paper's section 3, tiny ones for tests and
-# laptops.
+# Name: (layers, settings). SmolLM shapes of the paper's section 3; tiny ones for tests, laptops.
 _PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "smollm-135m": (30, dict(dim=576, num_heads=9, num_kv_heads=3, ffn_dim=1536)),
     "smollm-360m": (32, dict(dim=960, num_heads=15, num_kv_heads=5, ffn_dim=2560)),

@@ -34,8 +34,7 @@ READS: dict[str, Callable[[int], tuple[int, ...]]] = {
 
 
 class AttentionPass(Protocol):
-    """One pass of a stack of layers over some tokens: where its attention writes and what it
-    sees."""
+    """One pass of some layers over some tokens: where its attention writes and what it sees."""
 
     writes: bool
 
@@ -52,8 +51,7 @@ class KVStore(Protocol):
 
 
 class Cache(KVStore, Protocol):
-    """A store that keeps them for the next forward. length: tokens that each of ``batch``
-    sequences holds."""
+    """A store that outlives a forward. length: tokens that each of ``batch`` sequences holds."""
 
     batch: int
 
@@ -107,8 +105,7 @@ class KVPass:
             k = k.index_put((lane, position), k_fresh[lane, slot])
             v = v.index_put((lane, position), v_fresh[lane, slot])
         if self.mask_AKS is not None and self.mask_AKS.dtype == torch.bool:
-            # Once for all layers: the kernel would make, and keep for its backward, a copy for
-            # each.
+            # Once for all layers: the kernel would make a copy for each, and keep it for backward.
             self.mask_AKS = as_bias(self.mask_AKS, q_MNH.dtype)
         return self.tokens.unpad(attention(self.tokens.pad(q_MNH), k, v, self.mask_AKS))
 
@@ -251,8 +248,7 @@ class KVCache:
         return self._lines(s, s.position_BS, rows)
 
     def truncate(self, length: int | Tensor) -> None:
-        """Forget all tokens from position ``length`` on: one number for all rows, or one for each,
-        (B,)."""
+        """Forget tokens from position ``length`` on: one number for all rows, or one each, (B,)."""
         limit = length[:, None] if isinstance(length, Tensor) else length
         for s in self.streams:
             s.length = (s.position_BS < limit).sum(1)

@@ -19,8 +19,7 @@ CHUNK_LOGITS = 1 << 25  # logits alive at a time; 128 MiB in fp32
 
 
 def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor:
-    """Mean of ``cross_entropy(x @ weight.T, target)`` over the targets that are not ``IGNORED``, in
-    nats."""
+    """Mean ``cross_entropy(x @ weight.T, target)`` in nats, over targets not ``IGNORED``."""
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         x_MD, weight_VD, target
     )
@@ -76,7 +75,7 @@ def _chunk(
     loss = ((log_sum - logits.gather(1, place))[:, 0] * known).sum()
     if grad is None and grad_VD is None:
         return loss
-    # in place: at this size, passes over memory are what counts
+    # In place: at this size, passes over memory are what counts.
     error = logits.sub_(log_sum).exp_()
     error.scatter_add_(1, place, torch.full_like(log_sum, -1))
     error = error.mul_((known.to(error.dtype) / count)[:, None]).to(precision)

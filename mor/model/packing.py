@@ -188,15 +188,13 @@ class _Take(torch.autograd.Function):
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """``x[index]`` where no index occurs twice: then the gradient is a copy, and needs neither
-    sums nor sorting."""
+    """``x[index]`` for distinct indices: the gradient is a copy, without sums or sorting."""
     taken: Tensor = _Take.apply(x, index)  # type: ignore[no-untyped-call]
     return taken
 
 
 def tally(index: Tensor, length: int) -> Tensor:
-    """How often each of 0..length-1 occurs; unlike ``bincount`` it does not make the host wait for
-    the device."""
+    """Counts of 0..length-1; unlike ``bincount``, the host does not wait for the device."""
     return index.new_zeros(length).index_add_(0, index, torch.ones_like(index))
 
 

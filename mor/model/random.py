@@ -9,12 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# splitmix64, as signed
-_GOLDEN, _MIX_1, _MIX_2 = (
-    -0x61C8864680B583EB,
-    -0x40A7B892E31B1A47,
-    -0x6B2FB644ECCEEE15,
-)
+# The constants of splitmix64, as signed integers.
+_GOLDEN = -0x61C8864680B583EB
+_MIX_1 = -0x40A7B892E31B1A47
+_MIX_2 = -0x6B2FB644ECCEEE15
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -28,7 +26,7 @@ def hash_uniform(seed: int | Tensor, *counters: int | Tensor) -> Tensor:
     )
     state = torch.zeros((), dtype=torch.int64, device=device)
     for value in (seed, *counters):
-        # filled on the device: a copy from the host cannot be in a CUDA graph
+        # Filled on the device: a copy from the host cannot be in a CUDA graph.
         if not isinstance(value, Tensor):
             value = torch.full((), value, dtype=torch.int64, device=device)
         state = (state ^ value) + _GOLDEN

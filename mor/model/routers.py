@@ -149,7 +149,7 @@ class Router(nn.Module):
         return None
 
     def shown_score(self, routing: Routing, recursion: int) -> Tensor | None:
-        """Scores for people, between 0 and 1; NaN for tokens that were not candidates. None: the
+        """Scores to show, between 0 and 1; NaN for tokens that were not candidates. None: the
         router scores nothing."""
         return None
 
@@ -245,7 +245,7 @@ class ExpertChoiceRouter(Router):
 
     def losses(self, routing: Routing) -> dict[str, AuxiliaryLoss]:
         """Binary cross-entropy of the causal logits against membership in the top-k, which teaches
-        the threshold to decide alike; and the z-loss."""
+        the threshold to decide the same; and the z-loss."""
         if routing.rule.selection != "topk":
             return {}
         zero = torch.zeros((), device=routing.tokens.row.device)
@@ -286,8 +286,7 @@ class ExpertChoiceRouter(Router):
 
 
 class TokenChoiceRouter(Router):
-    """Each token picks its depth once, from its state before the first recursion (arXiv 2507.10524,
-    token-choice)."""
+    """Each token picks its depth once, before the first recursion (token-choice of the paper)."""
 
     is_learned = True
     bias_R: Tensor
@@ -385,8 +384,7 @@ class TokenChoiceRouter(Router):
 
 
 class RandomRouter(Router):
-    """The control: depth is drawn from (seed, token, position), so it is causal and the same
-    everywhere."""
+    """The control: depth is drawn from (seed, token, position), causal and reproducible."""
 
     has_topk = True
 
@@ -419,8 +417,7 @@ class RandomRouter(Router):
 
 
 class PositionRouter(RandomRouter):
-    """A baseline: depth follows from the position alone, spread as evenly over positions as can
-    be."""
+    """A baseline: depth follows from the position alone, spread as evenly as possible."""
 
     def need(self, tokens: PackedTokens) -> Tensor:
         # Multiples of the golden ratio fill [0, 1) evenly.
@@ -428,8 +425,7 @@ class PositionRouter(RandomRouter):
 
 
 class FrequencyRouter(RandomRouter):
-    """A baseline: the rarer a token, the deeper it goes. Knows no more than how often each token
-    occurs."""
+    """A baseline: the rarer a token, the deeper it goes. Knows only how often each token occurs."""
 
     needs_token_counts = True
     need_V: Tensor

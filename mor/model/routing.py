@@ -103,7 +103,7 @@ def route(
 ) -> RoutingStep:
     """Ask the router about the candidates of a recursion, and keep those that go in."""
     candidate_index, candidates = None, tokens
-    if router.is_hierarchical and earlier:  # who stayed out once stays out
+    if router.is_hierarchical and earlier:  # a token that stayed out stays out
         candidate_index, candidates = earlier[-1].index, earlier[-1].tokens
     if candidate_index is not None:
         x_MD = take(x_MD, candidate_index)

@@ -143,8 +143,7 @@ class Block(nn.Module):
 
 
 def checkpointed(function: Callable[..., Tensor], *args: object, recompute: bool) -> Tensor:
-    """``function(*args)``; with ``recompute`` its activations are made again in the backward
-    pass."""
+    """``function(*args)``; with ``recompute`` the backward pass makes its activations again."""
     return checkpoint(function, *args, use_reentrant=False) if recompute else function(*args)
 
 
@@ -312,7 +311,7 @@ class Transformer(nn.Module):
             return Output(x_MD.new_empty(0), routing)
         return Output(self._logits(x_MD, tokens, logits), routing)
 
-    if TYPE_CHECKING:  # nn.Module's own __call__ says nothing of what comes back
+    if TYPE_CHECKING:  # nn.Module's own __call__ returns Any
 
         def __call__(self, tokens_BT: Tensor, **settings: Any) -> Output: ...
 
@@ -384,7 +383,7 @@ class Transformer(nn.Module):
             raise ValueError(f"got {len(capacities)} capacities for {trained} recursions")
         if not all(0 < capacity <= 1 for capacity in capacities):
             raise ValueError(f"capacities must lie in (0, 1], got {capacities}")
-        further = capacities[-1:] * (R - trained)  # beyond the trained ones, all are as the last
+        further = capacities[-1:] * (R - trained)  # beyond the trained ones, as the last
         return RoutingRule(selection, (*capacities, *further), max_depth or R)
 
     def predict(self, x_MD: Tensor) -> Tensor:
@@ -404,8 +403,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> Transformer:
-        """Normal(0, init_std) for every matrix, ones for every norm. Raises if a parameter is
-        missed."""
+        """Normal(0, init_std) for matrices, ones for norms. Raises if a parameter is missed."""
         generator = torch.Generator(device="cpu").manual_seed(seed)
         missed = {name for name, _ in self.named_parameters()}
         for prefix, module in self.named_modules():

@@ -1,2 +1,1 @@
-"""Studies: grids of runs from one file, their table, comparisons and fits. ``mor sweep`` is the
-command."""
+"""Studies (``mor sweep``): grids of runs from one file, their table, comparisons and fits."""

@@ -1,5 +1,4 @@
-"""What a reader needs to know of the tables and figures of studies; :mod:`mor.studies.report` makes
-them."""
+"""Captions of the tables and figures that :mod:`mor.studies.report` makes."""
 
 from __future__ import annotations
 

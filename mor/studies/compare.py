@@ -1,5 +1,4 @@
-"""What a study's numbers say: differences seed by seed, with intervals, and whether depth pays at
-all."""
+"""What a study's numbers say: paired differences with intervals, and whether depth pays."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ from typing import Any
 from mor.statistics import paired
 from mor.studies.study import Study
 
+Runs = dict[int, dict[str, Any]]  # by seed
 OPTIONAL = (
     "topk_nll_noncausal",
     "answers_right",
@@ -50,9 +50,9 @@ class Line:
     lr: float
 
 
-def by_row(rows: Iterable[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+def by_row(rows: Iterable[dict[str, Any]]) -> dict[str, Runs]:
     """Runs by row (with its budget, if there are several) and seed."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+    found: dict[str, Runs] = {}
     for run in rows:
         found.setdefault(line_name(run), {})[run["seed"]] = run
     return found
@@ -60,7 +60,8 @@ def by_row(rows: Iterable[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]
 
 def line_name(run: dict[str, Any]) -> str:
     """The row, and the budget if there are several."""
-    return run["row"] + (f", {run['budget']:g} FLOPs" if run["budget"] else "")
+    row: str = run["row"]
+    return f"{row}, {run['budget']:g} FLOPs" if run["budget"] else row
 
 
 def lines(study: Study, rows: Iterable[dict[str, Any]]) -> list[Line]:
@@ -116,8 +117,7 @@ def _reference_of(study: Study, run: dict[str, Any]) -> str | None:
 
 
 def depth_verdict(study: Study, rows: Sequence[dict[str, Any]]) -> str:
-    """Whether depth pays at this size, in words computed from the numbers; said before anything
-    else."""
+    """Whether depth pays at this size, in words computed from the numbers."""
     control = study.depth_pays
     if not (control.deep and control.shallow):
         return "This study has no control, so it does not show whether depth pays at its size."
@@ -131,7 +131,7 @@ def depth_verdict(study: Study, rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(verdicts) or "The runs that show whether depth pays have not finished yet."
 
 
-def _verdict(name: str, shallow: dict[int, dict], deep: dict[int, dict], margin: float) -> str:
+def _verdict(name: str, shallow: Runs, deep: Runs, margin: float) -> str:
     found = paired(
         *({s: run["validation_nll"] for s, run in runs.items()} for runs in (shallow, deep))
     )

@@ -1,5 +1,4 @@
-"""Figures of studies, in the look of :mod:`mor.analysis.style`: numbers in, a matplotlib Figure
-out."""
+"""Figures of studies, in the style of :mod:`mor.analysis.style`: numbers in, a Figure out."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ from mor.studies.compare import Line
 from mor.studies.scaling import Optimum, Point, parabola
 
 Runs = Mapping[str, Mapping[int, dict[str, Any]]]  # by row and seed
-OVERLAID = 5  # lines that can be told apart in one panel; more get a panel each
+OVERLAID = 5  # lines that stay legible in one panel; more get a panel each
 BAND = " (band: range of the seeds)"
 HOPS = {
     "answers_right_by_hops": "share of right answers (causal)",

@@ -87,7 +87,7 @@ def run_one(run: Run, threads: int) -> Outcome:
     torch.set_num_threads(threads)
     path = Path(run.config.out)
     try:
-        # before anything is written: another sweep may be working on it
+        # Locked before anything is written: another sweep may be working on it.
         with RunFolder(path).lock():
             return Outcome(run=run, status=_run_alone(run, path))
     except Exception as error:  # whatever it is, the other runs continue
@@ -116,8 +116,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_trunk(run: Run) -> None:
-    """Raise ValueError if there is no checkpoint to branch off, or one trained with other
-    settings."""
+    """Raise ValueError if the checkpoint to branch off is missing or has other settings."""
     if run.config.branch_from is None or RunFolder(Path(run.config.out)).settings.is_file():
         return
     if not Path(run.config.branch_from).is_dir():
@@ -273,8 +272,7 @@ def _stop_with_parent() -> None:
 def _on_cluster(
     runs: Sequence[Run], workers: Workers, folder: Path, idle: Callable[[], None]
 ) -> Iterator[Outcome]:
-    """An interruption cancels the jobs that are not done; their runs save themselves, to continue
-    later."""
+    """An interruption cancels unfinished jobs; their runs save themselves and can continue."""
     with extra("cluster", needed_for="a cluster"):
         import submitit
     if workers.cluster == "slurm" and not shutil.which("srun"):
@@ -306,9 +304,10 @@ def _on_cluster(
 
 def _outcome(job: Any, run: Run, submitit: Any) -> Outcome:
     try:
-        return job.result()
+        outcome: Outcome = job.result()
     except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
         return Outcome(run=run, status="failed", reason=f"job {job.job_id}: {_reason(error)}")
+    return outcome
 
 
 class _Watch:

@@ -1,5 +1,4 @@
-"""Tables and figures of a study from its finished runs; ``mor report`` puts the same files on one
-page."""
+"""Tables and figures of a study's finished runs; ``mor report`` puts them on one page."""
 
 from __future__ import annotations
 
@@ -25,8 +24,7 @@ from mor.studies.study import Study
 
 @dataclass(frozen=True, kw_only=True)
 class Exit:
-    """One policy of letting tokens of a trained variant leave early; means over seeds, NLL in
-    nats."""
+    """A policy by which tokens of a trained variant exit early; means over seeds, NLL in nats."""
 
     row: str
     policy: str
@@ -72,8 +70,7 @@ def report(study: Study, folder: Path, console: Console, *, resamples: int = 100
 
 
 def write_summary(folder: Path, texts: dict[str, str]) -> None:
-    """What ``mor report`` says at the top of the page. Tables and figures of an earlier report
-    go."""
+    """The top of ``mor report``'s page. Removes the tables and figures of an earlier report."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in CAPTIONS:
         for old in (*folder.glob(f"tables/{name}.csv"), *folder.glob(f"figures/{name}.*")):
@@ -127,8 +124,7 @@ def _write_csv(found: Sequence[Any], path: Path) -> None:
 
 
 def _print_edges(study: Study, rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """Say where the best learning rate is the smallest or largest tried: the true one may lie
-    beyond."""
+    """Say where the best learning rate is at an end of its grid: the true one may lie beyond."""
     ends = (
         {f"{r:g}" for r in (min(study.tuning.rates), max(study.tuning.rates))}
         if study.tuning.rates
@@ -227,8 +223,7 @@ def report_scaling(
     noise: float = 0.0,
     resamples: int = 1000,
 ) -> None:
-    """IsoFLOP fits: best sizes, their paths, the recurrence law; tables and figures. noise: see
-    scaling.optima."""
+    """IsoFLOP fits: best sizes, their paths, the recurrence law. noise: see scaling.optima."""
     best = scaling.optima(points, noise=noise, resamples=resamples)
     slopes = scaling.paths(points, noise=noise, resamples=resamples)
     laws = _laws(points, console, noise=noise, resamples=max(1, resamples // 5))
@@ -252,7 +247,7 @@ def report_scaling(
 def _laws(
     points: Sequence[scaling.Point], console: Console, *, noise: float, resamples: int
 ) -> list[scaling.RecurrenceLaw]:
-    """One for each family that loops; why there is none is said."""
+    """One for each family that loops; prints why if there is none."""
     found = []
     for family in dict.fromkeys(p.family for p in points if p.loops > 1):
         try:

@@ -1,5 +1,4 @@
-"""What finished runs found, and one sqlite table of them. The table can be deleted: run directories
-hold everything."""
+"""What finished runs found, and one SQLite table of them, made anew from the run folders."""
 
 from __future__ import annotations
 
@@ -41,13 +40,9 @@ HEALTH = ("dead_positions", "agreement", "max_violation", "depth_entropy")
 
 
 def measure(run: Run, result: TrainResult) -> dict[str, Any]:
-    """Numbers of a finished run: causal ones, and top-k's under a name that says non-causal. NLL in
-    nats."""
-    model, data, folder = (
-        result.state.model.eval(),
-        result.corpus.validation,
-        RunFolder(Path(run.config.out)),
-    )
+    """Numbers of a finished run, causal unless the name says non-causal. NLL in nats."""
+    model, data = result.state.model.eval(), result.corpus.validation
+    folder = RunFolder(Path(run.config.out))
     config = load_config(folder.settings)
     settings: dict[str, Any] = dict(
         seq_len=config.seq_len, max_windows=run.windows, document_mask=config.data.document_mask
@@ -147,7 +142,7 @@ def _row(path: Path) -> dict[str, Any]:
         }
     if (path / RESULT).is_file():
         row |= {"status": "finished"} | known(path / RESULT, *NEEDED)
-    # a finished run can fail, too: when the study asks for another run in its place
+    # A finished run can fail, too: when the study asks for another run in its place.
     if (path / ERROR).is_file():
         row |= {
             "status": "failed",

@@ -23,7 +23,7 @@ from mor.statistics import bootstrap_bounds
 from mor.studies.study import LABEL, row_name
 
 Array = NDArray[np.float64]
-# a minimum farther outside the measured log sizes does not count: the curve is flat or a slope
+# A minimum farther outside the measured log sizes does not count: the curve is flat or a slope.
 REACH = math.log(1000)
 PHI_BOUND = 3.0
 
@@ -111,8 +111,7 @@ def parabola(points: Sequence[Point]) -> Array:
 
 
 def lowest_point(points: Sequence[Point]) -> tuple[float, float]:
-    """(log size, NLL) where the parabola is lowest; NaN for a curve without such a point within
-    REACH."""
+    """(log size, NLL) where the parabola is lowest; NaN if it has no minimum within REACH."""
     curve = parabola(points)
     best = -curve[1] / (2 * curve[0]) if curve[0] > 0 else math.nan
     sizes = [math.log(p.size) for p in points]
@@ -168,8 +167,7 @@ def _log_tokens(points: Sequence[Point], log_size: Any) -> Any:
 def _resamples(
     points: Sequence[Point], noise: float, count: int, seed: int
 ) -> Iterable[list[Point]]:
-    """The points with fresh noise (parametric bootstrap): as large as between seeds, otherwise
-    ``noise`` nats."""
+    """The points with fresh noise (parametric bootstrap): that between seeds, or ``noise`` nats."""
     random = np.random.default_rng(seed)
     between_seeds = _deviation_between_seeds(points)
     for _ in range(count):
@@ -197,8 +195,7 @@ def _deviation_between_seeds(points: Sequence[Point]) -> float | None:
 def paths(
     points: Sequence[Point], *, noise: float = 0.0, resamples: int = 1000, seed: int = 0
 ) -> list[ScalingPath]:
-    """How the best size and token count grow with the budget, for each family with two or more
-    budgets."""
+    """How best size and token count grow with the budget, for families with two or more budgets."""
     found = []
     for family in dict.fromkeys(p.family for p in points):
         chosen = [p for p in points if p.family == family]
@@ -299,12 +296,12 @@ def _columns(points: Sequence[Point]) -> dict[str, Array]:
     }
 
 
-def _law(parameters: Any, at: dict[str, Array]) -> Array:
-    floor, log_a, alpha, log_b, beta, phi = parameters
+def _law(parameters: Sequence[float] | Array, at: dict[str, Array]) -> Array:
+    floor, log_a, alpha, log_b, beta, phi = map(float, parameters)
     size = at["once"] + at["loops"] ** phi * at["looped"]
-    return (
-        floor + np.exp(log_a - alpha * np.log(size)) + np.exp(log_b - beta * np.log(at["tokens"]))
-    )
+    of_size: Array = np.exp(log_a - alpha * np.log(size))
+    of_tokens: Array = np.exp(log_b - beta * np.log(at["tokens"]))
+    return floor + of_size + of_tokens
 
 
 def _fit_law(at: dict[str, Array], start: Array | None) -> Array:
@@ -313,21 +310,13 @@ def _fit_law(at: dict[str, Array], start: Array | None) -> Array:
 
     lowest = at["nll"].min()
     bounds = ([0, -20, 0.02, -20, 0.02, -PHI_BOUND], [lowest, 40, 2.5, 60, 2.5, PHI_BOUND])
-    mid_size, mid_tokens = (
-        np.median(np.log(at["once"] + at["looped"])),
-        np.median(np.log(at["tokens"])),
-    )
+    mid_size = np.median(np.log(at["once"] + at["looped"]))
+    mid_tokens = np.median(np.log(at["tokens"]))
+    log_scale = math.log(0.3)
     starts: Iterable[Any] = [start]
     if start is None:
         starts = [
-            (
-                lowest * share,
-                math.log(0.3) + a * mid_size,
-                a,
-                math.log(0.3) + b * mid_tokens,
-                b,
-                0.5,
-            )
+            (lowest * share, log_scale + a * mid_size, a, log_scale + b * mid_tokens, b, 0.5)
             for share in (0.2, 0.6, 0.9)
             for a in (0.2, 0.5)
             for b in (0.3, 0.8, 1.5)
@@ -343,7 +332,8 @@ def _fit_law(at: dict[str, Array], start: Array | None) -> Array:
         )
         for begin in starts
     ]
-    return min(fits, key=lambda fit: fit.cost).x
+    best: Array = min(fits, key=lambda fit: fit.cost).x
+    return best
 
 
 def _inside(bounds: Any) -> tuple[Array, Array]:

@@ -8,8 +8,7 @@ from mor.settings import NonNegativeInt, PositiveFloat, PositiveInt, Settings
 
 
 class Workers(Settings):
-    """jobs at a time, each with ``threads`` threads; or with ``gpus`` one run on each; or a
-    cluster."""
+    """``jobs`` at a time, each with ``threads`` threads, or one on each GPU, or a cluster."""
 
     jobs: PositiveInt = 1
     """Runs at a time."""
@@ -18,8 +17,7 @@ class Workers(Settings):
     gpus: NonNegativeInt = 0
     """One run at a time on each of this many GPUs, in place of jobs."""
     cluster: Literal["slurm", "local", "debug"] | None = None
-    """slurm: each stage of runs is a job array, handed over by submitit; local and debug are its
-    dry runs."""
+    """slurm: each stage of runs is a job array, by submitit; local and debug are its dry runs."""
     partition: str | None = None
     """Slurm partition."""
     hours: PositiveFloat = 24.0

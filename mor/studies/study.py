@@ -53,15 +53,13 @@ from mor.settings import (
 )
 from mor.training.config import TrainConfig, cooled, total_steps
 
-# What a study adds to a run directory: the numbers of a finished run, why a run failed, its place
-# in the study.
+# What a study adds to a run folder: the numbers of a finished run, why it failed, its place.
 RESULT, ERROR, ABOUT = "result.json", "error.txt", "study.json"
 LABEL = "label_"  # begins the names of axes in tables
 
 
 class Tuning(Settings, prefix="tuning"):
-    """The learning rate of each row: the one whose short run has the lowest causal validation
-    NLL."""
+    """Each row's learning rate: the one whose short run has the lowest causal validation NLL."""
 
     rates: Listed[tuple[PositiveFloat, ...]] = ()
     share: Share = 0.3
@@ -93,8 +91,7 @@ class Study(Settings):
     budgets: Listed[tuple[PositiveFloat, ...]] = ()
     """Training FLOPs. One stable run serves all: each budget's cool-down branches off it."""
     exits: Listed[tuple[str, ...]] = ()
-    """Variants whose tokens, once trained, also leave early: at random, when sure, by an
-    oracle."""
+    """Variants whose tokens, once trained, also exit early: at random, when sure, by an oracle."""
     windows: PositiveInt = 512
     """Validation sequences that a finished run is measured on."""
 
@@ -239,7 +236,7 @@ def _shape(study: Study, changes: Mapping[str, Any]) -> dict[str, Any]:
         return own
     if not isinstance(like, str) or like not in study.shapes:
         raise ValueError(
-            f"there is no shape {like!r}; there are {', '.join(study.shapes) or 'none'}"
+            f"there is no shape {like!r}; this study has {', '.join(study.shapes) or 'none'}"
         )
     return merge(study.shapes[like], own)
 
@@ -275,8 +272,9 @@ def merge(*tables: Mapping[str, Any]) -> dict[str, Any]:
     for table in tables:
         for key, value in table.items():
             before = merged.get(key)
-            both = isinstance(before, Mapping) and isinstance(value, Mapping)
-            merged[key] = merge(before, value) if both else value  # type: ignore[arg-type]
+            if isinstance(before, Mapping) and isinstance(value, Mapping):
+                value = merge(before, value)
+            merged[key] = value
     return merged
 
 
@@ -336,8 +334,7 @@ def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
 
 
 def main_runs(study: Study, out: Path, rates: Mapping[str, float]) -> list[list[Run]]:
-    """The runs that count, in stages; a stage needs the ones before it. rates: tuned learning rates
-    by row."""
+    """The runs that count, in stages that need the ones before. rates: tuned rates by row."""
     first, branches = [], []
     for row in study_rows(study):
         config = row.config
@@ -353,7 +350,7 @@ def main_runs(study: Study, out: Path, rates: Mapping[str, float]) -> list[list[
             first.append(trunk)
             branches += rest
     stages = [first, branches] if branches else [first]
-    # a whole seed, then the next
+    # All rows with one seed, then the next seed.
     return [sorted(stage, key=lambda run: study.seeds.index(run.seed)) for stage in stages]
 
 
@@ -361,8 +358,7 @@ BRANCH_POINTS = 4  # steps of the stable run to branch off, up to the first budg
 
 
 def _budget_runs(study: Study, row: Row, config: TrainConfig, place: Path) -> Iterator[Run]:
-    """The run of the largest budget, then those that branch off it. Each meets its budget to within
-    one step."""
+    """The run of the largest budget, then its branches; each is within a step of its budget."""
     steps = [total_steps(with_budget(config, budget)) for budget in study.budgets]
     stable = 1 - config.optim.cooldown
     every = max(1, round(steps[0] * stable / BRANCH_POINTS))
@@ -405,11 +401,10 @@ def folder_name(name: str) -> str:
 
 
 def variants_named(study: Study, names: Sequence[str]) -> Study:
-    """Some of a study's variants, to run but not to compare. Raises ValueError for an unknown
-    name."""
+    """Some of a study's variants, to run only. Raises ValueError for an unknown name."""
     for name in names:
         if name not in study.variants:
-            raise ValueError(f"no variant {name!r}; there are {', '.join(study.variants)}")
+            raise ValueError(f"no variant {name!r}; this study has {', '.join(study.variants)}")
     kept = {name: study.variants[name] for name in study.variants if name in names}
     exits = tuple(name for name in study.exits if name in kept)
     return replace(study, variants=kept, exits=exits, reference="", depth_pays=DepthPays())

@@ -88,32 +88,27 @@ class TrainConfig(Settings):
     keep: NonNegativeInt = 2
     """Checkpoints that are kept; 0 keeps all."""
     keep_steps: Listed[tuple[PositiveInt, ...]] = ()
-    """Steps whose checkpoints are kept besides, such as those that other runs branch off."""
+    """Steps whose checkpoints are kept as well, such as those that other runs branch off."""
     max_skipped: NonNegativeInt = 5
-    """Steps in a row whose loss or gradient is not finite before the run stops; each one is
-    skipped."""
+    """Skipped steps in a row (loss or gradient not finite) after which the run stops."""
     branch_from: str | None = None
-    """Checkpoint of another run's stable phase that this run starts from; it takes that run's
-    settings."""
+    """Checkpoint of another run's stable phase to start from, with that run's settings."""
     log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl."""
     seed: Seed = 0
     """Of weights and data order."""
     device: str = "auto"
-    """auto, cpu, cuda or another of PyTorch's. auto: a GPU if there is one."""
+    """auto, cpu, cuda or another PyTorch device. auto: a GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
     parallel: Parallel = "ddp"
-    """Several ranks (torchrun): ddp keeps a copy of everything on each, fsdp a share of
-    everything."""
+    """With torchrun: ddp keeps a copy of everything on each rank, fsdp a share."""
     recompute: bool = False
     """Keep no activations inside the layers; the backward pass makes them again."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the layers. auto: on CUDA; on a CPU compiling takes long and gains
-    little."""
+    """torch.compile for the layers. auto: on CUDA; on a CPU it gains little."""
     tracker: TrackerName = "none"
-    """Where else metrics go, with histograms of the routing: needs the extra [track]; metrics.jsonl
-    comes anyway."""
+    """Where metrics and routing histograms go besides metrics.jsonl; needs the extra [track]."""
 
     def __post_init__(self) -> None:
         if self.parallel == "fsdp" and self.optim.name == "muon":
@@ -140,8 +135,7 @@ def capacities_at(config: TrainConfig, step: int) -> tuple[float, ...]:
 
 
 def step_flops(config: TrainConfig, step: int, num_ranks: int = 1) -> float:
-    """Training FLOPs of a step, exact for static capacities. Documents are counted as if they were
-    not masked."""
+    """Training FLOPs of a step, exact for static capacities. Document masks are ignored."""
     from mor.costs.flops import train_flops
 
     sequences = config.batch_size * config.accumulate * num_ranks
@@ -192,8 +186,8 @@ def branch(start: str | Path, *, cooldown_steps: PositiveInt, out: str) -> Train
     if config.optim.schedule != "trapezoid" or not stable[0] <= step <= stable[1]:
         raise ValueError(
             f"{folder} is at step {step}; a branch needs a checkpoint of the stable phase of a "
-            "trapezoid schedule, "
-            f"here steps {stable[0]} to {stable[1]} (keep them with --save-every and --keep 0)"
+            f"trapezoid schedule, here steps {stable[0]} to {stable[1]} (keep them with "
+            "--save-every and --keep 0)"
         )
     return dataclasses.replace(
         cooled(config, folder, step + cooldown_steps, cooldown_steps), out=out
@@ -214,8 +208,7 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def settings_of(path: str | Path) -> TrainConfig | None:
-    """Settings of the run that ``path``, a run or a checkpoint, means; None for a checkpoint that
-    lies alone."""
+    """Settings of the run at ``path``, or of a checkpoint's run; None if it belongs to none."""
     from mor import checkpoint
 
     saved = RunFolder.of(checkpoint.resolve(path)).settings

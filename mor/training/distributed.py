@@ -97,7 +97,7 @@ def spread(model: Transformer, ranks: Ranks, how: Parallel) -> nn.Module:
         return model
     if how == "ddp":
         devices = [ranks.device.index] if ranks.device.type == "cuda" else None
-        # newer versions rename broadcast_buffers, older ones know only that
+        # Newer versions rename broadcast_buffers; older ones have no other name.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             return nn.parallel.DistributedDataParallel(
@@ -120,7 +120,7 @@ def reducing(forward: nn.Module, last: bool) -> Iterator[None]:
 
     if isinstance(forward, FSDPModule):
         forward.set_requires_gradient_sync(last)
-        # the weights stay the same, so one gathering serves the step
+        # The weights stay the same, so one gathering serves the step.
         forward.set_reshard_after_backward(last)
         yield
     elif isinstance(forward, nn.parallel.DistributedDataParallel) and not last:

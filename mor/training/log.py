@@ -11,7 +11,7 @@ from mor.training.trackers import NoTracker, Tracker, flat_scalars
 
 
 class MetricsLog:
-    """Continues a run's metrics after ``step``; later rows are dropped, for they come again.
+    """Continues a run's metrics after ``step``, without the rows that a resumed run writes again.
 
     active: False writes nothing, for all ranks but the first. tracker: gets the numbers as well.
     """

@@ -61,7 +61,7 @@ def train(
 
     resume: continue the run in ``config.out`` from its newest checkpoint, or start it if there is
     none yet. Ctrl-C or SIGTERM finishes the step, saves and returns with ``finished=False``. Raises
-    TrainingError if the loss stays not finite or a checkpoint cannot be written, ValueError if the
+    TrainingError if the loss stays non-finite or a checkpoint cannot be written, ValueError if the
     newest one is damaged or another process trains in ``config.out``.
     """
     run = RunFolder(Path(config.out))
@@ -94,7 +94,7 @@ def _prepare(
     console: Console,
     label: str,
 ) -> Trainer:
-    """Everything that a run needs, at its beginning or where it was interrupted."""
+    """Everything that a run needs, to start or to continue where it was interrupted."""
     if ranks.from_first(not resume and run.is_begun):
         raise ValueError(
             f"{run.path} already holds a run; resume it with --resume, choose another --out, or "
@@ -187,7 +187,7 @@ class Trainer:
         return TrainResult(path, self.state, self.corpus, finished)
 
     def _steps(self, interrupted: Sequence[bool]) -> bool:
-        """True if it got to the end."""
+        """Whether it reached the end."""
         config, state = self.config, self.state
         batches = self.corpus.train.batches(
             config.batch_size,

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -50,7 +50,7 @@ def save(
             model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
         shares = {"optimizer": get_optimizer_state_dict(model, optimizers)}
-        _quietly(dcp.save, shares, folder / checkpoint.OPTIMIZER, ranks)
+        _quietly(state_dict_saver.save, shares, folder / checkpoint.OPTIMIZER, ranks)
         if ranks.is_first:
             checkpoint.write(folder, model.config, weights, tokenizer, progress=progress)
     ranks.wait()
@@ -62,7 +62,7 @@ def load_optimizers(
     """Fill the optimizers of ``model`` from a checkpoint, which another number of ranks may have
     written. Every rank must call it. Raises OSError as above."""
     shares = {"optimizer": get_optimizer_state_dict(model, optimizers)}
-    _quietly(dcp.load, shares, path / checkpoint.OPTIMIZER, ranks)
+    _quietly(state_dict_loader.load, shares, path / checkpoint.OPTIMIZER, ranks)
     set_optimizer_state_dict(model, optimizers, shares["optimizer"])
 
 

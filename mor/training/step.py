@@ -48,8 +48,7 @@ class TrainState:
 
     @property
     def progress(self) -> dict[str, Any]:
-        """Plain values that say where the run is. No random state is needed: batches follow from
-        the position."""
+        """Plain values that say where the run is. Batches follow from it, without random state."""
         return {name: getattr(self, name) for name in self._COUNTERS} | {
             "position": self.data.position
         }
@@ -96,8 +95,7 @@ class StepResult:
 
 
 def compute_loss(output: Output) -> Tensor:
-    """What training minimises: language-model loss plus the weighted auxiliary losses, means over
-    tokens."""
+    """What training minimises: mean language-model loss plus weighted auxiliary losses."""
     assert output.nll is not None
     return output.nll + output.routing.weighted_loss
 
@@ -154,7 +152,7 @@ def _forward(
     capacities: Sequence[float],
     device: torch.device,
 ) -> Output:
-    return forward(
+    output: Output = forward(
         batch.tokens_BT.to(device),
         targets_BT=batch.targets_BT.to(device),
         documents_BT=None if batch.documents_BT is None else batch.documents_BT.to(device),
@@ -162,6 +160,7 @@ def _forward(
         capacities=capacities,
         recompute=config.recompute,
     )
+    return output
 
 
 def _autocast(config: TrainConfig, device: torch.device) -> Any:

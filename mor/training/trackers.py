@@ -103,8 +103,7 @@ def _needs(name: str) -> AbstractContextManager[None]:
 
 
 def flat_scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among ``values``; a list becomes one number per recursion. What is not finite is
-    left out."""
+    """The finite numbers among ``values``; a list becomes one number per recursion."""
     found: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Sequence) and not isinstance(value, str):
@@ -116,8 +115,7 @@ def flat_scalars(values: Mapping[str, Any]) -> dict[str, float]:
 
 @torch.no_grad()
 def routing_histograms(routings: Sequence[Routing]) -> dict[str, np.ndarray]:
-    """Depths that tokens took, and router logits at each recursion, over the forwards of a step on
-    this rank."""
+    """Depths of tokens and router logits at each recursion, over a step's forwards on this rank."""
     found = {"routing/depth": torch.cat([r.depth for r in routings])}
     for recursion in range(len(routings[0].steps)):
         logits = [r.steps[recursion].decision.logit for r in routings]

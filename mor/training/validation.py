@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mor.checkpoint import Checkpoint
-from mor.data.stream import DataConfig, Windows, load_corpus, load_tokens
+from mor.data.config import DataConfig
+from mor.data.stream import Windows, load_corpus, load_tokens
 from mor.training.config import settings_of
 
 
@@ -30,7 +31,7 @@ def validation_of(
     training.
 
     loaded: the checkpoint at ``path``. seq_len: None is that of the run, or of the model for a
-    checkpoint that lies alone.
+    checkpoint outside a run.
     """
     run = settings_of(path)
     found = (

@@ -31,11 +31,10 @@ def render(explanations: Sequence[Explanation]) -> str:
     if _judged_by(explanations[-1]) != _judged_by(explanations[0]):
         raise ValueError(
             "one model is judged by the answers of a task and the other by something else, which "
-            "cannot be compared; "
-            "compare runs on the same task, or runs on text"
+            "cannot be compared; compare runs on the same task, or runs on text"
         )
     found = [e.to_dict() for e in explanations]
-    # rounded once only, by the page: the terminal says the same of the whole text
+    # The summary is rounded by the page alone, so that the terminal shows the same numbers.
     data = {"models": [rounded(model) | {"summary": model["summary"]} for model in found]}
     plain = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
         "<", "\\u003c"
