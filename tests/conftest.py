@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import os
 import shutil
 
@@ -7,10 +8,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from mor.data.config import DataConfig
 from mor.model.config import ModelConfig, RouterConfig, layout
 from mor.model.transformer import Transformer
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("tests.engine.requests")
 
 
 def pytest_addoption(parser):
@@ -39,6 +42,15 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True, scope="session")
 def own_cache_folder(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory):
+    """A small corpus to train on."""
+    path = tmp_path_factory.mktemp("data") / "a.jsonl"
+    rows = [{"text": f"The square of {i} is {i * i}. " * 6} for i in range(120)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataConfig(path=str(path), tokenizer="bpe", vocab_size=300)
 
 
 def tiny(

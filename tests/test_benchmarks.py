@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_llama import save_llama
-from test_flat_tasks import FLAT
 
 from mor.cli import main
 from mor.costs import flops as costs
 from mor.model.config import preset
+from tests.small_llama import save_llama
+from tests.test_flat_tasks import FLAT
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

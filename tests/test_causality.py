@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import cases, random_tokens, tiny
+
+from tests.conftest import cases, random_tokens, tiny
 
 
 # Kernels differ by length, so fp32 shows their noise; fp64 shows that nothing smaller hides behind

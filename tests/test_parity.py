@@ -3,12 +3,12 @@ definition."""
 
 import pytest
 import torch
-from conftest import cases, random_tokens, tiny
-from reference import Reference
 
 from mor.model.config import ModelConfig, RouterConfig
 from mor.model.kv_cache import KVCache
 from mor.model.transformer import Transformer
+from tests.conftest import cases, random_tokens, tiny
+from tests.reference import Reference
 
 
 @pytest.mark.parametrize("tied", [True, False])
