@@ -17,9 +17,7 @@ pytest.register_assert_rewrite("tests.engine.requests")
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--slow", action="store_true", help="also run the tests that take more than a minute"
-    )
+    parser.addoption("--slow", action="store_true", help="also run cross products and long runs")
 
 
 CHROMIUM = next(
@@ -31,7 +29,9 @@ def pytest_collection_modifyitems(config, items):
     browser = CHROMIUM and importlib.util.find_spec("playwright")
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="takes more than a minute; run with --slow"))
+            item.add_marker(
+                pytest.mark.skip(reason="a cross product or a long run; make test-all runs it")
+            )
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "browser" in item.keywords and not browser:
