@@ -60,8 +60,17 @@ def allocated_peak(step):
     return peak
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("name", ["vanilla", "recursive", "mor-2", "mor-3", "shared"])
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [
+        *((name, False) for name in ("vanilla", "recursive", "mor-2", "mor-3", "shared")),
+        *((name, True) for name in ("vanilla", "mor-3")),
+        *(
+            pytest.param(name, True, marks=pytest.mark.slow)
+            for name in ("recursive", "mor-2", "shared")
+        ),
+    ],
+)
 def test_the_estimate_meets_a_measured_step(name, recompute):
     config = model_config(name)
     run = Step(

@@ -22,8 +22,8 @@ SCHEDULES = {
     "device": dict(loop="device", max_num_seqs=6, lanes=3, page_size=3, attention="gathered"),
     "one-at-a-time": dict(max_num_seqs=1, prefill_chunk=1, page_size=1),
 }
-
-
+# Which models run without ``slow``; the rest: pairs.
+QUICK = {"default": "all", "static": "singles", "one-at-a-time": "singles"}
 MODES = [{}, {}, dict(loop="device"), dict(batching="lock_step"), dict(batching="static")]
 
 
@@ -35,8 +35,14 @@ def plainly_decoded(make_model):
     return model, prompts, params, generate(model, prompts, params)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("make_model", cases())
+@pytest.mark.parametrize(
+    ("make_model", "schedule"),
+    [
+        pytest.param(*case.values, schedule, marks=case.marks, id=f"{case.id}-{schedule}")
+        for of_model in zip(*(cases(QUICK.get(s, "pairs")) for s in SCHEDULES), strict=True)
+        for schedule, case in zip(SCHEDULES, of_model, strict=True)
+    ],
+)
 def test_equals_plain_decoding(make_model, schedule):
     model, prompts, params, want = plainly_decoded(make_model)
     if schedule == "device" and model.config.shared_order == "sequence":

@@ -9,7 +9,7 @@ from tests.conftest import cases, tiny
 from tests.engine.requests import KV, all_memory_is_back, draw_requests, same, small_pool
 
 
-@pytest.mark.parametrize("make_model", cases())
+@pytest.mark.parametrize("make_model", cases("singles"))
 def test_preemption_in_a_tiny_pool(make_model):
     model = make_model()
     prompts, params = draw_requests(5, seed=2, longest_prompt=8, longest_output=20)

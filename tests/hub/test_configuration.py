@@ -40,21 +40,39 @@ def test_mistakes_in_a_config_are_named():
         MoRConfig.from_preset("tiny", num_recursions=3, router={"kind": "expert_choise"})
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import mor.hub; from transformers import AutoConfig as A",
-        "from transformers import AutoModelForCausalLM as A; import mor.hub",
-        "import mor.hub.modeling; from transformers import AutoModelForCausalLM as A",
-        "import mor.hub; from transformers import AutoTokenizer, AutoConfig as A",
-        "import mor.hub; from transformers import Trainer, AutoModelForCausalLM as A",
-        "from transformers import TrainingArguments, AutoModelForCausalLM as A; import mor.hub",
-        "import mor.hub; import peft; from transformers import AutoModelForCausalLM as A",
-        "import mor.hf; from transformers import AutoModelForCausalLM as A",
-    ],
-)
-def test_auto_classes_know_mor_in_every_order_of_imports(code, tmp_path):
+ORDERS = [
+    "import mor.hub; from transformers import AutoConfig as A",
+    "from transformers import AutoModelForCausalLM as A; import mor.hub",
+    "import mor.hub.modeling; from transformers import AutoModelForCausalLM as A",
+    "import mor.hub; from transformers import AutoTokenizer, AutoConfig as A",
+    "import mor.hub; from transformers import Trainer, AutoModelForCausalLM as A",
+    "from transformers import TrainingArguments, AutoModelForCausalLM as A; import mor.hub",
+    "import mor.hub; import peft; from transformers import AutoModelForCausalLM as A",
+    "import mor.hf; from transformers import AutoModelForCausalLM as A",
+]
+# Each order in a process of its own, which starts with the large packages that both build upon.
+EACH = """
+import contextlib, os, sys
+import accelerate, torch._dynamo
+with contextlib.suppress(ImportError):
+    import sklearn
+assert not {"mor", "peft", "transformers"} & set(sys.modules)
+folder, *orders = sys.argv[1:]
+for order in orders:
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0, order
+    else:
+        exec(order)
+        print(type(A.from_pretrained(folder)).__name__, flush=True)
+        os._exit(0)
+"""
+
+
+def test_auto_classes_know_mor_in_every_order_of_imports(tmp_path):
     wrapped().save_pretrained(tmp_path)
-    done = f"{code}; print(type(A.from_pretrained({str(tmp_path)!r})).__name__)"
-    found = subprocess.run([sys.executable, "-c", done], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() in ("MoRConfig", "MoRForCausalLM")
+    found = subprocess.run(
+        [sys.executable, "-c", EACH, str(tmp_path), *ORDERS], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    wanted = ["MoRConfig" if "AutoConfig" in o else "MoRForCausalLM" for o in ORDERS]
+    assert found.stdout.split() == wanted

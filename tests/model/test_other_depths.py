@@ -9,7 +9,7 @@ from mor.model.other_depths import ForcedRouter, RepeatLastRouter
 from tests.conftest import cases, random_tokens, tiny
 
 
-@pytest.mark.parametrize("make", cases())
+@pytest.mark.parametrize("make", cases("pairs"))
 def test_a_table_of_the_routers_own_decisions_changes_nothing(make):
     model, tokens = make(), random_tokens(2, 11)
     output = model(tokens)
@@ -18,14 +18,14 @@ def test_a_table_of_the_routers_own_decisions_changes_nothing(make):
     assert torch.equal(again.routing.depth_BT, output.routing.depth_BT)
 
 
-@pytest.mark.parametrize("make", cases())
+@pytest.mark.parametrize("make", cases("pairs"))
 def test_further_recursions_capped_at_the_trained_depth_change_nothing(make):
     model, tokens = make(), random_tokens(2, 11)
     longer = model(tokens, router=RepeatLastRouter(model.router, 5), max_depth=3)
     torch.testing.assert_close(longer.logits_BTV, model(tokens).logits_BTV)
 
 
-@pytest.mark.parametrize("make", cases())
+@pytest.mark.parametrize("make", cases("pairs"))
 def test_further_recursions_decode_as_they_read(make):
     """Token by token with a cache, and in one piece: the same depths and logits."""
     model, tokens = make(), random_tokens(2, 11)

@@ -154,7 +154,7 @@ def pieces():
             start += length
 
 
-@pytest.mark.parametrize("make", cases())
+@pytest.mark.parametrize("make", cases("pairs"))
 @pytest.mark.parametrize("selection", ["threshold", "topk"])
 def test_a_document_does_not_see_its_neighbours(make, selection):
     model = make()
@@ -233,7 +233,7 @@ def test_documents_are_refused_where_they_have_no_meaning():
         model(tokens_BT, documents_BT=documents_BT[:, :9])
 
 
-@pytest.mark.parametrize("make", cases())
+@pytest.mark.parametrize("make", cases("pairs"))
 def test_recomputed_activations_give_the_same_gradients(make):
     model, (tokens_BT, _) = make(), lines()
     found = []
