@@ -45,6 +45,14 @@ def own_cache_folder(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Commands and benchmarks set the threads of the whole process. On busy cores small tensors
+    take ten times as long with two."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def squares(tmp_path_factory):
     """A small corpus to train on."""

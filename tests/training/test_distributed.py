@@ -179,10 +179,10 @@ def settings(data, out, router, **overrides):
         ),
         data=data,
         out=str(out),
-        steps=20,
+        steps=8,
         batch_size=2,
         seq_len=32,
-        eval_every=10,
+        eval_every=4,
         eval_windows=4,
         log_every=1,
         optim=OptimConfig(lr=1e-3),
@@ -278,23 +278,23 @@ def test_accumulation_reduces_once_per_step_and_fsdp_gathers_twice(how, data, tm
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_a_run_goes_on_with_another_number_of_ranks(how, data, tmp_path, pair):
     whole = settings(
-        data, tmp_path / "whole", ROUTERS["expert"], batch_size=4, save_every=10, keep=0
+        data, tmp_path / "whole", ROUTERS["expert"], batch_size=4, save_every=4, keep=0
     )
     alone(whole)
     expected = curve(tmp_path / "whole", "step", "loss")
 
     shrinking = settings(
-        data, tmp_path / "shrinking", ROUTERS["expert"], parallel=how, save_every=10, keep=0
+        data, tmp_path / "shrinking", ROUTERS["expert"], parallel=how, save_every=4, keep=0
     )
     pair(shrinking)
-    remove_folder(RunFolder(tmp_path / "shrinking").checkpoint(20))
+    remove_folder(RunFolder(tmp_path / "shrinking").checkpoint(8))
     saved = load_config(RunFolder(tmp_path / "shrinking").settings)
     alone(dataclasses.replace(saved, batch_size=4), resume=True)
     assert torch.tensor(curve(tmp_path / "shrinking", "step", "loss")) == pytest.approx(
         torch.tensor(expected), abs=1e-5
     )
 
-    remove_folder(RunFolder(tmp_path / "whole").checkpoint(20))
+    remove_folder(RunFolder(tmp_path / "whole").checkpoint(8))
     growing = load_config(RunFolder(tmp_path / "whole").settings)
     pair(dataclasses.replace(growing, batch_size=2, parallel=how), resume=True)
     assert torch.tensor(curve(tmp_path / "whole", "step", "loss")) == pytest.approx(
@@ -314,7 +314,8 @@ def test_a_rank_that_dies_ends_the_run_at_once(data, tmp_path):
 
 def test_muon_learns_and_refuses_shards(data, tmp_path):
     muon = OptimConfig(name="muon", lr=3e-3)
-    result = alone(settings(data, tmp_path / "a", ROUTERS["expert"], optim=muon, batch_size=4))
+    config = settings(data, tmp_path / "a", ROUTERS["expert"], optim=muon, batch_size=4, steps=20)
+    result = alone(config)
     losses = [row[0] for row in curve(tmp_path / "a", "loss")]
     assert losses[-1] < 0.8 * losses[0]
     adamw, matrices = result.state.optimizers
@@ -324,9 +325,7 @@ def test_muon_learns_and_refuses_shards(data, tmp_path):
     held = [p for o in (adamw, matrices) for g in o.param_groups for p in g["params"]]
     assert len(held) == len(set(held)) == len(list(result.state.model.parameters()))
     remove_folder(result.path)
-    again = alone(
-        settings(data, tmp_path / "a", ROUTERS["expert"], optim=muon, batch_size=4), resume=True
-    )
+    again = alone(config, resume=True)
     for a, b in zip(again.state.model.parameters(), result.state.model.parameters(), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="needs whole matrices"):
