@@ -150,6 +150,8 @@ SHORT = [
     2,
     "--rounds",
     1,
+    "--threads",
+    1,
 ]
 
 
@@ -203,6 +205,7 @@ def test_decode_speed_runs_the_same_requests_in_transformers(run):
 
 def test_int8_reports_what_it_costs(folder, run):
     arguments = ["--windows", 2, "--seq-len", 40, "--batches", 2, "--rounds", 1, "--seconds", 0.05]
+    arguments += ["--threads", 1]
     found = run("int8.py", folder / "mor", folder / "text.jsonl", *arguments)
     assert 0 < abs(found["nll"]["int8"] - found["nll"]["float32"]) < 0.05
     assert found["tokens_per_s"][0]["batch"] == 2 and found["tokens_per_s"][0]["speedup"] > 0

@@ -1,4 +1,4 @@
-"""Conversions from directory to directory, and what `mor convert` prints."""
+"""Conversions from directory to directory: weights, tokenizers and templates."""
 
 import json
 
