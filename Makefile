@@ -13,7 +13,7 @@ demo: .venv/.core
 test: .venv/.dev
 	$(BIN)/pytest -q -n 2 tests
 
-# Also the tests that take more than a minute each.
+# Also cross products of what the other tests cover, and long runs.
 test-all: .venv/.dev
 	$(BIN)/pytest -q -n 2 --slow tests
 

@@ -1,4 +1,6 @@
+import functools
 import importlib.util
+import json
 import os
 import shutil
 
@@ -7,16 +9,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from mor.data.config import DataConfig
 from mor.model.config import ModelConfig, RouterConfig, layout
 from mor.model.transformer import Transformer
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("tests.engine.requests")
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--slow", action="store_true", help="also run the tests that take more than a minute"
-    )
+    parser.addoption("--slow", action="store_true", help="also run cross products and long runs")
 
 
 CHROMIUM = next(
@@ -28,7 +30,9 @@ def pytest_collection_modifyitems(config, items):
     browser = CHROMIUM and importlib.util.find_spec("playwright")
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="takes more than a minute; run with --slow"))
+            item.add_marker(
+                pytest.mark.skip(reason="a cross product or a long run; make test-all runs it")
+            )
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "browser" in item.keywords and not browser:
@@ -39,6 +43,23 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True, scope="session")
 def own_cache_folder(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Commands and benchmarks set the threads of the whole process. On busy cores small tensors
+    take ten times as long with two."""
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory):
+    """A small corpus to train on."""
+    path = tmp_path_factory.mktemp("data") / "a.jsonl"
+    rows = [{"text": f"The square of {i} is {i * i}. " * 6} for i in range(120)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataConfig(path=str(path), tokenizer="bpe", vocab_size=300)
 
 
 def tiny(
@@ -65,38 +86,50 @@ def tiny(
     return model
 
 
-def cases():
+ROUTERS = {
+    "fixed": RouterConfig(),
+    "expert": RouterConfig(kind="expert_choice"),
+    "expert-aux-router": RouterConfig(
+        kind="expert_choice", causal_selection="aux_router", gate="residual"
+    ),
+    "expert-flat": RouterConfig(kind="expert_choice", hierarchical=False, score="tanh"),
+    "token": RouterConfig(kind="token_choice"),
+    "token-every": RouterConfig(kind="token_choice", combination="every", score="sigmoid"),
+    "random": RouterConfig(kind="random"),
+    "position": RouterConfig(kind="position"),
+    "frequency": RouterConfig(kind="frequency"),
+}
+KV_STRATEGIES = ("recursion_wise", "shared", "hybrid")
+
+
+def cases(quick="all"):
     """Every router with every KV strategy and every sharing scheme that it allows: (id, model
-    maker)."""
-    routers = {
-        "fixed": RouterConfig(),
-        "expert": RouterConfig(kind="expert_choice"),
-        "expert-aux-router": RouterConfig(
-            kind="expert_choice", causal_selection="aux_router", gate="residual"
-        ),
-        "expert-flat": RouterConfig(kind="expert_choice", hierarchical=False, score="tanh"),
-        "token": RouterConfig(kind="token_choice"),
-        "token-every": RouterConfig(kind="token_choice", combination="every", score="sigmoid"),
-        "random": RouterConfig(kind="random"),
-        "position": RouterConfig(kind="position"),
-        "frequency": RouterConfig(kind="frequency"),
-    }
+    maker).
+
+    quick: which of them run without ``slow``. all · pairs: enough that each router meets each KV
+    strategy and each sharing scheme, and these each other · singles: enough that each router, each
+    strategy and each scheme is there.
+    """
     found = []
-    for name, router in routers.items():
-        schemes = ["cycle", "middle_cycle"] + (
-            ["sequence", "middle_sequence"] if name == "fixed" else []
-        )
-        for sharing in schemes:
-            for kv in ("recursion_wise", "shared", "hybrid"):
-                found.append(
-                    pytest.param(
-                        lambda router=router, sharing=sharing, kv=kv, **k: tiny(
-                            router, sharing=sharing, kv_strategy=kv, **k
-                        ),
-                        id=f"{name}-{sharing}-{kv}",
-                    )
-                )
+    for i, (name, router) in enumerate(ROUTERS.items()):
+        schemes = ["cycle", "middle_cycle", "sequence", "middle_sequence"]
+        for j, sharing in enumerate(schemes if name == "fixed" else schemes[:2]):
+            for k, kv in enumerate(KV_STRATEGIES):
+                make = _maker(router, sharing, kv)
+                kept = {
+                    "all": True,
+                    "pairs": (i + j + k) % 2 == 0 or j > 1,
+                    "singles": k == (i + j) % 3 and (j == i % 2 or j > 1),
+                }[quick]
+                marks = () if kept else pytest.mark.slow
+                found.append(pytest.param(make, id=f"{name}-{sharing}-{kv}", marks=marks))
     return found
+
+
+@functools.cache
+def _maker(router, sharing, kv):
+    """The same function at every call, so that what was found of its model can be kept."""
+    return functools.partial(tiny, router, sharing=sharing, kv_strategy=kv)
 
 
 def random_tokens(*shape, seed=0, vocab=37):

@@ -2,13 +2,20 @@
 
 import pytest
 import torch
-from conftest import cases, random_tokens, tiny
+
+from tests.conftest import cases, random_tokens, tiny
 
 
 # Kernels differ by length, so fp32 shows their noise; fp64 shows that nothing smaller hides behind
 # it.
-@pytest.mark.parametrize(("dtype", "noise"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
-@pytest.mark.parametrize("make", cases())
+@pytest.mark.parametrize(
+    ("make", "dtype", "noise"),
+    [
+        pytest.param(*case.values, dtype, noise, marks=case.marks, id=f"{case.id}-{dtype}")
+        for quick, dtype, noise in (("singles", torch.float32, 1e-6), ("all", torch.float64, 1e-14))
+        for case in cases(quick)
+    ],
+)
 def test_future_tokens_change_no_earlier_logit(make, dtype, noise):
     model = make().to(dtype)
     tokens = random_tokens(3, 17)

@@ -4,7 +4,6 @@ import io
 import json
 
 import pytest
-from small_llama import chat_tokenizer, save_llama
 from tokenizers import processors
 from transformers import AutoTokenizer
 
@@ -13,6 +12,7 @@ from mor.chat import Chat
 from mor.cli import main
 from mor.conversion.convert import convert
 from mor.data.tokenizer import Tokenizer, byte_tokenizer
+from tests.small_llama import chat_tokenizer, save_llama
 
 
 @pytest.fixture(scope="module")

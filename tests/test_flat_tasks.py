@@ -6,9 +6,9 @@ import zlib
 from pathlib import Path
 
 import pytest
-from test_harness import WITHOUT_LAMBADA, cache, hub, requests, wrapped  # noqa: F401 (fixtures)
 
 from mor.evaluation.harness import TASK_NAMES, evaluate_tasks
+from tests.evaluation.test_harness import WITHOUT_LAMBADA, cache, hub, requests, wrapped  # noqa: F401 (fixtures)
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from flat_tasks import write_tasks

@@ -3,12 +3,12 @@ definition."""
 
 import pytest
 import torch
-from conftest import cases, random_tokens, tiny
-from reference import Reference
 
 from mor.model.config import ModelConfig, RouterConfig
 from mor.model.kv_cache import KVCache
 from mor.model.transformer import Transformer
+from tests.conftest import cases, random_tokens, tiny
+from tests.reference import Reference
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -205,7 +205,7 @@ def test_sharing_applies_the_layers_of_the_papers_table(sharing, expected):
     assert applied == expected
 
 
-@pytest.mark.parametrize("make", cases())
+@pytest.mark.parametrize("make", cases("pairs"))
 def test_full_forward_equals_prefill_and_decoding(make):
     model = make()
     tokens = random_tokens(3, 19)
@@ -225,7 +225,7 @@ def test_full_forward_equals_prefill_and_decoding(make):
 
 
 @pytest.mark.parametrize("selection", ["threshold", "topk"])
-@pytest.mark.parametrize("make", cases())
+@pytest.mark.parametrize("make", cases("pairs"))
 def test_batch_equals_single_and_padding_changes_nothing(make, selection):
     model = make()
     lengths, width = [11, 4, 1, 8], 13
@@ -251,7 +251,7 @@ def test_batch_equals_single_and_padding_changes_nothing(make, selection):
         assert (batch.logits_BTV[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("make", cases())
+@pytest.mark.parametrize("make", cases("pairs"))
 def test_ragged_prompts_and_idle_rows_decode_like_single_sequences(make):
     model = make()
     lengths = [5, 9, 2]
@@ -284,7 +284,7 @@ def test_ragged_prompts_and_idle_rows_decode_like_single_sequences(make):
     assert cache.length.tolist() == sent
 
 
-@pytest.mark.parametrize("make", cases())
+@pytest.mark.parametrize("make", cases("pairs"))
 def test_gradients_with_padding_equal_those_without(make):
     model = make()
     row = random_tokens(1, 6)

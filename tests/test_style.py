@@ -11,6 +11,26 @@ import mor
 PACKAGE = Path(mor.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SUFFIXED = re.compile(r"_?[a-z]\w*_([A-Z][A-Z0-9]*)")
+TESTS = Path(__file__).parent
+WITHOUT_TESTS = {  # settings alone, names that moved, names passed on, and the way in
+    "__init__",
+    "__main__",
+    "config",
+    "data/config",
+    "generate",
+    "hf",
+    *(f"{path.parent.name}/__init__" for path in PACKAGE.glob("*/__init__.py")),
+}
+OF_SEVERAL_MODULES = {
+    "benchmarks",
+    "causality",
+    "docs",
+    "examples",
+    "flat_tasks",
+    "parity",
+    "public_interface",
+    "style",
+}
 ON_DISK = {"threshold_R", "bias_R", "need_V"}  # buffers of routers, named in every checkpoint
 
 
@@ -40,3 +60,13 @@ def test_shape_suffixes_have_two_axes_or_more_and_a_legend_in_their_file(path):
     assert [n for n, axes in names.items() if len(axes) == 1 and n not in ON_DISK] == []
     used = {letter for axes in names.values() for letter in axes if letter.isalpha()}
     assert used == explained, f"missing: {used - explained}, not used: {explained - used}"
+
+
+def test_every_module_has_one_test_file_and_every_test_file_its_module():
+    modules = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in MODULES}
+    modules = modules - {"analysis/page/__init__"} | {"analysis/page"}
+    files = (path.relative_to(TESTS).with_suffix("") for path in TESTS.rglob("test_*.py"))
+    tested = {path.with_name(path.name.removeprefix("test_")).as_posix() for path in files}
+    assert modules - WITHOUT_TESTS - tested == set(), "modules without a test file"
+    assert tested - OF_SEVERAL_MODULES - modules == set(), "test files without a module"
+    assert modules >= WITHOUT_TESTS and not WITHOUT_TESTS & tested, "exceptions that are none"

@@ -1,7 +1,7 @@
 """Paged attention for CUDA in Triton: no copies of entries, one program for each query and
 key/value head.
 
-So far it has only run in Triton's interpreter (`TRITON_INTERPRET=1`, tests/test_triton.py), not on
+So far it has only run in Triton's interpreter (`TRITON_INTERPRET=1`, tests/engine/test_triton_attention.py), not on
 a GPU.
 
 E entries of a pool · G key/value heads · H head dim · L width of the table · M queries · N heads ·

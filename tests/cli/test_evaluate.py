@@ -1,0 +1,26 @@
+"""mor eval: scores in JSON, by depth, with top-k labelled."""
+
+import math
+
+import pytest
+
+from mor.cli import main
+from tests.cli.printed import last_json
+
+
+def test_eval_prints_json_by_depth_and_labels_topk(run, capsys):
+    main(["eval", str(run / "run"), "--json"])
+    assert last_json(capsys)["causal"] is True
+    main(["eval", str(run / "run"), "--routing", "topk", "--json"])
+    topk, causal = last_json(capsys)
+    assert topk["causal"] is False and causal["causal"] is True
+    assert (
+        topk["leak_nats"] == pytest.approx(causal["nll"] - topk["nll"])
+        and causal["leak_nats"] is None
+    )
+    assert causal["perplexity"] == pytest.approx(math.exp(causal["nll"]))
+    main(["eval", str(run / "run"), "--routing", "topk"])
+    shown = capsys.readouterr().out
+    assert "topk, non-causal" in shown and f"{causal['nll']:.4f}" in shown and "…" not in shown
+    main(["eval", str(run / "run"), "--data", str(run / "a.jsonl"), "--by-depth", "--json"])
+    assert [row["max_depth"] for row in last_json(capsys)] == [1, 2]

@@ -1,0 +1,121 @@
+"""The command line as a whole: its commands, its help, its mistakes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import mor
+from mor.cli import main
+from mor.cli.main import COMMANDS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["costs", "--preset", "smollm-36m"], "did you mean 'smollm-360m'"),
+        (
+            ["costs", "--preset", "tiny", "--num-recursions", "3", "--num-layers", "9"],
+            "nearest valid: 8 or 11",
+        ),
+        (["eval", "nowhere"], "neither a checkpoint"),
+        (["train", "--branch-from", "x"], "go together"),
+        (
+            ["train", "--branch-from", "x", "--cooldown-steps", "3", "--optim.lr", "1"],
+            "leave out --optim.lr",
+        ),
+        (["train", "--branch-from", "x", "--cooldown-steps", "3"], "neither a checkpoint"),
+        (["generate", "nowhere", "--prompt", "x"], "neither a checkpoint"),
+        (["convert", "nowhere", "out", "--to", "remote-code"], "neither a checkpoint"),
+        (
+            ["convert", "nowhere", "out", "--to", "remote-code", "--init", "lower"],
+            "leave out --init",
+        ),
+        (["train", "--config", "nowhere.toml"], "nowhere.toml"),
+        (["train", "--resume", "--out", "nowhere"], "no run to resume"),
+        (["train", "--resume", "--out", "nowhere", "--steps", "9"], "leave out --steps"),
+        (["train", "--data.path", "nowhere.txt", "--out", "never"], "not a file"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_no_traceback(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert (
+        printed.err.startswith("error: ") and words in printed.err and printed.err.count("\n") == 1
+    )
+    assert not (tmp_path / "never").exists()
+
+
+def test_the_overview_names_every_command_and_loads_nothing(capsys):
+    main([])
+    shown = capsys.readouterr().out
+    main(["--help"])
+    assert capsys.readouterr().out == shown
+    assert all(f"  {name} " in shown for name in COMMANDS)
+    main(["--version"])
+    assert capsys.readouterr().out == f"mor {mor.__version__}\n"
+    code = (
+        "import sys; from mor.cli import main; main([]); main(['--version']); "
+        "print(sorted({'torch', 'tyro', 'pydantic', 'rich', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_of_a_command_does_not_load_torch():
+    code = """
+import sys
+from mor.cli import main
+from mor.cli.main import COMMANDS
+for name in COMMANDS:
+    if name == "bench":  # its settings lie beside what measures
+        continue
+    try:
+        main([name, "--help"])
+    except SystemExit as stopped:
+        assert stopped.code in (0, None), name
+    assert "torch" not in sys.modules, name
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"usage: mor {name}" in done.stdout for name in COMMANDS if name != "bench")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "mor has no command 'trian' (did you mean 'train'?)"),
+        (["--hepl"], "mor has no command '--hepl'"),
+        (["costs", "--num-recursion", "2"], "--num-recursions"),
+        (["train", "--stepps", "3"], "--steps"),
+        (["report", "x", "--max-windows", "0"], "max_windows must be at least 1, got 0"),
+    ],
+)
+def test_a_misspelt_command_or_flag_gets_a_suggestion(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["presets"], ["costs", "--json"]])
+def test_a_closed_pipe_is_no_mistake(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `mor ... | head` after its last line
+    command = [sys.executable, "-m", "mor", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.stderr == "" and done.returncode == 1
+
+
+def test_ctrl_c_says_so(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mor.cli.presets.Presets.run", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["presets"])
+    assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"

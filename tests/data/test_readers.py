@@ -1,0 +1,73 @@
+"""Kinds of files, and what is wrong in them."""
+
+import gzip
+import os
+
+import pytest
+
+from mor.data.shards import PrepareConfig, prepare
+from mor.data.sources import find_sources
+from tests.data.documents import TEXTS, write_jsonl
+
+
+def test_a_missing_field_lists_those_there_are(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS[:3], title="x")
+    wrong = PrepareConfig(tokenizer="bytes", text_field="body", workers=1)
+    with pytest.raises(
+        ValueError, match=r"a.jsonl:1 has no field 'body'; it has text, title: choose one with"
+    ):
+        prepare([source], tmp_path / "out", wrong)
+    assert not list((tmp_path / "out").glob("*.bin"))
+    right = PrepareConfig(tokenizer="bytes", text_field="title", workers=1)
+    assert prepare([source], tmp_path / "out", right)["splits"]["train"]["bytes"] == 3, (
+        "the mistake left no trace"
+    )
+    (tmp_path / "b.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(ValueError, match="the sources hold no text: 1 empty"):
+        prepare(
+            [str(tmp_path / "b.jsonl")],
+            tmp_path / "out2",
+            PrepareConfig(tokenizer="bytes", workers=1),
+        )
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path):
+    import pyarrow as arrow
+    import zstandard
+    from pyarrow import parquet
+
+    plain = tmp_path / "a.jsonl"
+    write_jsonl(plain)
+    raw = plain.read_bytes()
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(raw))
+    frames = [zstandard.ZstdCompressor().compress(half) for half in (raw[:1000], raw[1000:])]
+    (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))
+    parquet.write_table(
+        arrow.table({"text": TEXTS, "id": range(len(TEXTS))}),
+        tmp_path / "d.parquet",
+        row_group_size=40,
+    )
+
+    def texts(name, skip=0):
+        (source,), _ = find_sources([tmp_path / name])
+        return [record.text for record, _ in source.read(skip)]
+
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"):
+        assert texts(name) == TEXTS and texts(name, 90) == TEXTS[90:], name
+    parquet.write_table(arrow.table({"body": TEXTS}), tmp_path / "e.parquet")
+    with pytest.raises(ValueError, match=r"e.parquet has no field 'text'; it has body"):
+        texts("e.parquet")
+
+
+def test_damaged_archives_are_named(tmp_path):
+    import zstandard
+
+    raw = b'{"text": "x"}\n' * 5000
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(os.urandom(50_000))[:20_000])
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(raw)[:-9])
+    (tmp_path / "c.jsonl.gz").write_bytes(b"no gzip at all")
+    (tmp_path / "d.parquet").write_bytes(b"no parquet at all")
+    for name in ("a.jsonl.gz", "b.jsonl.zst", "c.jsonl.gz", "d.parquet"):
+        (source,), _ = find_sources([tmp_path / name])
+        with pytest.raises(ValueError, match=rf"{name} is damaged or cut off after record \d+"):
+            list(source.read())

@@ -1,0 +1,280 @@
+"""The engine against generate.py: the same tokens and depths under every schedule, and nothing
+leaks."""
+
+import functools
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mor.engine import Engine, EngineConfig, SamplingParams, Status
+from mor.generation import generate
+from tests.conftest import cases, random_tokens, tiny
+from tests.engine.requests import all_memory_is_back, draw_requests, same, small_pool
+
+SCHEDULES = {
+    "default": {},
+    "lock-step": dict(batching="lock_step", max_num_seqs=5, page_size=3),
+    "static": dict(batching="static", max_num_seqs=5, attention="gathered"),
+    "few-lanes": dict(max_num_seqs=7, lanes=2, prefill_chunk=5, page_size=3, attention="gathered"),
+    "device": dict(loop="device", max_num_seqs=6, lanes=3, page_size=3, attention="gathered"),
+    "one-at-a-time": dict(max_num_seqs=1, prefill_chunk=1, page_size=1),
+}
+# Which models run without ``slow``; under the other schedules: singles.
+QUICK = {"default": "all", "device": "pairs"}
+MODES = [{}, {}, dict(loop="device"), dict(batching="lock_step"), dict(batching="static")]
+
+
+@functools.cache
+def plainly_decoded(make_model):
+    """A model, requests, and what the plain decoder makes of them: the same for every schedule."""
+    model = make_model()
+    prompts, params = draw_requests(9, seed=1, temperature=1.0)
+    return model, prompts, params, generate(model, prompts, params)
+
+
+@pytest.mark.parametrize(
+    ("make_model", "schedule"),
+    [
+        pytest.param(*case.values, schedule, marks=case.marks, id=f"{case.id}-{schedule}")
+        for of_model in zip(*(cases(QUICK.get(s, "singles")) for s in SCHEDULES), strict=True)
+        for schedule, case in zip(SCHEDULES, of_model, strict=True)
+    ],
+)
+def test_equals_plain_decoding(make_model, schedule):
+    model, prompts, params, want = plainly_decoded(make_model)
+    if schedule == "device" and model.config.shared_order == "sequence":
+        pytest.skip("the device loop is for passes of equal layers")
+    if schedule == "one-at-a-time":  # each token is a pass of its own, so a few requests will do
+        prompts, params, want = prompts[:4], params[:4], want[:4]
+    engine = Engine(model, config=EngineConfig(**SCHEDULES[schedule]))
+    same(engine.generate(prompts, params), want)
+    all_memory_is_back(engine)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 33, 64])
+@pytest.mark.parametrize("router", ["expert_choice", "token_choice"])
+def test_batch_sizes(router, batch):
+    model = tiny(router)
+    prompts, params = draw_requests(batch, seed=3)
+    same(Engine(model).generate(prompts, params), generate(model, prompts, params))
+
+
+def test_logprobs():
+    model = tiny()
+    params = SamplingParams(max_new_tokens=6, temperature=1.0, logprobs=True)
+    prompts, _ = draw_requests(3)
+    got, want = Engine(model).generate(prompts, params), generate(model, prompts, params)
+    for request, generation in zip(got, want, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(request.logprobs), torch.tensor(generation.logprobs)
+        )
+    full = (
+        model(torch.tensor([prompts[0] + got[0].token_ids])).logits_BTV[0].log_softmax(-1).detach()
+    )
+    for i, (token, value) in enumerate(zip(got[0].token_ids, got[0].logprobs, strict=True)):
+        assert abs(float(full[len(prompts[0]) + i - 1, token]) - value) < 1e-4
+
+
+def test_stop_tokens_and_stream():
+    model = tiny()
+    prompts, _ = draw_requests(4)
+    free = generate(model, prompts, SamplingParams(max_new_tokens=12, temperature=0))
+    params = SamplingParams(
+        max_new_tokens=12, temperature=0, stop_token_ids=(free[0].token_ids[3],)
+    )
+    engine = Engine(model)
+    outputs = list(engine.stream(prompts, params))
+    for i, generation in enumerate(generate(model, prompts, params)):
+        own = [output for output in outputs if output.request.request_id == str(i)]
+        assert [output.token_id for output in own] == generation.token_ids
+        assert [output.finish_reason for output in own] == [None] * (len(own) - 1) + [
+            generation.finish_reason
+        ]
+    stream = engine.stream(prompts, params)
+    next(stream)
+    stream.close()  # a reader that goes away leaves nothing behind
+    all_memory_is_back(engine)
+
+
+def test_abort_in_the_middle_leaves_the_others_alone():
+    model = tiny()
+    prompts, params = draw_requests(10, seed=7, longest_output=30)
+    want = generate(model, prompts, params)
+    for steps in range(0, 30, 3):
+        engine = Engine(model, config=EngineConfig(max_num_seqs=6, page_size=2, prefill_chunk=9))
+        requests = [engine.add_request(p, q) for p, q in zip(prompts, params, strict=True)]
+        for _ in range(steps):
+            engine.step()
+        for i in (1, 4, 9):
+            output = engine.abort(str(i))
+            assert (output is None) == (requests[i].finish_reason in ("stop", "length"))
+        while engine.has_unfinished:
+            engine.step()
+        kept = [i for i, request in enumerate(requests) if request.finish_reason != "abort"]
+        same([requests[i] for i in kept], [want[i] for i in kept])
+        all_memory_is_back(engine)
+    assert engine.abort("nobody") is None
+
+
+def test_bad_requests_are_refused_while_others_go_on():
+    model = tiny()
+    engine = Engine(model, config=EngineConfig(kv_cache_memory=30_000, page_size=2))
+    good = engine.add_request([1, 2, 3], SamplingParams(max_new_tokens=5, temperature=0))
+    engine.step()
+    for prompt, params, message in [
+        ([], SamplingParams(), "empty"),
+        ([37], SamplingParams(max_new_tokens=1), "outside 0..36"),
+        ([1] * 60, SamplingParams(max_new_tokens=5), "a request holds 64"),
+        ([1] * 50, SamplingParams(max_new_tokens=14), "raise kv_cache_memory"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            engine.add_request(prompt, params)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        engine.add_request("text")
+    with pytest.raises(ValueError, match="still unfinished"):
+        engine.add_request([1], request_id=good.request_id)
+    with pytest.raises(ValueError, match="prompt 1: the prompt is empty"):
+        engine.generate([[1, 2], []], SamplingParams(max_new_tokens=2))
+    for settings_ in (dict(temperature=-1), dict(top_p=0), dict(max_new_tokens=0), dict(top_k=-1)):
+        with pytest.raises(ValueError):
+            SamplingParams(**settings_)
+    while engine.has_unfinished:
+        engine.step()
+    same([good], generate(model, [[1, 2, 3]], SamplingParams(max_new_tokens=5, temperature=0)))
+    with pytest.raises(ValueError, match="page of each kind"):
+        Engine(model, config=EngineConfig(kv_cache_memory=10))
+    with pytest.raises(ValueError, match="lanes"):
+        EngineConfig(lanes=0)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_random_schedules(data):
+    """Arrivals, aborts, lengths and sizes at random: exact, nothing shared wrongly, everything
+    comes back."""
+    choose = data.draw
+    kv = choose(st.sampled_from(["recursion_wise", "shared", "hybrid"]))
+    model = tiny(
+        choose(
+            st.sampled_from(
+                ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
+            )
+        ),
+        kv_strategy=kv,
+    )
+    page_size = choose(st.integers(1, 5))
+    engine = Engine(
+        model,
+        config=EngineConfig(
+            max_num_seqs=choose(st.integers(1, 6)),
+            lanes=choose(st.one_of(st.none(), st.integers(1, 4))),
+            prefill_chunk=choose(st.integers(1, 16)),
+            page_size=page_size,
+            kv_cache_memory=small_pool(model, 24, page_size) + choose(st.integers(0, 40_000)),
+            **choose(st.sampled_from(MODES)),
+        ),
+    )
+    requests, steps = [], 0
+    beginnings = random_tokens(3, 8, seed=9).tolist()
+    while len(requests) < 8 or engine.has_unfinished:
+        if len(requests) < 8 and (not engine.has_unfinished or choose(st.booleans())):
+            prompt = beginnings[choose(st.integers(0, 2))][: choose(st.integers(1, 8))]
+            prompt = prompt + random_tokens(choose(st.integers(0, 5)), seed=len(requests)).tolist()
+            requests.append(
+                engine.add_request(
+                    prompt, SamplingParams(max_new_tokens=choose(st.integers(1, 11)), temperature=0)
+                )
+            )
+        engine.step()
+        steps += 1
+        check_pages(engine)
+        if choose(st.integers(0, 15)) == 0:
+            engine.abort(str(choose(st.integers(0, 7))))
+        assert steps < 3000, "a request starves"
+    done = [request for request in requests if request.finish_reason != "abort"]
+    assert all(request.status is Status.FINISHED for request in requests)
+    if done:
+        same(done, generate(model, [r.prompt_ids for r in done], [r.params for r in done]))
+    all_memory_is_back(engine)
+
+
+def check_pages(engine):
+    """Each page has as many owners as hold it, and no two sequences write to one page."""
+    for kind, pool in enumerate(engine.kv.pools):
+        held = [0] * pool.num_pages
+        streams = slice(0, 1) if kind == 0 else slice(1, None)
+        writing = []
+        for request in engine.scheduler.running:
+            for stream, pages in enumerate(
+                engine.kv.pages[request.slot][streams], start=streams.start
+            ):
+                for page in pages:
+                    held[page] += 1
+                if (
+                    engine.kv.reserved[request.slot, stream]
+                    > engine.kv.host_count[request.slot, stream]
+                    and pages
+                ):
+                    row = request.slot * engine.kv.num_streams + stream
+                    next_place = engine.kv.table_RL[row, engine.kv.host_count[request.slot, stream]]
+                    writing.append(int(next_place) // engine.kv.page_size)
+        for _, segment in engine.prefix_cache._segments.values():
+            for segment_kind, page in segment.pages:
+                if segment_kind == kind:
+                    held[page] += 1
+        assert held == pool.owners.tolist()
+        assert len(writing) == len(set(writing))
+
+
+def test_soak():
+    """2,000 requests come, go and are aborted; pages are back at zero and nothing piles up."""
+    import gc
+
+    model = tiny(num_recursions=2, sharing="cycle", num_layers=2)
+    engine = Engine(
+        model, config=EngineConfig(max_num_seqs=32, page_size=4, kv_cache_memory=300_000)
+    )
+    draw, number, objects = random.Random(0), 0, []
+    while number < 2000 or engine.has_unfinished:
+        while number < 2000 and len(engine.requests) < 48:
+            prompt = [draw.randrange(37) for _ in range(draw.randint(1, 12))]
+            engine.add_request(
+                prompt, SamplingParams(max_new_tokens=draw.randint(1, 12), seed=number)
+            )
+            number += 1
+            if number % 500 == 0:
+                gc.collect()
+                objects.append(len(gc.get_objects()))
+        if draw.random() < 0.2:
+            engine.abort(draw.choice(list(engine.requests)))
+        engine.step()
+    assert objects[-1] < objects[0] * 1.05  # as many objects after 2,000 requests as after 500
+    all_memory_is_back(engine)
+
+
+def test_own_and_given_ids_do_not_collide():
+    engine = Engine(tiny())
+    params = SamplingParams(max_new_tokens=3, temperature=0)
+    engine.add_request([1], params, request_id="1")
+    assert [engine.add_request([1], params).request_id for _ in range(2)] == ["2", "3"]
+
+
+def test_a_bad_prompt_of_several_leaves_nothing_behind():
+    engine = Engine(tiny())
+    with pytest.raises(TypeError):
+        engine.generate([[1, 2], [None]], SamplingParams(max_new_tokens=3))
+    all_memory_is_back(engine)
+
+
+def test_an_aborted_request_streams_nothing_more():
+    engine, seen = Engine(tiny()), []
+    params = SamplingParams(max_new_tokens=5, temperature=0)
+    for output in engine.stream([[1], [2]], params):
+        seen.append(output.request.prompt_ids)
+        if len(seen) == 1:
+            aborted = next(r for r in engine.requests.values() if r is not output.request)
+            engine.abort(aborted.request_id)
+    assert seen == [seen[0]] * 5

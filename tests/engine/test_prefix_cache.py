@@ -1,0 +1,49 @@
+"""Prompts that begin alike are read once."""
+
+import pytest
+
+from mor.engine import Engine, EngineConfig, SamplingParams
+from mor.engine.prefix_cache import PrefixCache, Segment
+from mor.generation import generate
+from tests.conftest import cases, random_tokens, tiny
+from tests.engine.requests import all_memory_is_back, same
+
+
+@pytest.mark.parametrize("make_model", cases("singles"))
+def test_prefix_cache_hits(make_model):
+    model = make_model()
+    shared = random_tokens(17, seed=5).tolist()
+    prompts = [shared[:n] + random_tokens(3, seed=n).tolist() for n in (17, 17, 12, 5, 16)]
+    want = generate(model, prompts, SamplingParams(max_new_tokens=9, temperature=0))
+    engine = Engine(model, config=EngineConfig(page_size=4, prefill_chunk=7))
+    # one after another, so that each can hit
+    for prompt, generation in zip(prompts, want, strict=True):
+        same(
+            engine.generate([prompt], SamplingParams(max_new_tokens=9, temperature=0)), [generation]
+        )
+    assert engine.prefix_cache.hits >= 3
+    same(engine.generate(prompts, SamplingParams(max_new_tokens=9, temperature=0)), want)
+    all_memory_is_back(engine)
+
+
+def test_prefix_hits_are_not_read_again():
+    model, prompt = tiny(), random_tokens(20).tolist()
+    engine = Engine(model, config=EngineConfig(page_size=4))
+    params = SamplingParams(max_new_tokens=2, temperature=0)
+    engine.generate([prompt], params)
+    read = engine.measured.tokens["read"]
+    (again,) = engine.generate([prompt], params)
+    # the last one is decoded
+    assert read == 19 and again.num_cached == 16 and engine.measured.tokens["read"] == 22
+
+
+def test_prefix_cache_forgets_the_end_of_a_chain_first():
+    cache = PrefixCache(2)
+    parts = [Segment([], [], None) for _ in range(3)]
+    cache.add([1, 2, 3, 4], parts.__getitem__)
+    cache.add([9, 9], lambda index: parts[2])
+    assert cache.match([1, 2, 3, 4, 5]) == parts[:2] and cache.match([1, 2, 3, 4]) == parts[:1]
+    assert cache.match([9, 9, 1]) == [parts[2]]
+    assert cache.evict() is parts[1]
+    assert cache.evict() is parts[0]
+    assert cache.match([1, 2, 3, 4, 5]) == []

@@ -1,0 +1,39 @@
+"""Requests are sampled in a crowd as alone."""
+
+import pytest
+import torch
+
+from mor.engine import Engine, SamplingParams
+from mor.engine.sampling import SamplingRows, logprob_rows, sample_rows
+from mor.generation import logprob, sample
+from tests.conftest import tiny
+from tests.engine.requests import draw_requests
+
+
+def test_sampling_is_the_same_alone_and_in_a_crowd():
+    model = tiny()
+    prompts, params = draw_requests(20, seed=6, temperature=1.3)
+    crowd = Engine(model).generate(prompts, params)
+    for prompt, p, request in zip(prompts, params, crowd, strict=True):
+        (alone,) = Engine(model).generate([prompt], p)
+        assert alone.token_ids == request.token_ids
+
+
+def test_rows_are_sampled_as_each_alone():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 37, generator=generator) * 3
+    params = [
+        SamplingParams(
+            temperature=(0.0, 0.7, 1.5)[i % 3],
+            top_k=(0, 1, 5)[i % 4 % 3],
+            top_p=(1.0, 0.5)[i % 2],
+            seed=i,
+        )
+        for i in range(40)
+    ]
+    rows = SamplingRows.of(params, list(range(40)), logits.device)
+    tokens = sample_rows(logits, rows).tolist()
+    assert tokens == [sample(logits[i], p, i) for i, p in enumerate(params)]
+    assert len(set(tokens)) > 10
+    values = logprob_rows(logits, torch.tensor(tokens)).tolist()
+    assert values == pytest.approx([logprob(logits[i], t) for i, t in enumerate(tokens)])

@@ -1,0 +1,39 @@
+"""What strategies share: measurements, and how a request ends."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from mor.engine.request import Request
+from mor.engine.strategy import Measurements, Work
+from mor.generation import SamplingParams
+
+
+def test_parts_add_up_until_they_are_cleared():
+    measured = Measurements()
+    for tokens in (3, 4):
+        with measured.part("block", tokens):
+            pass
+    assert measured.tokens == {"block": 7} and measured.passes == {"block": 2}
+    assert measured.seconds["block"] > 0
+    measured.clear()
+    assert not measured.tokens and not measured.passes and not measured.seconds
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"), [([5, 5, 5], "length"), ([5, 9], "stop"), ([5, 5], None)]
+)
+def test_a_request_ends_at_a_stop_token_or_at_its_length(tokens, reason):
+    ended = []
+    work = Work(SimpleNamespace(kv=None), SimpleNamespace(finish=ended.append), lanes=1)
+    params = SamplingParams(max_new_tokens=3, stop_token_ids=(9,))
+    request = work.requests["a"] = Request("a", [1], params, 0)
+    for token in tokens:
+        work.take(request, token, depth=2, logprob=-1.0)
+    assert request.token_ids == tokens and request.depths == [2] * len(tokens)
+    assert request.logprobs == [], "they were not asked for"
+    assert request.finish_reason == reason
+    assert ended == ([request] if reason else []) and bool(work.requests) == (reason is None)
+    outputs = work.collect()
+    assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(tokens) - 1)
+    assert outputs[-1].finish_reason == reason and work.collect() == []

@@ -1,0 +1,380 @@
+"""The paper's benchmarks through lm-eval: the stock prompts from any source, the same scores for
+any batch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from mor import checkpoint
+from mor.cli import main
+from mor.data.tokenizer import byte_tokenizer
+from mor.evaluation.harness import (
+    STOCK_TASKS,
+    TaskResult,
+    check_tasks,
+    evaluate_tasks,
+    evenly_over,
+    load_model,
+    paper_average,
+)
+from mor.hub.modeling import MoRForCausalLM
+from tests.conftest import tiny
+
+# Documents as the hub has them, by lm-eval's task.
+HUB = {
+    "lambada_openai": [{"text": f"{'I see a ball. ' * i}He threw the ball"} for i in range(6)],
+    "hellaswag": [
+        {
+            "ind": 0,
+            "activity_label": "Roof",
+            "ctx_a": "A man is on a roof.",
+            "ctx_b": "he",
+            "ctx": "",
+            "endings": ["runs.", "sits down there.", "is.", "eats a tile."],
+            "label": "3",
+        },
+        {
+            "ind": 1,
+            "activity_label": "Baking",
+            "ctx_a": "Two people mix dough.",
+            "ctx_b": "they",
+            "ctx": "",
+            "endings": ["fly off.", "rest.", "swim.", "bake."],
+            "label": "3",
+        },
+    ],
+    "piqa": [
+        {
+            "goal": f"How to open {'a very ' * i}small jar?",
+            "sol1": "Twist.",
+            "sol2": "Shout at it.",
+            "label": 0,
+        }
+        for i in range(5)
+    ],
+    "winogrande": [
+        {
+            "sentence": "Sarah was better than Maria so _ got the harder cases.",
+            "option1": "Sarah",
+            "option2": "Maria",
+            "answer": "1",
+        },
+    ],
+    "arc_easy": [
+        {
+            "id": "a",
+            "question": "What is wet?",
+            "answerKey": "1",
+            "choices": {"text": ["water", "sand", "iron"], "label": ["1", "2", "3"]},
+        },
+        {
+            "id": "b",
+            "question": "What burns?",
+            "answerKey": "B",
+            "choices": {"text": ["stone", "wood", "ice", "glass"], "label": ["A", "B", "C", "D"]},
+        },
+    ],
+    "arc_challenge": [
+        {
+            "id": "c",
+            "question": "Why is it dark?",
+            "answerKey": "A",
+            "choices": {"text": ["night", "day"], "label": ["A", "B"]},
+        },
+    ],
+}
+
+
+MMLU = {
+    f"mmlu_{subject}": {
+        split: [
+            {
+                "subject": subject,
+                "question": f"{words} {i}?",
+                "choices": ["0", "1", "2", "3"],
+                "answer": i,
+            }
+            for i in range(count)
+        ]
+        for split, words, count in (("test", "What is", size), ("dev", "Example", 2))
+    }
+    for subject, size in (("anatomy", 3), ("abstract_algebra", 2))
+}
+
+
+WITHOUT_LAMBADA = ("hellaswag", "piqa", "winogrande", "arc", "mmlu")
+
+
+def write_task(folder, name, splits, **settings):
+    """A task file as the command line describes it: lm-eval's own, with data from files."""
+    (stock,) = (
+        file
+        for part in ("lambada", "hellaswag", "piqa", "winogrande", "arc", "mmlu/default")
+        for file in (STOCK_TASKS / part).glob("*.yaml")
+        if f"task: {name}\n" in file.read_text().replace('"', "") + "\n"
+    )
+    files = {}
+    for split, rows in splits.items():
+        files[split] = str(folder / f"{name}-{split}.jsonl")
+        Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [
+        f"include: {stock}",
+        f"task: {name}",
+        "dataset_path: json",
+        "dataset_name: null",
+        f"dataset_kwargs: {{data_files: {json.dumps(files)}}}",
+        *(f"{key}: {value}" for key, value in settings.items()),
+    ]
+    (folder / f"{name}.yaml").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The benchmarks' documents in the schema of the hub, in files."""
+    folder = tmp_path_factory.mktemp("hub")
+    for name, rows in HUB.items():
+        write_task(folder, name, dict.fromkeys(("train", "validation", "test"), rows))
+    for name, splits in MMLU.items():
+        write_task(folder, name, splits)
+    (folder / "mmlu.yaml").write_text(json.dumps({"group": "mmlu", "task": list(MMLU)}))
+    return folder
+
+
+def wrapped(router="expert_choice"):
+    model = tiny(router, vocab_size=257, max_seq_len=512)
+    return MoRForCausalLM.from_transformer(model).eval(), byte_tokenizer().to_transformers()
+
+
+def requests(result):
+    """(context, continuation) of every request and its log-likelihood, by task and document."""
+    found = {}
+    for name, samples in result.full["samples"].items():
+        for sample in sorted(samples, key=lambda s: s["doc_id"]):
+            for pair, response in zip(sample["arguments"], sample["resps"], strict=True):
+                found[name, sample["doc_id"], *map(str, pair)] = float(response[0][0])
+    return found
+
+
+def test_the_requests_read_as_the_benchmarks_define_them(hub):
+    asked = {key[2:] for key in requests(evaluate_tasks(*wrapped(), include_path=hub))}
+    assert {
+        ("He threw the", " ball"),
+        ("Roof: A man is on a roof. He", " eats a tile."),
+        ("Question: How to open small jar?\nAnswer:", " Shout at it."),
+        ("Sarah was better than Maria so Maria", " got the harder cases."),
+        ("Question: What is wet?\nAnswer:", " sand"),
+    } <= asked
+    anatomy = [
+        context for context, answer in asked if "about anatomy" in context and answer == " C"
+    ]
+    assert any(c.endswith("What is 2?\nA. 0\nB. 1\nC. 2\nD. 3\nAnswer:") for c in anatomy)
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "token_choice", "fixed"])
+def test_scores_do_not_depend_on_batch_size_or_padding(router, hub):
+    results = [
+        evaluate_tasks(*wrapped(router), batch_size=size, include_path=hub) for size in (1, 3, 8)
+    ]
+    one, three, eight = map(requests, results)
+    assert len(one) > 50 and len({round(x, 3) for x in one.values()}) > 30
+    for other in (three, eight):
+        assert other.keys() == one.keys()
+        assert all(other[key] == pytest.approx(one[key], abs=1e-4) for key in one)
+    assert results[0].tasks == results[1].tasks == results[2].tasks
+
+
+def test_with_selection_that_sees_the_future_they_would(hub, monkeypatch):
+    real = MoRForCausalLM.forward
+    monkeypatch.setattr(
+        MoRForCausalLM, "forward", lambda self, *a, **k: real(self, *a, selection="topk", **k)
+    )
+    one, eight = (
+        requests(evaluate_tasks(*wrapped(), ["lambada"], batch_size=n, include_path=hub))
+        for n in (1, 8)
+    )
+    assert max(abs(one[key] - eight[key]) for key in one) > 1e-3
+
+
+def test_scores_are_what_the_log_likelihoods_say(hub):
+    result = evaluate_tasks(*wrapped(), include_path=hub)
+    found = {}
+    for key, value in requests(result).items():
+        found.setdefault(key[:2], []).append((value, len(key[3]) - 1))
+    scores = {row.task: row for row in (*result.tasks, *result.parts)}
+
+    def accuracy(name, gold):
+        best = [max(range(len(c)), key=lambda i, c=c: c[i][0] / c[i][1]) for c in found_of(name)]
+        return sum(b == g for b, g in zip(best, gold, strict=True)) / len(gold)
+
+    def found_of(name):
+        return [found[key] for key in sorted(k for k in found if k[0] == name)]
+
+    piqa = [row["label"] for row in HUB["piqa"]]
+    hellaswag = [int(row["label"]) for row in HUB["hellaswag"]]
+    arc_easy = [0, 1]  # the answers "1" of 1, 2, 3 and "B" of A, B, C, D
+    for task, gold in [("piqa", piqa), ("hellaswag", hellaswag), ("arc_easy", arc_easy)]:
+        assert scores[task].score == pytest.approx(accuracy(task, gold)), task
+    assert scores["arc"].score == pytest.approx(
+        (scores["arc_easy"].score + scores["arc_challenge"].score) / 2
+    )
+    assert result.average == pytest.approx(sum(row.score for row in result.tasks) / 6)
+    assert [row.metric for row in result.tasks] == [
+        "acc",
+        "acc_norm",
+        "acc_norm",
+        "acc",
+        "acc_norm",
+        "acc",
+    ]
+
+
+def test_the_average_needs_all_six():
+    rows = [
+        TaskResult(task=name, metric="acc", score=i / 10, stderr=None, items=1)
+        for i, name in enumerate(("lambada", *WITHOUT_LAMBADA))
+    ]
+    assert paper_average(rows) == pytest.approx(0.25)
+    assert paper_average(rows[:5]) is None
+
+
+def test_a_limit_is_spread_over_all_documents(hub):
+    assert evenly_over({"a": 3, "b": 5}, 4) == {"a": [0, 2], "b": [1, 3]}
+    assert evenly_over({"a": 3, "b": 5}, 99) == {"a": [0, 1, 2], "b": [0, 1, 2, 3, 4]}
+    assert evenly_over({"a": 1, "b": 6}, 2) == {"a": [0], "b": [2]}
+    result = evaluate_tasks(*wrapped(), ["piqa", "arc", "mmlu"], limit=3, include_path=hub)
+    assert {row.task: row.items for row in result.tasks} == {"piqa": 3, "arc": 3, "mmlu": 3}
+    with pytest.raises(ValueError, match="limit of at least 2"):
+        evaluate_tasks(*wrapped(), ["arc"], limit=1, include_path=hub)
+
+
+def test_mistakes_are_explained(hub, tmp_path):
+    with pytest.raises(ValueError, match=r"no task 'helaswag' \(did you mean 'hellaswag'\?\)"):
+        check_tasks(["helaswag"])
+    with pytest.raises(ValueError, match="each task once"):
+        check_tasks(["piqa", "piqa"])
+    with pytest.raises(ValueError, match=r"not a folder with task files"):
+        evaluate_tasks(*wrapped(), ["piqa"], include_path=tmp_path)
+    write_task(tmp_path, "piqa", dict.fromkeys(("train", "validation"), HUB["piqa"]), num_fewshot=0)
+    with pytest.raises(ValueError, match=r"num_fewshot: 0, .* with 2 examples; use --shots 0"):
+        evaluate_tasks(*wrapped(), ["piqa"], shots=2, include_path=tmp_path)
+    (tmp_path / "arc_easy.yaml").write_text("task: [arc_easy\n")
+    with pytest.warns(UserWarning, match=r"no task in .*arc_easy.yaml"):
+        evaluate_tasks(*wrapped(), ["piqa"], include_path=tmp_path)
+    (tmp_path / "arc_easy.yaml").unlink()
+    (tmp_path / "piqa-validation.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"data of piqa could not be read .*--include-path DIR"):
+        evaluate_tasks(*wrapped(), ["piqa"], include_path=tmp_path)
+
+
+def test_the_command_prints_a_table_or_json_for_mor_and_for_others(hub, tmp_path, capsys):
+    model, _ = wrapped()
+    checkpoint.save(tmp_path / "c", model.model, byte_tokenizer())
+    main(["eval", str(tmp_path / "c"), "--tasks", "piqa,arc", "--include-path", str(hub), "--json"])
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["task"] for row in printed["tasks"]] == ["piqa", "arc"] and printed[
+        "average"
+    ] is None
+    main(
+        [
+            "eval",
+            str(tmp_path / "c"),
+            "--tasks",
+            "piqa,arc",
+            "--include-path",
+            str(hub),
+            "--limit",
+            "2",
+        ]
+    )
+    shown = capsys.readouterr().out
+    assert "piqa" in shown and "arc_easy" in shown
+    loaded, tokenizer = load_model(tmp_path / "c")
+    assert (
+        type(loaded) is MoRForCausalLM
+        and loaded.dtype == torch.float32
+        and tokenizer.eos_token_id == 256
+    )
+    for arguments, words in [
+        (["--tasks", "piqa", "--by-depth"], "by-depth"),
+        (["--limit", "3"], "--limit"),
+        (["--tasks", "nothing"], "no task 'nothing'"),
+    ]:
+        with pytest.raises(SystemExit):
+            main(["eval", str(tmp_path / "c"), *arguments])
+        assert words in capsys.readouterr().err
+
+
+def test_the_stock_command_of_lm_eval_scores_an_export(hub, tmp_path):
+    """`lm_eval --model hf` knows nothing of mor: the directory brings its code."""
+    from mor.conversion.remote_code import export
+
+    model, _ = wrapped()
+    checkpoint.save(tmp_path / "c", model.model, byte_tokenizer())
+    export(tmp_path / "c", tmp_path / "out")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "ball.yaml").write_text(
+        f"task: ball\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: "
+        f"{hub}/lambada_openai-test.jsonl}}\n"
+        "test_split: test\noutput_type: loglikelihood\n"
+        "doc_to_text: '{{text[:-5]}}'\ndoc_to_target: ' ball'\n"
+        "target_delimiter: ''\nmetric_list:\n  - metric: acc\n    aggregation: mean\n    "
+        "higher_is_better: true\n"
+    )
+    settings = f"pretrained={tmp_path / 'out'},trust_remote_code=True,dtype=float32"
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "run",
+        "--model",
+        "hf",
+        "--model_args",
+        settings,
+        "--tasks",
+        "ball",
+    ]
+    command += [
+        "--include_path",
+        str(tmp_path / "tasks"),
+        "--device",
+        "cpu",
+        "--log_samples",
+        "--batch_size",
+        "2",
+    ]
+    done = subprocess.run(
+        [*command, "--output_path", str(tmp_path / "results")],
+        capture_output=True,
+        text=True,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in next((tmp_path / "results").rglob("samples_ball*")).open()]
+    stock = {row["doc"]["text"][:-5]: float(row["resps"][0][0][0]) for row in rows}
+    ours = {
+        key[2]: value
+        for key, value in requests(
+            evaluate_tasks(*wrapped(), ["lambada"], include_path=hub)
+        ).items()
+    }
+    assert stock.keys() == ours.keys() and all(
+        stock[c] == pytest.approx(ours[c], abs=1e-4) for c in ours
+    )

@@ -1,0 +1,134 @@
+"""Decoding: equal to the full forward, the same alone and in a batch, honest about bad input."""
+
+import pytest
+import torch
+
+from mor.generation import SamplingParams, generate, sample, stream
+from tests.conftest import cases, random_tokens, tiny
+
+GREEDY = SamplingParams(max_new_tokens=10, temperature=0)
+
+
+def greedy_by_full_forward(model, prompt, count):
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids])).logits_BTV[0, -1].argmax()))
+    return ids[len(prompt) :], model(torch.tensor([ids[:-1]])).routing.depth_BT[0].tolist()
+
+
+@pytest.mark.parametrize("make", cases("pairs"))
+def test_greedy_decoding_equals_repeated_full_forwards_token_by_token_and_depth_by_depth(make):
+    model = make()
+    prompts = [random_tokens(n, seed=n).tolist() for n in (5, 1, 9)]
+    for prompt, result in zip(prompts, generate(model, prompts, GREEDY), strict=True):
+        tokens, depths = greedy_by_full_forward(model, prompt, 10)
+        assert result.token_ids == tokens
+        assert result.depths == depths
+        assert result.finish_reason == "length"
+
+
+def test_a_seeded_request_draws_the_same_alone_and_in_a_crowd():
+    model = tiny("expert_choice")
+    prompts = [random_tokens(n, seed=n).tolist() for n in (4, 7, 2)]
+    params = [
+        SamplingParams(max_new_tokens=n, temperature=0.9, top_k=20, top_p=0.95, seed=n)
+        for n in (12, 5, 9)
+    ]
+    together = generate(model, prompts, params)
+    for prompt, p, crowd in zip(prompts, params, together, strict=True):
+        alone = generate(model, [prompt], p)[0]
+        assert alone.token_ids == crowd.token_ids and len(alone.token_ids) == p.max_new_tokens
+        other = generate(model, [prompt], SamplingParams(max_new_tokens=p.max_new_tokens, seed=99))[
+            0
+        ]
+        assert other.token_ids != alone.token_ids
+
+
+def test_stop_tokens_end_a_sequence_and_the_others_go_on():
+    model = tiny("expert_choice")
+    prompts = [random_tokens(n, seed=n).tolist() for n in (4, 7)]
+    free = generate(model, prompts, GREEDY)
+    stop = free[0].token_ids[3]
+    first = free[0].token_ids.index(stop)
+    stopped = generate(
+        model,
+        prompts,
+        [
+            SamplingParams(max_new_tokens=10, temperature=0, stop_token_ids=(stop,)),
+            GREEDY,
+        ],
+    )
+    assert stopped[0].token_ids == free[0].token_ids[: first + 1]
+    assert stopped[0].finish_reason == "stop"
+    assert stopped[1].token_ids == free[1].token_ids
+
+
+def test_streaming_yields_what_generate_returns():
+    model = tiny("token_choice")
+    prompts = [random_tokens(n, seed=n).tolist() for n in (4, 7)]
+    collected = {0: [], 1: []}
+    for event in stream(model, prompts, GREEDY):
+        collected[event.index].append(event.token_id)
+        assert 1 <= event.source_depth <= 3
+    assert [collected[0], collected[1]] == [r.token_ids for r in generate(model, prompts, GREEDY)]
+    events = list(stream(model, prompts[:1], GREEDY))
+    assert [e.finish_reason for e in events] == [None] * 9 + ["length"]
+
+
+def test_max_depth_caps_every_token():
+    for kind in ("fixed", "expert_choice", "token_choice", "random", "position", "frequency"):
+        result = generate(tiny(kind), [random_tokens(30).tolist()], GREEDY, max_depth=2)[0]
+        assert max(result.depths) == 2
+
+
+def test_sampling_follows_the_distribution_that_its_settings_leave():
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
+    # 0.56 + 0.21 >= 0.75
+    settings = {
+        SamplingParams(temperature=0.7): (logits / 0.7).softmax(0),
+        SamplingParams(top_k=2): torch.cat([logits[:2].softmax(0), torch.zeros(3)]),
+        SamplingParams(top_p=0.75): torch.cat([logits[:2].softmax(0), torch.zeros(3)]),
+    }
+    for params, expected in settings.items():
+        draws = torch.tensor([sample(logits, params, counter) for counter in range(4000)])
+        share = torch.bincount(draws, minlength=5) / 4000
+        assert (share - expected).abs().max() < 0.03
+        assert (share[expected == 0] == 0).all()
+    assert sample(logits, SamplingParams(temperature=0), 0) == 0
+    assert sample(logits, SamplingParams(top_p=1e-9), 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(max_new_tokens=0), "max_new_tokens"),
+        (dict(temperature=-1), "temperature"),
+        (dict(top_k=-1), "top_k"),
+        (dict(top_p=0), "top_p"),
+        (dict(top_p=1.5), "top_p"),
+        (dict(temperature=float("nan")), "temperature"),
+    ],
+)
+def test_bad_sampling_settings_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        SamplingParams(**settings)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ([], "no prompts"),
+        ([[1], []], "prompt 1 is empty"),
+        ([[37]], "outside 0..36"),
+        ([[-1]], "outside"),
+        ([[1] * 60], "shorten the prompt"),
+    ],
+)
+def test_bad_prompts_are_refused(prompts, words):
+    with pytest.raises(ValueError, match=words):
+        generate(tiny("fixed"), prompts, GREEDY)
+
+
+def test_one_setting_per_prompt_or_one_for_all():
+    with pytest.raises(ValueError, match="3 sampling settings for 1 prompts"):
+        generate(tiny("fixed"), [[1]], [GREEDY] * 3)

@@ -1,0 +1,54 @@
+"""A small run to train."""
+
+import io
+import json
+import math
+
+from rich.console import Console
+
+from mor.model.config import RouterConfig, preset
+from mor.run_folder import RunFolder
+from mor.training.config import TrainConfig
+
+LOSS_FREE = RouterConfig(kind="token_choice", balancing="loss_free")
+
+
+def settings(squares, out, router="expert_choice", **overrides):
+    recursions = 1 if router == "fixed" else 2
+    values = dict(
+        model=preset(
+            "tiny", num_recursions=recursions, router=router, num_layers=4, max_seq_len=64
+        ),
+        data=squares,
+        out=str(out),
+        steps=12,
+        batch_size=4,
+        seq_len=32,
+        eval_every=6,
+        log_every=3,
+    )
+    return TrainConfig(**(values | overrides))
+
+
+def quiet():
+    return Console(file=io.StringIO())
+
+
+def metrics(out):
+    return [json.loads(line) for line in RunFolder(out).metrics.read_text().splitlines()]
+
+
+def poisoned(monkeypatch, steps):
+    """Batches of these steps give a loss that is not finite."""
+    import mor.training.step as module
+
+    real = module.compute_loss
+
+    def loss(output):
+        loss.calls += 1
+        if loss.calls in steps:
+            output.nll.data.fill_(math.nan)
+        return real(output)
+
+    loss.calls = 0
+    monkeypatch.setattr(module, "compute_loss", loss)

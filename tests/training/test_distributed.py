@@ -1,0 +1,332 @@
+"""Two processes train as one does with the same global batch: DDP and FSDP2, every router, any
+number on resuming."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from torch.distributed import TCPStore
+
+from mor import checkpoint
+from mor.data.stream import DataConfig
+from mor.files import remove_folder
+from mor.model.config import RouterConfig, preset
+from mor.run_folder import RunFolder
+from mor.training.config import TrainConfig, load_config
+from mor.training.loop import train
+from mor.training.optim import OptimConfig
+
+ROUTERS = {
+    "fixed": RouterConfig(),
+    "expert": RouterConfig(kind="expert_choice", z_loss_weight=0.01, selection_weight=0.1),
+    "token": RouterConfig(kind="token_choice"),
+    "token-free": RouterConfig(kind="token_choice", balancing="loss_free", bias_update_rate=0.01),
+    "random": RouterConfig(kind="random"),
+}
+
+
+# One of two processes: trains what each line of stdin says, answers each run with its collective
+# operations.
+RANK = """
+import faulthandler, io, json, os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+faulthandler.register(signal.SIGUSR1)
+from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
+from mor.training.loop import train
+from mor.training.config import load_config
+
+class Communication(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function).startswith("c10d"):
+            name = str(function).split(".")[1]
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return function(*args, **(kwargs or {}))
+
+for line in sys.stdin:
+    run = json.loads(line)
+    os.environ["MASTER_PORT"] = str(run["port"])
+    with Communication() as seen:
+        config, quiet = load_config(Path(run["config"])), Console(file=io.StringIO())
+        done = train(config, resume=run["resume"], console=quiet)
+    assert done.state.forward is done.state.model, "DDP outlives its process group"
+    print(json.dumps(seen.counts), flush=True)
+"""
+
+
+class Pair:
+    """Two processes that train together, run after run; a run that fails or hangs fails with what
+    both said."""
+
+    TIMEOUT_S = (
+        300  # on a busy machine two processes in lock-step wait for each other most of the time
+    )
+
+    def __init__(self, folder):
+        self.folder, self.processes, self.runs = folder, [], 0
+
+    def __call__(self, config, resume=False):
+        """Train; the counts of collective operations of the first rank."""
+        if not self.processes:
+            self.start()
+        self.runs += 1
+        file = self.folder / f"run-{self.runs}.json"
+        file.write_text(json.dumps(dataclasses.asdict(config)))
+        # The store of a run lives here, on a port of the system's choice: nobody else can have
+        # taken it meanwhile.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        order = json.dumps({"config": str(file), "resume": resume, "port": store.port})
+        for process in self.processes:
+            with contextlib.suppress(BrokenPipeError):  # it died: the lack of an answer says so
+                process.stdin.write(order + "\n")
+                process.stdin.flush()
+        return json.loads(self.answers()[0])
+
+    def start(self):
+        environment = os.environ | {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "OMP_NUM_THREADS": "1",
+        }
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = (
+            "True"  # as under torchrun, which holds the store as well
+        )
+        for rank in range(2):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with (self.folder / f"rank-{rank}.err").open("w") as errors:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", RANK],
+                        env=environment | place,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=errors,
+                        text=True,
+                    )
+                )
+
+    def answers(self):
+        """A line of each process. If one dies, the other would wait for it for half an hour: both
+        are ended."""
+        waiting, found = {p.stdout: rank for rank, p in enumerate(self.processes)}, {}
+        deadline = time.monotonic() + self.TIMEOUT_S
+        while waiting:
+            ready, _, _ = select.select(list(waiting), [], [], max(0, deadline - time.monotonic()))
+            lines = {waiting.pop(stream): stream.readline() for stream in ready}
+            if not ready or not all(lines.values()):
+                self.show_stacks()
+                what = (
+                    f"rank {', '.join(map(str, lines))} died"
+                    if ready
+                    else f"no answer in {self.TIMEOUT_S} s"
+                )
+                self.stop()
+                said = "\n".join(f"rank {r}: {self.said(r)}" for r in range(2))
+                raise AssertionError(f"run {self.runs}: {what}\n{said}")
+            found |= lines
+        return found
+
+    def show_stacks(self):
+        for process in self.processes:
+            process.send_signal(signal.SIGUSR1)
+        time.sleep(1)
+
+    def said(self, rank):
+        return (self.folder / f"rank-{rank}.err").read_text()[-6000:]
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+        self.processes = []
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    made = Pair(tmp_path_factory.mktemp("pair"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "a.jsonl"
+    rows = [{"text": f"The square of {i} is {i * i}. " * 6} for i in range(120)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataConfig(path=str(path), tokenizer="bytes")
+
+
+def settings(data, out, router, **overrides):
+    recursions = 3
+    values = dict(
+        model=preset(
+            "tiny", num_recursions=recursions, router=router, num_layers=5, max_seq_len=64
+        ),
+        data=data,
+        out=str(out),
+        steps=8,
+        batch_size=2,
+        seq_len=32,
+        eval_every=4,
+        eval_windows=4,
+        log_every=1,
+        optim=OptimConfig(lr=1e-3),
+        device="cpu",
+    )
+    return TrainConfig(**(values | overrides))
+
+
+def alone(config, **settings):
+    return train(config, console=Console(file=io.StringIO()), **settings)
+
+
+def curve(out, *names):
+    rows = RunFolder(out).read_metrics()
+    return [[row[n] for n in names] for row in rows if all(n in row for n in names)]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_ranks_train_as_one(how, data, tmp_path, pair):
+    for name, router in ROUTERS.items():
+        pair(settings(data, tmp_path / f"two-{name}", router, parallel=how))
+        result = alone(settings(data, tmp_path / f"one-{name}", router, batch_size=4))
+        for what in (
+            ["loss"],
+            ["validation_nll"],
+            ["grad_norm"],
+            ["share_per_recursion"],
+            ["tokens", "flops"],
+        ):
+            ours, theirs = (
+                torch.tensor(curve(tmp_path / f"{n}-{name}", *what)).double()
+                for n in ("two", "one")
+            )
+            torch.testing.assert_close(
+                ours, theirs, atol=1e-5, rtol=1e-5, msg=lambda m, n=name, w=what: f"{n} {w}: {m}"
+            )
+        for extra in {
+            "expert": ["agreement", "selection", "z_loss"],
+            "token": ["max_violation", "balancing"],
+        }.get(name, []):
+            ours, theirs = (
+                torch.tensor(curve(tmp_path / f"{n}-{name}", extra)) for n in ("two", "one")
+            )
+            torch.testing.assert_close(
+                ours, theirs, atol=1e-4, rtol=1e-4, msg=lambda m, e=extra: f"{e}: {m}"
+            )
+        loaded = checkpoint.load(tmp_path / f"two-{name}").model
+        for (key, a), b in zip(
+            loaded.state_dict().items(), result.state.model.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(
+                a, b, atol=2e-4, rtol=2e-3, msg=lambda m, n=name, k=key: f"{n} {k}: {m}"
+            )
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_accumulation_reduces_once_per_step_and_fsdp_gathers_twice(how, data, tmp_path, pair):
+    """The recursions are one unit: gathered once, not once per recursion; the rest of the model is
+    the other."""
+    common = dict(steps=3, eval_every=100, eval_windows=1, parallel=how)
+    many, few = (
+        settings(data, tmp_path / name, ROUTERS["expert"], accumulate=k, **common)
+        for name, k in [("a", 4), ("b", 1)]
+    )
+    counts = [pair(many), pair(few)]
+    reduced = "_reduce_scatter_base_" if how == "fsdp" else "allreduce_"
+    assert counts[0][reduced] == counts[1][reduced], (
+        "nothing is reduced before the last forward of a step"
+    )
+    if how == "fsdp":
+        assert counts[1][reduced] == 3 * 2, "two units, once per step"
+        gathered = [c["_allgather_base_"] for c in counts]
+        assert gathered[1] == 3 * 2 + 2, (
+            "two units per training step and in the evaluation at the end"
+        )
+        assert gathered[0] == gathered[1], "once per step, however many forwards it has"
+    one = alone(
+        settings(
+            data,
+            tmp_path / "one",
+            ROUTERS["expert"],
+            accumulate=8,
+            **(common | {"parallel": "ddp"}),
+        )
+    )
+    assert one.state.tokens == 3 * 8 * 2 * 32
+    ours, theirs = (
+        torch.tensor(curve(tmp_path / n, "tokens", "loss")).double() for n in ("a", "one")
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_run_goes_on_with_another_number_of_ranks(how, data, tmp_path, pair):
+    whole = settings(
+        data, tmp_path / "whole", ROUTERS["expert"], batch_size=4, save_every=4, keep=0
+    )
+    alone(whole)
+    expected = curve(tmp_path / "whole", "step", "loss")
+
+    shrinking = settings(
+        data, tmp_path / "shrinking", ROUTERS["expert"], parallel=how, save_every=4, keep=0
+    )
+    pair(shrinking)
+    remove_folder(RunFolder(tmp_path / "shrinking").checkpoint(8))
+    saved = load_config(RunFolder(tmp_path / "shrinking").settings)
+    alone(dataclasses.replace(saved, batch_size=4), resume=True)
+    assert torch.tensor(curve(tmp_path / "shrinking", "step", "loss")) == pytest.approx(
+        torch.tensor(expected), abs=1e-5
+    )
+
+    remove_folder(RunFolder(tmp_path / "whole").checkpoint(8))
+    growing = load_config(RunFolder(tmp_path / "whole").settings)
+    pair(dataclasses.replace(growing, batch_size=2, parallel=how), resume=True)
+    assert torch.tensor(curve(tmp_path / "whole", "step", "loss")) == pytest.approx(
+        torch.tensor(expected), abs=1e-5
+    )
+
+
+def test_a_rank_that_dies_ends_the_run_at_once(data, tmp_path):
+    """What the tests above rely on: a pair never hangs without a word."""
+    pair = Pair(tmp_path)
+    pair.start()
+    pair.processes[1].kill()
+    with pytest.raises(AssertionError, match=r"run 1: rank 1 died"):
+        pair(settings(data, tmp_path / "run", ROUTERS["fixed"]))
+    assert not pair.processes
+
+
+def test_muon_learns_and_refuses_shards(data, tmp_path):
+    muon = OptimConfig(name="muon", lr=3e-3)
+    config = settings(data, tmp_path / "a", ROUTERS["expert"], optim=muon, batch_size=4, steps=20)
+    result = alone(config)
+    losses = [row[0] for row in curve(tmp_path / "a", "loss")]
+    assert losses[-1] < 0.8 * losses[0]
+    adamw, matrices = result.state.optimizers
+    assert type(matrices).__name__ == "Muon" and all(
+        p.ndim == 2 for g in matrices.param_groups for p in g["params"]
+    )
+    held = [p for o in (adamw, matrices) for g in o.param_groups for p in g["params"]]
+    assert len(held) == len(set(held)) == len(list(result.state.model.parameters()))
+    remove_folder(result.path)
+    again = alone(config, resume=True)
+    for a, b in zip(again.state.model.parameters(), result.state.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="needs whole matrices"):
+        settings(data, tmp_path / "b", ROUTERS["expert"], optim=muon, parallel="fsdp")

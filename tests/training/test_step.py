@@ -1,0 +1,66 @@
+"""One step of training: accumulation, and values that are not finite."""
+
+import math
+
+import pytest
+
+from mor import checkpoint
+from mor.training.loop import train
+from tests.training.small_run import LOSS_FREE, metrics, poisoned, quiet, settings
+
+
+@pytest.mark.parametrize("router", ["expert_choice", LOSS_FREE])
+def test_accumulation_equals_one_large_batch(squares, tmp_path, router):
+    one = train(settings(squares, tmp_path / "a", router, steps=4, batch_size=8), console=quiet())
+    two = train(
+        settings(squares, tmp_path / "b", router, steps=4, batch_size=4, accumulate=2),
+        console=quiet(),
+    )
+    # with the bias that balances
+    ours, theirs = (
+        two.state.model.state_dict(),
+        one.state.model.state_dict(),
+    )
+    for name, expected in theirs.items():
+        assert (ours[name] - expected).abs().max() < 1e-4, name
+    assert one.state.flops == two.state.flops
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(squares, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {4, 5, 9})
+    console = quiet()
+    result = train(settings(squares, tmp_path / "run", log_every=1), console=console)
+    assert result.finished and result.state.step == 12 and result.state.skipped == 3
+    assert all(p.isfinite().all() for p in result.state.model.parameters())
+    assert console.file.getvalue().count("is skipped: its loss is not finite") == 3
+    rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+    assert rows[3]["loss"] is None and rows[5]["loss"] is not None
+    assert checkpoint.load_progress(tmp_path / "run")["skipped"] == 3
+    assert next(iter(result.state.optimizers[0].state.values()))["step"].item() == 9
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_although_its_loss_is(
+    squares, tmp_path, monkeypatch
+):
+    import mor.training.step as module
+
+    real, console = module.compute_loss, quiet()
+
+    def loss(output):
+        loss.calls += 1
+        value = real(output)
+        if loss.calls == 3:
+            value.register_hook(lambda grad: grad * math.inf)
+        return value
+
+    loss.calls = 0
+    monkeypatch.setattr(module, "compute_loss", loss)
+    result = train(settings(squares, tmp_path / "run", steps=4, log_every=1), console=console)
+    assert (
+        result.state.skipped == 1
+        and "step 3 is skipped: its gradient is not finite" in console.file.getvalue()
+    )
+    rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    assert rows[2]["loss"] is not None and rows[2]["grad_norm"] is None
+    assert all(p.isfinite().all() for p in result.state.model.parameters())
