@@ -1,8 +1,8 @@
 """Paged attention for CUDA in Triton: no copies of entries, one program for each query and
 key/value head.
 
-So far it has only run in Triton's interpreter (`TRITON_INTERPRET=1`, tests/engine/test_triton_attention.py), not on
-a GPU.
+So far it has only run in Triton's interpreter (`TRITON_INTERPRET=1`), not on a GPU; see
+tests/engine/test_triton_attention.py.
 
 E entries of a pool · G key/value heads · H head dim · L width of the table · M queries · N heads ·
 R rows of the table
