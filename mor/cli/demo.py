@@ -13,7 +13,7 @@ from mor.settings import PositiveFloat, Seed
 
 class Demo(Command):
     """Train small models at equal FLOPs on text and on a task that needs depth; compare them, draw
-    pictures, show how deep each token went. About eight minutes on two cores."""
+    pictures, show how deep each token went. About ten minutes on two cores."""
 
     out: Path | None = None
     """An empty folder. Default: the first free of runs/demo, runs/demo-2, ..."""
