@@ -3,7 +3,7 @@
 These routers go around the one that a model was trained with, and are given to a forward:
 ``model(tokens, router=ForcedRouter(model.router, taken_RM))``. Nothing is copied.
 
-M packed tokens · C candidates · D model · R recursions
+M packed tokens · C candidates · K selected · D model · R recursions
 """
 
 from __future__ import annotations
@@ -13,8 +13,54 @@ from dataclasses import replace
 from torch import Tensor
 
 from mor.model.packing import PackedTokens
-from mor.model.routers import Router, RouterAround
-from mor.model.routing import Decision, Memory
+from mor.model.routers import Router
+from mor.model.routing import AuxiliaryLoss, Decision, Memory, Routing
+
+
+class RouterAround(Router):
+    """A router that asks another one and changes some of its answers. Nothing is copied.
+
+    num_recursions: None for as many as the other has.
+    """
+
+    def __init__(self, inner: Router, num_recursions: int | None = None) -> None:
+        super().__init__(inner.config, 0, num_recursions or inner.num_recursions)
+        self.inner = inner
+        self.is_hierarchical, self.has_topk = inner.is_hierarchical, inner.has_topk
+        self.is_learned = inner.is_learned
+
+    def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
+        return self.inner.start(x_MD, tokens, max_depth)
+
+    def decide(
+        self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
+    ) -> Decision:
+        return self.inner.decide(recursion, h_CD, tokens, memory, capacity)
+
+    def combine(
+        self,
+        recursion: int | Tensor,
+        h_KD: Tensor,
+        out_KD: Tensor,
+        gate: Tensor | None,
+        memory: Memory,
+    ) -> Tensor:
+        return self.inner.combine(recursion, h_KD, out_KD, gate, memory)
+
+    def chosen_depth(self, memory: Memory) -> Tensor | None:
+        return self.inner.chosen_depth(memory)
+
+    def with_depth(self, memory: Memory, depth: Tensor) -> Memory:
+        return self.inner.with_depth(memory, depth)
+
+    def losses(self, routing: Routing) -> dict[str, AuxiliaryLoss]:
+        return self.inner.losses(routing)
+
+    def threshold(self, recursion: int) -> float | None:
+        return self.inner.threshold(recursion)
+
+    def shown_score(self, routing: Routing, recursion: int) -> Tensor | None:
+        return self.inner.shown_score(routing, recursion)
 
 
 class ForcedRouter(RouterAround):

@@ -196,6 +196,7 @@ class Recursions(nn.Module):
         steps: list[RoutingStep] = []
         states, passes_kv = [x_MD], dict[int, AttentionPass]()
         for recursion, layers in passes(self.config, rule.max_depth):
+            # Route: who goes in? In "sequence" order a recursion has several passes, decided once.
             if recursion == len(steps):
                 steps.append(route(router, recursion, x_MD, tokens, memory, steps, rule))
             step = steps[recursion]
@@ -205,6 +206,7 @@ class Recursions(nn.Module):
                 if recursion not in passes_kv:
                     stream = recursion + 1
                     passes_kv[recursion] = store.open(stream, reads(stream), step.tokens)
+                # Gather them, apply the shared blocks to them alone, gate the output, scatter it.
                 here = step.gather(angles[0]), step.gather(angles[1])
                 h_KD, own_memory = step.gather(x_MD), {n: step.gather(m) for n, m in memory.items()}
 
