@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mor.model.kv_cache import KVCache
 from mor.model.random import hash_uniform
-from mor.model.transformer import Output, Transformer
+from mor.model.transformer import Output, Transformer, check_finite
 from mor.settings import (
     Listed,
     NonNegativeFloat,
@@ -48,10 +48,16 @@ class SamplingParams(Settings):
 
 
 def sample(logits: Tensor, params: SamplingParams, counter: int) -> int:
-    """One token from one row of logits; ``counter`` numbers the draws of a request."""
+    """One token from one row of logits; ``counter`` numbers the draws of a request.
+
+    Raises ValueError for logits that are not finite.
+    """
+    check_finite(logits)
     if params.temperature == 0:
         return int(logits.argmax())
-    ordered, ids = (logits.double() / params.temperature).sort(descending=True, stable=True)
+    # Differences to the best one: divided by a tiny temperature they stay ordered.
+    below_best = logits.double() - logits.max()
+    ordered, ids = (below_best / params.temperature).sort(descending=True, stable=True)
     if params.top_k:
         ordered, ids = ordered[: params.top_k], ids[: params.top_k]
     probability = ordered.softmax(0)
@@ -64,6 +70,8 @@ def sample(logits: Tensor, params: SamplingParams, counter: int) -> int:
 
 
 def logprob(logits: Tensor, token_id: int) -> float:
+    """Of one token, in nats. Raises ValueError for logits that are not finite."""
+    check_finite(logits)
     return float(logits[token_id].double() - logits.double().logsumexp(0))
 
 
@@ -146,8 +154,8 @@ def generate(
     """Continue token prompts, all together.
 
     params: one for all, or one per prompt. max_depth caps the recursions of every token.
-    Raises ValueError for empty prompts, ids outside the vocabulary or sequences too long for the
-    model.
+    Raises ValueError for empty prompts, ids outside the vocabulary, sequences too long for the
+    model, and a model whose logits are not finite.
     """
     results = [Generation(list(p)) for p in prompts]
     for _ in _decode(model, results, _per_prompt(params, len(prompts)), max_depth):
@@ -169,11 +177,11 @@ def _decode(
     cache = KVCache(model.config, len(prompts), device=weight.device, dtype=weight.dtype)
     output = prefill(model, prompts, cache, max_depth=max_depth)
     while True:
-        depth_BT = output.routing.depth_BT.tolist()
+        depths = output.routing.depths_by_row()
         for i, result in enumerate(results):
             if result.finish_reason is not None:
                 continue
-            result.depths += [depth for depth in depth_BT[i] if depth]
+            result.depths += depths[i]
             token = sample(output.logits_BTV[i, 0], params[i], len(result.token_ids))
             result.token_ids.append(token)
             if params[i].logprobs:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from mor.generation import SamplingParams, generate, sample, stream
+from mor.generation import SamplingParams, generate, logprob, sample, stream
+from mor.model.config import RouterConfig, preset
+from mor.model.transformer import Transformer
 from tests.conftest import cases, random_tokens, tiny
 
 GREEDY = SamplingParams(max_new_tokens=10, temperature=0)
@@ -25,6 +27,47 @@ def test_greedy_decoding_equals_repeated_full_forwards_token_by_token_and_depth_
         assert result.token_ids == tokens
         assert result.depths == depths
         assert result.finish_reason == "length"
+
+
+FROM_0 = RouterConfig(kind="random", capacities=(0.5, 0.3, 0.1))
+
+
+def test_tokens_without_recursions_are_tokens():
+    model = Transformer(preset("tiny", num_recursions=3, router=FROM_0)).init_weights()
+    prompts = [[5, 6, 7, 8, 9], [0], [3, 1]]
+    together = generate(model, prompts, GREEDY)
+    for prompt, result in zip(prompts, together, strict=True):
+        tokens, depths = greedy_by_full_forward(model, prompt, 10)
+        assert result.token_ids == tokens and result.depths == depths and 0 in depths
+        assert generate(model, [prompt], GREEDY)[0] == result
+        assert result.mean_depth == sum(depths) / (len(prompt) + 9)
+    events = [event for event in stream(model, prompts, GREEDY) if event.index == 1]
+    assert [event.source_depth for event in events] == together[1].depths
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_give_no_token(value):
+    logits = torch.tensor([2.0, value, 0.5])
+    for params in (GREEDY, SamplingParams(), SamplingParams(top_k=1)):
+        with pytest.raises(ValueError, match="not finite"):
+            sample(logits, params, 0)
+    with pytest.raises(ValueError, match="not finite"):
+        logprob(logits, 0)
+    model = tiny("expert_choice")
+    with torch.no_grad():
+        model.final_norm.weight[3] = value
+    for params in (GREEDY, SamplingParams(max_new_tokens=2)):
+        with pytest.raises(ValueError, match="its weights are broken"):
+            generate(model, [[1, 2], [3]], params)
+
+
+def test_the_smallest_temperatures_are_greedy():
+    logits = torch.tensor([0.5, 2.0, 1.999, -900.0])
+    for temperature in (1e-5, 1e-40, 5e-324):
+        draws = [
+            sample(logits, SamplingParams(temperature=temperature, seed=s), s) for s in range(9)
+        ]
+        assert draws == [1] * 9
 
 
 def test_a_seeded_request_draws_the_same_alone_and_in_a_crowd():

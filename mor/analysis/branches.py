@@ -30,7 +30,7 @@ CHUNK_LOGITS = 1 << 22
 def at_depth(taken_RM: Tensor, depth: int) -> Tensor:
     """The table in which every token takes ``depth`` recursions: first those it took, in order,
     then the earliest of the others. Where tokens drop out for good these are simply the first
-    ``depth``."""
+    ``depth``. Depth 0 is one, too, where models may leave tokens out of every recursion."""
     order_RM = (~taken_RM).to(torch.int8).argsort(dim=0, stable=True)
     rank_RM = order_RM.argsort(dim=0)
     return rank_RM < depth

@@ -85,7 +85,10 @@ def depth_histogram(reading: Reading) -> Rows:
         reading.depth_BT.flatten(), minlength=reading.model.config.num_recursions + 1
     ).tolist()
     total = sum(counts)
-    return [dict(depth=d, tokens=n, share=n / total) for d, n in enumerate(counts) if d or n]
+    least = reading.model.config.least_depth
+    return [
+        dict(depth=d, tokens=n, share=n / total) for d, n in enumerate(counts) if d >= least or n
+    ]
 
 
 def dead_tokens(reading: Reading) -> Rows:
@@ -356,14 +359,14 @@ def counterfactual_gains(reading: Reading) -> Rows:
     observation. Tokens without a target do not count."""
     known: dict[str, list[tuple[float, str, int]]] = {"fewer": [], "more": []}
     for w, routing in enumerate(reading.routings):
-        logp_RT = _exit_logprobs(reading, w, routing)
+        logp = _exit_logprobs(reading, w, routing)
         depths, asked = routing.depth_BT[0], reading.targets_BT[w] != IGNORED
         for name, step in (("fewer", -1), ("more", 1)):
-            other = depths + step
-            there = asked & (depths >= 1) & (other >= 1) & (other <= len(logp_RT))
-            for t in there.nonzero()[:, 0].tolist():
-                change = float(logp_RT[other[t] - 1, t] - logp_RT[depths[t] - 1, t])
-                known[name].append((change, str(int(depths[t])), w))
+            for t in asked.nonzero()[:, 0].tolist():
+                depth = int(depths[t])
+                if depth in logp and depth + step in logp:
+                    change = float(logp[depth + step][t] - logp[depth][t])
+                    known[name].append((change, str(depth), w))
     rows: Rows = []
     for name, found in known.items():
         for group in sorted(
@@ -379,15 +382,15 @@ def counterfactual_gains(reading: Reading) -> Rows:
 
 
 @torch.no_grad()
-def _exit_logprobs(reading: Reading, w: int, routing: Routing) -> Tensor:
-    """Log-probability of every token's target had it left after 1..R recursions, (R, T); undefined
-    where there is none."""
+def _exit_logprobs(reading: Reading, w: int, routing: Routing) -> dict[int, Tensor]:
+    """Log-probability of every token's target had it left at each depth, (T,); undefined where
+    there is none."""
     ids, target_T1 = reading.tokens_BT[w].tolist(), reading.targets_BT[w].clamp(min=0)[:, None]
-    taken_RT, rows = routing.taken_RM, []
-    for depth in range(1, reading.model.config.num_recursions + 1):
+    taken_RT, found, config = routing.taken_RM, {}, reading.model.config
+    for depth in range(config.least_depth, config.num_recursions + 1):
         logits_TV = torch.cat(list(exits(reading.model, ids, taken_RT, depth, reading.caches[w])))
-        rows.append(logits_TV.float().log_softmax(-1).gather(1, target_T1)[:, 0])
-    return torch.stack(rows)
+        found[depth] = logits_TV.float().log_softmax(-1).gather(1, target_T1)[:, 0]
+    return found
 
 
 def token_counts(data: TokenData, chunk: int = 1 << 20) -> dict[int, int]:

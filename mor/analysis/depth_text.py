@@ -7,22 +7,24 @@ from rich.text import Text
 
 from mor.data.tokenizer import Tokenizer
 from mor.generation import Generation
+from mor.model.config import ModelConfig
 
 _COLOURS = ("cyan", "yellow", "red", "magenta", "blue", "green")
 _DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
 
 
 def _style(depth: int) -> str:
-    return _COLOURS[(depth - 1) % len(_COLOURS)]
+    """The terminal's own colour for tokens that took no recursion."""
+    return _COLOURS[(depth - 1) % len(_COLOURS)] if depth else "default"
 
 
 def _digits(depth: int) -> str:
     return "".join(_DIGITS[int(d)] for d in str(depth))
 
 
-def depth_legend(num_recursions: int, console: Console) -> Text:
+def depth_legend(config: ModelConfig, console: Console) -> Text:
     legend = Text("depth ")
-    for depth in range(1, num_recursions + 1):
+    for depth in range(config.least_depth, config.num_recursions + 1):
         legend.append(
             f" {depth} " if console.color_system else f" {_digits(depth)}", style=_style(depth)
         )
@@ -40,7 +42,8 @@ def depth_text(tokenizer: Tokenizer, result: Generation, console: Console) -> Te
     for i, piece in enumerate(tokenizer.pieces(ids)):
         depth = result.depths[i] if i < len(result.depths) else None
         bold = " bold" if i < len(result.prompt_ids) else ""
-        mark = _digits(depth) if depth and not console.color_system else ""
+        mark = "" if depth is None or console.color_system else _digits(depth)
         words, line_end = (piece[:-1], "\n") if piece.endswith("\n") else (piece, "")
-        text.append(words + mark + line_end, style=(_style(depth) if depth else "dim") + bold)
+        style = "dim" if depth is None else _style(depth)
+        text.append(words + mark + line_end, style=style + bold)
     return text

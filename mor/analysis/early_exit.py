@@ -7,7 +7,7 @@ the token itself: nothing is lost because others exit early, which no real decod
 figures say how much there is to gain from choosing the depth token by token, not what an engine
 would reach.
 
-B batch · T tokens · M tokens with a target, or all B x T · R recursions · V vocabulary
+B batch · T tokens · M tokens with a target, or all B x T · R depths · V vocabulary
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def early_exits(
     model: Transformer, data: Windows, seq_len: int, max_windows: int
 ) -> dict[str, Any]:
     """NLL in nats of each policy at the mean depth of the model's capacities, and of every fixed
-    depth.
+    depth from the least one on (0 where the model leaves tokens out of every recursion).
 
     random: exits are drawn.
     confidence: a token exits once the probability of its likeliest next token passes a threshold,
@@ -44,30 +44,31 @@ def early_exits(
         else (model.config.num_recursions + 1) / 2
     )
     found: dict[str, Any] = {"mean_depth": mean_depth, "fixed": nll_MR.mean(0).tolist()}
+    before_first = 1 - model.config.least_depth  # policies number the depths there are from 1
     for name, policy in POLICIES.items():
-        depth = policy(nll_MR, confidence_MR, mean_depth)
-        nll = nll_MR.gather(1, depth[:, None] - 1)
-        found[name] = {"nll": float(nll.mean()), "mean_depth": float(depth.double().mean())}
+        place = policy(nll_MR, confidence_MR, mean_depth + before_first)
+        nll, mean = nll_MR.gather(1, place[:, None] - 1).mean(), place.double().mean()
+        found[name] = {"nll": float(nll), "mean_depth": float(mean) - before_first}
     return found
 
 
 def _by_depth(
     model: Transformer, data: Windows, seq_len: int, max_windows: int
 ) -> tuple[Tensor, Tensor]:
-    """NLL and largest probability after each recursion, (M, R) each."""
+    """NLL and largest probability at each depth that tokens may take, (M, R) each."""
     chosen = data.spread(seq_len, max_windows)
-    R = model.config.num_recursions
-    nll: list[list[Tensor]] = [[] for _ in range(R)]
-    confidence: list[list[Tensor]] = [[] for _ in range(R)]
+    depths = range(model.config.least_depth, model.config.num_recursions + 1)
+    nll: list[list[Tensor]] = [[] for _ in depths]
+    confidence: list[list[Tensor]] = [[] for _ in depths]
     for start in range(0, len(chosen), 16):
         batch = data.batch(chosen[start : start + 16], seq_len)
         device = model.embedding.weight.device
         tokens_BT, targets_BT = batch.tokens_BT.to(device), batch.targets_BT.to(device)
-        for r in range(R):  # one depth at a time: logits are large
-            logits_BTV = all_to_depth(model, tokens_BT, r + 1)
+        for place, depth in enumerate(depths):  # one depth at a time: logits are large
+            logits_BTV = all_to_depth(model, tokens_BT, depth)
             new_nll, new_confidence = _predictions(logits_BTV, targets_BT)
-            nll[r].append(new_nll.double().cpu())
-            confidence[r].append(new_confidence.double().cpu())
+            nll[place].append(new_nll.double().cpu())
+            confidence[place].append(new_confidence.double().cpu())
     nll_MR = torch.stack([torch.cat(found) for found in nll], 1)
     return nll_MR, torch.stack([torch.cat(found) for found in confidence], 1)
 
@@ -77,7 +78,7 @@ def all_to_depth(model: Transformer, tokens_BT: Tensor, depth: int) -> Tensor:
     wanted = torch.arange(model.config.num_recursions, device=tokens_BT.device) < depth
     table_RM = wanted[:, None].expand(-1, tokens_BT.numel())
     forced = ForcedRouter(model.router, table_RM)
-    return model(tokens_BT, max_depth=depth, router=forced).logits_BTV
+    return model(tokens_BT, max_depth=max(1, depth), router=forced).logits_BTV
 
 
 def _predictions(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:

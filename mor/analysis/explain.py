@@ -323,8 +323,8 @@ class _Reader:
         taken_RT = output.routing.taken_RM
         own = self._predictions(output.logits_BTV[0, first:], targets)
         depths = taken_RT.sum(0).tolist()
-        by_depth = []
-        for depth in range(1, model.config.num_recursions + 1):
+        by_depth: dict[int, list[dict[str, Any]]] = {}
+        for depth in range(model.config.least_depth, model.config.num_recursions + 1):
             # At the depth that a token took, its exit is the model's own prediction.
             predicted, done = list(own), 0
             places = [t for t in range(first, len(ids)) if depths[t] != depth]
@@ -335,11 +335,15 @@ class _Reader:
                 ):
                     predicted[i] = found
                 done += len(logits_MV)
-            by_depth.append(predicted)
+            by_depth[depth] = predicted
         routed = routing_columns(model, output.routing)
         return [
             _token_fields(
-                t, depths[t], own[t - first], [exits[t - first] for exits in by_depth], routed
+                t,
+                depths[t],
+                own[t - first],
+                {depth: found[t - first] for depth, found in by_depth.items()},
+                routed,
             )
             for t in range(first, len(ids))
         ]
@@ -413,27 +417,27 @@ def _token_fields(
     t: int,
     depth: int,
     own: dict[str, Any],
-    by_depth: list[dict[str, Any]],
+    by_depth: dict[int, dict[str, Any]],
     routed: list[dict[str, list[Any]]],
 ) -> dict[str, Any]:
     """Fields of a TokenRecord that the model decides."""
     steps = [
         Step(
             recursion=r + 1,
-            **{name: column[t] for name, column in routed[r].items()},
-            exit_logprob=exit_["logprob"],
-            exit_entropy=exit_["entropy"],
-            exit_guesses=exit_["guesses"],
+            **{name: column[t] for name, column in columns.items()},
+            exit_logprob=by_depth[r + 1]["logprob"],
+            exit_entropy=by_depth[r + 1]["entropy"],
+            exit_guesses=by_depth[r + 1]["guesses"],
         )
-        for r, exit_ in enumerate(by_depth)
+        for r, columns in enumerate(routed)
     ]
     logprob = own["logprob"]
 
     def change(other: int) -> float | None:
-        if logprob is None or not 1 <= other <= len(steps):
+        if logprob is None or other not in by_depth:
             return None
-        exit_logprob = steps[other - 1].exit_logprob
-        return None if exit_logprob is None else exit_logprob - logprob
+        changed: float = by_depth[other]["logprob"] - logprob
+        return changed
 
     return dict(
         position=t,

@@ -72,7 +72,7 @@ class Generate(Command):
             }
             print(json.dumps(found | {"mean_depth": result.mean_depth}))
             return
-        console.print(depth_legend(config.num_recursions, console))
+        console.print(depth_legend(config, console))
         console.print(depth_text(tokenizer, result, console), soft_wrap=True)
         console.print(
             f"mean depth {result.mean_depth:.2f} of {config.num_recursions}", highlight=False

@@ -246,6 +246,7 @@ def _ideal_seconds(load: SteadyLoad, lengths: Lengths, machine: costs.Machine) -
 
 def shares(config: ModelConfig, mean_depth: float) -> list[float]:
     """Share of tokens at each recursion: the capacities, scaled to a measured mean depth."""
-    extra = sum(config.capacities[1:])
-    factor = (mean_depth - 1) / extra if extra else 0.0
-    return [1.0, *(min(1.0, c * factor) for c in config.capacities[1:])]
+    least = config.least_depth  # recursions that all tokens take
+    extra = sum(config.capacities[least:])
+    factor = (mean_depth - least) / extra if extra else 0.0
+    return [1.0] * least + [min(1.0, c * factor) for c in config.capacities[least:]]

@@ -34,7 +34,14 @@ class MoRConfig(PreTrainedConfig):
     }
 
     def __init__(self, **settings: Any) -> None:
-        settings = {self.attribute_map.get(name, name): value for name, value in settings.items()}
+        for theirs, ours_ in self.attribute_map.items():
+            if theirs in settings:
+                value = settings.pop(theirs)
+                if settings.setdefault(ours_, value) != value:
+                    raise ValueError(
+                        f"{theirs}={value!r} and {ours_}={settings[ours_]!r} are one setting with "
+                        "two values; give one of them"
+                    )
         ours = {name: settings.pop(name) for name in _SETTINGS if name in settings}
         for name in settings:
             if close := difflib.get_close_matches(name, _SETTINGS, n=1, cutoff=0.8):
@@ -50,6 +57,11 @@ class MoRConfig(PreTrainedConfig):
 
     def to_model_config(self) -> ModelConfig:
         return ModelConfig.from_dict({name: getattr(self, name) for name in _SETTINGS})
+
+    def to_dict(self) -> dict[str, Any]:
+        """tie_word_embeddings is there by its own name, too, where PEFT and others look for it."""
+        found: dict[str, Any] = super().to_dict()
+        return found | {"tie_word_embeddings": self.tie_embeddings}
 
     @classmethod
     def from_model_config(cls, config: ModelConfig, **settings: Any) -> MoRConfig:

@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import (
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
@@ -23,7 +28,9 @@ from transformers.utils.generic import ModelOutput
 from mor.hub.configuration import MoRConfig
 from mor.model.config import Selection
 from mor.model.kv_cache import KVCache
-from mor.model.transformer import Output, RMSNorm, Transformer
+from mor.model.packing import pack
+from mor.model.routing import Routing
+from mor.model.transformer import Output, RMSNorm, Transformer, check_finite, check_targets
 
 # generate() passes the cache as "cache" since transformers 5.24, earlier as "past_key_values".
 _GENERATE_ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -34,10 +41,12 @@ class MoRCache(Cache):
     """A :class:`KVCache` with the methods that ``generate`` calls. It takes no memory until the
     first tokens arrive.
 
-    depth_BT: recursions that each token of each column took; 0 at padding.
+    mask_BT: where in each column there is a token, and not padding. depth_BT: recursions that each
+    token took; 0 at padding, too.
     """
 
     kv: KVCache
+    mask_BT: Tensor
     depth_BT: Tensor
 
     def __init__(self) -> None:
@@ -50,8 +59,14 @@ class MoRCache(Cache):
             weight = model.embedding.weight
             self.kv = KVCache(model.config, batch, device=weight.device, dtype=weight.dtype)
             self.depth_BT = torch.zeros(batch, 0, dtype=torch.int64, device=weight.device)
+            self.mask_BT = self.depth_BT.bool()
             self.is_empty = False
         return self.kv
+
+    def append(self, routing: Routing) -> None:
+        """Columns that a forward has read into ``kv``."""
+        self.mask_BT = torch.cat([self.mask_BT, routing.mask_BT], dim=1)
+        self.depth_BT = torch.cat([self.depth_BT, routing.depth_BT], dim=1)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.is_empty else self.depth_BT.shape[1]
@@ -76,12 +91,15 @@ class MoRCache(Cache):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_empty:
+            return
         self.kv.select_rows(indices)
-        self.depth_BT = self.depth_BT[indices]
+        self.mask_BT, self.depth_BT = self.mask_BT[indices], self.depth_BT[indices]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = torch.arange(self.kv.batch, device=self.depth_BT.device)
-        self.batch_select_indices(rows.repeat_interleave(repeats))
+        if not self.is_empty:
+            rows = torch.arange(self.kv.batch, device=self.depth_BT.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last columns of every row. transformers passes their number negated."""
@@ -89,8 +107,15 @@ class MoRCache(Cache):
             raise ValueError(
                 f"crop takes minus the number of tokens to remove, got {tokens_to_remove}"
             )
-        self.depth_BT = self.depth_BT[:, : self.depth_BT.shape[1] + tokens_to_remove]
-        self.kv.truncate((self.depth_BT > 0).sum(1))
+        kept = self.get_seq_length() + tokens_to_remove
+        if kept < 0:
+            raise ValueError(
+                f"the cache holds {self.get_seq_length()} columns, {-tokens_to_remove} cannot be "
+                "removed"
+            )
+        if not self.is_empty:
+            self.mask_BT, self.depth_BT = self.mask_BT[:, :kept], self.depth_BT[:, :kept]
+            self.kv.truncate(self.mask_BT.sum(1))
 
     def reset(self) -> None:
         self.is_empty = True
@@ -99,7 +124,8 @@ class MoRCache(Cache):
 @dataclass
 class MoROutput(ModelOutput):
     """loss: language-model loss plus weighted auxiliary losses. aux_loss: the latter alone.
-    depths: recursions that each token took, (B, T); 0 at padding."""
+    depths: recursions that each token took, (B, T); 0 at padding, as for tokens that took none, and
+    the attention mask tells them apart."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -147,7 +173,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         cache: MoRCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         selection: Selection | None = None,
         max_depth: int | None = None,
@@ -156,6 +182,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         past_key_values: MoRCache | None = None,
+        position_ids: Tensor | None = None,
     ) -> MoROutput | tuple[Any, ...]:
         """Logits, the loss if there are labels, and the depth of every token.
 
@@ -164,46 +191,50 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         labels: (B, T), -100 where there is nothing to learn; shifted here. selection: by default
         ``topk`` for training steps (training mode with labels), otherwise ``threshold``, which is
         causal.
-        logits_to_keep: 1 gives the last real token of each row. max_depth: caps the recursions.
+        logits_to_keep: 1 gives the last real token of each row, a larger number the last columns,
+        0 all, a tensor those columns. max_depth: caps the recursions.
+        position_ids: (B, T) or (1, T), the tokens before each one in its sequence, which is what
+        the model counts by itself; any others are refused. Where they start again at 0 in a row,
+        another document begins, as packing collators mean it.
         past_key_values: the older name of cache.
         """
-        _refuse(inputs_embeds=inputs_embeds, output_hidden_states=output_hidden_states)
-        _refuse(output_attentions=output_attentions)
+        self._refuse_unsupported(inputs_embeds, output_hidden_states, output_attentions)
         if input_ids is None:
             raise ValueError("input_ids are needed")
+        self._tell_of_adapters()
+        cache = _usable(past_key_values if cache is None else cache, use_cache)
+        kv = cache.prepare(self.model, len(input_ids)) if cache is not None else None
+        mask_BT = _own_mask(attention_mask, input_ids, cache)
+        documents_BT = None
+        if position_ids is not None:
+            documents_BT = _documents(position_ids, input_ids, mask_BT, kv)
+        last_only = labels is None and documents_BT is None and _keeps_last(logits_to_keep, mask_BT)
         training_step = self.training and labels is not None
-        cache = past_key_values if cache is None else cache
-        if cache is None and use_cache:
-            cache = MoRCache()
-        if cache is not None and not isinstance(cache, MoRCache):
-            raise ValueError(
-                f"the cache must be a MoRCache, as forward returns it, not a {type(cache).__name__}"
-            )
         output = self.model(
             input_ids,
-            mask_BT=None
-            if attention_mask is None
-            else attention_mask[:, -input_ids.shape[1] :].bool(),
-            cache=cache.prepare(self.model, len(input_ids)) if cache is not None else None,
+            mask_BT=mask_BT,
+            documents_BT=documents_BT,
+            cache=kv,
             selection=selection or ("topk" if training_step else "threshold"),
             max_depth=max_depth,
-            logits="last" if logits_to_keep == 1 and labels is None else "all",
+            logits="last" if last_only else "all",
             recompute=self.gradient_checkpointing and self.training,
         )
-        depths_BT = output.routing.depth_BT
         if cache is not None:
-            cache.depth_BT = torch.cat([cache.depth_BT, depths_BT], dim=1)
-        logits = output.logits_BTV
+            cache.append(output.routing)
         loss = aux_loss = None
         if labels is not None:
             loss, aux_loss = self._losses(output, labels, num_items_in_batch)
-        made = MoROutput(loss, logits[:, -logits_to_keep:], cache, aux_loss, depths_BT)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        made = MoROutput(loss, output.logits_BTV[:, kept], cache, aux_loss, output.routing.depth_BT)
         return made if return_dict is not False else made.to_tuple()
 
     def _losses(
         self, output: Output, labels: Tensor, num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Tensor]:
         """The sum of all losses, and that of the auxiliary ones."""
+        batch_shape = output.routing.tokens.batch_shape
+        check_targets(labels, batch_shape, self.model.config.vocab_size, name="labels")
         if self.training and self.balances_by_bias and not self.is_balanced:
             warnings.warn(
                 "balancing='loss_free' needs callbacks=[mor.hub.LoadBalancing()] in "
@@ -232,6 +263,32 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
 
+    def _refuse_unsupported(
+        self,
+        inputs_embeds: Tensor | None,
+        output_hidden_states: bool | None,
+        output_attentions: bool | None,
+    ) -> None:
+        wanted = {
+            "inputs_embeds": inputs_embeds is not None,
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
+        }
+        for name, given in wanted.items():
+            if given or (given is None and getattr(self.config, name, False)):
+                raise ValueError(f"{name} is not supported by MoRForCausalLM")
+
+    def _tell_of_adapters(self) -> None:
+        """PEFT warns of a tied layer by the names that layers have in other models."""
+        embedding: torch.nn.Module = self.model.embedding
+        if self.config.tie_embeddings and not isinstance(embedding, torch.nn.Embedding):
+            warnings.warn(
+                "an adapter stands around the embedding of a model with tie_word_embeddings=True: "
+                "it changes the head as well, before merging as after it. Take a checkpoint with "
+                "tie_word_embeddings=False to adapt the embedding alone",
+                stacklevel=3,
+            )
+
     def get_output_embeddings(self) -> torch.nn.Module | None:
         return self.model.head
 
@@ -242,6 +299,18 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         made = super().resize_token_embeddings(*args, **settings)
         self.model.config = self.config.to_model_config()
         return made
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        kwargs.pop("tokenizer", None)  # generate() passes on what stop_strings alone needs
+        made: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        return made
+
+    def _prepare_position_ids_for_generation(self, *_: Any, **__: Any) -> None:
+        """The model counts by itself, and on with padding on either side."""
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        made: LogitsProcessorList = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
+        return LogitsProcessorList([FiniteLogits(), *made])
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -255,7 +324,97 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs[_CACHE] = MoRCache()
 
 
-def _refuse(**unsupported: Any) -> None:
-    for name, value in unsupported.items():
-        if value is not None and value is not False:
-            raise ValueError(f"{name} is not supported by MoRForCausalLM")
+class FiniteLogits(LogitsProcessor):
+    """Ends ``generate`` with a ValueError when the model's logits are NaN or infinite: no token
+    follows from them."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_finite(scores)
+        return scores
+
+
+def _usable(cache: Any, use_cache: bool | None) -> MoRCache | None:
+    """The cache given, or a new one where one is wanted."""
+    if cache is None:
+        return MoRCache() if use_cache else None
+    if not isinstance(cache, MoRCache):
+        raise ValueError(
+            f"the cache must be a MoRCache, as forward returns it, not a {type(cache).__name__}"
+        )
+    return cache
+
+
+def _keeps_last(logits_to_keep: int | Tensor, mask_BT: Tensor | None) -> bool:
+    """Whether the last token of each row is all that is asked for. Raises ValueError if a row has
+    none."""
+    if isinstance(logits_to_keep, Tensor) or logits_to_keep != 1:
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep counts columns, 0 for all, got {logits_to_keep}")
+        return False
+    if mask_BT is not None and not mask_BT.any(1).all():
+        row = int(mask_BT.any(1).logical_not().nonzero()[0])
+        raise ValueError(f"row {row} of the batch has no token: its attention_mask is all 0")
+    return True
+
+
+def _own_mask(
+    attention_mask: Tensor | None, input_ids: Tensor, cache: MoRCache | None
+) -> Tensor | None:
+    """The part of a mask that belongs to the new tokens. Raises ValueError if it does not fit them,
+    or denies what the cache holds."""
+    if attention_mask is None:
+        return None
+    (rows, new), past = input_ids.shape, cache.get_seq_length() if cache is not None else 0
+    if attention_mask.shape not in ((rows, new), (rows, past + new)):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; input_ids of shape "
+            f"{(rows, new)} after {past} columns in the cache need {(rows, past + new)}"
+        )
+    if (
+        cache is not None
+        and past
+        and attention_mask.shape[1] > new
+        and not torch.equal(attention_mask[:, :past].bool(), cache.mask_BT)
+    ):
+        raise ValueError(
+            "attention_mask hides other tokens than it did when the cache read them; what a cache "
+            "holds is seen by all later tokens"
+        )
+    return attention_mask[:, -new:]
+
+
+def _documents(
+    position_ids: Tensor, input_ids: Tensor, mask_BT: Tensor | None, kv: KVCache | None
+) -> Tensor | None:
+    """Numbers of documents where positions start again, None where they do not.
+
+    Raises ValueError for positions other than the model's: 0, 1, 2 .. in each document.
+    """
+    if position_ids.ndim != 2 or position_ids.shape not in (
+        input_ids.shape,
+        (1, input_ids.shape[1]),
+    ):
+        raise ValueError(
+            f"position_ids have shape {tuple(position_ids.shape)}, input_ids "
+            f"{tuple(input_ids.shape)}; they must be equal"
+        )
+    real_BT = torch.ones_like(input_ids).bool() if mask_BT is None else mask_BT.bool()
+    position_BT = position_ids.expand_as(input_ids)
+    documents_BT = None
+    begins_BT = (position_BT == 0) & real_BT
+    if kv is None and (begins_BT.sum(1) > 1).any():
+        documents_BT = begins_BT.cumsum(1)
+    tokens = pack(
+        input_ids,
+        real_BT,
+        start=None if kv is None else kv.length,
+        documents_BT=documents_BT,
+    )
+    if not torch.equal(position_BT.flatten()[tokens.place], tokens.position):
+        raise ValueError(
+            "position_ids differ from the positions of the tokens, which the model counts by "
+            "itself: 0, 1, 2 .. over the real tokens of each row, and on from what the cache "
+            f"holds. Expected {tokens.unpack(tokens.position).tolist()[0][:8]} .. in the first "
+            "row; leave position_ids out"
+        )
+    return documents_BT

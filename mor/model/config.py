@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, Literal
 
@@ -218,6 +219,11 @@ class ModelConfig(Settings):
         return self.router.capacities or tuple((R - r) / R for r in range(R))
 
     @property
+    def least_depth(self) -> int:
+        """Recursions that a token takes at least: 0 where the first one leaves tokens out."""
+        return int(self.capacities[0] == 1)
+
+    @property
     def family(self) -> Literal["vanilla", "recursive", "mor"]:
         if self.num_recursions == 1:
             return "vanilla"
@@ -225,6 +231,10 @@ class ModelConfig(Settings):
 
     def replace(self, **changes: Any) -> ModelConfig:
         return dataclasses.replace(self, **changes)
+
+    def with_capacities(self, capacities: Sequence[float]) -> ModelConfig:
+        """The same model with other capacities, which must fit as configured ones must."""
+        return self.replace(router=dataclasses.replace(self.router, capacities=tuple(capacities)))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

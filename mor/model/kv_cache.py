@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +57,27 @@ class Cache(KVStore, Protocol):
 
     @property
     def length(self) -> Tensor: ...
+
+
+def check_fits(cache: Cache, config: ModelConfig, rows: int, weight: Tensor) -> None:
+    """Raise ValueError if a cache is not one for ``rows`` sequences and a model of this config, on
+    the device and in the precision of this weight."""
+    if cache.batch != rows:
+        raise ValueError(f"the cache holds {cache.batch} sequences, the batch has {rows}")
+    if not isinstance(cache, KVCache):
+        return
+    if cache.config != config:
+        ours, theirs = config.to_dict(), cache.config.to_dict()
+        other = ", ".join(name for name in ours if theirs[name] != ours[name])
+        raise ValueError(
+            f"the cache was made for a model of other settings ({other}); make a new one"
+        )
+    has, needs = (cache.length.device, cache.dtype), (weight.device, weight.dtype)
+    if has != needs:
+        raise ValueError(
+            f"the cache is on {has[0]} in {has[1]}, the model on {needs[0]} in {needs[1]}; make "
+            "it with the model's device and dtype"
+        )
 
 
 class Streams(Protocol):
@@ -157,6 +178,11 @@ class _Stream:
     v: list[Tensor] = field(default_factory=list)
     place: tuple[Tensor, Tensor] | None = None  # (row, slot) of the tokens being written
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a pickle hold: the entries, without the graph that they came from."""
+        k, v = ([t.detach() for t in entries] for entries in (self.k, self.v))
+        return self.__dict__ | {"k": k, "v": v, "place": None}
+
 
 class KVCache:
     """Keys and values of ``batch`` sequences; grows as it is written.
@@ -180,7 +206,7 @@ class KVCache:
             raise ValueError(f"a cache needs at least one sequence, got batch={batch}")
         reads = READS[config.kv_strategy]
         entry = (batch, 0, config.num_kv_heads, config.head_dim)
-        self.batch = batch
+        self.config, self.batch, self.dtype = config, batch, dtype
         self.streams: list[_Stream] = []
         for stream in range((num_recursions or config.num_recursions) + 1):
             layers = config.shared_layers if stream else config.prelude_layers + config.coda_layers
@@ -236,8 +262,9 @@ class KVCache:
 
     def write(self, stream: int, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:
         s = self.streams[stream]
-        s.k[layer][s.place] = k_MGH
-        s.v[layer][s.place] = v_MGH
+        # Under autocast the layers give another precision than the cache was made for.
+        s.k[layer][s.place] = k_MGH.to(s.k[layer].dtype)
+        s.v[layer][s.place] = v_MGH.to(s.v[layer].dtype)
 
     def read(self, stream: int, layer: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         s = self.streams[stream]
@@ -248,14 +275,24 @@ class KVCache:
         return self._lines(s, s.position_BS, rows)
 
     def truncate(self, length: int | Tensor) -> None:
-        """Forget tokens from position ``length`` on: one number for all rows, or one each, (B,)."""
+        """Forget tokens from position ``length`` on: one number for all rows, or one each, (B,).
+
+        Raises ValueError for a length below 0.
+        """
+        if torch.as_tensor(length).lt(0).any():
+            raise ValueError(f"a cache keeps 0 tokens or more, got length={length}")
         limit = length[:, None] if isinstance(length, Tensor) else length
         for s in self.streams:
             s.length = (s.position_BS < limit).sum(1)
             s.position_BS = s.position_BS.masked_fill(s.position_BS >= limit, EMPTY)
 
     def select_rows(self, rows: Tensor) -> None:
-        """Keep, reorder or repeat sequences: row i becomes what row ``rows[i]`` was."""
+        """Keep, reorder or repeat sequences: row i becomes what row ``rows[i]`` was.
+
+        Raises ValueError for a mask in place of row numbers.
+        """
+        if rows.dtype == torch.bool:
+            raise ValueError("rows are numbers of rows; of a mask, take mask.nonzero()[:, 0]")
         self.batch = rows.numel()
         for s in self.streams:
             s.length, s.position_BS = s.length[rows], s.position_BS[rows]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,17 +24,31 @@ from mor.model.packing import PackedTokens, tally
 from mor.model.random import hash_uniform
 from mor.model.routing import AuxiliaryLoss, Decision, Memory, Routing, RoutingStep
 
+
+def _same(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _add(h: Tensor, out: Tensor, gate: Tensor | float) -> Tensor:
+    return h + gate * out
+
+
+def _move_towards(h: Tensor, out: Tensor, gate: Tensor | float) -> Tensor:
+    return h + gate * (out - h)
+
+
+# Functions with names, so that a model can be pickled.
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
-    "none": lambda logits: logits,
-    "softmax": lambda logits: logits.softmax(-1),
+    "none": _same,
+    "softmax": partial(torch.softmax, dim=-1),
 }
 
 # How the gated output of the stack joins the state it started from.
 GATES: dict[str, Callable[[Tensor, Tensor, Tensor | float], Tensor]] = {
-    "paper": lambda h, out, gate: h + gate * out,
-    "residual": lambda h, out, gate: h + gate * (out - h),
+    "paper": _add,
+    "residual": _move_towards,
 }
 
 
@@ -160,8 +175,8 @@ class Router(nn.Module):
         """What shows whether routing works, over the forwards of one step on all processes.
 
         mean_depth; share_per_recursion: of all tokens; depth_entropy: of the depths that tokens
-        took, 1 if all are equally frequent; dead_positions: share of columns in which no row
-        reached the last recursion.
+        took, 1 if all that the capacities allow are equally frequent; dead_positions: share of
+        columns in which no row reached the last recursion.
         """
         processes, R = processes or self.processes, self.num_recursions
         taken = torch.stack([r.taken_RM.sum(1) for r in routings]).sum(0)
@@ -178,11 +193,12 @@ class Router(nn.Module):
     def _routing_health(
         self, routings: Sequence[Routing], depths_R1: Tensor, processes: Processes
     ) -> dict[str, Any]:
-        share = depths_R1[1:] / depths_R1.sum()
+        share = depths_R1 / depths_R1.sum()
         last = self.num_recursions - 1
+        depths = last + 1 + any(routing.rule.capacities[0] < 1 for routing in routings)
         reached = torch.stack([r.selected_BT(last).any(0) for r in routings]).any(0)
         return {
-            "depth_entropy": float(torch.special.entr(share).sum()) / math.log(last + 1),
+            "depth_entropy": float(torch.special.entr(share).sum()) / math.log(depths),
             "dead_positions": 1 - float(processes.max(reached.float()).mean()),
         }
 

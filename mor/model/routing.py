@@ -195,8 +195,18 @@ class Routing:
 
     @property
     def depth_BT(self) -> Tensor:
-        """Recursions that each token took; 0 at padding."""
+        """Recursions that each token took; 0 at padding, as for tokens that took none: ``mask_BT``
+        tells them apart."""
         return self.tokens.unpack(self.depth)
+
+    @property
+    def mask_BT(self) -> Tensor:
+        """Where in the batch there are tokens."""
+        return self.tokens.unpack(torch.ones_like(self.tokens.row, dtype=torch.bool))
+
+    def depths_by_row(self) -> list[list[int]]:
+        """Recursions that the tokens of each sequence took, in order, without padding."""
+        return [own.tolist() for own in self.depth.split(self.tokens.count.tolist())]
 
     def selected_BT(self, recursion: int) -> Tensor:
         """Whether each token took this recursion (counted from 0)."""

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mor.model.config import ModelConfig, Selection
-from mor.model.kv_cache import READS, AttentionPass, Cache, KVStore, Scratch
-from mor.model.loss import linear_cross_entropy
+from mor.model.kv_cache import READS, AttentionPass, Cache, KVStore, Scratch, check_fits
+from mor.model.loss import IGNORED, linear_cross_entropy
 from mor.model.packing import PackedTokens, pack
 from mor.model.routers import Router, build_router
 from mor.model.routing import Routing, RoutingRule, RoutingStep, route
@@ -125,6 +125,14 @@ class Block(nn.Module):
         x_MD = x_MD + self.attention.o_proj(mixed_MNH.flatten(-2))
         out_MD: Tensor = x_MD + self.feed_forward(self.feed_forward_norm(x_MD))
         return out_MD
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what :meth:`compile_parts` made: it belongs to this block's weights, so a copy or
+        a pickle is to be compiled anew."""
+        state = self.__dict__.copy()
+        for name in ("enter", "leave"):
+            state.pop(name, None)
+        return state
 
     def compile_parts(self, **settings: Any) -> None:
         """Compile what stands before and after attention, each into one graph for any number of
@@ -261,7 +269,7 @@ class Transformer(nn.Module):
     ) -> Output:
         """Logits for the next token at every position, and the routing that led there.
 
-        tokens_BT: int64 ids. mask_BT: true at real tokens; padding may be on either side.
+        tokens_BT: int64 ids. mask_BT: true or 1 at real tokens; padding may be on either side.
         documents_BT: a number per token; tokens of different documents neither attend to nor
         compete with each other, and positions start anew (training and evaluation without a cache).
         targets_BT: next tokens, -100 where there is none; gives ``nll`` instead of logits, in less
@@ -269,15 +277,18 @@ class Transformer(nn.Module):
         cache: keys and values of earlier tokens; the new ones are appended.
         selection: ``threshold`` is causal; ``topk`` is the paper's training selection and sees the
         future.
-        capacities: replaces the configured ones (warm-up). max_depth: caps the recursions.
+        capacities: replaces the configured ones (warm-up); they must fit as those must.
+        max_depth: caps the recursions.
         router: decides in place of the model's own, such as one of :mod:`mor.model.other_depths`.
         logits: of ``all`` tokens, the ``last`` of each row, or ``none``.
         recompute: keep no activations inside the layers; backward makes them again.
         keep_states: put the states before the first pass and after each one into the record.
-        Raises ValueError for an empty batch, capacities or a depth that do not fit, or top-k with a
-        cache; IndexError for ids outside the vocabulary.
+        Raises ValueError for an empty batch, ids and targets outside the vocabulary, a mask that is
+        not made of truth values, capacities that the settings would refuse, a depth or a cache that
+        does not fit, and top-k with a cache. On a CUDA device ids and targets are checked there, by
+        an assertion.
         """
-        self._check(tokens_BT, documents_BT, targets_BT, cache, selection, logits)
+        self._check(tokens_BT, mask_BT, documents_BT, targets_BT, cache, selection, logits)
         start = None if cache is None else cache.length
         tokens = pack(tokens_BT, mask_BT, start=start, documents_BT=documents_BT)
         if not len(tokens):
@@ -287,7 +298,7 @@ class Transformer(nn.Module):
         store: KVStore = cache or Scratch(
             kept=() if self.config.kv_strategy == "recursion_wise" else (1,)
         )
-        x_MD = self.embedding(tokens.ids)
+        x_MD = self._embed(tokens.ids)
         angles = rotary_angles(tokens.position, self.config.head_dim, self.config.rope_theta)
 
         everyone = store.open(0, (0,), tokens)
@@ -330,11 +341,31 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        return self.embedding.weight if self.head is None else self.head.weight
+        """(V, D). Of a tied head what the embedding gives for every token: where an adapter stands
+        around the embedding, the head changes with it."""
+        if self.head is not None:
+            return self.head.weight
+        embedding: nn.Module = self.embedding
+        if isinstance(embedding, nn.Embedding):
+            return embedding.weight
+        every_token = torch.arange(self.config.vocab_size, device=self.embedding.weight.device)
+        weight_VD: Tensor = embedding(every_token)
+        return weight_VD
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        try:
+            x_MD: Tensor = self.embedding(ids)
+        except IndexError:
+            raise ValueError(
+                f"token ids must lie in 0..{self.config.vocab_size - 1}, got ids from "
+                f"{int(ids.min())} to {int(ids.max())}"
+            ) from None
+        return x_MD
 
     def _check(
         self,
         tokens_BT: Tensor,
+        mask_BT: Tensor | None,
         documents_BT: Tensor | None,
         targets_BT: Tensor | None,
         cache: Cache | None,
@@ -346,11 +377,12 @@ class Transformer(nn.Module):
                 "tokens must have shape (batch, length) and not be empty, got "
                 f"{tuple(tokens_BT.shape)}"
             )
-        if targets_BT is not None and targets_BT.shape != tokens_BT.shape:
-            raise ValueError(
-                f"targets have shape {tuple(targets_BT.shape)}, tokens {tuple(tokens_BT.shape)}; "
-                "they must be equal"
-            )
+        if tokens_BT.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens must be ids of type int64 or int32, got {tokens_BT.dtype}")
+        if mask_BT is not None:
+            _check_mask(mask_BT)
+        if targets_BT is not None:
+            check_targets(targets_BT, tokens_BT.shape, self.config.vocab_size)
         if selection not in ("topk", "threshold"):
             raise ValueError(f"selection={selection!r} is not known; choose 'topk' or 'threshold'")
         if selection == "topk" and cache is not None:
@@ -358,10 +390,8 @@ class Transformer(nn.Module):
                 "top-k compares a token with later ones and cannot decode with a cache; use "
                 "selection='threshold'"
             )
-        if cache is not None and cache.batch != tokens_BT.shape[0]:
-            raise ValueError(
-                f"the cache holds {cache.batch} sequences, the batch has {tokens_BT.shape[0]}"
-            )
+        if cache is not None:
+            check_fits(cache, self.config, len(tokens_BT), self.embedding.weight)
         if logits not in ("all", "last", "none"):
             raise ValueError(f"logits={logits!r} is not known; choose 'all', 'last' or 'none'")
         if documents_BT is not None and (cache is not None or logits == "last"):
@@ -378,20 +408,18 @@ class Transformer(nn.Module):
         max_depth: int | None,
     ) -> RoutingRule:
         trained, R = self.config.num_recursions, router.num_recursions
-        if max_depth is not None and not 1 <= max_depth <= R:
-            raise ValueError(f"max_depth must lie in 1..{R}, got {max_depth}")
-        capacities = self.config.capacities if capacities is None else tuple(capacities)
-        if len(capacities) != trained:
-            raise ValueError(f"got {len(capacities)} capacities for {trained} recursions")
-        if not all(0 < capacity <= 1 for capacity in capacities):
-            raise ValueError(f"capacities must lie in (0, 1], got {capacities}")
-        further = capacities[-1:] * (R - trained)  # beyond the trained ones, as the last
-        return RoutingRule(selection, (*capacities, *further), max_depth or R)
+        if max_depth is not None and not (type(max_depth) is int and 1 <= max_depth <= R):
+            raise ValueError(f"max_depth must be a whole number in 1..{R}, got {max_depth}")
+        expected = self.config.capacities
+        if capacities is not None and tuple(capacities) != expected:
+            expected = self.config.with_capacities(capacities).capacities
+        further = expected[-1:] * (R - trained)  # beyond the trained ones, as the last
+        return RoutingRule(selection, (*expected, *further), max_depth or R)
 
     def predict(self, x_MD: Tensor) -> Tensor:
         """Final norm and head: logits, (M, V)."""
         x_MD = self.final_norm(x_MD)
-        return F.linear(x_MD, self.embedding.weight) if self.head is None else self.head(x_MD)
+        return F.linear(x_MD, self.head_weight) if self.head is None else self.head(x_MD)
 
     def _logits(self, x_MD: Tensor, tokens: PackedTokens, logits: Logits) -> Tensor:
         if logits == "all":
@@ -420,3 +448,43 @@ class Transformer(nn.Module):
         if missed:
             raise RuntimeError(f"init_weights has no rule for {sorted(missed)}")
         return self
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise ValueError if any logit is NaN or infinite: no token follows from such a row."""
+    if not logits.isfinite().all():
+        raise ValueError(
+            "the model gives logits that are not finite; its weights are broken (take another "
+            f"checkpoint) or too large for {str(logits.dtype).removeprefix('torch.')}"
+        )
+
+
+def _check_mask(mask_BT: Tensor) -> None:
+    """Truth values, or the numbers 0 and 1: others are biases of attention or numbers of documents,
+    and mean something else."""
+    truth = mask_BT.dtype == torch.bool
+    if not (truth or ((mask_BT == 0) | (mask_BT == 1)).all()):
+        raise ValueError(
+            "a mask is true (1) at tokens and false (0) at padding; this one also has "
+            f"{mask_BT[(mask_BT != 0) & (mask_BT != 1)][0].item()}. Numbers of documents go into "
+            "documents_BT"
+        )
+
+
+def check_targets(
+    targets_BT: Tensor, batch_shape: Sequence[int], vocab_size: int, name: str = "targets"
+) -> None:
+    """Raise ValueError for targets of another shape or type, or outside the vocabulary."""
+    if tuple(targets_BT.shape) != tuple(batch_shape):
+        raise ValueError(
+            f"{name} have shape {tuple(targets_BT.shape)}, tokens {tuple(batch_shape)}; they must "
+            "be equal"
+        )
+    if targets_BT.dtype != torch.int64:
+        raise ValueError(f"{name} must be ids of type int64, got {targets_BT.dtype}")
+    known = (targets_BT == IGNORED) | ((targets_BT >= 0) & (targets_BT < vocab_size))
+    words = f"{name} must lie in 0..{vocab_size - 1}, or be {IGNORED} where there is none"
+    try:  # the device checks, so that the host need not wait for it
+        torch._assert_async(known.all(), words)
+    except RuntimeError:
+        raise ValueError(words) from None

@@ -21,7 +21,7 @@ def test_all_counterfactuals_at_once_equal_one_run_of_the_whole_sequence_each(ma
     taken_RM = output.routing.taken_RM
     monkeypatch.setattr("mor.analysis.branches.CHUNK_LOGITS", 5 * 37)  # chunks of 5, 5 and 3 tokens
     changed = False
-    for depth in range(1, model.config.num_recursions + 1):
+    for depth in range(model.config.least_depth, model.config.num_recursions + 1):
         fast = torch.cat(list(exits(model, ids, taken_RM, depth, cache)))
         torch.testing.assert_close(
             fast, exits_plain(model, ids, taken_RM, depth), atol=1e-4, rtol=1e-4

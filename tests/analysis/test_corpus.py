@@ -18,6 +18,8 @@ from mor.model.other_depths import RepeatLastRouter
 from tests.analysis.small_corpus import TEXT, WINDOW
 from tests.conftest import tiny
 
+FROM_0 = RouterConfig(kind="random", capacities=(0.5, 0.3, 0.1))
+
 
 @pytest.fixture(scope="module")
 def data():
@@ -41,6 +43,14 @@ def test_windows_lie_evenly_and_are_read_causally(data):
         assert torch.equal(reading.depth_BT, reading.model(reading.tokens_BT).routing.depth_BT)
     with pytest.raises(ValueError, match="lower seq_len"):
         corpus.read(model_for(), data, seq_len=len(data))
+
+
+def test_tokens_without_recursions_have_a_bar_of_their_own(data):
+    reading = reading_of(data, router=FROM_0)
+    depths = reading.depth_BT.flatten().tolist()
+    rows = corpus.depth_histogram(reading)
+    assert [(r["depth"], r["tokens"]) for r in rows] == [(d, depths.count(d)) for d in range(4)]
+    assert depths.count(0) > 0 and sum(r["share"] for r in rows) == pytest.approx(1)
 
 
 def test_depth_histogram_and_dead_tokens_count_what_was_taken(data):
@@ -202,23 +212,26 @@ def test_depth_scaling_is_evaluation_at_every_cap_and_labels_what_was_never_trai
     assert len({round(r["nll"], 6) for r in rows}) == 5, "every further recursion changes something"
 
 
-@pytest.mark.parametrize("asked", ["everywhere", "at a third"])
+@pytest.mark.parametrize("asked", ["everywhere", "at a third", "from depth 0"])
 def test_counterfactual_gains_are_means_of_one_run_per_token(data, asked):
-    reading = reading_of(data)
+    router = {"router": FROM_0} if asked == "from depth 0" else {}
+    reading = reading_of(data, **router)
+    least = reading.model.config.least_depth
     if asked == "at a third":
         nothing = torch.arange(WINDOW) % 3 > 0
         reading = replace(reading, targets_BT=reading.targets_BT.masked_fill(nothing, IGNORED))
     changes: dict = {}
     for w, routing in enumerate(reading.routings):
         ids, depths = reading.tokens_BT[w].tolist(), routing.depth_BT[0].tolist()
-        logp = [
-            exits_plain(reading.model, ids, routing.taken_RM, d).log_softmax(-1) for d in (1, 2, 3)
-        ]
+        logp = {
+            d: exits_plain(reading.model, ids, routing.taken_RM, d).log_softmax(-1)
+            for d in range(least, 4)
+        }
         for t, depth in enumerate(depths):
             target = int(reading.targets_BT[w, t])
             for name, other in (("fewer", depth - 1), ("more", depth + 1)):
-                if 1 <= other <= 3 and target != IGNORED:
-                    change = float(logp[other - 1][t, target] - logp[depth - 1][t, target])
+                if other in logp and target != IGNORED:
+                    change = float(logp[other][t, target] - logp[depth][t, target])
                     changes.setdefault((name, depth), []).append(change)
     rows = corpus.counterfactual_gains(reading)
     assert {(r["change"], r["depth"]) for r in rows} == changes.keys()

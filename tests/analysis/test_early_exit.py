@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mor.analysis.early_exit import (
     POLICIES,
@@ -13,7 +14,8 @@ from mor.analysis.early_exit import (
 )
 from mor.data.stream import DataConfig, load_corpus
 from mor.evaluation.nll import by_hops, evaluate
-from mor.model.config import preset
+from mor.model.config import RouterConfig, preset
+from mor.model.other_depths import ForcedRouter
 from mor.model.transformer import Transformer
 from tests.conftest import random_tokens, tiny
 
@@ -48,6 +50,22 @@ def test_exits_are_measured_at_every_depth_of_the_model():
     assert found["fixed"] == pytest.approx(caps, abs=1e-5) and found["mean_depth"] == 2
     assert found["oracle"]["nll"] < min(caps) and found["oracle"]["mean_depth"] <= 2.01
     assert abs(found["confidence"]["mean_depth"] - 2) < 0.05
+
+
+def test_where_tokens_may_take_no_recursion_that_is_an_exit_too():
+    data = load_corpus(DataConfig(path="task:state-tracking")).validation
+    router = RouterConfig(kind="random", capacities=(0.5, 0.3, 0.1))
+    model = tiny(router, vocab_size=15)
+    found = early_exits(model, data, 20, 32)
+    batch = data.batch(data.spread(20, 32), 20)
+    with torch.no_grad():
+        nowhere_RM = torch.zeros(3, batch.tokens_BT.numel(), dtype=torch.bool)
+        forced = ForcedRouter(model.router, nowhere_RM)
+        logits = model(batch.tokens_BT, router=forced).logits_BTV
+        nll = F.cross_entropy(logits.flatten(0, 1), batch.targets_BT.flatten())
+    assert len(found["fixed"]) == 4 and found["fixed"][0] == pytest.approx(float(nll), abs=1e-5)
+    for policy in POLICIES:
+        assert found[policy]["mean_depth"] == pytest.approx(0.9, abs=0.05), policy
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mor.analysis.branches import exits_plain
 from mor.analysis.explain import explain, windows
 from mor.data.tokenizer import END_OF_TEXT, train_bpe
 from mor.model.config import RouterConfig
@@ -23,6 +24,7 @@ ROUTERS = {
     "aux_router": RouterConfig(kind="expert_choice", causal_selection="aux_router"),
     "token_choice": RouterConfig(kind="token_choice"),
     "random": RouterConfig(kind="random"),
+    "from_0": RouterConfig(kind="random", capacities=(0.5, 0.3, 0.1)),
 }
 
 
@@ -66,15 +68,41 @@ def test_the_exit_at_the_depth_taken_is_the_models_own_prediction(tokenizer, rou
         assert [s.recursion for s in steps] == [1, 2, 3] and sum(
             s.taken for s in steps
         ) == token.depth
-        own = steps[token.depth - 1]
-        assert own.exit_entropy == pytest.approx(token.entropy, abs=1e-4)
+        by_depth = {s.recursion: s.exit_logprob for s in steps}
+        if token.depth:
+            own = steps[token.depth - 1]
+            assert own.exit_entropy == pytest.approx(token.entropy, abs=1e-4)
         if token.logprob is None:
             assert token.more is token.fewer is None
             continue
-        assert own.exit_logprob == pytest.approx(token.logprob, abs=1e-4)
+        assert by_depth.setdefault(token.depth, token.logprob) == pytest.approx(
+            token.logprob, abs=1e-4
+        )
         for change, other in ((token.fewer, token.depth - 1), (token.more, token.depth + 1)):
-            expected = steps[other - 1].exit_logprob - token.logprob if 1 <= other <= 3 else None
+            if other == 0:  # see below
+                continue
+            expected = by_depth[other] - token.logprob if other in by_depth else None
             assert change == (expected if expected is None else pytest.approx(expected))
+
+
+def test_no_recursion_is_a_depth_like_any_other(tokenizer):
+    model, ids = model_for(tokenizer, "from_0"), tokenizer.encode(TEXT)
+    found = explain(model, tokenizer, TEXT)
+    depths = [t.depth for t in found.tokens]
+    assert {0, 1} <= set(depths) and found.mean_depth == sum(depths) / len(ids)
+    taken_RM = torch.tensor([[s.taken for s in t.steps] for t in found.tokens]).T
+    without_TV = exits_plain(model, ids, taken_RM, 0).log_softmax(-1)
+    for t, token in enumerate(found.tokens[:-1]):
+        if token.depth == 1:
+            change = float(without_TV[t, ids[t + 1]]) - token.logprob
+            assert token.fewer == pytest.approx(change, abs=1e-4)
+        elif token.depth == 0:
+            assert token.logprob == pytest.approx(float(without_TV[t, ids[t + 1]]), abs=1e-4)
+            assert token.fewer is None and token.more is not None
+    groups = {name: {g.group for g in found.counterfactuals()[name]} for name in ("fewer", "more")}
+    assert "0" in groups["more"] and "1" in groups["fewer"] and "0" not in groups["fewer"]
+    at_least = explain(model_for(tokenizer), tokenizer, TEXT)
+    assert all(t.fewer is None for t in at_least.tokens if t.depth == 1), "where all take one"
 
 
 def test_scores_decide_as_the_router_did(tokenizer):

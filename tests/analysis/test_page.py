@@ -28,12 +28,17 @@ ROUTERS = {
     "random": {},
     "fixed": {},
     "vanilla": {"num_recursions": 1},
+    "from_0": {},
+}
+CONFIGS = {
+    "vanilla": RouterConfig(),
+    "from_0": RouterConfig(kind="random", capacities=(0.5, 0.3, 0.1)),
 }
 
 
 def explanation(kind, tokenizer=None, name="model", **settings):
     tokenizer = tokenizer or byte_tokenizer()
-    router = RouterConfig(kind="fixed" if kind == "vanilla" else kind)
+    router = CONFIGS[kind] if kind in CONFIGS else RouterConfig(kind=kind)
     model = tiny(router, vocab_size=tokenizer.vocab_size, max_seq_len=128, **ROUTERS[kind])
     return explain(model, tokenizer, TEXT, name=name, **settings)
 
@@ -139,7 +144,14 @@ def test_every_family_draws_what_it_has(show, kind):
     assert page.locator(".prose .tok").count() == len(found.tokens)
     routed, looped = kind not in ("fixed", "vanilla"), kind != "vanilla"
     assert page.locator(".scores .col[data-i]").count() == (len(found.tokens) if routed else 0)
-    assert page.locator(".exits .cell.chosen").count() == len(found.tokens)
+    assert page.locator(".exits .cell.chosen").count() == sum(t.depth > 0 for t in found.tokens)
+    least = 0 if kind == "from_0" else 1
+    if looped:
+        depths = [f"depth {d}" for d in range(least, 4)]
+        assert page.locator("#legend .tok").all_text_contents() == depths
+    if routed:
+        left = page.locator("[data-section=classes] svg text[text-anchor=middle]").first
+        assert left.text_content() == f"{least}.0"
     changes = sum(t.more is not None for t in found.tokens) + sum(
         t.fewer is not None for t in found.tokens
     )

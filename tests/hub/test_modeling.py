@@ -1,7 +1,9 @@
 """transformers, PEFT and Trainer: a MoR model behaves there like any other causal language
 model."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -13,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mor import checkpoint
 from mor.data.tokenizer import byte_tokenizer
 from mor.generation import SamplingParams, generate
-from mor.hub.modeling import MoRCache, MoRForCausalLM
+from mor.hub.configuration import MoRConfig
+from mor.hub.modeling import _CACHE, MoRCache, MoRForCausalLM
 from mor.model.config import ModelConfig, RouterConfig
 from tests.conftest import cases, random_tokens, tiny
 from tests.hub.wrapped import wrapped
@@ -114,9 +117,8 @@ def test_greedy_generate_equals_our_decoder(make):
         eos_token_id=None,
         return_dict_in_generate=True,
     ).past_key_values
-    assert [[d for d in row if d] for row in cached.depth_BT.tolist()] == [
-        e.depths for e in expected
-    ]
+    depths = [row[real].tolist() for row, real in zip(cached.depth_BT, cached.mask_BT, strict=True)]
+    assert depths == [e.depths for e in expected]
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -189,6 +191,147 @@ def test_cache_rows_can_be_repeated_and_dropped():
     assert cache.get_seq_length() == 0 and torch.equal(
         model(tokens, past_key_values=cache).depths, model(tokens).depths
     )
+
+
+FROM_0 = RouterConfig(kind="random", capacities=(0.5, 0.3, 0.1))
+GREEDY = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+PROMPTS = [[3, 1, 4, 1, 5], [6, 5]]
+PADDED = {  # the same prompts: (ids, attention mask)
+    "left": ([[3, 1, 4, 1, 5], [0, 0, 0, 6, 5]], [[1] * 5, [0, 0, 0, 1, 1]]),
+    "right": ([[3, 1, 4, 1, 5], [6, 5, 0, 0, 0]], [[1] * 5, [1, 1, 0, 0, 0]]),
+    "holes": ([[3, 1, 4, 1, 5], [6, 0, 0, 5, 0]], [[1] * 5, [1, 0, 0, 1, 0]]),
+}
+
+
+def greedy_of(model, prompts=PROMPTS):
+    params = SamplingParams(max_new_tokens=8, temperature=0)
+    return [result.token_ids for result in generate(model.model, prompts, params)]
+
+
+@pytest.mark.parametrize("router", ["expert_choice", FROM_0], ids=["from-1", "from-0"])
+@pytest.mark.parametrize("padding", PADDED)
+def test_padding_on_either_side_and_in_between_changes_no_text(padding, router):
+    model, (ids, mask) = wrapped(tiny(router)), map(torch.tensor, PADDED[padding])
+    for attention_mask in (mask, mask.float()):
+        made = model.generate(ids, attention_mask=attention_mask, **GREEDY)
+        assert made[:, 5:].tolist() == greedy_of(model)
+    if padding == "left":
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        made = model.generate(ids, attention_mask=mask, position_ids=positions, **GREEDY)
+        assert made[:, 5:].tolist() == greedy_of(model)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(prompt_lookup_num_tokens=3), dict(assistant_model=True)],
+    ids=["lookup", "model"],
+)
+def test_speculation_is_exact_where_tokens_take_no_recursion(settings):
+    model = wrapped(tiny(FROM_0))
+    if "assistant_model" in settings:
+        settings = dict(assistant_model=wrapped(tiny(FROM_0, num_layers=5)))
+    prompt = [3, 1, 4, 1, 5, 9, 3, 1, 4, 1, 5]
+    made = model.generate(torch.tensor([prompt]), **GREEDY, **settings)
+    assert made[0, len(prompt) :].tolist() == greedy_of(model, [prompt])[0]
+
+
+def test_beams_and_copies_of_the_cache_where_tokens_take_no_recursion():
+    model, tokens = wrapped(tiny(FROM_0)), random_tokens(2, 9)
+    beams = [
+        model.generate(tokens, num_beams=3, num_return_sequences=2, use_cache=on, **GREEDY).tolist()
+        for on in (True, False)
+    ]
+    assert beams[0] == beams[1] and len(beams[0]) == 4
+    cache = model(tokens[:, :6], use_cache=True).cache
+    assert (cache.depth_BT == 0).any()
+    cache.crop(-1)
+    assert cache.get_seq_length() == 5 and cache.kv.length.tolist() == [5, 5]
+    for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        found = model(tokens[:, 5:], cache=other)
+        torch.testing.assert_close(found.logits, model(tokens).logits[:, 5:], atol=1e-5, rtol=1e-5)
+        assert torch.equal(other.depth_BT, model(tokens).depths)
+        assert cache.get_seq_length() == 5
+
+
+def test_text_goes_on_from_a_copy_of_a_read_beginning():
+    model, prompt = wrapped(), torch.tensor([PROMPTS[0]])
+    cache = model(prompt[:, :3], use_cache=True).cache
+    for _ in range(2):
+        made = model.generate(prompt, **{_CACHE: copy.deepcopy(cache)}, **GREEDY)
+        assert made[0, 5:].tolist() == greedy_of(model)[0]
+
+
+def test_stop_strings_end_the_text():
+    tokenizer = byte_tokenizer().to_transformers()
+    model = wrapped(tiny("expert_choice", vocab_size=257))
+    prompt = torch.tensor([[70, 71, 72]])
+    text = tokenizer.decode(model.generate(prompt, **GREEDY)[0, 3:])
+    stop = text[2:4]
+    made = model.generate(prompt, stop_strings=[stop], tokenizer=tokenizer, **GREEDY)
+    assert tokenizer.decode(made[0, 3:]) == text[: text.index(stop) + len(stop)]
+
+
+def test_positions_are_those_the_model_counts_or_refused():
+    model, tokens = wrapped(), random_tokens(2, 7)
+    expected = model(tokens).logits
+    counted = torch.arange(7)[None]
+    assert torch.equal(model(tokens, position_ids=counted).logits, expected)
+    cache = model(tokens[:, :4], use_cache=True).cache
+    later = model(tokens[:, 4:], cache=cache, position_ids=counted[:, 4:].expand(2, 3))
+    torch.testing.assert_close(later.logits, expected[:, 4:], atol=1e-5, rtol=1e-5)
+    for wrong in (counted + 3, counted.flip(1), counted.clamp(max=5)):
+        with pytest.raises(ValueError, match="position_ids differ"):
+            model(tokens, position_ids=wrong)
+    with pytest.raises(ValueError, match="position_ids differ"):
+        model(tokens[:, 4:], cache=copy.deepcopy(cache), position_ids=counted[:, :3])
+    with pytest.raises(ValueError, match="position_ids have shape"):
+        model(tokens, position_ids=counted[0])
+
+
+def test_positions_that_start_again_separate_packed_documents():
+    model = wrapped(kv_strategy="hybrid")
+    first, second = random_tokens(1, 5), random_tokens(1, 4, seed=1)
+    packed, positions = torch.cat([first, second], 1), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
+    found = model(packed, position_ids=positions, logits_to_keep=4)
+    torch.testing.assert_close(found.logits, model(second).logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.depths[:, 5:], model(second).depths)
+    last = model(packed, position_ids=positions, logits_to_keep=1).logits
+    torch.testing.assert_close(last, found.logits[:, -1:])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(do_sample=False),
+        dict(do_sample=True),
+        dict(do_sample=False, num_beams=3),
+        dict(do_sample=False, prompt_lookup_num_tokens=2),
+        dict(do_sample=False, min_new_tokens=2, eos_token_id=1),
+    ],
+    ids=["greedy", "sampling", "beams", "lookup", "with a banned token"],
+)
+def test_logits_that_are_not_finite_end_generate(settings):
+    prompt = torch.tensor([[3, 1, 4, 3, 1]])
+    assert wrapped().generate(prompt, max_new_tokens=3, **settings).shape[1] > 5
+    model = wrapped()
+    with torch.no_grad():
+        model.model.final_norm.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        model.generate(prompt, max_new_tokens=3, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_text_in_another_precision_is_ours_in_that_precision(dtype):
+    model, (ids, mask) = wrapped().to(dtype), map(torch.tensor, PADDED["left"])
+    made = model.generate(ids, attention_mask=mask, **GREEDY)
+    assert made[:, 5:].tolist() == greedy_of(model)
+
+
+def test_text_under_autocast():
+    model = wrapped()
+    with torch.autocast("cpu", torch.bfloat16):
+        made = model.generate(torch.tensor(PROMPTS[:1]), **GREEDY)
+        assert made[:, 5:].tolist() == greedy_of(model, PROMPTS[:1])
 
 
 # Training
@@ -355,6 +498,127 @@ def test_max_depth_and_selection_are_arguments():
     assert torch.equal(model(tokens, selection="topk").depths, expected)
     assert not torch.equal(expected, model(tokens).depths)
     assert len(model(tokens, return_dict=False)) == 2
+
+
+def test_copies_pickles_and_saved_modules_are_the_same_model(tmp_path):
+    model, tokens = wrapped(), random_tokens(2, 9)
+    torch.save(model, tmp_path / "model.pt")
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        pickle.loads(pickle.dumps(torch.nn.DataParallel(model))).module,
+        torch.load(tmp_path / "model.pt", weights_only=False),
+    ):
+        assert torch.equal(other(tokens).logits, model(tokens).logits)
+        assert other.config.to_model_config() == model.model.config
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_in_several_files(tied, tmp_path):
+    model, tokens = wrapped(tie_embeddings=tied), random_tokens(2, 9)
+    model.save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.parametrize("how", ["target_modules", "modules_to_save", "trainable_tokens"])
+def test_an_adapter_on_tied_embeddings_acts_on_the_head_before_merging_as_after(how):
+    from peft import LoraConfig, get_peft_model
+
+    settings = {
+        "target_modules": dict(target_modules=["embedding"], init_lora_weights=False),
+        "modules_to_save": dict(target_modules=["q_proj"], modules_to_save=["embedding"]),
+        "trainable_tokens": dict(
+            target_modules=["q_proj"], trainable_token_indices={"embedding": [3, 5]}
+        ),
+    }[how]
+    base, tokens = wrapped(), random_tokens(2, 9)
+    assert base.config.tie_word_embeddings and base.config.to_dict()["tie_word_embeddings"]
+    before = base(tokens).logits.detach()
+    model = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    with pytest.warns(UserWarning, match="tie_word_embeddings=True"):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    tuned = model.eval()(tokens).logits.detach()
+    assert (tuned - before).abs().max() > 0.1
+    merged = model.merge_and_unload()
+    assert type(merged.model.embedding) is torch.nn.Embedding
+    torch.testing.assert_close(merged(tokens).logits, tuned, atol=1e-4, rtol=1e-4)
+
+
+def test_one_setting_by_two_names_has_one_value(tmp_path):
+    with pytest.raises(ValueError, match="one setting with two values"):
+        MoRConfig(tie_embeddings=True, tie_word_embeddings=False)
+    config = MoRConfig(hidden_size=32, dim=32)
+    assert MoRConfig.from_dict(config.to_dict()).to_model_config() == config.to_model_config()
+    wrapped().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["tie_embeddings"] is values["tie_word_embeddings"] is True
+    changed = AutoConfig.from_pretrained(tmp_path, tie_word_embeddings=False)
+    assert changed.to_model_config().tie_embeddings is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(attention_mask=torch.ones(2, 4)), r"need \(2, 9\)"),
+        (dict(attention_mask=torch.ones(2, 1, 9, 9)), r"need \(2, 9\)"),
+        (dict(attention_mask=torch.full((2, 9), 2)), "a mask is true"),
+        (dict(attention_mask=torch.zeros(2, 9) - 1e9), "a mask is true"),
+        (
+            dict(attention_mask=torch.tensor([[1] * 9, [0] * 9]), logits_to_keep=1),
+            "row 1 of the batch has no token",
+        ),
+        (dict(labels=torch.full((2, 9), -1)), r"labels must lie in 0\.\.36, or be -100"),
+        (dict(labels=torch.full((2, 9), 37)), r"labels must lie in 0\.\.36, or be -100"),
+        (dict(labels=torch.ones(2, 8).long()), r"labels have shape \(2, 8\)"),
+        (dict(logits_to_keep=-1), "logits_to_keep counts columns"),
+        (dict(max_depth=0), r"1\.\.3, got 0"),
+        (dict(past_key_values=((1, 2),)), "must be a MoRCache, as forward returns it, not a tuple"),
+        (dict(output_attentions=True), "output_attentions is not supported"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        wrapped()(random_tokens(2, 9), **settings)
+
+
+def test_a_cache_keeps_to_its_model_its_batch_and_what_it_has_read():
+    model, tokens = wrapped(), random_tokens(2, 9)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :2] = 0
+    cache = model(tokens[:, :6], attention_mask=mask[:, :6], use_cache=True).cache
+    whole = model(tokens, attention_mask=mask).logits[:, 6:]
+    for given in (mask, mask[:, 6:], None):
+        later = model(tokens[:, 6:], attention_mask=given, cache=copy.deepcopy(cache)).logits
+        torch.testing.assert_close(later, whole, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="hides other tokens"):
+        model(tokens[:, 6:], attention_mask=torch.ones(2, 9), cache=cache)
+    with pytest.raises(ValueError, match="holds 2 sequences, the batch has 1"):
+        model(tokens[:1, 6:], cache=cache)
+    with pytest.raises(ValueError, match="other settings"):
+        wrapped(num_layers=5)(tokens[:, 6:], cache=cache)
+    with pytest.raises(ValueError, match="holds 6 columns, 7 cannot"):
+        cache.crop(-7)
+    empty = MoRCache()
+    for change in (
+        lambda: empty.crop(0),
+        lambda: empty.reorder_cache(torch.tensor([0])),
+        lambda: empty.batch_repeat_interleave(2),
+    ):
+        change()
+        assert empty.get_seq_length() == 0
+
+
+def test_columns_of_logits_are_chosen_by_number_or_by_place():
+    model, tokens = wrapped(), random_tokens(2, 9)
+    whole = model(tokens).logits
+    assert torch.equal(model(tokens, logits_to_keep=3).logits, whole[:, -3:])
+    places = torch.tensor([0, 4])
+    assert torch.equal(model(tokens, logits_to_keep=places).logits, whole[:, places])
 
 
 def test_what_is_not_supported_says_so():

@@ -138,6 +138,26 @@ def test_a_setting_without_effect_is_a_warning(settings):
         ModelConfig.from_dict(settings)
 
 
+def test_the_least_depth_is_0_only_where_the_first_recursion_leaves_tokens_out():
+    for kind in ("fixed", "token_choice", "expert_choice", "random"):
+        assert preset("tiny", num_recursions=3, router=kind).least_depth == 1
+    router = RouterConfig(kind="expert_choice", capacities=(0.9, 0.5))
+    assert preset("tiny", num_recursions=2, router=router).least_depth == 0
+
+
+def test_other_capacities_must_fit_as_configured_ones_must():
+    config = preset("tiny", num_recursions=3)
+    assert config.with_capacities([1.0, 0.9, 0.8]).capacities == (1.0, 0.9, 0.8)
+    for capacities, words in (
+        ((1.0,), "1 entries for num_recursions=3"),
+        ((1.0, 0.2, 0.5), "must not grow"),
+        ((0.5, 0.3, 0.1), "first capacity must be 1"),
+        ((1.0, 0.5, float("nan")), "finite"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            config.with_capacities(capacities)
+
+
 def test_dict_round_trip():
     config = preset(
         "tiny",

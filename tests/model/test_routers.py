@@ -1,5 +1,9 @@
 """What each router decides by, its losses and its health."""
 
+import copy
+import math
+import pickle
+
 import pytest
 import torch
 
@@ -139,3 +143,29 @@ def test_router_health_by_hand():
         "mean_depth",
         "share_per_recursion",
     }
+
+
+def test_the_entropy_of_depths_counts_tokens_that_take_no_recursion():
+    model = tiny(RouterConfig(kind="random", capacities=(0.75, 0.5, 0.25)))
+    routing = model(random_tokens(4, 60)).routing
+    share = torch.bincount(routing.depth, minlength=4) / 240
+    expected = float(torch.special.entr(share).sum()) / math.log(4)
+    found = model.router.health([routing])
+    assert found["depth_entropy"] == pytest.approx(expected, abs=1e-6) and expected > 0.95
+    assert found["mean_depth"] == pytest.approx(float(routing.depth.double().mean()))
+
+
+@pytest.mark.parametrize("gate", ["paper", "residual"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(kind="expert_choice", score="none"),
+        dict(kind="token_choice"),
+        dict(kind="random"),
+        dict(kind="frequency"),
+    ],
+)
+def test_a_copy_and_a_pickle_give_the_same_logits(settings, gate):
+    model, tokens = tiny(RouterConfig(**settings, gate=gate)), random_tokens(2, 9)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(tokens).logits_BTV, model(tokens).logits_BTV)

@@ -73,3 +73,39 @@ def test_forward_changes_no_state():
         model(random_tokens(2, 9), selection="topk")
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
         assert attributes == {id(m): set(vars(m)) for m in model.modules()}
+
+
+def test_padding_is_no_token_and_a_token_without_recursions_is_one():
+    model = tiny(RouterConfig(kind="random", capacities=(0.5, 0.3, 0.1)))
+    tokens, mask = random_tokens(3, 9), torch.ones(3, 9, dtype=torch.bool)
+    mask[0, :4] = mask[1, 6:] = mask[2, 3] = False
+    routing = model(tokens, mask_BT=mask).routing
+    assert torch.equal(routing.mask_BT, mask)
+    assert routing.depths_by_row() == [
+        model(row[real][None]).routing.depth_BT[0].tolist()
+        for row, real in zip(tokens, mask, strict=True)
+    ]
+    assert any(0 in depths for depths in routing.depths_by_row())
+
+
+@pytest.mark.parametrize("kv", ["hybrid", "shared"])
+@pytest.mark.parametrize("selection", ["topk", "threshold"])
+def test_capacities_of_a_forward_are_held_to_what_the_settings_are(kv, selection):
+    model, tokens = tiny("expert_choice", kv_strategy=kv), random_tokens(1, 9)
+    for capacities, words in (
+        ((0.5, 0.3, 0.1), "first capacity must be 1"),
+        ((1.0, 0.2, 0.5), "must not grow"),
+        ((1.0, 0.5), "2 entries for num_recursions=3"),
+        ((1.0, 0.5, 0.0), "greater than 0"),
+        ((1.0, 1.5, 0.5), "at most 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model(tokens, capacities=capacities, selection=selection)
+    warmed = model(tokens, capacities=[1.0, 1.0, 1.0], selection=selection).routing.depth_BT
+    assert (warmed == 3).all()
+
+
+@pytest.mark.filterwarnings("default")
+def test_capacities_that_a_router_does_not_read_are_a_warning():
+    with pytest.warns(UserWarning, match="capacities has no effect"):
+        tiny("fixed")(random_tokens(1, 3), capacities=(1.0, 0.5, 0.2))

@@ -1,5 +1,8 @@
 """The model as a whole: documents, recomputed activations, compiled layers, bad input."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -274,5 +277,52 @@ def test_bad_input_to_the_model_is_refused():
         model(random_tokens(1, 3), mask_BT=torch.zeros(1, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="choose 'topk' or 'threshold'"):
         model(random_tokens(1, 3), selection="best")
-    with pytest.raises(ValueError, match="1 capacities for 3 recursions"):
-        model(random_tokens(1, 3), capacities=(1.0,))
+
+
+TOKENS = torch.tensor([[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "settings", "words"),
+    [
+        (TOKENS[0], {}, r"shape \(batch, length\).*got \(3,\)"),
+        (TOKENS.float(), {}, "int64 or int32, got torch.float32"),
+        (TOKENS.bool(), {}, "int64 or int32, got torch.bool"),
+        (-TOKENS, {}, r"0\.\.36, got ids from -3 to -1"),
+        (TOKENS + 35, {}, r"0\.\.36, got ids from 36 to 38"),
+        (TOKENS, dict(mask_BT=torch.tensor([[0.0, 0.0, -1e9]])), "a mask is true"),
+        (TOKENS, dict(mask_BT=torch.tensor([[1, 1, 2]])), "also has 2"),
+        (TOKENS, dict(mask_BT=torch.ones(1, 4).bool()), r"mask has shape \(1, 4\)"),
+        (TOKENS, dict(targets_BT=TOKENS[:, :2]), r"targets have shape \(1, 2\)"),
+        (TOKENS, dict(targets_BT=TOKENS.float()), "int64, got torch.float32"),
+        (TOKENS, dict(targets_BT=TOKENS - 2), r"targets must lie in 0\.\.36, or be -100"),
+        (TOKENS, dict(targets_BT=TOKENS + 35), r"targets must lie in 0\.\.36, or be -100"),
+        (TOKENS, dict(max_depth=0), r"whole number in 1\.\.3, got 0"),
+        (TOKENS, dict(max_depth=True), r"whole number in 1\.\.3, got True"),
+        (TOKENS, dict(max_depth=1.5), r"whole number in 1\.\.3, got 1.5"),
+    ],
+)
+def test_tokens_masks_and_targets_that_mean_nothing_are_refused(tokens, settings, words):
+    with pytest.raises(ValueError, match=words):
+        tiny("expert_choice")(tokens, **settings)
+
+
+def test_masks_of_numbers_and_ids_of_32_bits_mean_the_same():
+    model, tokens = tiny("expert_choice"), random_tokens(2, 5)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    expected = model(tokens, mask_BT=mask.bool()).logits_BTV
+    for same in (mask, mask.float()):
+        assert torch.equal(model(tokens.int(), mask_BT=same).logits_BTV, expected)
+    targets = tokens.masked_fill(mask == 0, -100)
+    assert model(tokens, targets_BT=targets).nll.isfinite()
+
+
+def test_a_copy_of_a_compiled_model_has_weights_of_its_own():
+    model, tokens = tiny("expert_choice"), random_tokens(1, 5)
+    expected = model(tokens).logits_BTV
+    model.compile_blocks(backend="eager")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(tokens).logits_BTV, expected)
+        with torch.no_grad():
+            other.recursions.shared_blocks[0].attention.o_proj.weight.zero_()
+        assert not torch.allclose(other(tokens).logits_BTV, expected, atol=1e-2)

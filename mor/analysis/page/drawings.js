@@ -133,7 +133,8 @@ function classes(m) {
     left = 210,
     right = 640,
     most = Math.max(...models.map((x) => x.model.num_recursions)),
-    x = scale(1, most, left, right),
+    least = leastDepth(),
+    x = scale(least, most, left, right),
     H = 20 + rows.length * 22;
   const drawn = rows.map((g, j) => {
     const y = 26 + j * 22;
@@ -141,14 +142,14 @@ function classes(m) {
     return [
       svg("text", { x: 22, y: y + 4 }, g.group),
       svg("text", { class: "soft", x: left - 14, y: y + 4, "text-anchor": "end" }, count(g.count)),
-      interval(x, y, g, 1, most),
+      interval(x, y, g, least, most),
       svg("text", { class: "soft", x: right + 14, y: y + 4 }, num(g.mean)),
     ];
   });
   return [
     drawing(
       { viewBox: `0 0 ${W} ${H + 42}`, "aria-label": "Mean depth by class of token" },
-      axis(x, 1, most, H, "mean depth, recursions"),
+      axis(x, least, most, H, "mean depth, recursions"),
       drawn,
     ),
     table(

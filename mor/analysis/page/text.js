@@ -81,6 +81,8 @@ const MODES = {
   },
 };
 const shade = (x, most) => (x === null ? null : Math.min(1, Math.max(0, x / most)));
+// Tokens that take no recursion are there: without colour, like those that take one, and no line below.
+const leastDepth = () => (models.some((m) => m.tokens.some((t) => t.depth === 0)) ? 0 : 1);
 const depthLevel = (m, depth) =>
   m.model.num_recursions < 2 ? 0 : Math.max(0, depth - 1) / (m.model.num_recursions - 1);
 
@@ -123,8 +125,9 @@ function legend() {
     );
   if (mode.bars) {
     const deepest = Math.max(...models.map((x) => x.model.num_recursions));
-    const steps = Array.from({ length: deepest }, (_, d) =>
-      swatch(deepest < 2 ? 0 : d / (deepest - 1), `depth ${d + 1}`, d + 1),
+    const least = leastDepth();
+    const steps = Array.from({ length: deepest + 1 - least }, (_, i) => i + least).map((d) =>
+      swatch(deepest < 2 ? 0 : Math.max(0, d - 1) / (deepest - 1), `depth ${d}`, d),
     );
     place.replaceChildren(...steps, "as many lines below as recursions");
   } else if (mode.diverging) {
