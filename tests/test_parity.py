@@ -94,6 +94,8 @@ def definition_cases():
         for n, r in routers.items()
         for kv in ("recursion_wise", "shared", "hybrid")
     ]
+    from_0 = expert | dict(capacities=(0.6, 0.4, 0.2))
+    found.append(("expert-from-0", from_0, "recursion_wise", "middle_cycle"))
     found += [
         (f"{s}-{kv}", dict(kind="fixed"), kv, s)
         for kv in ("recursion_wise", "shared")

@@ -28,7 +28,7 @@ from mor.model.kv_cache import EMPTY, KVCache
 from mor.model.loss import IGNORED
 from mor.model.other_depths import RepeatLastRouter
 from mor.model.routing import Routing
-from mor.model.transformer import Transformer
+from mor.model.transformer import Transformer, check_finite
 from mor.statistics import group_means
 
 Rows = list[dict[str, Any]]
@@ -389,6 +389,7 @@ def _exit_logprobs(reading: Reading, w: int, routing: Routing) -> dict[int, Tens
     taken_RT, found, config = routing.taken_RM, {}, reading.model.config
     for depth in range(config.least_depth, config.num_recursions + 1):
         logits_TV = torch.cat(list(exits(reading.model, ids, taken_RT, depth, reading.caches[w])))
+        check_finite(logits_TV)
         found[depth] = logits_TV.float().log_softmax(-1).gather(1, target_T1)[:, 0]
     return found
 

@@ -297,7 +297,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
 
     def resize_token_embeddings(self, *args: Any, **settings: Any) -> torch.nn.Embedding:
         made = super().resize_token_embeddings(*args, **settings)
-        self.model.config = self.config.to_model_config()
+        self.model.config = self.model.recursions.config = self.config.to_model_config()
+        self.model.router.resize_vocabulary(self.config.vocab_size)
         return made
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

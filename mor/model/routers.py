@@ -208,6 +208,9 @@ class Router(nn.Module):
     def fit(self, count: Tensor) -> None:
         """Called before training with the occurrences of each token in the training text."""
 
+    def resize_vocabulary(self, vocab_size: int) -> None:
+        """Called when the embedding has got more or fewer tokens."""
+
 
 class FixedDepthRouter(Router):
     """The Recursive Transformer, and with one recursion the vanilla one."""
@@ -464,6 +467,10 @@ class FrequencyRouter(RandomRouter):
         ordered = count[order].double()
         middle = (ordered.cumsum(0) - ordered / 2) / ordered.sum().clamp(min=1)
         self.need_V[order] = middle.to(self.need_V)
+
+    def resize_vocabulary(self, vocab_size: int) -> None:
+        """New tokens were never seen: none is rarer."""
+        self.need_V = F.pad(self.need_V, (0, vocab_size - len(self.need_V)), value=1.0)
 
     def need(self, tokens: PackedTokens) -> Tensor:
         return self.need_V[tokens.ids]

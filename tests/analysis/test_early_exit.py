@@ -64,8 +64,18 @@ def test_where_tokens_may_take_no_recursion_that_is_an_exit_too():
         logits = model(batch.tokens_BT, router=forced).logits_BTV
         nll = F.cross_entropy(logits.flatten(0, 1), batch.targets_BT.flatten())
     assert len(found["fixed"]) == 4 and found["fixed"][0] == pytest.approx(float(nll), abs=1e-5)
-    for policy in POLICIES:
+    for policy in ("random", "confidence"):
         assert found[policy]["mean_depth"] == pytest.approx(0.9, abs=0.05), policy
+    assert found["oracle"]["nll"] < min(found["fixed"]) and found["oracle"]["mean_depth"] < 0.91
+
+
+def test_a_broken_model_has_no_exits():
+    data = load_corpus(DataConfig(path="task:state-tracking")).validation
+    model = tiny("fixed", vocab_size=15)
+    with torch.no_grad():
+        model.final_norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        early_exits(model, data, 16, 4)
 
 
 @torch.inference_mode()
