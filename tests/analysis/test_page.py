@@ -151,7 +151,7 @@ def test_every_family_draws_what_it_has(show, kind):
         assert page.locator("#legend .tok").all_text_contents() == depths
     if routed:
         left = page.locator("[data-section=classes] svg text[text-anchor=middle]").first
-        assert left.text_content() == f"{least}.0"
+        assert float(left.text_content()) == least
     changes = sum(t.more is not None for t in found.tokens) + sum(
         t.fewer is not None for t in found.tokens
     )
