@@ -55,9 +55,8 @@ def sample(logits: Tensor, params: SamplingParams, counter: int) -> int:
     check_finite(logits)
     if params.temperature == 0:
         return int(logits.argmax())
-    # Differences to the best one: divided by a tiny temperature they stay ordered.
-    below_best = logits.double() - logits.max()
-    ordered, ids = (below_best / params.temperature).sort(descending=True, stable=True)
+    scaled = (logits.double() - logits.max()) / params.temperature  # never overflows upwards
+    ordered, ids = scaled.sort(descending=True, stable=True)
     if params.top_k:
         ordered, ids = ordered[: params.top_k], ids[: params.top_k]
     probability = ordered.softmax(0)
