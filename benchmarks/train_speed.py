@@ -32,6 +32,7 @@ from mor.model.transformer import Transformer
 from mor.training.optim import OptimConfig, build_optimizers
 
 SIZES = {
+    "tiny": dict(preset="tiny", num_layers=14, max_seq_len=64),
     "192": dict(preset="mini", num_layers=14, max_seq_len=512),
     "384": dict(preset="small", num_layers=14, max_seq_len=512),
     "576": dict(preset="smollm-135m", num_layers=14, max_seq_len=512, vocab_size=8192),
@@ -42,8 +43,9 @@ SECTIONS = ("shared blocks", "routing, gather, scatter", "prelude, coda, head", 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    size: Literal["192", "384", "576", "360m"] = "192"
-    """Width; 360m is the paper's shape with a depth that 1, 2, 3 and 4 recursions divide."""
+    size: Literal["tiny", "192", "384", "576", "360m"] = "192"
+    """Width. tiny only shows that it runs. 360m is the paper's shape with a depth that 1, 2, 3 and
+    4 recursions divide."""
     batch: int = 0
     """Sequences; 0: 4 of 512 tokens, or 16 of 2048 for 360m."""
     rounds: int = 6
