@@ -25,7 +25,6 @@ import tyro
 from torch.profiler import ProfilerActivity, profile
 
 from mor.costs import flops as costs
-from mor.device import preferred_kernels
 from mor.model.config import preset
 from mor.model.loss import linear_cross_entropy
 from mor.model.transformer import Transformer
@@ -279,15 +278,12 @@ def measure(options, device):
     if wanted(options, "llama"):
         made["llama"] = Llama(configs(options.size)["vanilla"], options, device)
     trainers = {name: Trainer(m, options, device) for name, m in made.items()}
-    with preferred_kernels(device):
-        for trainer in trainers.values():  # warms up
-            trainer.step()
-        for round_ in range(options.rounds):
-            for trainer in list(trainers.values())[:: -1 if round_ % 2 else 1]:
-                trainer.timed_step()
-        return [
-            row(name, trainer, trainers["vanilla"], options) for name, trainer in trainers.items()
-        ]
+    for trainer in trainers.values():  # warms up
+        trainer.step()
+    for round_ in range(options.rounds):
+        for trainer in list(trainers.values())[:: -1 if round_ % 2 else 1]:
+            trainer.timed_step()
+    return [row(name, trainer, trainers["vanilla"], options) for name, trainer in trainers.items()]
 
 
 def wanted(options, name):

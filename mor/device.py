@@ -1,19 +1,8 @@
-"""Which device to use, and which of its attention kernels."""
+"""Which device to use, and what it can do at most."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-PREFERENCE = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -30,16 +19,6 @@ def pick_device(name: str = "auto") -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"device={name!r} cannot be used here ({reason}); try 'cpu'") from None
     return device
-
-
-@contextmanager
-def preferred_kernels(device: torch.device) -> Iterator[None]:
-    """Prefer cuDNN's attention on Hopper and later GPUs, the others wherever it declines."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
-        yield
-        return
-    with sdpa_kernel(PREFERENCE, set_priority=True):
-        yield
 
 
 PEAK_FLOPS_PER_S = {
