@@ -179,6 +179,7 @@ class PackedAttention:
             self._key_lines(v_SGH).transpose(1, 2),
             block_mask=self._block_mask,
             enable_gqa=q_MNH.shape[1] != k_SGH.shape[1],
+            kernel_options={"BACKEND": "TRITON"},  # not the one for few queries, without gradients
         )
         return self.queries.unpad(out_ANKH.transpose(1, 2))
 

@@ -83,6 +83,7 @@ class Waits(TorchFunctionMode):
         ("fixed", "recursion_wise", []),
         ("expert_choice", "recursion_wise", []),
         ("expert_choice", "shared", []),
+        ("expert_choice", "hybrid", []),
         ("random", "recursion_wise", []),
         ("token_choice", "recursion_wise", ["nonzero", "tolist"]),
         ("token_choice", "shared", ["nonzero", "tolist"]),
