@@ -25,13 +25,13 @@ import tyro
 from torch.profiler import ProfilerActivity, profile
 
 from mor.costs import flops as costs
-from mor.device import preferred_kernels
 from mor.model.config import preset
 from mor.model.loss import linear_cross_entropy
 from mor.model.transformer import Transformer
 from mor.training.optim import OptimConfig, build_optimizers
 
 SIZES = {
+    "tiny": dict(preset="tiny", num_layers=14, max_seq_len=64),
     "192": dict(preset="mini", num_layers=14, max_seq_len=512),
     "384": dict(preset="small", num_layers=14, max_seq_len=512),
     "576": dict(preset="smollm-135m", num_layers=14, max_seq_len=512, vocab_size=8192),
@@ -42,8 +42,9 @@ SECTIONS = ("shared blocks", "routing, gather, scatter", "prelude, coda, head", 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    size: Literal["192", "384", "576", "360m"] = "192"
-    """Width; 360m is the paper's shape with a depth that 1, 2, 3 and 4 recursions divide."""
+    size: Literal["tiny", "192", "384", "576", "360m"] = "192"
+    """Width. tiny only shows that it runs. 360m is the paper's shape with a depth that 1, 2, 3 and
+    4 recursions divide."""
     batch: int = 0
     """Sequences; 0: 4 of 512 tokens, or 16 of 2048 for 360m."""
     rounds: int = 6
@@ -277,15 +278,12 @@ def measure(options, device):
     if wanted(options, "llama"):
         made["llama"] = Llama(configs(options.size)["vanilla"], options, device)
     trainers = {name: Trainer(m, options, device) for name, m in made.items()}
-    with preferred_kernels(device):
-        for trainer in trainers.values():  # warms up
-            trainer.step()
-        for round_ in range(options.rounds):
-            for trainer in list(trainers.values())[:: -1 if round_ % 2 else 1]:
-                trainer.timed_step()
-        return [
-            row(name, trainer, trainers["vanilla"], options) for name, trainer in trainers.items()
-        ]
+    for trainer in trainers.values():  # warms up
+        trainer.step()
+    for round_ in range(options.rounds):
+        for trainer in list(trainers.values())[:: -1 if round_ % 2 else 1]:
+            trainer.timed_step()
+    return [row(name, trainer, trainers["vanilla"], options) for name, trainer in trainers.items()]
 
 
 def wanted(options, name):

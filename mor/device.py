@@ -1,19 +1,8 @@
-"""Which device to use, and which of its attention kernels."""
+"""Which device to use, and what it can do at most."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-PREFERENCE = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -32,11 +21,28 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-@contextmanager
-def preferred_kernels(device: torch.device) -> Iterator[None]:
-    """Prefer cuDNN's attention on Hopper and later GPUs, the others wherever it declines."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
-        yield
-        return
-    with sdpa_kernel(PREFERENCE, set_priority=True):
-        yield
+PEAK_FLOPS_PER_S = {
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A40": 150e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165e12,
+}
+"""Dense bfloat16 products that a GPU does by its maker's data sheet, by part of its name."""
+
+
+def peak_flops_per_s(device: torch.device) -> float | None:
+    """What the device does at most in bfloat16, for the MFU; None if that is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = [part for part in PEAK_FLOPS_PER_S if part in name]
+    return PEAK_FLOPS_PER_S[max(known, key=len)] if known else None

@@ -3,6 +3,7 @@ be known."""
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -209,3 +210,39 @@ def test_int8_reports_what_it_costs(folder, run):
     found = run("int8.py", folder / "mor", folder / "text.jsonl", *arguments)
     assert 0 < abs(found["nll"]["int8"] - found["nll"]["float32"]) < 0.05
     assert found["tokens_per_s"][0]["batch"] == 2 and found["tokens_per_s"][0]["speedup"] > 0
+
+
+def acceptance(*arguments):
+    command = [sys.executable, BENCHMARKS / "gpu_acceptance.py", "--device", "cpu", "--tiny"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return done, lines
+
+
+def test_every_stage_of_the_acceptance_script_runs(tmp_path):
+    done, lines = acceptance("--out", tmp_path / "kept.jsonl")
+    assert done.returncode == 0, done.stdout + done.stderr
+    promises = [line for line in lines if line["holds"] is not None]
+    assert all(line["holds"] for line in promises)
+    stages = ["capture", "kernel", "gradients", "engine", "training", "memory"]
+    assert (
+        list(dict.fromkeys(line["stage"] for line in promises if line["stage"] in stages)) == stages
+    )
+    ratios = [line for line in lines if line["stage"] in ("train_time", "decoding")]
+    assert any(line["name"] == "mor-2: time over FLOPs" and line["value"] > 0 for line in ratios)
+    assert any(line["name"] == "equal KV bytes: mor-4 over vanilla" for line in ratios)
+    assert f"{len(promises)} of {len(promises)} promises hold" in done.stdout
+    kept = (tmp_path / "kept.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in kept] == lines
+
+
+def test_a_stage_that_dies_or_hangs_is_a_broken_promise(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu_acceptance as script
+
+    settings = script.Settings(device="cpu", tiny=True)
+    monkeypatch.setitem(script.STAGES, "memory", script.STAGES["memory"]._replace(limit_s=0))
+    hung, _ = script.run_outside("memory", settings)
+    assert hung.holds is False and "stopped after 0 s" in hung.detail
+    dead, _ = script.run_outside("kernel", script.Settings(device="nowhere", tiny=True))
+    assert dead.holds is False and "exit code 1" in dead.detail and "nowhere" in dead.detail

@@ -1,19 +1,23 @@
-"""Which kernels a device prefers."""
+"""What a device can do at most."""
 
+import pytest
 import torch
-from torch.nn.attention import SDPBackend
 
-from mor import device
+from mor.device import peak_flops_per_s
 
 
-def test_cudnn_comes_first_on_hopper_only(monkeypatch):
-    usual = torch._C._get_sdp_priority_order()
-    for major, first in {9: SDPBackend.CUDNN_ATTENTION.value, 8: usual[0]}.items():
-        monkeypatch.setattr(
-            torch.cuda, "get_device_capability", lambda device, major=major: (major, 0)
-        )
-        with device.preferred_kernels(torch.device("cuda")):
-            assert torch._C._get_sdp_priority_order()[0] == first
-    with device.preferred_kernels(torch.device("cpu")):
-        assert torch._C._get_sdp_priority_order() == usual
-    assert torch._C._get_sdp_priority_order() == usual
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("Something New", None),
+    ],
+)
+def test_the_peak_of_a_gpu_goes_by_its_full_name(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops_per_s(torch.device("cuda")) == peak
+    assert peak_flops_per_s(torch.device("cpu")) is None

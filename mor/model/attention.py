@@ -1,13 +1,32 @@
-"""Attention over padded rows: one signature, a plain definition and PyTorch's fused kernel.
+"""Attention: one signature for padded rows, one for packed tokens, each with its plain definition.
 
-A rows · K queries · S keys · N heads · G key/value heads · H head dim
+Padded rows are what a cache holds. Packed tokens are what a forward without a cache has, in
+training and evaluation; there a query sees the keys of its own row at or before its own position,
+and :class:`PackedAttention` takes the kernel that suits the lengths of the rows and the device.
+
+A rows · K queries of a row · S keys · N heads · G key/value heads · H head dim · M packed queries
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+
+from mor.model.packing import PackedTokens
+
+FLEX_BLOCK = 128
+"""Queries, and keys, that FlexAttention decides upon together."""
 
 
 def attention(q_AKNH: Tensor, k_ASGH: Tensor, v_ASGH: Tensor, mask_AKS: Tensor | None) -> Tensor:
@@ -16,16 +35,37 @@ def attention(q_AKNH: Tensor, k_ASGH: Tensor, v_ASGH: Tensor, mask_AKS: Tensor |
     mask_AKS: which key each query may see, as truth values or as a bias (:func:`as_bias`); None
     means causal, query i sees keys 0..i (then K = S).
     """
-    mask = None if mask_AKS is None else mask_AKS[:, None]
-    out = F.scaled_dot_product_attention(
-        q_AKNH.transpose(1, 2),
-        k_ASGH.transpose(1, 2),
-        v_ASGH.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=q_AKNH.shape[2] != k_ASGH.shape[2],
-    )
+    mask = None if mask_AKS is None else mask_AKS.unsqueeze(1)
+    groups = q_AKNH.shape[2] // k_ASGH.shape[2]
+    if groups > 1 and q_AKNH.device.type == "cuda" and (mask is not None or q_AKNH.itemsize > 2):
+        # There the fused kernels take groups only without a mask and in half precision; what is
+        # left keeps the whole softmax in memory.
+        k_ASGH, v_ASGH = (
+            t.unsqueeze(3).expand(-1, -1, -1, groups, -1).flatten(2, 3) for t in (k_ASGH, v_ASGH)
+        )
+        groups = 1
+    with _kernels(q_AKNH.device, masked=mask is not None):
+        out = F.scaled_dot_product_attention(
+            q_AKNH.transpose(1, 2),
+            k_ASGH.transpose(1, 2),
+            v_ASGH.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=groups > 1,
+        )
     return out.transpose(1, 2)
+
+
+def _kernels(device: torch.device, *, masked: bool) -> AbstractContextManager[object]:
+    """Which of PyTorch's kernels may run. cuDNN's is the fastest on Hopper, but gave wrong
+    gradients with masks there, and wrong values with few key/value heads on later GPUs."""
+    if device.type != "cuda":
+        return nullcontext()
+    if not masked and torch.cuda.get_device_capability(device)[0] == 9:
+        return nullcontext()
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
 
 
 def as_bias(visible_AKS: Tensor, dtype: torch.dtype) -> Tensor:
@@ -48,3 +88,144 @@ def plain_attention(
         ).tril()[None]
     weights = scores_ANKS.masked_fill(~visible_AKS[:, None], float("-inf")).softmax(-1)
     return torch.einsum("anks,asnh->aknh", weights, v)
+
+
+def plain_packed_attention(
+    q_MNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, queries: PackedTokens, keys: PackedTokens
+) -> Tensor:
+    """The definition that :class:`PackedAttention` must equal, (M, N, H)."""
+    same_row_MS = queries.row[:, None] == keys.row
+    visible_MS = same_row_MS & (keys.position <= queries.position[:, None])
+    return plain_attention(q_MNH[None], k_SGH[None], v_SGH[None], visible_MS[None])[0]
+
+
+class PackedAttention:
+    """Attention of packed queries over packed keys; what it needs to know of the rows is made once
+    for all layers of a pass.
+
+    queries: tokens that attend. keys: the same ones, or all tokens of the rows from position 0 on.
+
+    rows of equal length, own keys        causal attention, nothing is padded or masked
+    rows of any length, own keys          CUDA: a kernel for packed rows; else padded, causal
+    keys of all tokens                    CUDA: FlexAttention; else padded, with a mask
+    """
+
+    def __init__(self, queries: PackedTokens, keys: PackedTokens) -> None:
+        self.queries, self.keys = queries, keys
+        self._bias_AKS: Tensor | None = None
+
+    def __call__(self, q_MNH: Tensor, k_SGH: Tensor, v_SGH: Tensor) -> Tensor:
+        return self._kernel(q_MNH)(q_MNH, k_SGH, v_SGH)
+
+    def _kernel(self, q_MNH: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        if q_MNH.device.type != "cuda":
+            return self.padded
+        if self.queries is not self.keys:
+            return self.flex if importlib.util.find_spec("triton") else self.padded
+        half = q_MNH.dtype in (torch.bfloat16, torch.float16)
+        if self.queries.per_row is None and half and q_MNH.shape[-1] % 8 == 0:
+            return self.varlen
+        return self.padded
+
+    # Padded rows
+
+    def padded(self, q_MNH: Tensor, k_SGH: Tensor, v_SGH: Tensor) -> Tensor:
+        """Any device, any precision."""
+        mask = None if self.queries is self.keys else self._bias(q_MNH.dtype)
+        k_ASGH, v_ASGH = self._key_lines(k_SGH), self._key_lines(v_SGH)
+        return self.queries.unpad(attention(self.queries.pad(q_MNH), k_ASGH, v_ASGH, mask))
+
+    def _key_lines(self, x_SGH: Tensor) -> Tensor:
+        """Padded keys of the rows that hold queries."""
+        x_ASGH, rows = self.keys.pad(x_SGH), self.queries.rows
+        if rows is None or rows is self.keys.rows:
+            return x_ASGH
+        return x_ASGH[rows if self.keys.lane is None else self.keys.lane[rows]]
+
+    @functools.cached_property
+    def _position_AK(self) -> Tensor:
+        # Padding sees a key, so that its (unused) softmax is finite.
+        return self.queries.pad(self.queries.position, fill=0)
+
+    def _bias(self, dtype: torch.dtype) -> Tensor:
+        # Once for all layers: the kernel would make a copy for each, and keep it for backward.
+        if self._bias_AKS is None or self._bias_AKS.dtype != dtype:
+            keys = torch.arange(self.keys.longest, device=self._position_AK.device)
+            self._bias_AKS = as_bias(keys <= self._position_AK[:, :, None], dtype)
+        return self._bias_AKS
+
+    # Packed rows
+
+    def varlen(self, q_MNH: Tensor, k_SGH: Tensor, v_SGH: Tensor) -> Tensor:
+        """CUDA in half precision, keys of the queries themselves."""
+        most = self.queries.batch_shape[1]  # a bound, so that the host does not wait for the counts
+        out_MNH: Tensor = _causal_varlen(
+            q_MNH.contiguous(), k_SGH.contiguous(), v_SGH.contiguous(), self._ends, most
+        )
+        return out_MNH
+
+    @functools.cached_property
+    def _ends(self) -> Tensor:
+        """Where each row begins among the packed tokens, and the end of the last one."""
+        return F.pad(self.queries.count.cumsum(0), (1, 0)).int()
+
+    # FlexAttention
+
+    def flex(self, q_MNH: Tensor, k_SGH: Tensor, v_SGH: Tensor) -> Tensor:
+        """Keys of all tokens; skips blocks of keys that no query of a block sees."""
+        out_ANKH = _compiled_flex()(
+            self.queries.pad(q_MNH).transpose(1, 2),
+            self._key_lines(k_SGH).transpose(1, 2),
+            self._key_lines(v_SGH).transpose(1, 2),
+            block_mask=self._block_mask,
+            enable_gqa=q_MNH.shape[1] != k_SGH.shape[1],
+            kernel_options={"BACKEND": "TRITON"},  # not the one for few queries, without gradients
+        )
+        return self.queries.unpad(out_ANKH.transpose(1, 2))
+
+    @functools.cached_property
+    def _block_mask(self) -> BlockMask:
+        return positions_mask(self._position_AK, self.keys.longest)
+
+
+def _causal_varlen(q_MNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, ends: Tensor, most: int) -> Any:
+    # Named since PyTorch 2.12; before, the kernel takes groups without being told.
+    named: dict[str, Any] = (
+        {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    )
+    return varlen_attn(q_MNH, k_SGH, v_SGH, ends, ends, most, most, window_size=(-1, 0), **named)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
+def positions_mask(position_AK: Tensor, num_keys: int) -> BlockMask:
+    """Query k of row a sees the keys 0..position_AK[a, k], of ``num_keys``. Made from the first and
+    last position in each block of queries, not from all pairs."""
+    queries = position_AK.shape[1]
+    blocks = -(-num_keys // FLEX_BLOCK)
+
+    def of_blocks(reduce: Callable[..., Tensor], fill: int) -> Tensor:
+        filled = F.pad(position_AK, (0, -queries % FLEX_BLOCK), value=fill)
+        return reduce(filled.unflatten(1, (-1, FLEX_BLOCK)), dim=-1)
+
+    seen = of_blocks(torch.amax, -1) // FLEX_BLOCK + 1
+    whole = (of_blocks(torch.amin, num_keys) + 1) // FLEX_BLOCK  # seen by all queries of a block
+    whole = torch.minimum(whole, seen).clamp(max=num_keys // FLEX_BLOCK)
+    every = torch.arange(blocks, device=position_AK.device).expand(*seen.shape, blocks)
+    in_part = (every + whole[..., None]) % blocks
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key <= position_AK[row, query]
+
+    return BlockMask.from_kv_blocks(
+        (seen - whole)[:, None].int(),
+        in_part[:, None].int(),
+        whole[:, None].int(),
+        every[:, None].int().contiguous(),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=sees,
+        seq_lengths=(queries, num_keys),
+    )

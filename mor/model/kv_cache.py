@@ -80,24 +80,11 @@ def check_fits(cache: Cache, config: ModelConfig, rows: int, weight: Tensor) -> 
         )
 
 
-class Streams(Protocol):
-    """Padded streams, as :class:`KVPass` uses them."""
-
-    def begin(self, stream: int, tokens: PackedTokens) -> bool:
-        """Make room for ``tokens``; True if the stream was empty before."""
-
-    def write(self, stream: int, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None: ...
-
-    def read(self, stream: int, layer: int, rows: Tensor | None) -> tuple[Tensor, Tensor]: ...
-
-    def positions(self, stream: int, rows: Tensor | None) -> Tensor: ...
-
-
 class KVPass:
     """A pass over ``tokens``, the entries of each row side by side."""
 
     def __init__(
-        self, store: Streams, stream: int, reads: tuple[int, ...], tokens: PackedTokens
+        self, store: KVCache, stream: int, reads: tuple[int, ...], tokens: PackedTokens
     ) -> None:
         self.store, self.stream, self.reads, self.tokens = store, stream, reads, tokens
         self.writes = stream in reads
@@ -129,45 +116,6 @@ class KVPass:
             # Once for all layers: the kernel would make a copy for each, and keep it for backward.
             self.mask_AKS = as_bias(self.mask_AKS, q_MNH.dtype)
         return self.tokens.unpad(attention(self.tokens.pad(q_MNH), k, v, self.mask_AKS))
-
-
-class Scratch:
-    """Store of a forward without a cache. Keeps only the streams that later passes read."""
-
-    def __init__(self, kept: tuple[int, ...]) -> None:
-        self.kept = kept
-        self.tokens: dict[int, PackedTokens] = {}
-        self.entries: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self.latest: tuple[Tensor, Tensor] | None = None
-
-    def open(self, stream: int, reads: tuple[int, ...], tokens: PackedTokens) -> KVPass:
-        return KVPass(self, stream, reads, tokens)
-
-    def begin(self, stream: int, tokens: PackedTokens) -> bool:
-        self.tokens[stream] = tokens
-        return True
-
-    def write(self, stream: int, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:
-        tokens = self.tokens[stream]
-        self.latest = tokens.pad(k_MGH), tokens.pad(v_MGH)
-        if stream in self.kept:
-            self.entries[stream, layer] = self.latest
-
-    def read(self, stream: int, layer: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        kv = self.entries[stream, layer] if stream in self.kept else self.latest
-        assert kv is not None, f"stream {stream} was read before it was written"
-        return self._lines(stream, kv[0], rows), self._lines(stream, kv[1], rows)
-
-    def positions(self, stream: int, rows: Tensor | None) -> Tensor:
-        tokens = self.tokens[stream]
-        return self._lines(stream, tokens.pad(tokens.position, fill=EMPTY), rows)
-
-    def _lines(self, stream: int, x_AS: Tensor, rows: Tensor | None) -> Tensor:
-        """The lines of batch rows ``rows`` in what this stream padded."""
-        own = self.tokens[stream]
-        if rows is None or rows is own.rows:
-            return x_AS
-        return x_AS[rows if own.lane is None else own.lane[rows]]
 
 
 @dataclass

@@ -16,6 +16,7 @@ from torch import Tensor
 
 IGNORED = -100  # target of a token that has nothing to predict
 CHUNK_LOGITS = 1 << 25  # logits alive at a time; 128 MiB in fp32
+CHUNK_LOGITS_CUDA = 1 << 28  # there a launch costs more than memory does
 
 
 def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor:
@@ -38,11 +39,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
         grad_MD = torch.empty_like(x_MD) if needs_x else None
         grad_VD = torch.zeros_like(weight_VD) if needs_weight else None
-        rows = max(1, CHUNK_LOGITS // len(weight_VD))
+        low_VD = weight_VD.to(_precision(x_MD, weight_VD))  # once, not in every chunk
+        most = CHUNK_LOGITS_CUDA if x_MD.device.type == "cuda" else CHUNK_LOGITS
+        rows = max(1, most // len(weight_VD))
         for start in range(0, len(x_MD), rows):
             some = slice(start, start + rows)
             grad = None if grad_MD is None else grad_MD[some]
-            total += _chunk(x_MD[some], weight_VD, target[some], count, grad, grad_VD)
+            total += _chunk(x_MD[some].to(low_VD.dtype), low_VD, target[some], count, grad, grad_VD)
         ctx.save_for_backward(grad_MD, grad_VD)
         return total / count
 
@@ -54,6 +57,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_VD is None else grad_VD * scale.to(grad_VD.dtype),
             None,
         )
+
+
+def _precision(x_MD: Tensor, weight_VD: Tensor) -> torch.dtype:
+    """In which the products are made: autocast's where that is on."""
+    if torch.is_autocast_enabled(x_MD.device.type):
+        return torch.get_autocast_dtype(x_MD.device.type)
+    return torch.promote_types(x_MD.dtype, weight_VD.dtype)
 
 
 def _chunk(
@@ -80,14 +90,17 @@ def _chunk(
     error.scatter_add_(1, place, torch.full_like(log_sum, -1))
     error = error.mul_((known.to(error.dtype) / count)[:, None]).to(precision)
     if grad is not None:
-        grad.copy_(error @ weight_VD.to(error.dtype))
+        grad.copy_(error @ weight_VD)
     if grad_VD is not None:
-        _add_product(grad_VD, error.T, x.to(error.dtype))
+        _add_product(grad_VD, error.T, x)
     return loss
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``: products in low precision, their sums in that of the weights."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    else:  # products in low precision, their sum in that of the weights
+    elif total.dtype == torch.float32 and a.device.type == "cuda":
+        total += torch.mm(a, b, out_dtype=torch.float32)
+    else:  # within a chunk, sums are rounded as well
         total += a @ b

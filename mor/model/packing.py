@@ -80,10 +80,15 @@ class PackedTokens:
         """For each row its place among ``rows``; None if every row has tokens."""
         return None if self.rows is None else (self.count > 0).cumsum(0) - 1
 
+    @property
+    def longest(self) -> int:
+        """Tokens in the fullest row."""
+        return max(self._counts) if self.per_row is None else self.per_row
+
     @cached_property
     def _lines(self) -> tuple[int, int]:
         """Shape (A, K) of the padded tokens."""
-        return self.num_rows if self.rows is None else len(self.rows), max(self._counts)
+        return self.num_rows if self.rows is None else len(self.rows), self.longest
 
     @cached_property
     def _line_place(self) -> Tensor:

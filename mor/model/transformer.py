@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mor.model.config import ModelConfig, Selection
-from mor.model.kv_cache import READS, AttentionPass, Cache, KVStore, Scratch, check_fits
+from mor.model.kv_cache import READS, AttentionPass, Cache, KVStore, check_fits
 from mor.model.loss import IGNORED, linear_cross_entropy
 from mor.model.packing import PackedTokens, pack
 from mor.model.routers import Router, build_router
 from mor.model.routing import Routing, RoutingRule, RoutingStep, route
+from mor.model.scratch import Scratch
 
 Logits = Literal["all", "last", "none"]
 Angles = tuple[Tensor, Tensor]

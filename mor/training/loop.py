@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 
 from mor import checkpoint
 from mor.data.stream import Corpus, load_corpus
-from mor.device import preferred_kernels
 from mor.evaluation.nll import Evaluation, evaluate
 from mor.files import verify, write_json
 from mor.model.transformer import Transformer
@@ -177,7 +176,6 @@ class Trainer:
         with (
             self.progress,
             _interruptible() as interrupted,
-            preferred_kernels(self.state.ranks.device),
             closing(self.log.tracker),
         ):
             finished = self._steps(interrupted)

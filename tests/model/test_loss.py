@@ -27,6 +27,23 @@ def test_values_and_gradients(chunk, dtype, monkeypatch):
         torch.testing.assert_close(ours, reference, **close)
 
 
+def test_under_autocast_values_and_gradients_are_those_of_the_rounded_inputs():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(23, 12, generator=generator, requires_grad=True)
+    weight = torch.randn(37, 12, generator=generator, requires_grad=True)
+    target = random_tokens(23)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_cross_entropy(x, weight, target)
+    found.backward()
+    rounded = [t.detach().bfloat16().double().requires_grad_() for t in (x, weight)]
+    expected = F.cross_entropy(F.linear(*rounded), target)
+    expected.backward()
+    assert found.dtype == x.grad.dtype == weight.grad.dtype == torch.float32
+    assert abs(found.item() - expected.item()) < 0.02
+    for ours, theirs in zip((x, weight), rounded, strict=True):
+        assert (ours.grad - theirs.grad).norm() < 0.02 * theirs.grad.norm()
+
+
 def test_frozen_parts_get_no_gradient():
     x, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4)
     linear_cross_entropy(x, weight, torch.arange(5)).backward()

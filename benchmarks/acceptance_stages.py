@@ -1,0 +1,558 @@
+"""The stages of gpu_acceptance.py: what each one tries, and what it promises.
+
+Correctness compares with the CPU in float32, or with the plain decoder on the same device. Speeds
+are medians; ratios are of things that took turns.
+
+E entries of a pool · G key/value heads · H head dim · M queries · N heads
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import train_speed
+from rich.console import Console
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from mor.costs import flops as costs
+from mor.data.config import DataConfig
+from mor.device import peak_flops_per_s
+from mor.engine import Engine, EngineConfig, SamplingParams
+from mor.engine.attention import decode_attention, gathered_attention
+from mor.engine.bench import Lengths, decode_rows, load_for, measure_machine
+from mor.files import remove_folder
+from mor.generation import generate
+from mor.model.attention import attention
+from mor.model.config import ModelConfig, RouterConfig, layout, preset
+from mor.model.transformer import Transformer
+from mor.run_folder import RunFolder
+from mor.training.config import TrainConfig
+from mor.training.loop import train
+
+KV_STRATEGIES = ("recursion_wise", "shared", "hybrid")
+ROUTERS = {
+    "fixed": RouterConfig(),
+    "expert": RouterConfig(kind="expert_choice"),
+    "expert-aux": RouterConfig(
+        kind="expert_choice", causal_selection="aux_router", gate="residual"
+    ),
+    "token": RouterConfig(kind="token_choice"),
+    "random": RouterConfig(kind="random"),
+    "frequency": RouterConfig(kind="frequency"),
+}
+VOCAB = 331
+GREEDY = SamplingParams(max_new_tokens=12, temperature=0)
+SAMPLED = SamplingParams(max_new_tokens=12, temperature=0.8, top_k=20, top_p=0.95, seed=3)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line. holds: whether a promise is kept; None for a figure that promises nothing.
+    detail: the promise, or the unit; after a failure, what was said."""
+
+    stage: str
+    name: str
+    value: Any
+    detail: str = ""
+    holds: bool | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a stage runs, and how it says what it found. tiny: small sizes; speeds are then figures
+    without a promise."""
+
+    stage: str
+    device: torch.device
+    tiny: bool
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def wait(self) -> None:
+        if self.on_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def figure(self, name: str, value: Any, unit: str = "") -> None:
+        self._say(Result(self.stage, name, value, unit))
+
+    def promise(self, name: str, holds: bool, value: Any, promise: str) -> None:
+        self._say(Result(self.stage, name, value, promise, bool(holds)))
+
+    def at_most(self, name: str, value: float, most: float) -> None:
+        """A promise of speed or memory, which tiny sizes are not held to."""
+        self._speed(name, value, value <= most, f"at most {most:g}")
+
+    def at_least(self, name: str, value: float, least: float) -> None:
+        self._speed(name, value, value >= least, f"at least {least:g}")
+
+    def _speed(self, name: str, value: float, holds: bool, promise: str) -> None:
+        if self.tiny:
+            self.figure(name, value, f"{promise} at full size")
+        else:
+            self.promise(name, holds, value, promise)
+
+    @contextmanager
+    def trying(self, name: str) -> Iterator[None]:
+        """What fails inside is a broken promise of that name, and the stage goes on."""
+        try:
+            yield
+        except Exception:
+            self.promise(name, False, None, "\n".join(traceback.format_exc().splitlines()[-6:]))
+
+    @staticmethod
+    def _say(result: Result) -> None:
+        print("=" + json.dumps(asdict(result)), flush=True)
+
+
+def small(router: RouterConfig, kv_strategy: str) -> Transformer:
+    """A model that is quick on the CPU and really routes."""
+    shape = dict(dim=96, num_heads=6, num_kv_heads=2, head_dim=16, ffn_dim=160)
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        max_seq_len=256,
+        router=router,
+        kv_strategy=kv_strategy,
+        **shape,
+        **layout(8, 3, "middle_cycle"),
+    )
+    model = Transformer(config).init_weights(0)
+    with torch.no_grad():  # larger than at the start of training, so that scores differ
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5.0)
+    return model
+
+
+def models(bench: Bench) -> Iterator[tuple[str, Transformer]]:
+    """Each router with each KV strategy; two of them if tiny."""
+    for i, (name, router) in enumerate(ROUTERS.items()):
+        for j, kv_strategy in enumerate(KV_STRATEGIES):
+            if not bench.tiny or (i in (1, 3) and i == j + 1):
+                yield f"{name}, {kv_strategy}", small(router, kv_strategy)
+
+
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def prompts(count: int, longest: int = 40) -> list[list[int]]:
+    return [draw(1 + 7 * i % longest, seed=i).tolist() for i in range(count)]
+
+
+# Stages
+
+
+def environment(bench: Bench) -> None:
+    """What there is, and which attention kernels PyTorch takes for the shapes of training."""
+    for package in ("torch", "triton", "transformers", "numpy"):
+        try:
+            bench.figure(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            bench.figure(package, "not installed")
+    bench.figure("python", platform.python_version())
+    if bench.on_cuda:
+        found = torch.cuda.get_device_properties(bench.device)
+        bench.figure("GPU", found.name, f"sm{found.major}{found.minor}")
+        bench.figure("memory", found.total_memory / 1e9, "GB")
+        bench.figure("CUDA", torch.version.cuda)
+        peak = peak_flops_per_s(bench.device)
+        bench.promise("peak is known", peak is not None, peak, "FLOP/s in bfloat16, for the MFU")
+    for name, dtype, masked in (
+        ("causal, bfloat16", torch.bfloat16, False),
+        ("masked, bfloat16", torch.bfloat16, True),
+        ("masked, float32", torch.float32, True),
+    ):
+        with bench.trying(f"kernel: {name}"):
+            kernel = attention_kernel(bench, dtype, masked)
+            bench.promise(f"kernel: {name}", kernel != "math", kernel, "a fused one")
+
+
+def attention_kernel(bench: Bench, dtype: torch.dtype, masked: bool) -> str:
+    """Which kernel grouped-query attention of 256 tokens runs, forward."""
+    q, k = (torch.randn(2, 256, n, 64, device=bench.device, dtype=dtype) for n in (15, 5))
+    mask = torch.ones(2, 256, 256, dtype=torch.bool, device=bench.device).tril() if masked else None
+    kind = ProfilerActivity.CUDA if bench.on_cuda else ProfilerActivity.CPU
+    attention(q, k, k, mask)
+    with profile(activities=[kind]) as seen:
+        attention(q, k, k, mask)
+        bench.wait()
+    names = " ".join(event.key.lower() for event in seen.key_averages())
+    marks = dict(cudnn="cudnn", flash="flash", fmha="efficient", flex="flex")
+    return next((kernel for mark, kernel in marks.items() if mark in names), "math")
+
+
+def capture(bench: Bench) -> None:
+    """The loop on the device, a CUDA graph there, for every router, KV strategy, sampling mode and
+    dtype; the tokens are the plain decoder's."""
+    asked = prompts(5)
+    for name, model in models(bench):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = model.to(bench.device, dtype)
+            for mode, params in (("greedy", GREEDY), ("sampled", SAMPLED)):
+                title = f"{name}, {mode}, {str(dtype).removeprefix('torch.')}"
+                with bench.trying(title):
+                    settings = EngineConfig(loop="device", max_num_seqs=4, lanes=3)
+                    got = Engine(model, config=settings).generate(asked, params)
+                    agreement(bench, title, model, asked, params, got)
+
+
+def agreement(
+    bench: Bench,
+    title: str,
+    model: Transformer,
+    asked: list[list[int]],
+    params: SamplingParams,
+    got: list[Any],
+) -> None:
+    """In float32 every request equals the plain decoder's. In bfloat16 another order of sums may
+    decide a near tie, so there it must be complete, and the share that is equal is a figure."""
+    want = generate(model, asked, params)
+    same = [
+        (r.token_ids, r.depths) == (w.token_ids, w.depths) for r, w in zip(got, want, strict=True)
+    ]
+    share = sum(same) / len(same)
+    if model.embedding.weight.dtype == torch.bfloat16:
+        complete = all(len(r.token_ids) == params.max_new_tokens for r in got)
+        bench.promise(title, complete, share, "complete; share equal to the plain decoder")
+    else:
+        bench.promise(title, share == 1, share, "share equal to the plain decoder: 1")
+
+
+def kernel(bench: Bench) -> None:
+    """The decoding kernel of this device against its definition."""
+    dtypes = (torch.float32, torch.bfloat16) if bench.on_cuda else (torch.float32,)
+    for dtype in dtypes:
+        attend = decode_attention("triton" if bench.on_cuda else "auto", bench.device, dtype)
+        for heads in ((4, 2, 6), (9, 3, 64), (15, 5, 64), (8, 1, 128), (2, 2, 20)):
+            for longest in (1, 300) if bench.tiny else (1, 15, 64, 65, 1000, 4096):
+                name = f"{str(dtype).removeprefix('torch.')}, {heads}, {longest} entries"
+                with bench.trying(name):
+                    error = kernel_error(bench.device, attend, dtype, heads, longest)
+                    most = 1e-5 if dtype == torch.float32 else 2e-2
+                    bench.promise(name, error <= most, error, f"largest error at most {most}")
+
+
+def kernel_error(
+    device: torch.device,
+    attend: Any,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    longest: int,
+) -> float:
+    """Largest difference to the definition in float32."""
+    N, G, H = heads
+    generator = torch.Generator().manual_seed(longest)
+    shapes = ((7, N, H), (longest + 50, G, H), (longest + 50, G, H))
+    q_MNH, k_EGH, v_EGH = (
+        torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes
+    )
+    table = [torch.randperm(longest + 50, generator=generator)[:longest] for _ in range(5)]
+    seen = torch.randint(1, longest + 1, (7,), generator=generator).int()
+    seen[0] = longest
+    places = (
+        torch.stack(table).int().to(device),
+        torch.tensor([0, 4, 2, 2, 1, 3, 0]).int().to(device),
+        seen.to(device),
+    )
+    got = attend(q_MNH, k_EGH, v_EGH, *places, longest=longest)
+    exact = (t.float() for t in (q_MNH, k_EGH, v_EGH))
+    want = gathered_attention(*exact, *places, longest=longest)
+    return float((got.float() - want).abs().max())
+
+
+def gradients(bench: Bench) -> None:
+    """Loss and gradients of a training forward against the CPU: whole rows, recomputed, documents,
+    rows of odd lengths."""
+    tokens, documents = draw(4, 61), (torch.arange(61) // 23).expand(4, 61)
+    odd = torch.arange(61) < torch.tensor([[61], [37], [1], [58]])
+    ways: dict[str, dict[str, Any]] = {
+        "whole": {},
+        "recomputed": dict(recompute=True),
+        "documents": dict(documents_BT=documents),
+        "odd lengths": dict(mask_BT=odd),
+    }
+    for name, model in models(bench):
+        for way, settings in ways.items():
+            with bench.trying(f"{name}, {way}"):
+                want = loss_and_gradient(model.to("cpu"), tokens, settings)
+                got = loss_and_gradient(model.to(bench.device), tokens, settings)
+                error = float((got - want).norm() / want.norm())
+                promise = "relative error at most 1e-3"
+                bench.promise(f"{name}, {way}", error <= 1e-3, error, promise)
+
+
+def loss_and_gradient(model: Transformer, tokens: Tensor, settings: dict[str, Any]) -> Tensor:
+    """Both in one vector, on the CPU."""
+    device = model.embedding.weight.device
+    placed = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in settings.items()}
+    model.zero_grad()
+    targets = tokens.roll(-1, 1).to(device)
+    out = model(tokens.to(device), targets_BT=targets, selection="topk", **placed)
+    assert out.nll is not None
+    loss = out.nll + out.routing.weighted_loss
+    loss.backward()
+    parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return torch.cat([loss.detach()[None], *parts]).cpu()
+
+
+def engine(bench: Bench) -> None:
+    """The engine as it is by default, and where it is pressed, against the plain decoder."""
+    beginning = draw(48).tolist()
+    cases: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
+        "default": (prompts(12), {}),
+        "shared beginnings": ([[*beginning, i] for i in range(8)], dict(max_num_seqs=3)),
+        "too little memory": (prompts(12), dict(max_num_seqs=8, page_size=4)),
+        "lock-step": (prompts(12), dict(batching="lock_step", max_num_seqs=5)),
+    }
+    for name, model in models(bench):
+        model = model.to(bench.device)
+        for case, (asked, settings) in cases.items():
+            if case == "too little memory":
+                settings |= dict(kv_cache_memory=scarce(model))
+            for mode, params in (("greedy", GREEDY), ("sampled", SAMPLED)):
+                with bench.trying(f"{name}, {case}, {mode}"):
+                    it = Engine(model, config=EngineConfig(**settings))
+                    got = it.generate(asked, params)
+                    agreement(bench, f"{name}, {case}, {mode}", model, asked, params, got)
+                    if case == "shared beginnings":
+                        hits = it.stats()["prefix_hits"]
+                        bench.promise(f"{name}, {case}, {mode}: hits", hits > 0, hits, "some")
+
+
+def scarce(model: Transformer) -> int:
+    """Bytes for about two requests of the longest kind."""
+    config, length = model.config, 60
+    every = [length] * config.num_recursions
+    return int(2.5 * costs.kv_bytes(config, length, every, model.embedding.weight.dtype.itemsize))
+
+
+def training(bench: Bench) -> None:
+    """Train as by default on this device (on CUDA bfloat16, compiled), save, resume."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text.jsonl"
+        rows = [{"text": f"The square of {i} is {i * i}. " * 6} for i in range(120)]
+        text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for router in ("expert_choice", "token_choice")[: 1 if bench.tiny else 2]:
+            with bench.trying(router):
+                train_and_resume(bench, router, text, Path(folder) / router)
+
+
+def train_and_resume(bench: Bench, router: str, text: Path, out: Path) -> None:
+    shape = dict(num_layers=8, num_recursions=3, router=router, max_seq_len=64)
+    config = TrainConfig(
+        model=preset("tiny", **shape),
+        data=DataConfig(path=str(text), tokenizer="bytes"),
+        out=str(out),
+        steps=8 if bench.tiny else 40,
+        batch_size=8,
+        seq_len=64,
+        save_every=4 if bench.tiny else 20,
+        keep=0,
+        log_every=1,
+        eval_every=8 if bench.tiny else 20,
+        device=str(bench.device),
+    )
+    run = RunFolder(out)
+    train(config, console=Console(file=io.StringIO()))
+    first = losses(run)
+    fell = first[-1] / first[0]
+    bench.promise(f"{router}: loss falls", fell < 0.95, fell, "last over first: below 0.95")
+    remove_folder(run.checkpoints()[-1])  # as if killed after the one before
+    train(config, resume=True, console=Console(file=io.StringIO()))
+    difference = max(abs(a - b) for a, b in zip(first, losses(run), strict=True))
+    most = 2e-2 if bench.on_cuda else 0.0
+    bench.promise(f"{router}: resumed", difference <= most, difference, f"nats, at most {most}")
+
+
+def losses(run: RunFolder) -> list[float]:
+    return [row["loss"] for row in run.read_metrics() if "loss" in row]
+
+
+def train_time(bench: Bench) -> None:
+    """A training step of each MoR beside vanilla's: time, memory, use of the GPU."""
+    size = "tiny" if bench.tiny else "360m"
+    rounds = 2 if bench.tiny else 6
+    for name in ("mor-2", "mor-3", "mor-4")[: 1 if bench.tiny else 3]:
+        with bench.trying(name):
+            options = train_speed.Settings(
+                size=size,
+                models=(name,),
+                rounds=rounds,
+                compile=bench.on_cuda,
+                device=bench.device.type,
+            )
+            vanilla, row = train_speed.measure(options, bench.device)
+            bench.figure(f"{name}: FLOPs over vanilla", row["flop_ratio"])
+            bench.at_most(f"{name}: time over FLOPs", row["time_over_flops"], 1.05)
+            most = {"mor-2": (0.80, 0.75)}.get(name, (1.0, 1.0))
+            bench.at_most(f"{name}: time over vanilla", row["time_ratio"], most[0])
+            memory = row["peak_mb"] / vanilla["peak_mb"]
+            bench.at_most(f"{name}: peak memory over vanilla", memory, most[1])
+            use_of_the_gpu(bench, options.size, name, vanilla["us_per_token"], row["us_per_token"])
+
+
+def use_of_the_gpu(bench: Bench, size: str, name: str, vanilla_us: float, us: float) -> None:
+    """MFU: FLOPs that the model asks for, over what the GPU could do in that time."""
+    peak = peak_flops_per_s(bench.device)
+    for who, us_per_token in (("vanilla", vanilla_us), (name, us)):
+        config = train_speed.configs(size)[who]
+        per_token = costs.train_flops(config, config.max_seq_len) / config.max_seq_len
+        done = per_token / (us_per_token * 1e-6)
+        bench.figure(f"{who} beside {name}", done / 1e12, "TFLOP/s")
+        if peak is not None and who == "vanilla":
+            bench.at_least(f"{who} beside {name}: MFU", done / peak, 0.40)
+        elif peak is not None:
+            bench.figure(f"{name}: MFU", done / peak)
+
+
+def decoding(bench: Bench) -> None:
+    """MoR-2/3/4 against vanilla of the same depth, tokens at random depths: at one batch size, and
+    at the most requests that fit into the bytes of vanilla's keys and values."""
+    dtype = torch.bfloat16 if bench.on_cuda else torch.float32
+    made = {f"mor-{r}": decoder(bench, r, dtype) for r in ((4,) if bench.tiny else (2, 3, 4))}
+    machine = measure_machine(bench.device, dtype)
+    bench.figure("matrix products", machine.flops_per_s / 1e12, "TFLOP/s")
+    bench.figure("reading memory", machine.bytes_per_s / 1e9, "GB/s")
+    vanilla, batch = decoder(bench, 1, dtype), 4 if bench.tiny else 32
+    common: dict[str, Any] = dict(
+        lengths=Lengths(mean=12, deviation=3) if bench.tiny else Lengths(),
+        machine=machine,
+        rounds=2 if bench.tiny else 5,
+        seconds=0.05 if bench.tiny else 1.0,
+    )
+    for kind, slots in (("batch 32", 2 * batch), ("equal KV bytes", None)):
+        with bench.trying(kind):
+            for row in decode_rows(vanilla, made, batch=batch, slots=slots, **common):
+                bench.figure(f"{kind}: {row.model}", row.tokens_per_s, "tokens/s")
+                if row.model == "vanilla":
+                    continue
+                bench.figure(f"{kind}: {row.model} over vanilla", row.speedup)
+                bench.at_least(f"{kind}: {row.model}, share of roofline", row.share_of_limit, 0.9)
+                if row.model == "mor-4" and slots is None:
+                    bench.at_least("MoR-4 at the largest batch over vanilla", row.speedup, 2.06)
+    for name, model in {"vanilla": vanilla, **made}.items():
+        with bench.trying(f"{name}: a pass"):
+            parts_of_a_launch(bench, name, model, batch, common["lengths"])
+
+
+def decoder(bench: Bench, recursions: int, dtype: torch.dtype) -> Transformer:
+    router = RouterConfig(kind="fixed" if recursions == 1 else "random")
+    name, layers = ("tiny", 14) if bench.tiny else ("smollm-360m", 38)
+    config = preset(name, num_recursions=recursions, num_layers=layers, router=router)
+    return Transformer(config).to(bench.device, dtype).init_weights().eval()
+
+
+def parts_of_a_launch(
+    bench: Bench, name: str, model: Transformer, batch: int, lengths: Lengths
+) -> None:
+    """Time of one pass of the shared block over full lanes, and what of a step is not the
+    device's work."""
+    load = load_for(name, model, batch=batch, slots=2 * batch, lengths=lengths, loop="device")
+    load.turn(0.05 if bench.tiny else 1.0)
+    load.turn(0.05 if bench.tiny else 1.0)
+    steps = load.engine.strategy.steps
+    with torch.inference_mode():
+        block_s = seconds_of(bench, lambda: steps._block(batch))
+        bench.figure(f"{name}: block alone", 1e6 * block_s, "us a pass")
+        if bench.on_cuda:
+            launch_s = seconds_of(bench, steps._graph(batch, True).replay, graphed=True)
+            share = 1 - launch_s / load.step_s[-1]
+            bench.at_most(f"{name}: host's share of a step", share, 0.03)
+
+
+def seconds_of(bench: Bench, work: Callable[[], Any], *, graphed: bool = False) -> float:
+    """Median seconds; on CUDA inside a graph, as the engine runs it."""
+    if not bench.on_cuda:
+        return median(timed(bench, work) for _ in range(5))
+    if not graphed:
+        work()
+        bench.wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            work()
+        work = graph.replay
+    return median(timed(bench, work) for _ in range(20))
+
+
+def timed(bench: Bench, work: Callable[[], Any]) -> float:
+    bench.wait()
+    started = time.perf_counter()
+    work()
+    bench.wait()
+    return time.perf_counter() - started
+
+
+def memory(bench: Bench) -> None:
+    """Keys and values that requests really hold, against what the costs say."""
+    for recursions in (1, 3) if bench.tiny else (1, 2, 3, 4):
+        name = "vanilla" if recursions == 1 else f"mor-{recursions}"
+        with bench.trying(name):
+            model = decoder(bench, recursions, torch.float32)
+            held, expected = kv_bytes_per_token(model, 96 if bench.tiny else 512)
+            bench.figure(f"{name}: bytes per token", held)
+            bench.promise(
+                f"{name}: over the formula",
+                held / expected <= 1.25,
+                held / expected,
+                "at most 1.25",
+            )
+
+
+def kv_bytes_per_token(model: Transformer, length: int) -> tuple[float, float]:
+    """What four requests of this length hold, and the formula for the depths they took."""
+    settings = EngineConfig(max_num_seqs=4, max_len=length + 8, prefix_caching=False)
+    it = Engine(model, config=settings)
+    for i in range(4):
+        it.add_request(draw(length, seed=i).tolist(), SamplingParams(max_new_tokens=8))
+    while any(r.num_read < length - 1 for r in it.requests.values()):
+        it.step()
+    depths = [d for r in it.requests.values() for d in r.depths]
+    kept = [sum(d > r for d in depths) for r in range(model.config.num_recursions)]
+    itemsize = model.embedding.weight.dtype.itemsize
+    expected = costs.kv_bytes(model.config, len(depths), kept, itemsize)
+    return it.kv.used_bytes / len(depths), expected / len(depths)
+
+
+class Stage(NamedTuple):
+    run: Callable[[Bench], None]
+    limit_s: int
+
+
+STAGES = {
+    "environment": Stage(environment, 30),
+    "capture": Stage(capture, 70),
+    "kernel": Stage(kernel, 40),
+    "gradients": Stage(gradients, 40),
+    "engine": Stage(engine, 70),
+    "training": Stage(training, 60),
+    "train_time": Stage(train_time, 110),
+    "decoding": Stage(decoding, 100),
+    "memory": Stage(memory, 20),
+}
+"""In order; the limits add up to nine minutes."""
+
+
+def run(name: str, device: str, *, tiny: bool) -> None:
+    torch.set_num_threads(1 if tiny else min(8, os.cpu_count() or 1))
+    torch.manual_seed(0)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    STAGES[name].run(Bench(name, torch.device(device), tiny))
