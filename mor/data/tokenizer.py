@@ -16,19 +16,22 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mor.files import extra
+from mor.files import extra, parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 _SAMPLE = (
     "  Größe 日本語 don't \t\n\n def f(x): return x**2 # 1234567 naïve CO₂ 🙂 e\u0301 A\u00a0B "
     + END_OF_TEXT
 )
-# Files beside tokenizer.json that transformers reads: special tokens, chat templates, limits.
+GENERATION = "generation_config.json"
+# Files beside tokenizer.json that transformers reads: special tokens, chat templates, limits, and
+# the tokens that end a text with the model's sampling defaults.
 COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
+    GENERATION,
 )
 
 
@@ -48,6 +51,23 @@ class Tokenizer:
         if end_id is None:
             raise ValueError(f"the tokenizer has no token {end_of_text!r} to end a document with")
         self.end_of_text_id: int = end_id
+        self.end_ids = self._end_ids()
+        """Tokens that end a text when a model writes them."""
+
+    def _end_ids(self) -> tuple[int, ...]:
+        """Those of generation_config.json, which then names all of them, and end-of-text."""
+        if GENERATION not in self.files:
+            return (self.end_of_text_id,)
+        values = parse_json(self.files[GENERATION], GENERATION)
+        given = values.get("eos_token_id")
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(f"{GENERATION}: eos_token_id={given!r} are not token ids")
+        ends = tuple(dict.fromkeys((*ids, self.end_of_text_id)))
+        if ends != tuple(ids):
+            values["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
+            self.files[GENERATION] = json.dumps(values, indent=2)
+        return ends
 
     @property
     def vocab_size(self) -> int:
@@ -136,6 +156,15 @@ class Tokenizer:
         """'bytes', a directory with a tokenizer (such as a checkpoint) or a hub name."""
         if name == "bytes":
             return byte_tokenizer()
+        found = cls._found(name)
+        if GENERATION in found.files:  # how to sample is another model's affair, ids are not
+            values = parse_json(found.files[GENERATION], GENERATION)
+            ids = {key: value for key, value in values.items() if key.endswith("token_id")}
+            found.files[GENERATION] = json.dumps(ids, indent=2)
+        return found
+
+    @classmethod
+    def _found(cls, name: str) -> Tokenizer:
         if Path(name).exists() or name.count("/") > 1 or name.startswith(("/", ".")):
             return cls.load(name)
         with extra("hf", needed_for=f"there is no directory {name!r}, and a tokenizer of the hub"):
