@@ -77,9 +77,9 @@ def write(
     Raises ValueError for what :func:`load` would refuse: weights that are not finite or not those
     of the config, and a tokenizer that is larger than the embedding.
     """
-    given = of_state(f"the model for {folder}", weights)
+    given = of_state("the model to save", weights)
     state = read_all(given, account(_shapes(_empty(config)), given))
-    check_tokenizer(config, tokenizer)
+    tokenizer.check_fits(config.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     ends = list(tokenizer.end_ids)
     extras = {
@@ -105,16 +105,6 @@ def share_weights(folder: Path) -> None:
     """Give the weights config.json's permissions: safetensors lets only their owner read them."""
     for weights in folder.glob("*.safetensors"):
         shutil.copymode(folder / _CONFIG, weights)
-
-
-def check_tokenizer(config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Raise ValueError if the tokenizer makes ids that the model has no embedding for."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer makes ids up to {tokenizer.vocab_size - 1}, but the model's embedding "
-            f"has {config.vocab_size} rows (vocab_size): the two do not belong together, or tokens "
-            "were added and the embedding was not resized"
-        )
 
 
 def resolve(path: str | Path) -> Path:
@@ -165,7 +155,7 @@ def load(
     config = read_config(folder)
     tokenizer = Tokenizer.load(folder)
     with naming(folder):
-        check_tokenizer(config, tokenizer)
+        tokenizer.check_fits(config.vocab_size)
     model = build(config, open_weights(folder), dtype=dtype)
     return Checkpoint(config, model.to(device), tokenizer)
 

@@ -271,7 +271,7 @@ def read_tokenizer(
         if generation:
             files = found.files | {GENERATION: json.dumps(dict(generation), indent=2)}
             found = Tokenizer(found.backend, end_of_text=found.end_of_text, files=files)
-        checkpoint.check_tokenizer(config, found)
+        found.check_fits(config.vocab_size)
     return found
 
 
@@ -295,8 +295,8 @@ def save_llama(out: Path, model: Transformer, tokenizer: Tokenizer) -> int:
     parameters it holds. Raises ValueError for weights that are not finite."""
     theirs, special = to_llama(model), tokenizer.to_transformers()
     for name, tensor in theirs.state_dict().items():
-        check_finite(name, tensor, f"the model for {out}")
-    checkpoint.check_tokenizer(model.config, tokenizer)
+        check_finite(name, tensor, "the model to save")
+    tokenizer.check_fits(model.config.vocab_size)
     ends = list(tokenizer.end_ids)
     ids = {
         "bos_token_id": special.bos_token_id,

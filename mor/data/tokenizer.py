@@ -81,6 +81,15 @@ class Tokenizer:
         )
         return hashlib.sha256(known.encode()).hexdigest()[:16]
 
+    def check_fits(self, vocab_size: int) -> None:
+        """Raise ValueError if a model with this many embeddings lacks one for some token."""
+        if self.vocab_size > vocab_size:
+            raise ValueError(
+                f"the tokenizer has ids up to {self.vocab_size - 1}, the model embeddings for "
+                f"0..{vocab_size - 1}: they do not belong together; give the model its own "
+                "tokenizer"
+            )
+
     def encode(self, text: str) -> list[int]:
         """Raises ValueError if the text cannot be written as UTF-8."""
         return self._encoding(text).ids
@@ -126,6 +135,14 @@ class Tokenizer:
             done = text
         return pieces
 
+    def _for_another_model(self) -> Tokenizer:
+        """Without the sampling defaults of the model it came with; the ids stay."""
+        if GENERATION in self.files:
+            values = parse_json(self.files[GENERATION], GENERATION)
+            ids = {name: value for name, value in values.items() if name.endswith("token_id")}
+            self.files[GENERATION] = json.dumps(ids, indent=2)
+        return self
+
     def save(self, folder: Path) -> None:
         self.backend.save(str(folder / "tokenizer.json"))
         for name, text in self.files.items():
@@ -156,17 +173,8 @@ class Tokenizer:
         """'bytes', a directory with a tokenizer (such as a checkpoint) or a hub name."""
         if name == "bytes":
             return byte_tokenizer()
-        found = cls._found(name)
-        if GENERATION in found.files:  # how to sample is another model's affair, ids are not
-            values = parse_json(found.files[GENERATION], GENERATION)
-            ids = {key: value for key, value in values.items() if key.endswith("token_id")}
-            found.files[GENERATION] = json.dumps(ids, indent=2)
-        return found
-
-    @classmethod
-    def _found(cls, name: str) -> Tokenizer:
         if Path(name).exists() or name.count("/") > 1 or name.startswith(("/", ".")):
-            return cls.load(name)
+            return cls.load(name)._for_another_model()
         with extra("hf", needed_for=f"there is no directory {name!r}, and a tokenizer of the hub"):
             from transformers import AutoTokenizer
         try:

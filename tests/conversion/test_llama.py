@@ -1,14 +1,28 @@
 """Llama models in and out: the same logits, the same weights."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, Qwen2Config
+from safetensors.torch import load_file, save_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+)
 
+from mor import checkpoint
+from mor.conversion.convert import convert
 from mor.conversion.initialise import recursive_init
 from mor.conversion.llama import from_llama, llama_config, to_llama
+from mor.data.tokenizer import Tokenizer
 from mor.generation import SamplingParams, generate
 from mor.model.config import RouterConfig, layout
-from tests.small_llama import SIZES, close, initialised, llama, tokens
+from tests.small_llama import SIZES, chat_tokenizer, close, initialised, llama, save_llama, tokens
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -92,3 +106,138 @@ def test_models_that_llama_cannot_express_are_refused(settings, words):
     config = ours.config.replace(**layout(8, 2), **settings)
     with pytest.raises(ValueError, match=words):
         to_llama(recursive_init(ours, config))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("llama") / "source")
+
+
+@pytest.fixture
+def source(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "llama"))
+
+
+def rewrite(source, change=None, **settings):
+    """Change the tensors and the config of a directory. change: of the dictionary of tensors."""
+    values = json.loads((source / "config.json").read_text()) | settings
+    (source / "config.json").write_text(json.dumps(values))
+    state = load_file(source / "model.safetensors")
+    save_file((change or dict)(state), source / "model.safetensors", metadata={"format": "pt"})
+
+
+def without(name):
+    return lambda state: {n: t for n, t in state.items() if not n.endswith(name)}
+
+
+def adding(name, *shape):
+    return lambda state: state | {name: torch.ones(*shape)}
+
+
+LAYER = "model.layers.0.self_attn."
+ANGLES = 1 / 777.0 ** (torch.arange(0, 8, 2) / 8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(dict, id="plain"),
+        pytest.param(lambda s: {f"module.{n}": t for n, t in s.items()}, id="ddp"),
+        pytest.param(lambda s: {f"_orig_mod.{n}": t for n, t in s.items()}, id="compiled"),
+        pytest.param(lambda s: {f"base_model.model.{n}": t for n, t in s.items()}, id="peft"),
+        pytest.param(lambda s: {n[len("model.") :]: t for n, t in s.items()}, id="base"),
+        pytest.param(
+            lambda s: s | {"lm_head.weight": s["model.embed_tokens.weight"].clone()}, id="head"
+        ),
+        pytest.param(lambda s: s | {LAYER + "rotary_emb.inv_freq": ANGLES.bfloat16()}, id="angles"),
+    ],
+)
+def test_every_accepted_form_of_a_directory_gives_the_same_logits(change, source, tmp_path):
+    rewrite(source, change)
+    convert(str(source), tmp_path / "mor")
+    ids = tokens(2, 20)
+    with torch.inference_mode():
+        close(checkpoint.load(tmp_path / "mor").model(ids).logits_BTV, llama()(ids).logits)
+
+
+def test_shards_and_an_untied_head_are_read_and_written(tmp_path):
+    theirs = llama(tie_word_embeddings=False)
+    theirs.save_pretrained(tmp_path / "llama", max_shard_size="30KB")
+    chat_tokenizer().save_pretrained(tmp_path / "llama")
+    assert (tmp_path / "llama" / "model.safetensors.index.json").is_file()
+    convert(str(tmp_path / "llama"), tmp_path / "mor")
+    convert(str(tmp_path / "mor"), tmp_path / "again", to="llama")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(again[name], t) for name, t in theirs.state_dict().items())
+    next((tmp_path / "llama").glob("model-00002*")).unlink()
+    with pytest.raises(ValueError, match=r"index\.json names files that are missing: model-00002"):
+        convert(str(tmp_path / "llama"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "words"),
+    [
+        (without("embed_tokens.weight"), {}, r"missing: embed_tokens\.weight"),
+        (without("3.mlp.up_proj.weight"), {}, r"missing: layers\.3\.mlp\.up_proj\.weight"),
+        (
+            adding(LAYER + "q_proj.bias", 48),
+            {},
+            r"left over: .*self_attn\.q_proj\.bias",
+        ),
+        (adding("score.weight", 2, 30), {}, r"left over: score\.weight"),
+        (adding("lm_head.weight", 259, 30), {}, "differs from the embedding, though tie_word_em"),
+        (
+            None,
+            {"tie_word_embeddings": False},
+            r"no lm_head\.weight, though tie_word",
+        ),
+        (None, {"num_hidden_layers": 7}, r"left over: model\.layers\.7\.input_layernorm"),
+        (None, {"num_hidden_layers": 9}, r"missing: layers\.8\.input_layernorm"),
+        (None, {"num_key_value_heads": 3}, r"k_proj\.weight is \(16, 30\), should be \(24, 30\)"),
+        (None, {"vocab_size": 260}, r"embed_tokens\.weight is \(259, 30\), should be \(260, 30\)"),
+        (None, {"vocab_size": 10**12}, r"should be \(10{12}, 30\)"),
+        (None, {"attention_bias": True}, "attention_bias=True"),
+        (None, {"hidden_size": "x"}, r"config\.json is not a config that transformers takes"),
+        (None, {"rope_interleaved": True}, "rope_interleaved=True"),
+        (None, {"rope_parameters": {"rope_theta": 5.0, "rope_type": "yarn", "factor": 2}}, "rope_"),
+        (adding(LAYER + "rotary_emb.inv_freq", 4), {}, "other rotary angles than rope_theta=777"),
+        (adding("model.norm.weight", 30, 2), {}, r"norm\.weight is \(30, 2\), should be \(30,\)"),
+        (lambda s: s | {"model.norm.weight": torch.full((30,), torch.nan)}, {}, "not finite"),
+        (lambda s: s | {"model.norm.weight": torch.ones(30).char()}, {}, r"stored as torch\.int8"),
+        (lambda s: {("module." if "norm" in n else "") + n: t for n, t in s.items()}, {}, "module"),
+    ],
+)
+def test_a_directory_that_is_not_its_config_is_refused_and_nothing_written(
+    change, settings, words, source, tmp_path
+):
+    rewrite(source, change, **settings)
+    with pytest.raises(ValueError, match=words):
+        convert(str(source), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_named(source, tmp_path):
+    larger = chat_tokenizer()
+    larger.add_tokens(["one more"])
+    larger.save_pretrained(source)
+    with pytest.raises(ValueError, match=r"llama: the tokenizer has ids up to 259, .* 0\.\.258"):
+        convert(str(source), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_too_large_for_a_dtype_are_not_written(tmp_path):
+    ours = from_llama(llama())
+    with torch.no_grad():
+        ours.final_norm.weight[0] = 1e6
+    checkpoint.save(tmp_path / "mor", ours, Tokenizer.from_transformers(chat_tokenizer()))
+    for to in ("mor", "llama"):
+        with pytest.raises(ValueError, match=r"norm\.weight in the model to save has 1 values"):
+            convert(str(tmp_path / "mor"), tmp_path / "out", to=to, dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_several_types_are_read_in_one_that_holds_them_all(source, tmp_path):
+    rewrite(source, lambda s: {n: t if "norm" in n else t.bfloat16() for n, t in s.items()})
+    convert(str(source), tmp_path / "mor")
+    stored = load_file(tmp_path / "mor" / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.float32}
