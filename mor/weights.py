@@ -47,8 +47,14 @@ def open_weights(folder: Path) -> Weights:
     """The weights of a directory: ``model.safetensors``, or the files that its index names; else
     the same of ``pytorch_model.bin``.
 
-    Raises ValueError if there are none, for a damaged file, and if index and files differ.
+    Raises ValueError if there are none, for a damaged file, if index and files differ, and for an
+    adapter beside them, which would be left out.
     """
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter; merge it into the weights first, with PEFT's "
+            "merge_and_unload()"
+        )
     for name, read_file in ((WEIGHTS, _read_safetensors), ("pytorch_model.bin", _read_pickled)):
         whole, index = folder / name, folder / f"{name}.index.json"
         if whole.is_file() and index.is_file():
@@ -155,8 +161,9 @@ def read_all(weights: Weights, names: Mapping[str, str]) -> dict[str, Tensor]:
 
 def check_finite(name: str, tensor: Tensor, place: str) -> None:
     """Raise ValueError if a tensor holds nan or infinity."""
-    if not (finite := torch.isfinite(tensor)).all():
-        count = int((~finite).sum())
+    # The extremes of a tensor with nan are nan; isfinite would take ten times as long.
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        count = int((~torch.isfinite(tensor)).sum())
         raise ValueError(
             f"{name} in {place} has {count:,} values of {tensor.numel():,} that are not finite "
             "(nan or infinity)"

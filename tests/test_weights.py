@@ -73,6 +73,9 @@ def test_shards_are_read_as_one_and_compared_with_their_index(tmp_path):
     save_file({"b": B}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="holds both"):
         open_weights(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter; merge it"):
+        open_weights(tmp_path)
 
 
 class Hostile:

@@ -297,10 +297,10 @@ def load_model(checkpoint: str | Path, *, device: str = "auto") -> tuple[Any, An
     name, settings = _locate(str(checkpoint))
     with without_bars():
         dtype = torch.float32 if place.type == "cpu" else "auto"
-        model: Any
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True, **settings
         )
+        model, found = loaded
         _check_loaded(name, found)
         return model.to(place).eval(), AutoTokenizer.from_pretrained(name, **settings)
 

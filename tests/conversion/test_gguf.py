@@ -15,8 +15,7 @@ from tests.small_llama import TEMPLATE, chat_tokenizer, close, llama, tokens
 def write_gguf(path, model, pre="smollm", scaling=None, change=None, arch="llama", **settings):
     """A GGUF as llama.cpp makes it: query and key rows in its own rotary order.
 
-    change: of the dictionary of tensors. settings: further ones of the model, with underscores for
-    dots.
+    change: of the dictionary of tensors. settings: further ones of the model, whole numbers.
     """
     c = model.config
     writer = gguf.GGUFWriter(path, arch)
@@ -85,9 +84,7 @@ def test_a_gguf_file_is_read_with_its_tokenizer(tmp_path):
 
 def test_what_transformers_overlooks_in_a_gguf_is_said(tmp_path):
     write_gguf(tmp_path / "a.gguf", llama(vocab_size=261), scaling=gguf.RopeScalingType.YARN)
-    with pytest.raises(
-        ValueError, match=r"a\.gguf: llama\.rope\.scaling\.type='yarn' is a setting"
-    ):
+    with pytest.raises(ValueError, match=r"a\.gguf: llama\.rope\.scaling\.type='yarn' is a"):
         convert(str(tmp_path / "a.gguf"), tmp_path / "mor")
     write_gguf(tmp_path / "b.gguf", llama(vocab_size=261), pre="llama-bpe")
     with pytest.warns(UserWarning, match="rule 'llama-bpe'"):
@@ -112,7 +109,7 @@ def adding(name, *shape):
         (
             adding("output_norm.weight", 31),
             {},
-            r"output_norm\.weight is \(31,\), should be \(30,\)",
+            r"output_norm\.weight is \(31,\), should be",
         ),
         (lambda t: t | {"output_norm.weight": np.full(30, np.nan, np.float32)}, {}, "not finite"),
         (None, {"expert_count": 8}, r"llama\.expert_count=8 is a setting that mor does not have"),
@@ -120,7 +117,7 @@ def adding(name, *shape):
         (
             None,
             {"attention.key_length": 16},
-            r"llama\.rope\.dimension_count=8 is not the size of a",
+            r"llama\.rope\.dimension_count=8 is not the size",
         ),
         (None, {"arch": "qwen2"}, r"general\.architecture='qwen2'"),
     ],
@@ -135,7 +132,8 @@ def test_what_mor_cannot_compute_is_named_and_nothing_written(change, settings, 
 def test_a_head_of_its_own_and_neutral_settings_are_read(tmp_path):
     theirs = llama(vocab_size=261, tie_word_embeddings=False)
     write_gguf(tmp_path / "a.gguf", theirs, expert_count=0)
-    assert not (found := read_source(str(tmp_path / "a.gguf"))).config.tie_embeddings
+    found = read_source(str(tmp_path / "a.gguf"))
+    assert not found.config.tie_embeddings
     ids = tokens(2, 20)
     with torch.inference_mode():
         close(found.model(ids).logits_BTV, theirs(ids).logits)
@@ -144,7 +142,7 @@ def test_a_head_of_its_own_and_neutral_settings_are_read(tmp_path):
 
 
 def test_quantized_weights_are_what_the_format_says(tmp_path):
-    theirs = llama(vocab_size=261, hidden_size=32)
+    theirs = llama(vocab_size=261, hidden_size=96)
     quantized = {}
 
     def rounded(tensors):
