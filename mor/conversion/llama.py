@@ -213,24 +213,28 @@ def read_llama(name: str) -> Checkpoint:
     transformers.utils.logging.disable_progress_bar()
     folder = Path(name) if Path(name).is_dir() else _downloaded(name)
     settings = read_json(folder / "config.json")
-    config = llama_config(_their_config(folder))
+    with naming(folder / "config.json"):
+        config = llama_config(_their_config(folder / "config.json"))
     model = llama_model(config, open_weights(folder))
     file = folder / GENERATION
     generation = read_json(file) if file.is_file() else _of_config(settings)
     return Checkpoint(config, model, read_tokenizer(config, generation, folder))
 
 
-def _their_config(folder: Path) -> Any:
+def _their_config(file: Path) -> Any:
     from transformers import AutoConfig
 
-    file = folder / "config.json"
     if "model_type" not in read_json(file):
-        raise ValueError(f"{file} names no model_type, such as 'mor' or 'llama'")
+        raise ValueError("it names no model_type, such as 'mor' or 'llama'")
     try:
-        return AutoConfig.from_pretrained(str(folder))
+        return AutoConfig.from_pretrained(str(file.parent))
     except Exception as error:  # of whatever type transformers' checks of single settings raise
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{file} is not a config that transformers takes: {first}") from error
+        raise ValueError(f"transformers does not take it: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    words = " ".join((str(error) or repr(error)).split())
+    return words if len(words) < 200 else f"{words[:200]}..."
 
 
 def _of_config(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,8 +263,9 @@ def read_tokenizer(
     try:
         theirs = AutoTokenizer.from_pretrained(str(folder), **settings)
     except Exception as error:  # of whatever type: the tokenizer's own files are read by many hands
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"transformers cannot read the tokenizer of {place}: {first}") from error
+        raise ValueError(
+            f"transformers cannot read the tokenizer of {place}: {_in_one_line(error)}"
+        ) from error
     with naming(place):
         if theirs.eos_token is None and end_of_text is None:
             ends: Any = generation.get("eos_token_id")
@@ -284,9 +289,8 @@ def _downloaded(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{name} is no directory, and the hub does not give it: {first}"
+            f"{name} is no directory, and the hub does not give it: {_in_one_line(error)}"
         ) from error
 
 
