@@ -28,6 +28,7 @@ from mor.weights import (
     Shape,
     Weights,
     account,
+    bare_names,
     of_state,
     open_weights,
     read_all,
@@ -176,8 +177,11 @@ def build(
     finite.
     """
     model = _empty(config)
+    copies = _copies(config, weights, head=names("head.weight"), of=names("embedding.weight"))
     found = account(
-        {names(name): shape for name, shape in _shapes(model).items()}, weights, left_out=left_out
+        {names(name): shape for name, shape in _shapes(model).items()},
+        weights,
+        left_out=[*left_out, *copies],
     )
     state = read_all(weights, {name: found[names(name)] for name in model.state_dict()})
     model.to(dtype or widest(state.values()))
@@ -188,6 +192,27 @@ def build(
     }
     model.load_state_dict(own, assign=True)
     return model.eval()
+
+
+def _copies(config: ModelConfig, weights: Weights, *, head: str, of: str) -> list[str]:
+    """The head of a model that ties it to its embedding, if it is there as a copy of that one.
+    Raises ValueError if what is there contradicts the setting."""
+    there = bare_names(weights)
+    tied = config.tie_embeddings
+    if of not in there or tied == (head not in there):
+        return []
+    if not tied:
+        raise ValueError(
+            f"{weights.place} has no {head}, though the settings say that the embedding is not "
+            "tied to it (tie_word_embeddings or tie_embeddings is false in config.json)"
+        )
+    if not torch.equal(weights.read(there[head]), weights.read(there[of])):
+        raise ValueError(
+            f"{weights.place} has a {there[head]} that differs from the embedding, though the "
+            "settings tie the two (tie_word_embeddings or tie_embeddings is not false in "
+            "config.json)"
+        )
+    return [head]
 
 
 def _empty(config: ModelConfig) -> Transformer:

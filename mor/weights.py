@@ -66,11 +66,6 @@ def open_weights(folder: Path) -> Weights:
     raise ValueError(f"{folder} holds no weights (no {WEIGHTS} and no {WEIGHTS}.index.json)")
 
 
-def files_of(folder: Path) -> list[Path]:
-    """The files that :func:`open_weights` reads in safetensors format."""
-    return sorted(folder.glob("model*.safetensors*"))
-
-
 def _read_safetensors(file: Path) -> Weights:
     try:
         opened: Any = safe_open(file, framework="pt")

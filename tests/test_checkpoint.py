@@ -149,7 +149,7 @@ def rewrite(folder, *, state=None, **settings):
         ({"num_recursions": 10**12}, "num_recursions must be at most 10000"),
         ({"shared_layers": 3}, r"missing: recursions\.shared_blocks\.2\.attention_norm\.weight"),
         ({"coda_layers": 0}, r"left over: model\.coda\.0"),
-        ({"tie_embeddings": False}, r"missing: head\.weight"),
+        ({"tie_embeddings": False}, r"no head\.weight, though the settings"),
         ({"num_heads": 2}, r"q_proj\.weight is \(24, 24\), should be \(12, 24\)"),
         ({"router": {"kind": "fixed"}}, r"left over: model\.recursions\.router"),
         ({"dim": "wide"}, r"config\.json: dim must be a whole number"),
@@ -167,7 +167,9 @@ def test_a_damaged_config_is_named(text, copied, tmp_path):
     (copied / "checksums.json").unlink()
     (copied / "config.json").write_text(text)
     for read in (checkpoint.load, lambda path: convert(str(path), tmp_path / "out")):
-        with pytest.raises(ValueError, match=r"c/config\.json( is damaged| does not|: it names no)"):
+        with pytest.raises(
+            ValueError, match=r"c/config\.json( is damaged| does not|: it names no)"
+        ):
             read(copied)
     assert not (tmp_path / "out").exists()
 
@@ -203,6 +205,17 @@ def test_names_may_have_what_wrappers_put_before_them(prefix, copied):
     rewrite(copied, state={prefix + name: t for name, t in model.state_dict().items()})
     again = checkpoint.load(copied).model.state_dict()
     assert all(torch.equal(again[name], t) for name, t in model.state_dict().items())
+
+
+def test_a_copy_of_the_embedding_is_left_out_and_another_head_is_not(copied):
+    model = checkpoint.load(copied).model
+    state = model.state_dict()
+    rewrite(copied, state=state | {"head.weight": state["embedding.weight"].clone()})
+    again = checkpoint.load(copied).model.state_dict()
+    assert all(torch.equal(again[name], t) for name, t in state.items())
+    rewrite(copied, state=state | {"head.weight": state["embedding.weight"] + 1})
+    with pytest.raises(ValueError, match=r"head\.weight that differs from the embedding"):
+        checkpoint.load(copied)
 
 
 def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):

@@ -21,7 +21,7 @@ from mor.data.tokenizer import GENERATION, Tokenizer
 from mor.files import extra, naming, parse_json, read_json, replacing
 from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
-from mor.weights import Weights, bare_names, check_finite, of_state, open_weights
+from mor.weights import Weights, check_finite, of_state, open_weights
 
 # A layer's weights here and in transformers' Llama; the rest of a name is the same.
 _LAYER = {
@@ -31,7 +31,6 @@ _LAYER = {
     "feed_forward": "mlp",
 }
 _OUTER = {"embedding": "embed_tokens", "final_norm": "norm", "head": "lm_head"}
-_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 _ANGLES = "layers.*.self_attn.rotary_emb.inv_freq"
 """What old versions of transformers stored beside the weights: it follows from rope_theta."""
 
@@ -99,21 +98,10 @@ def from_llama(theirs: Any) -> Transformer:
 def llama_model(config: ModelConfig, weights: Weights) -> Transformer:
     """A vanilla model with the weights of a Llama, in their dtype.
 
-    Raises ValueError unless every tensor is used, and for a head or rotary angles that contradict
-    the config.
+    Raises ValueError unless every tensor is used, and for rotary angles that contradict the config.
     """
-    there = bare_names(weights)
-    left_out = [_ANGLES]
-    if config.tie_embeddings and _HEAD in there:
-        _check_tied(weights, there)
-        left_out.append(_HEAD)
-    if not config.tie_embeddings and _HEAD not in there and _EMBEDDING in there:
-        raise ValueError(
-            f"{weights.place} has no {_HEAD}, though tie_word_embeddings is false; if the model "
-            'does tie them, write "tie_word_embeddings": true into config.json'
-        )
-    model = checkpoint.build(config, weights, names=llama_name, left_out=left_out)
-    _check_angles(config, weights, there)
+    model = checkpoint.build(config, weights, names=llama_name, left_out=[_ANGLES])
+    _check_angles(config, weights)
     return model
 
 
@@ -126,21 +114,12 @@ def llama_name(ours: str) -> str:
     return f"layers.{layer}.{_LAYER[part]}.{inner}"
 
 
-def _check_tied(weights: Weights, there: Mapping[str, str]) -> None:
-    if not torch.equal(weights.read(there[_HEAD]), weights.read(there[_EMBEDDING])):
-        raise ValueError(
-            f"{weights.place} has a {there[_HEAD]} that differs from the embedding, though "
-            'tie_word_embeddings is true; write "tie_word_embeddings": false into config.json to '
-            "use it"
-        )
-
-
-def _check_angles(config: ModelConfig, weights: Weights, there: Mapping[str, str]) -> None:
+def _check_angles(config: ModelConfig, weights: Weights) -> None:
     """Angles that were stored must be those that mor computes."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     expected = 1.0 / config.rope_theta**exponent
-    for name, theirs in there.items():
-        if name.endswith("rotary_emb.inv_freq"):
+    for theirs in weights.shapes:
+        if theirs.endswith("rotary_emb.inv_freq"):
             found = weights.read(theirs)
             same = found.shape == expected.shape
             if not same or not torch.allclose(found.float(), expected, rtol=1e-2):
