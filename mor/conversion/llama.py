@@ -262,12 +262,11 @@ def read_tokenizer(
 def _downloaded(name: str) -> Path:
     """The files of a model on the hub, from the cache where they are there."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{name} is no directory, and the hub does not give it: {_in_one_line(error)}"
         ) from error

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from mor import checkpoint
-from mor.conversion.convert import convert
+from mor.conversion.convert import convert, read_source
 from mor.conversion.initialise import recursive_init
 from mor.conversion.llama import from_llama, llama_config, to_llama
 from mor.data.tokenizer import Tokenizer
@@ -234,6 +235,24 @@ def test_weights_too_large_for_a_dtype_are_not_written(tmp_path):
         with pytest.raises(ValueError, match=r"norm\.weight in the model to save has 1 values"):
             convert(str(tmp_path / "mor"), tmp_path / "out", to=to, dtype="float16")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_the_hub_is_read_as_its_directory_is(source, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(name, **settings):
+        asked.append(name)
+        if name != "owner/model":
+            raise OSError("no such\nrepository")
+        return str(source)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    found = read_source("owner/model").model.state_dict()
+    expected = from_llama(llama()).state_dict()
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
+    with pytest.raises(ValueError, match=r"owner/other is no directory, .*: no such repository"):
+        read_source("owner/other")
+    assert asked == ["owner/model", "owner/other"]
 
 
 def test_weights_of_several_types_are_read_in_one_that_holds_them_all(source, tmp_path):
