@@ -206,7 +206,7 @@ def _their_config(file: Path) -> Any:
     if "model_type" not in read_json(file):
         raise ValueError("it names no model_type, such as 'mor' or 'llama'")
     try:
-        return AutoConfig.from_pretrained(str(file.parent))
+        return AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False)
     except Exception as error:  # of whatever type transformers' checks of single settings raise
         raise ValueError(f"transformers does not take it: {_in_one_line(error)}") from error
 
@@ -240,7 +240,8 @@ def read_tokenizer(
 
     place = folder / settings.get("gguf_file", "")
     try:
-        theirs = AutoTokenizer.from_pretrained(str(folder), **settings)
+        # Never code from the source, and no question whether to run it.
+        theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **settings)
     except Exception as error:  # of whatever type: the tokenizer's own files are read by many hands
         raise ValueError(
             f"transformers cannot read the tokenizer of {place}: {_in_one_line(error)}"

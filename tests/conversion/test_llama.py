@@ -260,3 +260,18 @@ def test_weights_of_several_types_are_read_in_one_that_holds_them_all(source, tm
     convert(str(source), tmp_path / "mor")
     stored = load_file(tmp_path / "mor" / "model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.float32}
+
+
+def test_code_beside_a_model_does_not_run(source, tmp_path):
+    (source / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
+    for name, classes in [
+        ("config.json", {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.C"}),
+        ("tokenizer_config.json", {"AutoTokenizer": [None, "own.C"]}),
+    ]:
+        values = json.loads((source / name).read_text())
+        (source / name).write_text(json.dumps(values | {"auto_map": classes}))
+    assert read_source(str(source)).config.dim == 30
+    rewrite(source, model_type="own")
+    with pytest.raises(ValueError, match=r"config\.json: transformers does not take it"):
+        read_source(str(source))
+    assert not (tmp_path / "ran").exists()
