@@ -13,7 +13,7 @@ Message = Mapping[str, str]
 class Chat:
     """The chat template of a tokenizer.
 
-    stop_token_ids: the end-of-text token and the one that the template puts after an answer.
+    stop_token_ids: the tokens that end a text and the one that the template puts after an answer.
     Raises ValueError if the tokenizer has no template, ImportError if transformers is missing.
     """
 
@@ -26,7 +26,7 @@ class Chat:
                 "leave out --chat"
             )
         self.tokenizer = tokenizer
-        self.stop_token_ids = tuple({tokenizer.end_of_text_id, *self._end_of_answer()})
+        self.stop_token_ids = tuple({*tokenizer.end_ids, *self._end_of_answer()})
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the conversation, up to where the assistant's answer begins.

@@ -9,25 +9,37 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mor.data.tokenizer import Tokenizer
-from mor.files import read_json, replacing, write_checksums
+from mor.files import CHECKSUMS, naming, read_json, replacing, verify, write_checksums
 from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
 from mor.run_folder import RunFolder
+from mor.weights import (
+    WEIGHTS,
+    Shape,
+    Weights,
+    account,
+    bare_names,
+    of_state,
+    open_weights,
+    read_all,
+    widest,
+)
 
-OPTIMIZER = Path("training_state") / "optimizer"
+_CONFIG = "config.json"
+_STATE = "training_state"
+OPTIMIZER = Path(_STATE) / "optimizer"
 """Where training puts the state of its optimizers."""
-_PROGRESS = Path("training_state") / "progress.json"
-_WEIGHTS = "model.safetensors"
+_PROGRESS = f"{_STATE}/progress.json"
 _PREFIX = "model."  # MoRForCausalLM holds the Transformer under this name
 # Entries of config.json that are not settings of ModelConfig.
 _OUR_EXTRAS = {"model_type", "architectures", "eos_token_id", "auto_map"}
@@ -61,20 +73,28 @@ def write(
     *,
     progress: Mapping[str, Any] | None = None,
 ) -> None:
-    """Fill a folder, which may hold the optimizers' state already; checksums cover all of it."""
+    """Fill a folder, which may hold the optimizers' state already; checksums cover all of it.
+
+    Raises ValueError for what :func:`load` would refuse: weights that are not finite or not those
+    of the config, and a tokenizer that is larger than the embedding.
+    """
+    given = of_state("the model to save", weights)
+    state = read_all(given, account(_shapes(_empty(config)), given))
+    tokenizer.check_fits(config.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
+    ends = list(tokenizer.end_ids)
     extras = {
         "model_type": "mor",
         "architectures": ["MoRForCausalLM"],
-        "eos_token_id": tokenizer.end_of_text_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
     }
-    (folder / "config.json").write_text(json.dumps(extras | config.to_dict(), indent=2))
+    (folder / _CONFIG).write_text(json.dumps(extras | config.to_dict(), indent=2))
     save_file(
-        {_PREFIX + name: tensor.detach().contiguous() for name, tensor in weights.items()},
-        folder / _WEIGHTS,
+        {_PREFIX + name: tensor.detach().contiguous() for name, tensor in state.items()},
+        folder / WEIGHTS,
         metadata={"format": "pt"},
     )
-    open_weights(folder)
+    share_weights(folder)
     tokenizer.save(folder)
     if progress is not None:
         (folder / _PROGRESS).parent.mkdir(exist_ok=True)
@@ -82,10 +102,10 @@ def write(
     write_checksums(folder)
 
 
-def open_weights(folder: Path) -> None:
+def share_weights(folder: Path) -> None:
     """Give the weights config.json's permissions: safetensors lets only their owner read them."""
     for weights in folder.glob("*.safetensors"):
-        shutil.copymode(folder / "config.json", weights)
+        shutil.copymode(folder / _CONFIG, weights)
 
 
 def resolve(path: str | Path) -> Path:
@@ -100,38 +120,147 @@ def resolve(path: str | Path) -> Path:
     )
 
 
-def load(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
+def check(folder: Path) -> None:
+    """Compare all files that :func:`load` reads with their checksums, where the folder has some
+    (transformers writes none). Raises ValueError naming the first that is missing or has changed.
+
+    What training alone reads is left to whoever resumes.
+    """
+    _check(folder, lambda name: Path(name).parts[0] != _STATE)
+
+
+def _check(folder: Path, only: Callable[[str], bool]) -> None:
+    if not (folder / CHECKSUMS).is_file():
+        return
+    try:
+        verify(folder, only=only)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. If you changed the folder on purpose, delete {CHECKSUMS} in it"
+        ) from None
+
+
+def load(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+) -> Checkpoint:
     """Read a checkpoint, or the newest one of a run, with the model in evaluation mode.
 
-    Raises ValueError if there is none, or if it is damaged.
+    dtype: None keeps that of the stored weights. Raises ValueError if there is none, if a file is
+    damaged, and if weights, settings and tokenizer do not belong together.
     """
     folder = resolve(path)
+    check(folder)
     config = read_config(folder)
-    model = Transformer(config)
-    try:
-        state = load_file(folder / _WEIGHTS)
-        model.load_state_dict(
-            {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
-        )
-    except (SafetensorError, RuntimeError) as error:
+    tokenizer = Tokenizer.load(folder)
+    with naming(folder):
+        tokenizer.check_fits(config.vocab_size)
+    model = build(config, open_weights(folder), dtype=dtype)
+    return Checkpoint(config, model.to(device), tokenizer)
+
+
+def build(
+    config: ModelConfig,
+    weights: Weights,
+    *,
+    names: Callable[[str], str] = str,
+    left_out: Iterable[str] = (),
+    dtype: torch.dtype | None = None,
+) -> Transformer:
+    """The model of a config with every tensor from ``weights``, in evaluation mode.
+
+    names: what the weights call a tensor of ours. left_out: patterns of names that are not used.
+    dtype: None for the one that holds them all exactly. Memory is asked for when all names and
+    shapes are known to fit. Raises ValueError where they do not, and for values that are not
+    finite.
+    """
+    model = _empty(config)
+    copies = _copies(config, weights, head=names("head.weight"), of=names("embedding.weight"))
+    found = account(
+        {names(name): shape for name, shape in _shapes(model).items()},
+        weights,
+        left_out=[*left_out, *copies],
+    )
+    state = read_all(weights, {name: found[names(name)] for name in model.state_dict()})
+    model.to(dtype or widest(state.values()))
+    # A copy in any case: what was read may be a view of the file.
+    own = {
+        name: state.pop(name).to(tensor.dtype, copy=True).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    model.load_state_dict(own, assign=True)
+    return model.eval()
+
+
+def _copies(config: ModelConfig, weights: Weights, *, head: str, of: str) -> list[str]:
+    """The head of a model that ties it to its embedding, if it is there as a copy of that one.
+    Raises ValueError if what is there contradicts the setting."""
+    there = bare_names(weights)
+    tied = config.tie_embeddings
+    if of not in there or tied == (head not in there):
+        return []
+    if not tied:
         raise ValueError(
-            f"{folder / _WEIGHTS} is damaged or belongs to another config: {error}"
-        ) from error
-    return Checkpoint(config, model.to(device).eval(), Tokenizer.load(folder))
+            f"{weights.place} has no {head}, though the settings say that the embedding is not "
+            "tied to it (tie_word_embeddings or tie_embeddings is false in config.json)"
+        )
+    if not torch.equal(weights.read(there[head]), weights.read(there[of])):
+        raise ValueError(
+            f"{weights.place} has a {there[head]} that differs from the embedding, though the "
+            "settings tie the two (tie_word_embeddings or tie_embeddings is not false in "
+            "config.json)"
+        )
+    return [head]
+
+
+def _empty(config: ModelConfig) -> Transformer:
+    """The model without memory for its weights. Raises ValueError if nothing could hold them."""
+    try:
+        with torch.device("meta"), _Undrawn():
+            return Transformer(config)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"no memory holds a model of dim={config.dim:,}, vocab_size={config.vocab_size:,}, "
+            f"ffn_dim={config.ffn_dim:,}: {str(error).splitlines()[0]}"
+        ) from None
+
+
+class _Undrawn(TorchFunctionMode):
+    """Draws no first weights. Without memory there is nothing to fill, and the first draw there
+    costs torch seconds of imports."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function in (torch.nn.init.kaiming_uniform_, torch.nn.init.normal_):
+            return (kwargs or {}).get("tensor", *args[:1])
+        return function(*args, **(kwargs or {}))
+
+
+def _shapes(model: Transformer) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The settings of a checkpoint's model. Raises ValueError if it is not a mor model."""
-    file = folder / "config.json"
-    values = json.loads(file.read_text())
+    """The settings of a checkpoint's model. Raises ValueError if the file is damaged or does not
+    describe a mor model."""
+    file = folder / _CONFIG
+    _check(folder, lambda name: name == _CONFIG)
+    values = read_json(file)
     if values.get("model_type") != "mor":
-        raise ValueError(f"{file} does not describe a mor model (model_type is not 'mor')")
-    # A file that transformers wrote also has settings of transformers.
-    theirs = "transformers_version" in values
-    ignored = values.keys() - ModelConfig.__dataclass_fields__.keys() if theirs else _OUR_EXTRAS
-    return ModelConfig.from_dict(
-        {name: value for name, value in values.items() if name not in ignored}
-    )
+        raise ValueError(
+            f"{file} does not describe a mor model: its model_type is "
+            f"{values.get('model_type')!r}, not 'mor'"
+        )
+    with naming(file):
+        config, others = ModelConfig.among(values)
+        unknown = sorted(others.keys() - _OUR_EXTRAS)
+        # A file that transformers wrote also has settings of transformers.
+        if unknown and "transformers_version" not in values:
+            raise ValueError(f"{', '.join(unknown)}: not a setting of a mor model")
+    return config
 
 
 def load_progress(path: str | Path) -> dict[str, Any]:
@@ -139,4 +268,5 @@ def load_progress(path: str | Path) -> dict[str, Any]:
     folder = resolve(path)
     if not (folder / _PROGRESS).is_file():
         raise ValueError(f"{folder} was saved without training state and cannot be continued")
+    _check(folder, lambda name: name == _PROGRESS)
     return read_json(folder / _PROGRESS)

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import tomllib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,20 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The table that a JSON file holds. Raises ValueError if the file is damaged."""
     try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}; delete it or restore a copy") from None
+    return parse_json(text, path)
+
+
+def parse_json(text: str, place: object) -> dict[str, Any]:
+    """The table that a text holds; place: the file, for the message. Raises ValueError as above."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is damaged: {error}; delete it or restore a copy") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it holds no table; delete it or restore a copy")
+        raise ValueError(f"{place} is damaged: it holds no table; delete it or restore a copy")
     return values
 
 
@@ -104,12 +113,14 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2))
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, *, only: Callable[[str], bool] | None = None) -> None:
     """Raise ValueError naming the first file of a folder that is missing or has changed since its
-    checksum was written."""
+    checksum was written. only: whether to look at a file, by its path in the folder."""
     if not (folder / CHECKSUMS).is_file():
         raise ValueError(f"{folder} has no {CHECKSUMS}: mor did not write it, or did not finish it")
     for name, expected in read_json(folder / CHECKSUMS).items():
+        if only is not None and not only(name):
+            continue
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing")
         if _checksum(folder / name) != expected:

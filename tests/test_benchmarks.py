@@ -60,8 +60,8 @@ def test_convert_parity_finds_what_is_equal_and_what_is_not(folder, run, monkeyp
     assert found["chat_template_equal"] and found["documents_with_other_ids_than_transformers"] == 0
     from mor import checkpoint
 
-    def spoilt(path, load=checkpoint.load):
-        loaded = load(path)
+    def spoilt(path, load=checkpoint.load, **settings):
+        loaded = load(path, **settings)
         loaded.model.final_norm.weight.data += 0.1
         return loaded
 

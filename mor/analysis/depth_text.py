@@ -36,7 +36,7 @@ def depth_legend(config: ModelConfig, console: Console) -> Text:
 def depth_text(tokenizer: Tokenizer, result: Generation, console: Console) -> Text:
     """Prompt and continuation; the last token was never read and has no depth."""
     ids = [*result.prompt_ids, *result.token_ids]
-    if ids[-1] == tokenizer.end_of_text_id:
+    if ids[-1] in tokenizer.end_ids:
         ids = ids[:-1]
     text = Text()
     for i, piece in enumerate(tokenizer.pieces(ids)):

@@ -48,7 +48,7 @@ class Generate(Command):
         self._check()
         config, model, tokenizer = load(self.checkpoint)
         chat = Chat(tokenizer) if self.chat else None
-        stops = chat.stop_token_ids if chat else (tokenizer.end_of_text_id,)
+        stops = chat.stop_token_ids if chat else tokenizer.end_ids
         if chat and self.prompt is None:
             self._converse(model, tokenizer, chat)
             return
@@ -67,7 +67,7 @@ class Generate(Command):
         if self.json:
             found = {
                 "prompt": self.prompt,
-                "text": tokenizer.decode(result.token_ids),
+                "text": tokenizer.decode([i for i in result.token_ids if i not in stops]),
                 **asdict(result),
             }
             print(json.dumps(found | {"mean_depth": result.mean_depth}))
@@ -113,7 +113,8 @@ class Generate(Command):
         new: list[int] = []
         shown = ""
         for event in stream(model, [ids], self._params(stops), max_depth=self.max_depth):
-            new.append(event.token_id)
+            if event.finish_reason != "stop":  # the token that ends a text is none of it
+                new.append(event.token_id)
             text = tokenizer.decode(new)
             # A character of several tokens is printed when it is complete.
             if not text.endswith("\ufffd") or event.finish_reason:

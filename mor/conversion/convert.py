@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 
 from mor import checkpoint
 from mor.checkpoint import Checkpoint
@@ -17,6 +15,7 @@ from mor.conversion.gguf import read_gguf
 from mor.conversion.initialise import Init, fitting_depth, layer_sources, recursive_init
 from mor.conversion.layers import count_parameters
 from mor.conversion.llama import read_llama, save_llama
+from mor.files import read_json
 from mor.model.config import KVStrategyName, ModelConfig, RouterConfig, Sharing, layout
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -36,8 +35,8 @@ def read_source(source: str) -> Checkpoint:
     if path.is_dir():
         if not (path / "config.json").is_file():
             path = checkpoint.resolve(path)
-        if json.loads((path / "config.json").read_text()).get("model_type") == "mor":
-            return _read_mor(path)
+        if read_json(path / "config.json").get("model_type") == "mor":
+            return checkpoint.load(path, dtype=None)
         return read_llama(str(path))
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         raise ValueError(
@@ -45,19 +44,6 @@ def read_source(source: str) -> Checkpoint:
             "owner/model"
         )
     return read_llama(source)
-
-
-def _read_mor(path: Path) -> Checkpoint:
-    """A checkpoint in the dtype it was saved in; loading alone makes it float32."""
-    loaded = checkpoint.load(path)
-    with safe_open(path / "model.safetensors", framework="pt") as weights:
-        stored = {
-            weights.get_slice(name).get_dtype()
-            for name in weights.keys()  # noqa: SIM118 (not a dict)
-            if name.endswith("_proj.weight")
-        }
-    dtype = {("BF16",): torch.bfloat16, ("F16",): torch.float16}.get(tuple(stored), torch.float32)
-    return loaded._replace(model=loaded.model.to(dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

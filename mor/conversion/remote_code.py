@@ -23,12 +23,12 @@ def export(source: str | Path, out: str | Path) -> Path:
     ``trust_remote_code=True``.
 
     The directory holds this package's own modules, their imports made relative. mor reads it as
-    well. Raises ValueError if ``out`` exists or ``source`` is not a checkpoint.
+    well. Raises ValueError if ``out`` exists or ``source`` is not a checkpoint that loads.
     """
     source, out = checkpoint.resolve(source), Path(out)
-    checkpoint.read_config(source)
     if out.exists():
         raise ValueError(f"{out} exists; choose another directory or delete it")
+    checkpoint.load(source)  # nobody else will look at its checksums
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("training_state", "checksums.json"))
     for module in modules():
         code = _IMPORT.sub(r"\1from .mor_\2 import", module.read_text(encoding="utf-8"))

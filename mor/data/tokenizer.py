@@ -16,19 +16,22 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mor.files import extra
+from mor.files import extra, parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 _SAMPLE = (
     "  Größe 日本語 don't \t\n\n def f(x): return x**2 # 1234567 naïve CO₂ 🙂 e\u0301 A\u00a0B "
     + END_OF_TEXT
 )
-# Files beside tokenizer.json that transformers reads: special tokens, chat templates, limits.
+GENERATION = "generation_config.json"
+# Files beside tokenizer.json that transformers reads: special tokens, chat templates, limits, and
+# the tokens that end a text with the model's sampling defaults.
 COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
+    GENERATION,
 )
 
 
@@ -48,6 +51,23 @@ class Tokenizer:
         if end_id is None:
             raise ValueError(f"the tokenizer has no token {end_of_text!r} to end a document with")
         self.end_of_text_id: int = end_id
+        self.end_ids = self._end_ids()
+        """Tokens that end a text when a model writes them."""
+
+    def _end_ids(self) -> tuple[int, ...]:
+        """Those of generation_config.json, which then names all of them, and end-of-text."""
+        if GENERATION not in self.files:
+            return (self.end_of_text_id,)
+        values = parse_json(self.files[GENERATION], GENERATION)
+        given = values.get("eos_token_id")
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(f"{GENERATION}: eos_token_id={given!r} are not token ids")
+        ends = tuple(dict.fromkeys((*ids, self.end_of_text_id)))
+        if ends != tuple(ids):
+            values["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
+            self.files[GENERATION] = json.dumps(values, indent=2)
+        return ends
 
     @property
     def vocab_size(self) -> int:
@@ -60,6 +80,15 @@ class Tokenizer:
             [sorted(self.backend.get_vocab().items()), self.end_of_text_id, self.encode(_SAMPLE)]
         )
         return hashlib.sha256(known.encode()).hexdigest()[:16]
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Raise ValueError if a model with this many embeddings lacks one for some token."""
+        if self.vocab_size > vocab_size:
+            raise ValueError(
+                f"the tokenizer has ids up to {self.vocab_size - 1}, the model embeddings for "
+                f"0..{vocab_size - 1}: they do not belong together; give the model its own "
+                "tokenizer"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Raises ValueError if the text cannot be written as UTF-8."""
@@ -106,6 +135,14 @@ class Tokenizer:
             done = text
         return pieces
 
+    def _for_another_model(self) -> Tokenizer:
+        """Without the sampling defaults of the model it came with; the ids stay."""
+        if GENERATION in self.files:
+            values = parse_json(self.files[GENERATION], GENERATION)
+            ids = {name: value for name, value in values.items() if name.endswith("token_id")}
+            self.files[GENERATION] = json.dumps(ids, indent=2)
+        return self
+
     def save(self, folder: Path) -> None:
         self.backend.save(str(folder / "tokenizer.json"))
         for name, text in self.files.items():
@@ -137,7 +174,7 @@ class Tokenizer:
         if name == "bytes":
             return byte_tokenizer()
         if Path(name).exists() or name.count("/") > 1 or name.startswith(("/", ".")):
-            return cls.load(name)
+            return cls.load(name)._for_another_model()
         with extra("hf", needed_for=f"there is no directory {name!r}, and a tokenizer of the hub"):
             from transformers import AutoTokenizer
         try:

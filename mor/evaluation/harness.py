@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mor.checkpoint import resolve
+from mor.checkpoint import check, resolve
 from mor.data.stream import evenly_spaced
 from mor.device import pick_device
 from mor.evaluation.quiet import quiet, without_bars
@@ -297,8 +297,25 @@ def load_model(checkpoint: str | Path, *, device: str = "auto") -> tuple[Any, An
     name, settings = _locate(str(checkpoint))
     with without_bars():
         dtype = torch.float32 if place.type == "cpu" else "auto"
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **settings)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, **settings
+        )
+        model, found = loaded
+        _check_loaded(name, found)
         return model.to(place).eval(), AutoTokenizer.from_pretrained(name, **settings)
+
+
+def _check_loaded(name: str, found: dict[str, Any]) -> None:
+    """Raise ValueError for tensors that the model lacks, or that transformers left out."""
+    kinds = {"missing": "missing_keys", "left over": "unexpected_keys"}
+    kinds["of another shape"] = "mismatched_keys"
+    problems = [
+        f"{kind}: {', '.join(sorted(map(str, found[key]))[:6])}"
+        for kind, key in kinds.items()
+        if found[key]
+    ]
+    if problems:
+        raise ValueError(f"the weights of {name} are not those of its model; {'; '.join(problems)}")
 
 
 def _locate(checkpoint: str) -> tuple[str, dict[str, str]]:
@@ -308,5 +325,7 @@ def _locate(checkpoint: str) -> tuple[str, dict[str, str]]:
             raise ValueError(f"{path} is not a file")
         return str(path.parent), {"gguf_file": path.name}
     if path.exists() or checkpoint.startswith((".", os.sep)):
-        return str(resolve(path)), {}
+        folder = resolve(path)
+        check(folder)
+        return str(folder), {}
     return checkpoint, {}

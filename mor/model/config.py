@@ -7,15 +7,17 @@ A model is ``prelude -> shared layers, applied num_recursions times -> coda``. V
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field
 
 from mor.settings import (
     Listed,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Seed,
@@ -30,6 +32,22 @@ KVStrategyName = Literal["recursion_wise", "shared", "hybrid"]
 Sharing = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
 Selection = Literal["topk", "threshold"]
 Recipe = Literal["recommended", "paper"]
+
+# No model has as many layers or recursions; a damaged file may ask for them, and memory would end.
+_MOST = 10_000
+
+# How transformers calls our settings.
+TRANSFORMERS_NAMES = {
+    "hidden_size": "dim",
+    "intermediate_size": "ffn_dim",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "num_hidden_layers": "num_layers",
+    "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "norm_eps",
+    "initializer_range": "init_std",
+    "tie_word_embeddings": "tie_embeddings",
+}
 
 # Options that only some routers read. Setting one for another router is a warning, not silence.
 _UNLEARNT: tuple[RouterKind, ...] = ("random", "position", "frequency")
@@ -138,13 +156,13 @@ class ModelConfig(Settings):
     num_kv_heads: PositiveInt = 3
     head_dim: PositiveInt = 64
     ffn_dim: PositiveInt = 1536
-    prelude_layers: NonNegativeInt = 0
+    prelude_layers: Annotated[int, Field(ge=0, le=_MOST)] = 0
     """Layers before the recursions, applied once."""
-    shared_layers: PositiveInt = 30
+    shared_layers: Annotated[int, Field(ge=1, le=_MOST)] = 30
     """Layers in the shared stack, stored once and applied num_recursions times."""
-    coda_layers: NonNegativeInt = 0
+    coda_layers: Annotated[int, Field(ge=0, le=_MOST)] = 0
     """Layers after the recursions, applied once."""
-    num_recursions: PositiveInt = 1
+    num_recursions: Annotated[int, Field(ge=1, le=_MOST)] = 1
     shared_order: Literal["cycle", "sequence"] = "cycle"
     """cycle: (0,1,2)(0,1,2); sequence: (0,0)(1,1)(2,2)."""
     kv_strategy: KVStrategyName = "recursion_wise"
@@ -238,6 +256,27 @@ class ModelConfig(Settings):
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @classmethod
+    def among(cls, values: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """The settings in a file or call that also has others, and those others.
+
+        Ours may have the names that transformers gives them. Raises ValueError for one that is
+        given twice or misspelt.
+        """
+        ours: dict[str, Any] = {}
+        others: dict[str, Any] = {}
+        for given, value in values.items():
+            name = TRANSFORMERS_NAMES.get(given, given)
+            if name in ours and ours[name] != value:
+                raise ValueError(
+                    f"{name} is given twice, as {ours[name]!r} and as {given}={value!r}"
+                )
+            (ours if name in cls.__dataclass_fields__ else others)[name] = value
+        for name in others:
+            if close := difflib.get_close_matches(name, cls.__dataclass_fields__, 1, cutoff=0.8):
+                raise ValueError(f"{name!r} is not a setting (did you mean {close[0]!r}?)")
+        return cls.from_dict(ours), others
 
 
 @checked

@@ -32,7 +32,7 @@ torch.save((model(tokens).logits.detach(), model(tokens).depths, texts[0]), sys.
 
 @pytest.mark.parametrize("kv", ["recursion_wise", "hybrid"])
 def test_an_export_needs_no_mor(kv, tmp_path):
-    model, tokens = tiny("expert_choice", kv_strategy=kv), random_tokens(2, 9)
+    model, tokens = tiny("expert_choice", kv_strategy=kv, vocab_size=257), random_tokens(2, 9)
     checkpoint.save(tmp_path / "c", model, byte_tokenizer(), progress={"step": 1})
     export(tmp_path / "c", tmp_path / "out")
     assert not (tmp_path / "out" / "training_state").exists()
@@ -65,7 +65,7 @@ def test_an_export_takes_along_only_what_it_needs(tmp_path):
     names = [file.stem for file in modules()]
     assert len(set(names)) == len(names), "an export holds all of them in one folder"
     assert "transformer" in names and not {"loop", "cli", "checkpoint", "tokenizer"} & set(names)
-    checkpoint.save(tmp_path / "c", tiny(), byte_tokenizer())
+    checkpoint.save(tmp_path / "c", tiny(vocab_size=257), byte_tokenizer())
     with pytest.raises(ValueError, match="exists; choose another"):
         export(tmp_path / "c", tmp_path)
     with pytest.raises(ValueError, match="neither a checkpoint"):
