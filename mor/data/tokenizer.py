@@ -9,6 +9,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mor.data.text_bytes import TextBytes, text_bytes
 from mor.files import extra
 
 END_OF_TEXT = "<|endoftext|>"
@@ -60,6 +62,11 @@ class Tokenizer:
             [sorted(self.backend.get_vocab().items()), self.end_of_text_id, self.encode(_SAMPLE)]
         )
         return hashlib.sha256(known.encode()).hexdigest()[:16]
+
+    @cached_property
+    def text_bytes(self) -> TextBytes:
+        """Bytes of text that each token stands for."""
+        return text_bytes(self.backend, self.end_of_text_id)
 
     def encode(self, text: str) -> list[int]:
         """Raises ValueError if the text cannot be written as UTF-8."""
