@@ -39,8 +39,9 @@ def test_windows_lie_evenly_and_are_read_causally(data):
     assert torch.equal(reading.tokens_BT[:, 1:], reading.targets_BT[:, :-1])
     with torch.no_grad():
         assert torch.equal(reading.depth_BT, reading.model(reading.tokens_BT).routing.depth_BT)
-    with pytest.raises(ValueError, match="lower seq_len"):
-        corpus.read(model_for(), data, seq_len=len(data))
+    for length, words in ((len(data), "lower seq_len"), (len(data) + 1, "the model's max_seq_len")):
+        with pytest.raises(ValueError, match=words):
+            corpus.read(model_for(max_seq_len=len(data)), data, seq_len=length)
 
 
 def test_depth_histogram_and_dead_tokens_count_what_was_taken(data):
