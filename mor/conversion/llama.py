@@ -17,6 +17,7 @@ from mor.checkpoint import Checkpoint
 from mor.conversion.layers import count_parameters, unrolled_layers
 from mor.data.tokenizer import Tokenizer
 from mor.files import extra, replacing
+from mor.hub_access import asking_the_hub
 from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
 
@@ -164,10 +165,11 @@ def read_llama(
     transformers.utils.logging.disable_progress_bar()
     settings = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        # The config first: weights may be large.
-        llama_config(AutoConfig.from_pretrained(name, **settings))
-        theirs = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **settings)
-        tokenizer = AutoTokenizer.from_pretrained(name, **settings)
+        with asking_the_hub(name):
+            # The config first: weights may be large.
+            llama_config(AutoConfig.from_pretrained(name, **settings))
+            theirs = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **settings)
+            tokenizer = AutoTokenizer.from_pretrained(name, **settings)
     except (OSError, ImportError) as error:
         source = name if gguf_file is None else Path(name, gguf_file)
         raise ValueError(

@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mor.data.text_bytes import TextBytes, text_bytes
 from mor.files import extra
+from mor.hub_access import asking_the_hub
 
 END_OF_TEXT = "<|endoftext|>"
 _SAMPLE = (
@@ -148,7 +149,8 @@ class Tokenizer:
         with extra("hf", needed_for=f"there is no directory {name!r}, and a tokenizer of the hub"):
             from transformers import AutoTokenizer
         try:
-            return cls.from_transformers(AutoTokenizer.from_pretrained(name))
+            with asking_the_hub(name):
+                return cls.from_transformers(AutoTokenizer.from_pretrained(name))
         except OSError as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(

@@ -2,6 +2,7 @@
 any batch."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,15 @@ def test_scores_do_not_depend_on_batch_size_or_padding(router, hub):
         assert other.keys() == one.keys()
         assert all(other[key] == pytest.approx(one[key], abs=1e-4) for key in one)
     assert results[0].tasks == results[1].tasks == results[2].tasks
+
+
+def test_a_model_that_gives_no_numbers_has_no_score(hub):
+    model, tokenizer = wrapped()
+    with torch.no_grad():
+        model.model.embedding.weight[ord("T"), 0] = math.nan
+    words = r"not finite \(reading '.*'\): its weight .*embedding.weight holds some"
+    with pytest.raises(ValueError, match=words):
+        evaluate_tasks(model, tokenizer, ["piqa"], include_path=hub)
 
 
 def test_with_selection_that_sees_the_future_they_would(hub, monkeypatch):
