@@ -110,6 +110,9 @@ class Eval(Command):
             split=self.split,
             seq_len=self.seq_len,
         )
+        windows = data.num_scored(length)
+        some = min(self.max_windows or windows, windows)
+        text = f"{'all' if some == windows else f'{some:,} of {windows:,} windows'} of {name}"
         model, deepest = loaded.model, loaded.config.num_recursions
         caps = range(1, deepest + 1) if self.by_depth else [deepest]
         rows: list[Evaluation] = []
@@ -123,10 +126,10 @@ class Eval(Command):
                 else [evaluate(model, data, **settings)]
             )
         if self.json:
-            print_json([{"text": name} | asdict(row) for row in rows])
+            print_json([{"text": text} | asdict(row) for row in rows])
             return
         title = f"{self.checkpoint}: {rows[0].tokens:,} tokens in windows of {length}"
-        console.print(_nll_table(rows, f"{title}\n{name}"))
+        console.print(_nll_table(rows, f"{title}\n{text}"))
 
 
 def _tasks_table(result: HarnessResult, title: str) -> Table:

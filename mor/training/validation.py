@@ -38,7 +38,7 @@ def validation_of(
     """
     run = settings_of(path)
     if data is None and split:
-        raise ValueError(f"split={split!r} is of prepared data; say of which")
+        raise ValueError(f"split={split!r} needs prepared data; give it as --data")
     found = (
         load_tokens(data, loaded.tokenizer, text_field, split)
         if data
@@ -54,10 +54,10 @@ def validation_of(
 
 def _name(data: Path | None, split: str | None, *, has_run: bool) -> str:
     if data is None:
-        return f"validation text of {'the run' if has_run else 'the Python documentation'}"
+        return "the validation data of " + ("the run" if has_run else "Python's documentation")
     if not is_prepared(data):
-        return f"all of {data}"
-    return f"all of the {split or held_out_split(data)} split of {data}"
+        return str(data)
+    return f"the {split or held_out_split(data)} split of {data}"
 
 
 def check_validation(data: Windows, seq_len: int) -> None:

@@ -200,6 +200,9 @@ def test_depth_scaling_is_evaluation_at_every_cap_and_labels_what_was_never_trai
         settings = dict(seq_len=WINDOW, max_windows=4, max_depth=cap)
         found = evaluate(model, data, router=router, **settings)
         assert (row["nll"], row["mean_depth"]) == (found.nll, found.mean_depth)
+    masked = corpus.depth_scaling(model, data, seq_len=WINDOW, document_mask=True)
+    expected = evaluate(model, data, seq_len=WINDOW, max_depth=2, document_mask=True)
+    assert masked[1]["nll"] == expected.nll
     assert len({round(r["nll"], 6) for r in rows}) == 5, "every further recursion changes something"
 
 

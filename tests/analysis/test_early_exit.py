@@ -1,5 +1,7 @@
 """Early exits keep a mean depth, and are measured at every depth."""
 
+import math
+
 import pytest
 import torch
 
@@ -11,7 +13,9 @@ from mor.analysis.early_exit import (
     oracle_exits,
     random_exits,
 )
-from mor.data.stream import DataConfig, load_corpus
+from mor.data.sources import Document
+from mor.data.stream import DataConfig, load_corpus, tokenize
+from mor.data.tokenizer import byte_tokenizer
 from mor.evaluation.nll import by_hops, evaluate
 from mor.model.config import preset
 from mor.model.transformer import Transformer
@@ -48,6 +52,20 @@ def test_exits_are_measured_at_every_depth_of_the_model():
     assert found["fixed"] == pytest.approx(caps, abs=1e-5) and found["mean_depth"] == 2
     assert found["oracle"]["nll"] < min(caps) and found["oracle"]["mean_depth"] <= 2.01
     assert abs(found["confidence"]["mean_depth"] - 2) < 0.05
+
+
+def test_exits_are_those_of_the_windows_that_are_scored():
+    texts = ["The first text.", "And another one, naïve and longer."]
+    data = tokenize([Document(text, text) for text in texts], byte_tokenizer())
+    model = tiny("fixed", vocab_size=257)
+    for masked in (False, True):
+        whole = dict(seq_len=20, max_windows=9, document_mask=masked)
+        caps = [evaluate(model, data, max_depth=r, **whole).nll for r in (1, 2, 3)]
+        assert early_exits(model, data, **whole)["fixed"] == pytest.approx(caps, abs=1e-5)
+    with torch.no_grad():
+        model.final_norm.weight[3] = math.inf
+    with pytest.raises(ValueError, match="not finite"):
+        early_exits(model, data, 20, 9)
 
 
 @torch.inference_mode()
