@@ -1,4 +1,7 @@
-"""A model that gives no numbers is named, not scored."""
+"""A model that gives no numbers is named, not scored.
+
+B batch · T tokens · V vocabulary
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@ model class.
 
 lm-eval reads the data from the Hugging Face hub, or from its cache. Task files of your own can read
 it from elsewhere: see ``include_path`` of :func:`evaluate_tasks`.
+
+B batch · T tokens · V vocabulary
 """
 
 from __future__ import annotations
