@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -126,10 +127,16 @@ class Eval(Command):
                 else [evaluate(model, data, **settings)]
             )
         if self.json:
-            print_json([{"text": text} | asdict(row) for row in rows])
+            print_json([{"text": text} | _plain(row) for row in rows])
             return
         title = f"{self.checkpoint}: {rows[0].tokens:,} tokens in windows of {length}"
         console.print(_nll_table(rows, f"{title}\n{text}"))
+
+
+def _plain(row: Evaluation) -> dict[str, Any]:
+    """For JSON, which has no infinity."""
+    values = asdict(row)
+    return values | {"perplexity": row.perplexity if math.isfinite(row.perplexity) else None}
 
 
 def _tasks_table(result: HarnessResult, title: str) -> Table:

@@ -45,7 +45,7 @@ def text_bytes(backend: tokenizers.Tokenizer, end_of_text_id: int) -> TextBytes:
     special = {end_of_text_id, *(i for i, token in added.items() if token.special)}
     ids = [i for i in sorted(names) if i not in special]
     first, inside = np.zeros((2, max(names) + 1), dtype=np.int64)
-    if b'"ByteLevel"' in _state(backend.decoder):
+    if b'"ByteLevel"' in _state(backend.decoder) + _state(backend.pre_tokenizer):
         alphabet = set(pre_tokenizers.ByteLevel.alphabet())
         inside[ids] = [_spelled(names[i], frozenset() if i in added else alphabet) for i in ids]
         first[ids] = inside[ids]
@@ -60,9 +60,9 @@ def text_bytes(backend: tokenizers.Tokenizer, end_of_text_id: int) -> TextBytes:
     return TextBytes(first, inside, end_of_text_id)
 
 
-def _state(decoder: object) -> bytes:
-    """A decoder with all its parts, as JSON."""
-    return b"" if decoder is None else decoder.__getstate__()  # type: ignore[return-value]
+def _state(part: object) -> bytes:
+    """A decoder or pre-tokenizer with all that is in it, as JSON."""
+    return b"" if part is None else part.__getstate__()  # type: ignore[return-value]
 
 
 def _spelled(name: str, alphabet: set[str] | frozenset[str]) -> int:
