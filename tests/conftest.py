@@ -5,6 +5,7 @@ import os
 import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch

@@ -23,7 +23,8 @@ from mor.analysis.classes import LEAST, depth_by_class, kinds
 from mor.data.problems import Task
 from mor.data.stream import TokenData, Windows
 from mor.data.tokenizer import Tokenizer
-from mor.evaluation.nll import evaluate
+from mor.evaluation.finite import require_finite, values_of
+from mor.evaluation.nll import evaluate, window_length
 from mor.model.kv_cache import EMPTY, KVCache
 from mor.model.loss import IGNORED
 from mor.model.other_depths import RepeatLastRouter
@@ -54,28 +55,21 @@ class Reading:
 def read(model: Transformer, data: Windows, *, seq_len: int, max_windows: int = 32) -> Reading:
     """Read up to ``max_windows`` windows of ``seq_len`` tokens, spread evenly over the data.
 
-    Documents in a window are not masked from each other. Raises ValueError if the data is shorter
-    than a window, and if the model gives NaN or infinity.
+    Whole windows only: positions are compared between them. Documents in a window are not masked
+    from each other. Raises ValueError if a window does not fit the model or the data, and if the
+    model gives NaN or infinity.
     """
     weight = model.embedding.weight
+    window_length(model, seq_len)
     batch = data.batch(data.spread(seq_len, max_windows), seq_len)
     tokens_BT, targets_BT = batch.tokens_BT.to(weight.device), batch.targets_BT.to(weight.device)
-    routings, caches = [], []
+    routings: list[Routing] = []
+    caches: list[KVCache] = []
     for tokens_1T in tokens_BT.split(1):
         caches.append(KVCache(model.config, 1, device=weight.device, dtype=weight.dtype))
         output = model(tokens_1T, cache=caches[-1], logits="last", keep_states=True)
-        routing = output.routing
-        seen = (
-            output.logits_BTV,
-            *routing.memory.values(),
-            *(step.decision.causal_logit for step in routing.steps),
-        )
-        if not all(x is None or x.isfinite().all() for x in seen):
-            raise ValueError(
-                "the model gives values that are not finite; its weights are broken, take another "
-                "checkpoint"
-            )
-        routings.append(routing)
+        require_finite(model, values_of(output), f"in window {len(routings) + 1} of those read")
+        routings.append(output.routing)
     return Reading(model, tokens_BT, targets_BT, routings, caches)
 
 

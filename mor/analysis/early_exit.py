@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from mor.data.stream import Windows
+from mor.evaluation.finite import require_finite
+from mor.evaluation.nll import place_of, window_length
 from mor.model.loss import IGNORED
 from mor.model.other_depths import ForcedRouter
 from mor.model.random import hash_uniform
@@ -27,7 +29,12 @@ from mor.model.transformer import Transformer
 
 @torch.inference_mode()
 def early_exits(
-    model: Transformer, data: Windows, seq_len: int, max_windows: int
+    model: Transformer,
+    data: Windows,
+    seq_len: int,
+    max_windows: int,
+    *,
+    document_mask: bool = False,
 ) -> dict[str, Any]:
     """NLL in nats of each policy at the mean depth of the model's capacities, and of every fixed
     depth from the least one on (0 where the model leaves tokens out of every recursion).
@@ -36,8 +43,9 @@ def early_exits(
     confidence: a token exits once the probability of its likeliest next token passes a threshold,
     chosen so that the mean depth fits.
     oracle: knows the target and spends depth where it gains most.
+    document_mask: as in :func:`mor.evaluation.nll.evaluate`, whose windows these are.
     """
-    nll_MR, confidence_MR = _by_depth(model, data, seq_len, max_windows)
+    nll_MR, confidence_MR = _by_depth(model, data, seq_len, max_windows, document_mask)
     mean_depth = (
         sum(model.config.capacities)
         if model.config.family == "mor"
@@ -53,19 +61,22 @@ def early_exits(
 
 
 def _by_depth(
-    model: Transformer, data: Windows, seq_len: int, max_windows: int
+    model: Transformer, data: Windows, seq_len: int, max_windows: int, document_mask: bool
 ) -> tuple[Tensor, Tensor]:
     """NLL and largest probability at each depth that tokens may take, (M, R) each."""
-    chosen = data.spread(seq_len, max_windows)
     depths = range(model.config.least_depth, model.config.num_recursions + 1)
     nll: list[list[Tensor]] = [[] for _ in depths]
     confidence: list[list[Tensor]] = [[] for _ in depths]
-    for start in range(0, len(chosen), 16):
-        batch = data.batch(chosen[start : start + 16], seq_len)
+    length = window_length(model, seq_len)
+    for some in data.scored(length, max_windows, documents=document_mask):
         device = model.embedding.weight.device
-        tokens_BT, targets_BT = batch.tokens_BT.to(device), batch.targets_BT.to(device)
+        tokens_BT, targets_BT, documents_BT = (
+            None if x is None else x.to(device) for x in some.batch
+        )
+        assert tokens_BT is not None and targets_BT is not None
         for place, depth in enumerate(depths):  # one depth at a time: logits are large
-            logits_BTV = all_to_depth(model, tokens_BT, depth)
+            logits_BTV = all_to_depth(model, tokens_BT, depth, documents_BT)
+            require_finite(model, [logits_BTV], place_of(some))
             new_nll, new_confidence = _predictions(logits_BTV, targets_BT)
             nll[place].append(new_nll.double().cpu())
             confidence[place].append(new_confidence.double().cpu())
@@ -73,12 +84,15 @@ def _by_depth(
     return nll_MR, torch.stack([torch.cat(found) for found in confidence], 1)
 
 
-def all_to_depth(model: Transformer, tokens_BT: Tensor, depth: int) -> Tensor:
+def all_to_depth(
+    model: Transformer, tokens_BT: Tensor, depth: int, documents_BT: Tensor | None = None
+) -> Tensor:
     """Logits (B, T, V) with every token taking exactly the first ``depth`` recursions."""
     wanted = torch.arange(model.config.num_recursions, device=tokens_BT.device) < depth
     table_RM = wanted[:, None].expand(-1, tokens_BT.numel())
     forced = ForcedRouter(model.router, table_RM)
-    return model(tokens_BT, max_depth=max(1, depth), router=forced).logits_BTV
+    output = model(tokens_BT, max_depth=max(1, depth), router=forced, documents_BT=documents_BT)
+    return output.logits_BTV
 
 
 def _predictions(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:

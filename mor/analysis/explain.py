@@ -23,6 +23,7 @@ from mor.analysis.branches import exits
 from mor.analysis.classes import BLOCK, LEAST, depth_by_class, kinds
 from mor.data.problems import Task
 from mor.data.tokenizer import Tokenizer
+from mor.evaluation.score import Score
 from mor.model.kv_cache import KVCache
 from mor.model.loss import IGNORED
 from mor.model.routing import Routing
@@ -99,13 +100,15 @@ class TokenRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What :func:`explain` found. model: its description. asked: what targets are."""
+    """What :func:`explain` found. model: its description. asked: what targets are. text_bytes: of
+    the targets; 0 for answers, which are no text."""
 
     name: str
     text: str
     model: dict[str, Any]
     asked: Literal["next token", "answer"]
     window: int
+    text_bytes: int
     tokens: list[TokenRecord]
 
     @property
@@ -113,19 +116,20 @@ class Explanation:
         return sum(t.depth for t in self.tokens) / len(self.tokens)
 
     @property
-    def nll(self) -> float | None:
-        """Mean over the tokens that have a target, in nats."""
+    def score(self) -> Score:
+        """Of the tokens that have a target. A text's first token is not one, nor are its bytes."""
         known = [t.logprob for t in self.tokens if t.logprob is not None]
-        return -sum(known) / len(known) if known else None
+        return Score(nats=-sum(known), tokens=len(known), bytes=self.text_bytes)
+
+    @property
+    def nll(self) -> float | None:
+        """Nats per target; None if there is none."""
+        return self.score.nll if self.score.tokens else None
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Of all tokens but the first, which nothing predicts; special tokens have no bytes. None
-        for answers, which are not text."""
-        size = len("".join(t.piece for t in self.tokens[1:] if t.kind != "special").encode())
-        if self.nll is None or not size or self.asked == "answer":
-            return None
-        return self.nll * (len(self.tokens) - 1) / size / math.log(2)
+        """None for answers, which are not text."""
+        return self.score.bits_per_byte
 
     def records(self) -> list[dict[str, Any]]:
         """Tidy rows for pandas, one per token and recursion, with the best guess alone."""
@@ -255,8 +259,15 @@ def explain(
                 "broken, take another checkpoint"
             )
     asked: Literal["next token", "answer"] = "next token" if answers is None else "answer"
+    before, after = torch.tensor([ids[:-1], ids[1:]], dtype=torch.int64)
     return Explanation(
-        name=name, text=text, model=describe(model), asked=asked, window=window, tokens=tokens
+        name=name,
+        text=text,
+        model=describe(model),
+        asked=asked,
+        window=window,
+        text_bytes=tokenizer.text_bytes.of(before, after) if answers is None else 0,
+        tokens=tokens,
     )
 
 

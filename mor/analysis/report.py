@@ -150,15 +150,28 @@ def _only(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def analyses(
-    loaded: Checkpoint, data: Windows, *, seq_len: int, max_windows: int
+    loaded: Checkpoint,
+    data: Windows,
+    *,
+    seq_len: int,
+    max_windows: int,
+    document_mask: bool = False,
 ) -> dict[str, Rows]:
     """Every analysis that fits the model, on up to ``max_windows`` windows; those with nothing to
-    say are left out."""
+    say are left out.
+
+    document_mask: for the NLL by depth, as the model was trained; all else reads documents that see
+    each other.
+    """
     reading = corpus.read(loaded.model, data, seq_len=seq_len, max_windows=max_windows)
     found: dict[str, Rows] = {}
     if loaded.config.num_recursions > 1:
         found["depth_scaling"] = corpus.depth_scaling(
-            loaded.model, data, seq_len=seq_len, max_windows=max_windows
+            loaded.model,
+            data,
+            seq_len=seq_len,
+            max_windows=max_windows,
+            document_mask=document_mask,
         )
         found["counterfactual_gains"] = corpus.counterfactual_gains(reading)
     if loaded.config.family == "mor":

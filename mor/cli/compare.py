@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,6 +96,11 @@ def cautions(found: Sequence[Facts]) -> Iterator[str]:
         )
     if differ(_validation_data):
         yield "the validation data differ: neither NLL nor bits per byte is comparable"
+    if 0 < len(old := [str(each.path) for each in found if _bytes_of_all(each.last)]) < len(found):
+        yield (
+            f"the bits per byte of {', '.join(old)} are of an earlier version, which divided by "
+            "the bytes of all the validation text; mor eval gives today's"
+        )
     if unfinished := [str(each.path) for each in found if not each.finished]:
         yield f"{', '.join(unfinished)} is not finished: its learning rate has not decayed"
     if unscored := [str(each.path) for each in found if not each.validations]:
@@ -104,6 +109,11 @@ def cautions(found: Sequence[Facts]) -> Iterator[str]:
     if min(budgets) <= 0 or max(budgets) / min(budgets) > CLOSE_BUDGETS:
         shown = ", ".join(f"{budget:.3g}" for budget in budgets)
         yield f"the training FLOPs differ ({shown}): the budgets are unequal"
+
+
+def _bytes_of_all(row: Mapping[str, Any]) -> bool:
+    """Whether a validation was written before the bytes that were scored were."""
+    return row.get("validation_bits_per_byte") is not None and "validation_bytes" not in row
 
 
 def _validation_data(found: Facts) -> Any:

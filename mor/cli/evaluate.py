@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -30,14 +31,18 @@ class Eval(Command):
     checkpoint: Positional[Path]
     """A run or checkpoint; with --tasks also a transformers directory, hub name or .gguf file."""
     data: Path | None = None
-    """Text or prepared data, all of which is read. Default: the run's validation text."""
+    """Text, all of which is read, or prepared data. Default: the run's validation text."""
     text_field: str = "text"
+    split: str | None = None
+    """Of prepared data: train or validation. Default: validation, or the only one there is."""
     routing: Selection = "threshold"
     """topk is the paper's evaluation: it sees the future, and the result is labelled non-causal."""
     by_depth: bool = False
     """One row for each cap on the depth."""
     seq_len: PositiveInt | None = None
+    """Tokens in a window, of which each sees those before it. Default: as in training."""
     max_windows: PositiveInt | None = None
+    """Score only so many windows, spread evenly over the text."""
     tasks: str | None = None
     """Some of lambada,hellaswag,piqa,winogrande,arc,mmlu: run them through
     lm-evaluation-harness, which reads their data from the Hugging Face hub or its cache."""
@@ -98,9 +103,17 @@ class Eval(Command):
         from mor.training.validation import validation_of
 
         loaded = load(self.checkpoint, device=pick_device())
-        data, length, mask = validation_of(
-            self.checkpoint, loaded, self.data, text_field=self.text_field, seq_len=self.seq_len
+        data, length, mask, name = validation_of(
+            self.checkpoint,
+            loaded,
+            self.data,
+            text_field=self.text_field,
+            split=self.split,
+            seq_len=self.seq_len,
         )
+        windows = data.num_scored(length)
+        some = min(self.max_windows or windows, windows)
+        text = f"{'all' if some == windows else f'{some:,} of {windows:,} windows'} of {name}"
         model, deepest = loaded.model, loaded.config.num_recursions
         caps = range(1, deepest + 1) if self.by_depth else [deepest]
         rows: list[Evaluation] = []
@@ -114,10 +127,16 @@ class Eval(Command):
                 else [evaluate(model, data, **settings)]
             )
         if self.json:
-            print_json([asdict(row) for row in rows])
+            print_json([{"text": text} | _plain(row) for row in rows])
             return
         title = f"{self.checkpoint}: {rows[0].tokens:,} tokens in windows of {length}"
-        console.print(_nll_table(rows, title))
+        console.print(_nll_table(rows, f"{title}\n{text}"))
+
+
+def _plain(row: Evaluation) -> dict[str, Any]:
+    """For JSON, which has no infinity."""
+    values = asdict(row)
+    return values | {"perplexity": row.perplexity if math.isfinite(row.perplexity) else None}
 
 
 def _tasks_table(result: HarnessResult, title: str) -> Table:
@@ -156,7 +175,7 @@ def _nll_table(rows: Sequence[Evaluation], title: str) -> Table:
 def _refuse_others(given: Eval, nll: bool) -> None:
     """Raise ValueError for a flag of the other kind of evaluation, which would have no effect."""
     of_tasks = {"include_path", "shots", "limit", "batch_size", "out"}
-    of_nll = {"data", "text_field", "routing", "by_depth", "seq_len", "max_windows"}
+    of_nll = {"data", "text_field", "split", "routing", "by_depth", "seq_len", "max_windows"}
     defaults = {f.name: f.default for f in fields(given)}
     unused = [
         name

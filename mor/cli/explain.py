@@ -42,8 +42,8 @@ class Explain(Command):
     """Read only this many tokens of the text, counted by each model. Without it a text of more than
     2,048 tokens is refused."""
     corpus: Path | None = None
-    """Text or prepared data in which tokens are counted to tell rare from frequent ones. Default:
-    the text itself."""
+    """Text, or prepared data, of which the validation split is read: tokens are counted in it to
+    tell rare from frequent ones. Default: the text itself."""
     guesses: PositiveInt = 5
     """Guesses that are kept for each token and recursion."""
     json: bool = False

@@ -53,9 +53,13 @@ class Report(Command):
         from mor.training.validation import validation_of
 
         loaded = load(self.folder)
-        data, length, _ = validation_of(self.folder, loaded, self.data, seq_len=self.seq_len)
+        data, length, mask, name = validation_of(
+            self.folder, loaded, self.data, seq_len=self.seq_len
+        )
         tables = run_tables(self.folder)
-        tables |= analyses(loaded, data, seq_len=length, max_windows=self.max_windows)
+        tables |= analyses(
+            loaded, data, seq_len=length, max_windows=self.max_windows, document_mask=mask
+        )
         write(self.folder, tables)
         run = settings_of(self.folder)
         last = next(
@@ -68,7 +72,7 @@ class Report(Command):
             "width": loaded.config.dim,
             "effective layers": loaded.config.num_layers,
             "checkpoint": resolve(self.folder).name,
-            "text": str(self.data or "validation text of the run"),
+            "text": name,
             "windows": f"{min(self.max_windows, data.num_windows(length))} × {length} tokens",
         }
         if found := collapse(tables):

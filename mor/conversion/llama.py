@@ -19,6 +19,7 @@ from mor.checkpoint import Checkpoint
 from mor.conversion.layers import count_parameters, unrolled_layers
 from mor.data.tokenizer import GENERATION, Tokenizer
 from mor.files import extra, naming, parse_json, read_json, replacing
+from mor.hub_access import asking_the_hub
 from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
 from mor.weights import Weights, check_finite, of_state, open_weights
@@ -266,10 +267,11 @@ def _downloaded(name: str) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        with asking_the_hub(name):
+            return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name} is no directory, and the hub does not give it: {_in_one_line(error)}"
+            f"{name} is not a directory, and the hub does not give it: {_in_one_line(error)}"
         ) from error
 
 

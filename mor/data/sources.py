@@ -21,6 +21,7 @@ from mor.data.readers import (
     read_file,
     record_from,
 )
+from mor.hub_access import asking_the_hub
 
 _READABLE = (
     "a .txt, .jsonl (both also .gz or .zst) or .parquet file, a folder of these, or hub:OWNER/NAME"
@@ -106,9 +107,10 @@ class HubSource:
         datasets.disable_progress_bars()
         number = skip
         try:
-            rows = datasets.load_dataset(
-                self.dataset, self.subset, split=self.split, streaming=True
-            )
+            with asking_the_hub(self.dataset):
+                rows = datasets.load_dataset(
+                    self.dataset, self.subset, split=self.split, streaming=True
+                )
             for number, row in enumerate(rows.skip(skip) if skip else rows, start=skip + 1):
                 yield record_from(f"{self.name}:{number}", row, self.text_field), 0
         except MissingFieldError:

@@ -23,6 +23,7 @@ from mor.data.problems import PREFIX, Problems, Task, parse_task, task_tokenizer
 from mor.data.python_docs import python_documents
 from mor.data.shards import MANIFEST, read_manifest
 from mor.data.sources import Document, draw, read_documents
+from mor.data.text_bytes import TextBytes
 from mor.data.tokenizer import Tokenizer, train_bpe
 
 
@@ -40,6 +41,13 @@ class Batch(NamedTuple):
     tokens_BT: Tensor
     targets_BT: Tensor
     documents_BT: Tensor | None = None
+
+
+class Scored(NamedTuple):
+    """Windows to score, by their numbers; all of one length."""
+
+    windows: Sequence[int]
+    batch: Batch
 
 
 class Part(NamedTuple):
@@ -79,12 +87,18 @@ def evenly_spaced(count: int, total: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
+def _chosen(available: int, most: int | None) -> list[int]:
+    if most is not None and most < 1:
+        raise ValueError(f"max_windows must be at least 1, got {most}")
+    return evenly_spaced(available if most is None else most, available)
+
+
 class Windows:
     """Training or validation sequences, numbered from 0."""
 
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token, which turns nats into bits per byte."""
+    def text_bytes(self, batch: Batch) -> int:
+        """UTF-8 bytes of the text that the targets of a batch spell, special tokens none; 0 where
+        they are no text."""
         raise NotImplementedError
 
     def describe(self) -> str:
@@ -95,13 +109,43 @@ class Windows:
         """How many sequences of ``seq_len`` tokens with a target each there are."""
         raise NotImplementedError
 
+    def num_scored(self, seq_len: int) -> int:
+        """How many there are with the shorter one at the end, so that together they hold every
+        target."""
+        return self.num_windows(seq_len)
+
     def spread(self, seq_len: int, max_windows: int | None = None) -> list[int]:
         """Indices of at most ``max_windows`` windows, spread evenly over the data; None: of all.
 
         Raises ValueError for data shorter than a window.
         """
-        available = self._available(seq_len)
-        return evenly_spaced(available if max_windows is None else max_windows, available)
+        return _chosen(self._available(seq_len), max_windows)
+
+    def scored(
+        self,
+        seq_len: int,
+        max_windows: int | None = None,
+        *,
+        batch_size: int = 16,
+        documents: bool = False,
+    ) -> Iterator[Scored]:
+        """At most ``max_windows`` windows to score, spread evenly over the data; None: all of it,
+        the shorter window at the end included, in a batch of its own.
+
+        Every token but the first is a target of exactly one window, and sees the tokens before it
+        in that window. Raises ValueError for data without a target.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if (available := self.num_scored(seq_len)) < 1:
+            raise ValueError(
+                f"the data ({self.describe()}) has no token to predict; give more text"
+            )
+        chosen, whole = _chosen(available, max_windows), self.num_windows(seq_len)
+        full, short = ([i for i in chosen if (i < whole) == wanted] for wanted in (True, False))
+        some = [full[i : i + batch_size] for i in range(0, len(full), batch_size)]
+        for indices in (*some, *([short] if short else [])):
+            yield Scored(indices, self.batch(indices, seq_len, documents=documents))
 
     def _available(self, seq_len: int) -> int:
         if (available := self.num_windows(seq_len)) < 1:
@@ -153,15 +197,16 @@ class Windows:
 
 @dataclass(frozen=True)
 class TokenData(Windows):
-    """A token stream, every document closed by end-of-text. num_bytes: UTF-8 bytes of its text."""
+    """A token stream, every document closed by end-of-text. num_bytes: UTF-8 bytes of its text.
+    bytes_by_token: those of its tokens."""
 
     parts: Sequence[Part | Shard]
     num_documents: int
     num_bytes: int
+    bytes_by_token: TextBytes
 
-    @property
-    def bytes_per_token(self) -> float:
-        return self.num_bytes / len(self)
+    def text_bytes(self, batch: Batch) -> int:
+        return self.bytes_by_token.of(batch.tokens_BT, batch.targets_BT)
 
     def describe(self) -> str:
         return (
@@ -204,13 +249,13 @@ class TokenData(Windows):
     def num_windows(self, seq_len: int) -> int:
         return (len(self) - 1) // seq_len
 
+    def num_scored(self, seq_len: int) -> int:
+        return -(-(len(self) - 1) // seq_len)
+
     def batch(self, indices: Sequence[int], seq_len: int, *, documents: bool = False) -> Batch:
-        block = torch.stack([self.tokens(i * seq_len, (i + 1) * seq_len + 1) for i in indices])
-        found = (
-            torch.stack([self.documents(i * seq_len, (i + 1) * seq_len) for i in indices])
-            if documents
-            else None
-        )
+        spans = [(i * seq_len, min((i + 1) * seq_len, len(self) - 1)) for i in indices]
+        block = torch.stack([self.tokens(start, stop + 1) for start, stop in spans])
+        found = torch.stack([self.documents(*span) for span in spans]) if documents else None
         return Batch(block[:, :-1].contiguous(), block[:, 1:].contiguous(), found)
 
 
@@ -224,8 +269,8 @@ class TaskData(Windows):
     count: int
     """Problems in an epoch."""
 
-    bytes_per_token = 1.0
-    """Bits per byte of a task are bits per answer."""
+    def text_bytes(self, batch: Batch) -> int:
+        return 0
 
     def describe(self) -> str:
         return f"{self.count:,} problems"
@@ -311,12 +356,24 @@ def _validation(config: DataConfig, tokenizer: Tokenizer) -> TokenData:
     return load_tokens(config.validation_path or "", tokenizer, config.text_field)
 
 
-def load_tokens(path: str | Path, tokenizer: Tokenizer, text_field: str = "text") -> TokenData:
-    """All text of a file or folder, or the validation (or only) split of prepared data."""
-    if not is_prepared(path):
-        return tokenize(read_documents(path, text_field), tokenizer)
+def load_tokens(
+    path: str | Path, tokenizer: Tokenizer, text_field: str = "text", split: str | None = None
+) -> TokenData:
+    """All text of a file or folder, or a split of prepared data; None is :func:`held_out_split`.
+
+    Raises ValueError for a split that is not there.
+    """
+    if is_prepared(path):
+        return open_shards(path, split or held_out_split(path), tokenizer)
+    if split:
+        raise ValueError(f"{path} is not prepared data, so it has no split {split!r}")
+    return tokenize(read_documents(path, text_field), tokenizer)
+
+
+def held_out_split(path: str | Path) -> str:
+    """The validation split of prepared data, or the only one."""
     splits = read_manifest(Path(path))["splits"]
-    return open_shards(path, "validation" if "validation" in splits else "train", tokenizer)
+    return "validation" if "validation" in splits else "train"
 
 
 def is_prepared(path: str | Path) -> bool:
@@ -340,7 +397,7 @@ def open_shards(folder: str | Path, split: str, tokenizer: Tokenizer) -> TokenDa
     shards = [
         _find_shard(folder, shard, manifest["settings"]["dtype"]) for shard in found["shards"]
     ]
-    return TokenData(shards, found["documents"], found["bytes"])
+    return TokenData(shards, found["documents"], found["bytes"], tokenizer.text_bytes)
 
 
 def _find_shard(folder: Path, shard: dict[str, Any], dtype: str) -> Shard:
@@ -364,9 +421,8 @@ def tokenize(documents: list[Document], tokenizer: Tokenizer) -> TokenData:
     end = [tokenizer.end_of_text_id]
     tokens = np.concatenate([np.array(document + end, dtype=np.uint32) for document in ids])
     ends = np.cumsum([len(document) + 1 for document in ids], dtype=np.int64)
-    return TokenData(
-        [Part(tokens, ends)], len(documents), sum(len(d.text.encode()) for d in documents)
-    )
+    num_bytes = sum(len(d.text.encode()) for d in documents)
+    return TokenData([Part(tokens, ends)], len(documents), num_bytes, tokenizer.text_bytes)
 
 
 def split_documents(

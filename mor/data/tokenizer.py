@@ -9,6 +9,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mor.data.text_bytes import TextBytes, text_bytes
 from mor.files import extra, parse_json
+from mor.hub_access import asking_the_hub
 
 END_OF_TEXT = "<|endoftext|>"
 _SAMPLE = (
@@ -89,6 +92,11 @@ class Tokenizer:
                 f"0..{vocab_size - 1}: they do not belong together; give the model its own "
                 "tokenizer"
             )
+
+    @cached_property
+    def text_bytes(self) -> TextBytes:
+        """Bytes of text that each token stands for."""
+        return text_bytes(self.backend, self.end_of_text_id)
 
     def encode(self, text: str) -> list[int]:
         """Raises ValueError if the text cannot be written as UTF-8."""
@@ -178,7 +186,8 @@ class Tokenizer:
         with extra("hf", needed_for=f"there is no directory {name!r}, and a tokenizer of the hub"):
             from transformers import AutoTokenizer
         try:
-            return cls.from_transformers(AutoTokenizer.from_pretrained(name))
+            with asking_the_hub(name):
+                return cls.from_transformers(AutoTokenizer.from_pretrained(name))
         except OSError as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(

@@ -40,7 +40,8 @@ class Experiment:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """One trained model. curve: (FLOPs, validation bits per byte or answer) over training."""
+    """One trained model. curve: (FLOPs, validation bits per byte) over training; empty for a
+    task, whose answers are no text."""
 
     model: Transformer
     lr: float
@@ -83,7 +84,7 @@ def train_one(
         curve=[
             (m["flops"], m["validation_bits_per_byte"])
             for m in metrics
-            if "validation_bits_per_byte" in m
+            if m.get("validation_bits_per_byte") is not None
         ],
     )
 

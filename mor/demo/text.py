@@ -81,6 +81,7 @@ def text_row(
     """Numbers on up to ``max_windows`` windows of the validation text; None: all of it."""
     model = trained.model
     causal = evaluate(model, data, seq_len=seq_len, max_windows=max_windows)
+    assert causal.bits_per_byte is not None
     topk = None
     if model.router.has_topk:
         topk = evaluate(
@@ -105,10 +106,10 @@ def text_row(
 @torch.inference_mode()
 def measured_kv_bytes(model: Transformer, data: Windows, seq_len: int, windows: int = 16) -> float:
     """Bytes per token in a real cache after reading validation text."""
-    count = min(windows, data.num_windows(seq_len))
-    cache = KVCache(model.config, count)
-    model(data.batch(range(count), seq_len).tokens_BT, cache=cache, logits="last")
-    return cache.nbytes / (count * seq_len)
+    tokens_BT = data.batch(data.spread(seq_len)[:windows], seq_len).tokens_BT
+    cache = KVCache(model.config, len(tokens_BT))
+    model(tokens_BT, cache=cache, logits="last")
+    return cache.nbytes / tokens_BT.numel()
 
 
 def text_table(rows: Sequence[TextRow]) -> Table:

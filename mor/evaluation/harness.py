@@ -3,6 +3,8 @@ model class.
 
 lm-eval reads the data from the Hugging Face hub, or from its cache. Task files of your own can read
 it from elsewhere: see ``include_path`` of :func:`evaluate_tasks`.
+
+B batch · T tokens · V vocabulary
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from mor.checkpoint import check, resolve
 from mor.data.stream import evenly_spaced
 from mor.device import pick_device
+from mor.evaluation.finite import require_finite
 from mor.evaluation.quiet import quiet, without_bars
 from mor.files import extra
+from mor.hub_access import asking_the_hub
 from mor.settings import suggestion
 
 with extra("eval", needed_for="mor eval --tasks"):
@@ -107,6 +112,20 @@ class HarnessResult:
         path.write_text(json.dumps(self.full, default=handle_non_serializable, ensure_ascii=False))
 
 
+class _Finite(HFLM):  # type: ignore[misc]
+    """lm-eval's model class, but a model that gives no numbers gets no score: lm-eval would take
+    the first of several answers that cost NaN, and be right now and then."""
+
+    def _model_call(self, inps: Tensor, *args: Any, **settings: Any) -> Tensor:
+        logits_BTV: Tensor = super()._model_call(inps, *args, **settings)
+        broken = ~logits_BTV.isfinite().flatten(1).all(1)
+        if broken.any():
+            row = int(broken.nonzero()[0])
+            text = self.tok_decode(inps[row].tolist())
+            require_finite(self.model, [logits_BTV[row]], f"reading {text[:60]!r}")
+        return logits_BTV
+
+
 def check_tasks(names: Sequence[str]) -> None:
     """Raise ValueError unless the names are some of TASK_NAMES, each once."""
     for name in names:
@@ -151,7 +170,7 @@ def evaluate_tasks(
         loaded = {part: _load_tasks(manager, part, shots) for part in parts}
         samples = None if limit is None else _choose_documents(tasks, loaded, limit)
         full = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            model=_Finite(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=[item for part in parts for item in _to_run(part, loaded[part], samples)],
             num_fewshot=shots,
             samples=samples,
@@ -228,7 +247,8 @@ def _load_tasks(manager: TaskManager, part: str, shots: int) -> list[Task]:
     if part in _CHANGES:  # lm-eval applies changes to its own tasks only inside a group
         spec = {"group": f"of {part}", "task": [{"task": part, **_CHANGES[part]}]}
     try:
-        found = manager.load([spec])["tasks"]
+        with asking_the_hub(part):
+            found = manager.load([spec])["tasks"]
     except (OSError, DatasetsError) as error:
         raise ValueError(
             f"the data of {part} could not be read ({error}). Without the Hugging Face hub, give "
@@ -295,7 +315,7 @@ def load_model(checkpoint: str | Path, *, device: str = "auto") -> tuple[Any, An
     hub name or a .gguf file. fp32 on CPUs, elsewhere the precision it was saved in."""
     place = pick_device(device)
     name, settings = _locate(str(checkpoint))
-    with without_bars():
+    with without_bars(), asking_the_hub(name):
         dtype = torch.float32 if place.type == "cpu" else "auto"
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True, **settings

@@ -1,36 +1,40 @@
-"""Validation: negative log-likelihood and bits per byte, causal by default.
+"""Likelihood of text: NLL, perplexity and bits per byte, causal by default.
 
 B batch · T tokens · V vocabulary
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from mor.data.stream import TaskData, Windows
+from mor.data.stream import Batch, Scored, TaskData, Windows
+from mor.evaluation.finite import require_finite, values_of
+from mor.evaluation.score import Score
 from mor.model.config import Selection
 from mor.model.loss import IGNORED
 from mor.model.routers import Router
-from mor.model.transformer import Transformer
+from mor.model.transformer import Output, Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """nll: nats per token. causal: no token could see later ones. share_per_recursion: of all
-    tokens, those that took each recursion. leak_nats: by how much selection that sees the future
-    lowers the NLL on the same text (see :func:`leak`)."""
+    """nll: nats per predicted token. bits_per_byte: None for the answers of a task, which are no
+    text. tokens: that were read. score: the sums behind these figures. causal: no token could see
+    later ones. share_per_recursion: of all tokens read, those that took each recursion. leak_nats:
+    by how much selection that sees the future lowers the NLL on the same text (see :func:`leak`).
+    """
 
     selection: Selection
     causal: bool
     max_depth: int
     tokens: int
+    score: Score
     nll: float
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     mean_depth: float
     share_per_recursion: list[float]
     leak_nats: float | None = None
@@ -49,25 +53,28 @@ def evaluate(
     router: Router | None = None,
     document_mask: bool = False,
 ) -> Evaluation:
-    """Mean NLL over consecutive windows of the data.
+    """Likelihood of all the data, or of ``max_windows`` windows spread evenly over it.
+
+    The data are cut into windows of ``seq_len`` tokens that do not overlap, and a shorter one at
+    the end. Every token but the first is predicted once, from the tokens before it in its window;
+    the first has nothing before it and counts neither in the loss nor in the bytes. Bytes are
+    those of the predicted tokens.
 
     selection: ``topk`` reproduces the paper's evaluation, which sees the future, and is labelled
     so.
     router: decides in place of the model's own.
     document_mask: documents do not see each other, as a model trained so expects.
-    max_windows: only that many windows, spread evenly.
 
-    Raises ValueError for data shorter than a window.
+    Raises ValueError for windows longer than the model's context, for data without a token to
+    predict, and if the model gives NaN or infinity.
     """
     router = router or model.router
-    length = seq_len or model.config.max_seq_len
-    chosen = data.spread(length, max_windows)
-    count = len(chosen)
+    length = window_length(model, seq_len)
+    score, read = Score(), 0
+    taken = torch.zeros(max_depth or router.num_recursions, dtype=torch.float64)
     device = model.embedding.weight.device
-    nll, targets = 0.0, 0
-    taken = torch.zeros(max_depth or router.num_recursions)
-    for start in range(0, count, batch_size):
-        batch = data.batch(chosen[start : start + batch_size], length, documents=document_mask)
+    for some in data.scored(length, max_windows, batch_size=batch_size, documents=document_mask):
+        batch = some.batch
         output = model(
             batch.tokens_BT.to(device),
             targets_BT=batch.targets_BT.to(device),
@@ -76,23 +83,42 @@ def evaluate(
             max_depth=max_depth,
             router=router,
         )
-        assert output.nll is not None
-        counted = int((batch.targets_BT != IGNORED).sum())
-        nll, targets = nll + output.nll.item() * counted, targets + counted
+        require_finite(model, values_of(output), place_of(some))
+        score += _score(output, batch, data)
+        read += batch.tokens_BT.numel()
         taken += torch.tensor(output.routing.tokens_per_recursion())
-    tokens = count * length
-    nll /= targets
     return Evaluation(
         selection=selection,
         causal=selection == "threshold" or not router.has_topk,
         max_depth=max_depth or router.num_recursions,
-        tokens=tokens,
-        nll=nll,
-        perplexity=math.exp(nll),
-        bits_per_byte=nll / math.log(2) / data.bytes_per_token,
-        mean_depth=float(taken.sum()) / tokens,
-        share_per_recursion=(taken / tokens).tolist(),
+        tokens=read,
+        score=score,
+        nll=score.nll,
+        perplexity=score.perplexity,
+        bits_per_byte=score.bits_per_byte,
+        mean_depth=float(taken.sum()) / read,
+        share_per_recursion=(taken / read).tolist(),
     )
+
+
+def window_length(model: Transformer, seq_len: int | None) -> int:
+    """``seq_len``, or the model's context. Raises ValueError for windows that do not fit it."""
+    most = model.config.max_seq_len
+    if seq_len is not None and not 1 <= seq_len <= most:
+        raise ValueError(f"seq_len must lie in 1..{most} (the model's max_seq_len), got {seq_len}")
+    return seq_len or most
+
+
+def place_of(some: Scored) -> str:
+    """Windows in words, counted from 1."""
+    first, last = some.windows[0] + 1, some.windows[-1] + 1
+    return f"in window {first}" if first == last else f"in windows {first} to {last}"
+
+
+def _score(output: Output, batch: Batch, data: Windows) -> Score:
+    assert output.nll is not None
+    asked = int((batch.targets_BT != IGNORED).sum())
+    return Score(nats=output.nll.item() * asked, tokens=asked, bytes=data.text_bytes(batch))
 
 
 def leak(model: Transformer, data: Windows, **settings: Any) -> tuple[Evaluation, Evaluation]:
@@ -115,13 +141,12 @@ def by_hops(model: Transformer, data: TaskData, seq_len: int, max_windows: int) 
     mean_depth_by_hops begins with tokens without a question (0 hops). None for hops that do not
     occur.
     """
-    count = min(max_windows, data.num_windows(seq_len))
     most = data.task.hops
     asked, right, depth = (torch.zeros(most + 1) for _ in range(3))
-    for start in range(0, count, 16):
-        indices = range(start, min(start + 16, count))
-        batch = data.problems(indices, seq_len)
+    for some in data.scored(window_length(model, seq_len), max_windows):
+        batch = data.problems(some.windows, seq_len)
         output = model(batch.tokens_BT.to(model.embedding.weight.device))
+        require_finite(model, values_of(output), place_of(some))
         right_BT = (output.logits_BTV.argmax(-1).cpu() == batch.targets_BT).float()
         for total, value_BT in (
             (asked, torch.ones_like(right_BT)),

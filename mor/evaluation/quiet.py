@@ -1,4 +1,5 @@
-"""lm-eval without its advice and progress bars, which would bury a table of scores."""
+"""lm-eval without its advice, progress bars and questions to git, which would bury a table of
+scores."""
 
 from __future__ import annotations
 
@@ -7,6 +8,11 @@ import io
 import logging
 import sys
 from collections.abc import Iterator
+
+from mor.files import extra
+
+with extra("eval", needed_for="mor eval --tasks"):
+    from lm_eval import evaluator
 
 
 class CutRequests(logging.Filter):
@@ -21,17 +27,21 @@ class CutRequests(logging.Filter):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[CutRequests]:
-    """Silence lm-eval's loggers, and its progress bars where there is no terminal."""
+    """Silence lm-eval's loggers, and its progress bars where there is no terminal; and let it not
+    ask git about the folder one happens to be in, whose complaint goes to the terminal."""
     cut = CutRequests()
     library, model = (logging.getLogger(name) for name in ("lm_eval", "lm_eval.models.huggingface"))
     levels = library.level, model.level
     library.setLevel(logging.ERROR)
     model.setLevel(logging.WARNING)
     model.addFilter(cut)
+    ask_git = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
     try:
         with without_bars():
             yield cut
     finally:
+        evaluator.get_git_commit_hash = ask_git
         model.removeFilter(cut)
         library.setLevel(levels[0])
         model.setLevel(levels[1])

@@ -33,6 +33,7 @@ from mor.training.log import MetricsLog, health_text
 from mor.training.optim import build_optimizers, learning_rate
 from mor.training.step import StepResult, TrainState, train_step
 from mor.training.trackers import TRACKERS, Tracker, routing_histograms
+from mor.training.validation import check_validation
 
 
 class TrainingError(ValueError):
@@ -102,6 +103,7 @@ def _prepare(
     start = ranks.from_first(_start(config, run, resume, console) if ranks.is_first else None)
     saved = checkpoint.load(start) if start else None
     corpus = corpus or load_corpus(config.data, saved.tokenizer if saved else None)
+    check_validation(corpus.validation, config.seq_len)
     config = dataclasses.replace(
         config, model=config.model.replace(vocab_size=corpus.tokenizer.vocab_size)
     )
@@ -225,7 +227,7 @@ class Trainer:
             if not self.progress.is_shown:
                 self.progress.note(
                     f"{self.progress.label} {step}/{self.total} · loss {result.loss:.3f} · "
-                    f"{found.bits_per_byte:.3f} bits/byte · {tokens_per_s:,.0f} tok/s · {shown}"
+                    f"{found.score.in_words} · {tokens_per_s:,.0f} tok/s · {shown}"
                 )
         if config.save_every and self._is_due(config.save_every) and step < self.total:
             self.save()
@@ -291,6 +293,8 @@ class Trainer:
             tokens=state.tokens,
             validation_nll=found.nll,
             validation_bits_per_byte=found.bits_per_byte,
+            validation_tokens=found.score.tokens,
+            validation_bytes=found.score.bytes,
             validation_mean_depth=found.mean_depth,
             validation_share_per_recursion=found.share_per_recursion,
         )

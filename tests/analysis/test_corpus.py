@@ -41,8 +41,9 @@ def test_windows_lie_evenly_and_are_read_causally(data):
     assert torch.equal(reading.tokens_BT[:, 1:], reading.targets_BT[:, :-1])
     with torch.no_grad():
         assert torch.equal(reading.depth_BT, reading.model(reading.tokens_BT).routing.depth_BT)
-    with pytest.raises(ValueError, match="lower seq_len"):
-        corpus.read(model_for(), data, seq_len=len(data))
+    for length, words in ((len(data), "lower seq_len"), (len(data) + 1, "the model's max_seq_len")):
+        with pytest.raises(ValueError, match=words):
+            corpus.read(model_for(max_seq_len=len(data)), data, seq_len=length)
 
 
 def test_tokens_without_recursions_have_a_bar_of_their_own(data):
@@ -209,6 +210,9 @@ def test_depth_scaling_is_evaluation_at_every_cap_and_labels_what_was_never_trai
         settings = dict(seq_len=WINDOW, max_windows=4, max_depth=cap)
         found = evaluate(model, data, router=router, **settings)
         assert (row["nll"], row["mean_depth"]) == (found.nll, found.mean_depth)
+    masked = corpus.depth_scaling(model, data, seq_len=WINDOW, document_mask=True)
+    expected = evaluate(model, data, seq_len=WINDOW, max_depth=2, document_mask=True)
+    assert masked[1]["nll"] == expected.nll
     assert len({round(r["nll"], 6) for r in rows}) == 5, "every further recursion changes something"
 
 

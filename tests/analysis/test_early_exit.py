@@ -1,5 +1,7 @@
 """Early exits keep a mean depth, and are measured at every depth."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,9 @@ from mor.analysis.early_exit import (
     oracle_exits,
     random_exits,
 )
-from mor.data.stream import DataConfig, load_corpus
+from mor.data.sources import Document
+from mor.data.stream import DataConfig, load_corpus, tokenize
+from mor.data.tokenizer import byte_tokenizer
 from mor.evaluation.nll import by_hops, evaluate
 from mor.model.config import RouterConfig, preset
 from mor.model.other_depths import ForcedRouter
@@ -67,6 +71,20 @@ def test_where_tokens_may_take_no_recursion_that_is_an_exit_too():
     for policy in ("random", "confidence"):
         assert found[policy]["mean_depth"] == pytest.approx(0.9, abs=0.05), policy
     assert found["oracle"]["nll"] < min(found["fixed"]) and found["oracle"]["mean_depth"] < 0.91
+
+
+def test_exits_are_those_of_the_windows_that_are_scored():
+    texts = ["The first text.", "And another one, naïve and longer."]
+    data = tokenize([Document(text, text) for text in texts], byte_tokenizer())
+    model = tiny("fixed", vocab_size=257)
+    for masked in (False, True):
+        whole = dict(seq_len=20, max_windows=9, document_mask=masked)
+        caps = [evaluate(model, data, max_depth=r, **whole).nll for r in (1, 2, 3)]
+        assert early_exits(model, data, **whole)["fixed"] == pytest.approx(caps, abs=1e-5)
+    with torch.no_grad():
+        model.final_norm.weight[3] = math.inf
+    with pytest.raises(ValueError, match="not finite"):
+        early_exits(model, data, 20, 9)
 
 
 @torch.inference_mode()

@@ -56,7 +56,7 @@ def test_records_say_what_the_model_says(tokenizer, router):
     assert found.nll == pytest.approx(
         -float(sum(t.logprob for t in found.tokens[:-1])) / (len(ids) - 1)
     )
-    size = len(TEXT.encode()) - len(found.tokens[0].piece.encode())
+    size = len(TEXT.encode()) - len(found.tokens[0].token)  # which has a character for each byte
     assert found.bits_per_byte == pytest.approx(found.nll * (len(ids) - 1) / size / math.log(2))
 
 

@@ -33,6 +33,11 @@ def test_comparing_says_why_scores_are_not_comparable(some_runs, tmp_path, capsy
     (tmp_path / "longer" / "train.json").write_text(json.dumps(saved | {"eval_windows": 9}))
     notes = found_json(capsys, "compare", some_runs / "one", tmp_path / "longer")["cautions"]
     assert len(notes) == 1 and "validation data differ" in notes[0]
+    shutil.copytree(some_runs / "two", tmp_path / "old")
+    log = (tmp_path / "old" / "metrics.jsonl").read_text()
+    (tmp_path / "old" / "metrics.jsonl").write_text(log.replace("validation_bytes", "other"))
+    notes = found_json(capsys, "compare", some_runs / "one", tmp_path / "old")["cautions"]
+    assert len(notes) == 1 and "old are of an earlier version" in notes[0]
     alone = tmp_path / "alone"
     shutil.copytree(some_runs / "one" / "checkpoints" / "step-00000008", alone)
     notes = found_json(capsys, "compare", some_runs / "one", alone)["cautions"]

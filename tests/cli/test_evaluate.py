@@ -1,6 +1,7 @@
 """mor eval: scores in JSON, by depth, with top-k labelled."""
 
 import math
+import re
 
 import pytest
 
@@ -22,5 +23,9 @@ def test_eval_prints_json_by_depth_and_labels_topk(run, capsys):
     main(["eval", str(run / "run"), "--routing", "topk"])
     shown = capsys.readouterr().out
     assert "topk, non-causal" in shown and f"{causal['nll']:.4f}" in shown and "…" not in shown
-    main(["eval", str(run / "run"), "--data", str(run / "a.jsonl"), "--by-depth", "--json"])
+    assert "all of the validation data of the run" in shown
+    text = ["eval", str(run / "run"), "--data", str(run / "a.jsonl")]
+    main([*text, "--max-windows", "3"])
+    assert re.search(r"^3 of \d+ windows of /", capsys.readouterr().out, re.MULTILINE)
+    main([*text, "--by-depth", "--json"])
     assert [row["max_depth"] for row in last_json(capsys)] == [1, 2]

@@ -15,6 +15,9 @@ from mor.data.stream import (
     load_corpus,
     split_documents,
 )
+from mor.data.tokenizer import byte_tokenizer
+
+BYTES = byte_tokenizer().text_bytes
 
 
 def test_validation_documents_stay_when_others_are_added():
@@ -28,7 +31,7 @@ def test_validation_documents_stay_when_others_are_added():
 
 
 def test_batches_are_a_function_of_seed_and_position():
-    data = TokenData([Part(np.arange(101), np.array([101]))], 1, 100)
+    data = TokenData([Part(np.arange(101), np.array([101]))], 1, 100, BYTES)
     stream = data.batches(3, 10, seed=1, state=DataState())
     seen = [next(stream) for _ in range(9)]
     again = data.batches(3, 10, seed=1, state=seen[3][1])
@@ -62,7 +65,19 @@ def split_up(tokens, ends, borders):
     for border in [*borders, len(tokens)]:
         parts.append(Part(tokens[start:border], ends[(ends > start) & (ends <= border)] - start))
         start = border
-    return TokenData(parts, len(ends), 100)
+    return TokenData(parts, len(ends), 100, BYTES)
+
+
+@pytest.mark.parametrize("length", [2, 11, 20, 21, 25])
+def test_every_token_but_the_first_is_scored_once(length):
+    data = TokenData([Part(np.arange(length), np.array([length]))], 1, length, BYTES)
+    scored = list(data.scored(10, batch_size=2, documents=True))
+    targets = [i for some in scored for i in some.batch.targets_BT.flatten().tolist()]
+    assert targets == list(range(1, length))
+    assert [i for some in scored for i in some.windows] == list(range(-(-(length - 1) // 10)))
+    assert all(some.batch.tokens_BT.shape == some.batch.documents_BT.shape for some in scored)
+    with pytest.raises(ValueError, match="no token to predict"):
+        next(TokenData([Part(np.arange(1), np.array([1]))], 1, 1, BYTES).scored(10))
 
 
 def test_windows_cross_the_borders_of_shards():

@@ -2,16 +2,21 @@
 any batch."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 from mor import checkpoint
 from mor.cli import main
+from mor.data.stream import Part, TokenData
 from mor.data.tokenizer import byte_tokenizer
 from mor.evaluation.harness import (
     STOCK_TASKS,
@@ -22,6 +27,7 @@ from mor.evaluation.harness import (
     load_model,
     paper_average,
 )
+from mor.evaluation.nll import evaluate
 from mor.hub.modeling import MoRForCausalLM
 from tests.conftest import tiny
 
@@ -193,6 +199,29 @@ def test_scores_do_not_depend_on_batch_size_or_padding(router, hub):
         assert other.keys() == one.keys()
         assert all(other[key] == pytest.approx(one[key], abs=1e-4) for key in one)
     assert results[0].tasks == results[1].tasks == results[2].tasks
+
+
+def test_a_model_that_gives_no_numbers_has_no_score(hub):
+    model, tokenizer = wrapped()
+    with torch.no_grad():
+        model.model.embedding.weight[ord("T"), 0] = math.nan
+    words = r"not finite \(reading '.*'\): its weight .*embedding.weight holds some"
+    with pytest.raises(ValueError, match=words):
+        evaluate_tasks(model, tokenizer, ["piqa"], include_path=hub)
+
+
+def test_lm_eval_finds_the_same_likelihood_of_a_text_in_the_same_windows():
+    model, tokenizer = wrapped()
+    text = ("A naïve 日本 cat. 🙂" * 48).encode()[:1020].decode(errors="ignore")
+    text += "." * (1024 - len(text.encode()))  # two windows of the model
+    (nats,) = HFLM(pretrained=model, tokenizer=tokenizer).loglikelihood_rolling(
+        [Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True
+    )
+    # lm-eval begins with end of text.
+    stream = Part(np.array([256, *byte_tokenizer().encode(text)]), np.array([1, 1025]))
+    found = evaluate(model.model, TokenData([stream], 2, 1024, byte_tokenizer().text_bytes))
+    assert found.score.nats == pytest.approx(-nats, rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(-nats / math.log(2) / 1024, rel=1e-5)
 
 
 def test_with_selection_that_sees_the_future_they_would(hub, monkeypatch):

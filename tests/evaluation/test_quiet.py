@@ -4,6 +4,7 @@ import logging
 import sys
 
 import pytest
+from lm_eval import evaluator
 
 from mor.evaluation.quiet import quiet, without_bars
 
@@ -18,6 +19,14 @@ def test_cut_requests_are_counted_and_only_errors_pass(caplog):
     assert cut.count == 1
     assert [record.getMessage() for record in caplog.records] == ["trouble"]
     assert (model.level, logging.getLogger("lm_eval").level) == before and not model.filters
+
+
+def test_git_is_not_asked_outside_a_repository(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    asked = evaluator.get_git_commit_hash
+    with quiet():
+        assert evaluator.get_git_commit_hash() is None
+    assert capfd.readouterr().err == "" and evaluator.get_git_commit_hash is asked
 
 
 def test_lines_pass_and_bars_do_not_also_where_it_fails(capsys):

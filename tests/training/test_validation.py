@@ -1,13 +1,19 @@
 """The text that a checkpoint is measured on: that of its run, or another."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from mor import checkpoint
+from mor.data.config import DataConfig
+from mor.data.problems import parse_task
+from mor.data.sources import Document
+from mor.data.stream import TaskData, tokenize
+from mor.data.tokenizer import byte_tokenizer
 from mor.training.loop import train
-from mor.training.validation import validation_of
-from tests.training.small_run import quiet, settings
+from mor.training.validation import check_validation, validation_of
+from tests.training.small_run import metrics, quiet, settings
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +26,7 @@ def trained(squares, tmp_path_factory):
 def test_a_run_is_measured_as_it_was_validated(trained):
     found = validation_of(trained.path, checkpoint.load(trained.path))
     assert found.seq_len == 32 and found.document_mask
+    assert found.name == "the validation data of the run"
     assert len(found.data) == len(trained.corpus.validation)
     assert validation_of(trained.path, checkpoint.load(trained.path), seq_len=8).seq_len == 8
 
@@ -31,3 +38,39 @@ def test_other_text_is_read_whole_in_the_windows_of_the_run(trained, squares, tm
     found = validation_of(trained.path, loaded, other)
     assert found.data.num_documents == 1 and found.seq_len == 32
     assert len(found.data) == len(loaded.tokenizer.encode(other.read_text())) + 1, "and its end"
+    assert found.name == str(other)
+    with pytest.raises(ValueError, match="is not prepared data, so it has no split 'train'"):
+        validation_of(trained.path, loaded, other, split="train")
+    with pytest.raises(ValueError, match="needs prepared data"):
+        validation_of(trained.path, loaded, split="train")
+
+
+def test_what_cannot_be_scored_is_known_before_anything_runs():
+    short, nothing = (tokenize([Document("a", text)], byte_tokenizer()) for text in ("ab", ""))
+    check_validation(short, 64)
+    with pytest.raises(ValueError, match="no token to predict"):
+        check_validation(nothing, 64)
+    with pytest.raises(ValueError, match="seq_len=9 is too short"):
+        check_validation(TaskData(parse_task("task:pointer-chasing"), 0, 4), 9)
+
+
+def test_a_run_that_could_not_be_validated_does_not_begin(tmp_path):
+    data = DataConfig(path="task:pointer-chasing")
+    with pytest.raises(ValueError, match="seq_len=9 is too short"):
+        train(settings(data, tmp_path / "run", steps=1, seq_len=9), console=quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_a_task_says_nats_and_no_bytes(tmp_path):
+    data = DataConfig(path="task:state-tracking?hops=3")
+    console = quiet()
+    train(settings(data, tmp_path / "run", steps=1, eval_every=1), console=console)
+    assert "nats per answer" in console.file.getvalue()
+    (row,) = [row for row in metrics(tmp_path / "run") if "validation_nll" in row]
+    assert row["validation_bits_per_byte"] is None and row["validation_bytes"] == 0
+
+
+def test_a_run_on_text_says_what_was_scored(trained):
+    (row,) = [row for row in metrics(trained.path.parent.parent) if "validation_nll" in row]
+    bits = row["validation_nll"] * row["validation_tokens"] / math.log(2)
+    assert row["validation_bits_per_byte"] == pytest.approx(bits / row["validation_bytes"])
