@@ -118,7 +118,7 @@ def test_bad_sampling_settings_are_refused(settings, words):
     ("prompts", "words"),
     [
         ([], "no prompts"),
-        ([[1], []], "prompt 1 is empty"),
+        ([[1], []], "prompt 1: the prompt is empty"),
         ([[37]], "outside 0..36"),
         ([[-1]], "outside"),
         ([[1] * 60], "shorten the prompt"),

@@ -35,4 +35,4 @@ def test_a_compiler_that_does_not_run_is_a_compiler_error(monkeypatch, tmp_path)
 
     monkeypatch.setenv("CC", str(tmp_path / "cc"))
     with pytest.raises(CompilerError, match="does not run"):
-        compile_library("int x;")
+        compile_library("int x;", tmp_path)

@@ -109,14 +109,13 @@ def test_abort_in_the_middle_leaves_the_others_alone():
         for _ in range(steps):
             engine.step()
         for i in (1, 4, 9):
-            output = engine.abort(str(i))
+            output = engine.abort(requests[i])
             assert (output is None) == (requests[i].finish_reason in ("stop", "length"))
         while engine.has_unfinished:
             engine.step()
         kept = [i for i, request in enumerate(requests) if request.finish_reason != "abort"]
         same([requests[i] for i in kept], [want[i] for i in kept])
         all_memory_is_back(engine)
-    assert engine.abort("nobody") is None
 
 
 def test_bad_requests_are_refused_while_others_go_on():
@@ -127,7 +126,7 @@ def test_bad_requests_are_refused_while_others_go_on():
     for prompt, params, message in [
         ([], SamplingParams(), "empty"),
         ([37], SamplingParams(max_new_tokens=1), "outside 0..36"),
-        ([1] * 60, SamplingParams(max_new_tokens=5), "a request holds 64"),
+        ([1] * 60, SamplingParams(max_new_tokens=5), "a sequence holds 64"),
         ([1] * 50, SamplingParams(max_new_tokens=14), "raise kv_cache_memory"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -192,7 +191,7 @@ def test_random_schedules(data):
         steps += 1
         check_pages(engine)
         if choose(st.integers(0, 15)) == 0:
-            engine.abort(str(choose(st.integers(0, 7))))
+            engine.abort(choose(st.sampled_from(requests)))
         assert steps < 3000, "a request starves"
     done = [request for request in requests if request.finish_reason != "abort"]
     assert all(request.status is Status.FINISHED for request in requests)
@@ -264,7 +263,7 @@ def test_own_and_given_ids_do_not_collide():
 
 def test_a_bad_prompt_of_several_leaves_nothing_behind():
     engine = Engine(tiny())
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="prompt 1: token ids must be whole numbers"):
         engine.generate([[1, 2], [None]], SamplingParams(max_new_tokens=3))
     all_memory_is_back(engine)
 
