@@ -265,7 +265,7 @@ def check_prompt(
     if len(ids) + params.max_new_tokens > longest:
         raise ValueError(
             f"the prompt has {len(ids)} tokens and asks for {params.max_new_tokens} more, but a "
-            f"sequence holds {longest} at most; shorten the prompt or lower max_new_tokens"
+            f"request holds {longest} at most; shorten the prompt or lower max_new_tokens"
         )
     return ids
 

@@ -47,16 +47,16 @@ def _compiler() -> list[str]:
     return command
 
 
-def compile_library(source: str, folder: Path, *, timeout_s: float = LONGEST_S) -> Path:
+def compile_library(source: str, folder: Path) -> Path:
     """The library of ``source``, made in ``folder``. Raises CompilerError."""
     code, compiled, library = (folder / name for name in ("source.c", "source.o", "library.so"))
     code.write_text(source)
-    _run([*COMPILE, str(code)], compiled, timeout_s)
-    _run([*LINK, str(compiled), "-lm"], library, timeout_s)
+    _run([*COMPILE, str(code)], compiled)
+    _run([*LINK, str(compiled), "-lm"], library)
     return library
 
 
-def _run(arguments: list[str], made: Path, timeout_s: float) -> None:
+def _run(arguments: list[str], made: Path) -> None:
     compiler, log = _compiler(), made.with_suffix(".txt")
     try:
         # Not through a pipe: that waits for processes that a compiler leaves behind.
@@ -66,10 +66,10 @@ def _run(arguments: list[str], made: Path, timeout_s: float) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,
-                timeout=timeout_s,
+                timeout=LONGEST_S,
             )
     except subprocess.TimeoutExpired as error:
-        raise CompilerError(f"{compiler[0]} took longer than {timeout_s:g} s") from error
+        raise CompilerError(f"{compiler[0]} took longer than {LONGEST_S:g} s") from error
     except OSError as error:
         raise CompilerError(f"{compiler[0]} does not run: {error}") from error
     if done.returncode or not made.is_file():
