@@ -7,6 +7,7 @@ R rows of the table · S entries that the longest query sees
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Literal, Protocol
@@ -88,11 +89,14 @@ def decode_attention(
     except Exception as error:  # whatever goes wrong with a faster way, there is the plain one
         if backend != "auto":
             raise ValueError(f"attention={backend!r} is not available: {error}") from error
-        warnings.warn(
-            f"decoding without the {chosen} attention kernel, which makes it slower: {error}",
-            stacklevel=2,
-        )
+        _warn(f"decoding without the {chosen} attention kernel, which makes it slower: {error}")
         return gathered_attention
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Once in a process, however many engines it makes."""
+    warnings.warn(text, stacklevel=5)
 
 
 def _try(kernel: DecodeAttention, device: torch.device, dtype: torch.dtype) -> None:

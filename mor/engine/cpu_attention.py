@@ -73,7 +73,8 @@ def _run(arguments: list[str], made: Path) -> None:
     except OSError as error:
         raise CompilerError(f"{compiler[0]} does not run: {error}") from error
     if done.returncode or not made.is_file():
-        raise CompilerError(f"{compiler[0]} failed:\n{log.read_text(errors='replace').strip()}")
+        said_last = log.read_text(errors="replace").strip() or f"exit status {done.returncode}"
+        raise CompilerError(f"{compiler[0]} failed: {said_last}")
 
 
 def _load(source: str) -> Callable[..., None]:

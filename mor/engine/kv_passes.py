@@ -75,8 +75,8 @@ class ChunkPass:
         seen_AK = tokens.pad(seen, fill=width)
         self.visible_AKS = torch.arange(width, device=kv.device) < seen_AK[:, :, None]
         # A row gets nothing of others, not even under a mask: zero times nan is nan.
-        last_A = seen[tokens.last_index()]
-        own_AS = torch.arange(width, device=kv.device) < last_A[:, None]
+        last_seen = seen[tokens.last_index()]
+        own_AS = torch.arange(width, device=kv.device) < last_seen[:, None]
         self.entry_AS = self.entry_AS.where(own_AS, self.entry_AS[:, :1])
 
     def write(self, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:

@@ -95,14 +95,15 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def _content(tensors: list[Tensor]) -> Tensor:
-    """A few digits of every row of every tensor: products with fixed factors, all different."""
-    rows = []
+    """A number for every row of every tensor: its product with fixed factors, all different."""
+    longest = max(tensor.shape[-1] for tensor in tensors)
+    factors = torch.arange(1.0, 1 + longest, device=tensors[0].device).sin()
+    numbers = []
     for tensor in tensors:
-        row_MD = tensor.reshape(-1, tensor.shape[-1] if tensor.ndim > 1 else 1)
-        row_MD = row_MD if row_MD.is_floating_point() else row_MD.double()
-        factors = torch.arange(1.0, 1 + row_MD.shape[1], device=tensor.device).sin()
-        rows.append((row_MD @ factors.to(row_MD.dtype)).float())
-    return torch.cat(rows).nan_to_num()
+        rows = tensor if tensor.ndim > 1 else tensor[:, None]
+        rows = rows if rows.is_floating_point() else rows.double()
+        numbers.append((rows @ factors[: rows.shape[-1]].to(rows.dtype)).flatten().float())
+    return torch.cat(numbers).nan_to_num()
 
 
 def with_linear(model: Transformer, make: Callable[[Tensor], nn.Module]) -> Transformer:
