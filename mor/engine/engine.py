@@ -162,6 +162,7 @@ class Engine:
         self.strategy = self._strategy(self._work)
         self._next_number = 0
         self._lock = threading.RLock()
+        self._leaving: list[Request] | None = None  # aborted during a step
         self._stopped = ""  # why, once the engine cannot go on
 
     @property
@@ -236,7 +237,10 @@ class Engine:
                     f"no unfinished request has the id {request_id!r}; ids are text, and those "
                     "that have ended are forgotten"
                 )
-            self._work.finish(here, "abort")
+            if self._leaving is None:
+                self._work.finish(here, "abort")
+            else:  # from within a step, as when a stream that nobody holds is collected
+                self._leaving.append(here)
             return RequestOutput(here, None, None, None, "abort")
 
     @property
@@ -250,6 +254,7 @@ class Engine:
             self._check_open()
             if self.requests:
                 self._follow_model()
+                self._leaving = []
                 try:
                     self._work_on()
                 except Exception as error:
@@ -257,6 +262,10 @@ class Engine:
                 except BaseException:  # Ctrl-C: whoever goes on finds requests that wait
                     self.scheduler.restart(self.requests.values())
                     raise
+                finally:
+                    leaving, self._leaving = self._leaving, None
+                    for request in leaving:
+                        self.abort(request)
             return self._work.collect()
 
     @torch.inference_mode()

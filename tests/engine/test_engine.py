@@ -514,6 +514,27 @@ def test_abort_takes_a_request_or_its_id():
     all_memory_is_back(engine)
 
 
+def test_abort_during_a_step_waits_for_its_end():
+    """As when a stream is collected as garbage, or in a handler of a signal."""
+    model = tiny()
+    prompts, params = draw_requests(3, seed=3, longest_output=30)
+    engine = Engine(model)
+    requests = [engine.add_request(p, q) for p, q in zip(prompts, params, strict=True)]
+
+    def abort(call, slots):
+        if requests[1].finish_reason is None and call > 3:
+            engine.abort(requests[1])
+        return False
+
+    with failing(engine, abort):
+        while engine.has_unfinished:
+            engine.step()
+    assert requests[1].finish_reason == "abort"
+    want = generate(model, prompts, params)
+    same(requests[::2], want[::2])
+    all_memory_is_back(engine)
+
+
 @pytest.mark.parametrize("prompts", ["hi", [1, 2], [], None])
 def test_what_is_no_list_of_prompts_is_refused_at_once(prompts):
     engine = Engine(tiny())
