@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from mor.files import naming
+from mor.model.config import ModelConfig
 from mor.model.kv_cache import KVCache
 from mor.model.random import hash_uniform
 from mor.model.transformer import Output, Transformer, check_finite
@@ -138,9 +140,8 @@ def stream(
     *,
     max_depth: int | None = None,
 ) -> Iterator[TokenEvent]:
-    """Yield every new token as soon as it is known. Arguments as in :func:`generate`."""
-    results = [Generation(list(p)) for p in prompts]
-    yield from _decode(model, results, _per_prompt(params, len(prompts)), max_depth)
+    """Every new token as soon as it is known. Arguments and errors as in :func:`generate`."""
+    return _decode(model, *_checked(model, prompts, params), max_depth)
 
 
 def generate(
@@ -152,12 +153,12 @@ def generate(
 ) -> list[Generation]:
     """Continue token prompts, all together.
 
-    params: one for all, or one per prompt. max_depth caps the recursions of every token.
-    Raises ValueError for empty prompts, ids outside the vocabulary, sequences too long for the
-    model, and a model whose logits are not finite.
+    prompts: a list of lists (or tensors) of token ids. params: one for all, or one per prompt.
+    max_depth caps the recursions of every token. Raises ValueError, before anything runs, for what
+    :func:`check_prompt` refuses, and for a model whose logits are not finite.
     """
-    results = [Generation(list(p)) for p in prompts]
-    for _ in _decode(model, results, _per_prompt(params, len(prompts)), max_depth):
+    results, settings = _checked(model, prompts, params)
+    for _ in _decode(model, results, settings, max_depth):
         pass
     return results
 
@@ -171,7 +172,6 @@ def _decode(
 ) -> Iterator[TokenEvent]:
     """Fill ``results`` in place, yielding each token."""
     prompts = [result.prompt_ids for result in results]
-    _check_prompts(model, prompts, params)
     weight = model.embedding.weight
     cache = KVCache(model.config, len(prompts), device=weight.device, dtype=weight.dtype)
     output = prefill(model, prompts, cache, max_depth=max_depth)
@@ -198,33 +198,100 @@ def _decode(
         )
 
 
-def _per_prompt(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
+def _checked(
+    model: Transformer, prompts: Any, params: Any
+) -> tuple[list[Generation], list[SamplingParams]]:
+    if isinstance(prompts, str):
+        prompts = [prompts]  # not only the list is missing, but the token ids
+    results, (listed, settings) = list[Generation](), per_prompt(prompts, params)
+    for i, (prompt, own) in enumerate(zip(listed, settings, strict=True)):
+        with naming(f"prompt {i}"):
+            results.append(Generation(check_prompt(model.config, prompt, own)))
+    return results, settings
+
+
+def per_prompt(prompts: Any, params: Any) -> tuple[list[Any], list[Any]]:
+    """A list of prompts, and one of as many settings: the one given for all, or one for each.
+
+    Raises ValueError if there are no prompts, if a single one is given in place of a list, or if
+    the numbers differ. What is in the lists is for :func:`check_prompt`.
+    """
+    listed = _as_list(prompts)
+    if listed is None or (listed and all(_as_id(value) is not None for value in listed)):
         raise ValueError(
-            f"got {len(params)} sampling settings for {count} prompts; give one, or one per prompt"
+            f"prompts must be a list of prompts, got {_short(prompts)}; put a single prompt into "
+            "a list"
         )
-    return list(params)
-
-
-def _check_prompts(
-    model: Transformer, prompts: Sequence[Sequence[int]], params: list[SamplingParams]
-) -> None:
-    if not prompts:
+    if not listed:
         raise ValueError("no prompts were given")
-    config = model.config
-    for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
-        if not prompt:
+    if params is None or isinstance(params, SamplingParams):
+        return listed, [params or SamplingParams()] * len(listed)
+    settings = _as_list(params)
+    if settings is None:
+        raise ValueError(f"params must be SamplingParams or a list of them, got {_short(params)}")
+    if len(settings) != len(listed):
+        raise ValueError(
+            f"got {len(settings)} sampling settings for {len(listed)} prompts; give one, or one "
+            "per prompt"
+        )
+    return listed, settings
+
+
+def check_prompt(
+    config: ModelConfig, prompt: Any, params: Any, *, max_len: int | None = None
+) -> list[int]:
+    """The token ids of a prompt, as a list. Raises ValueError if the model cannot continue it.
+
+    prompt: a list or another sequence of whole numbers, or a tensor or array of one dimension.
+    max_len: most tokens of prompt and continuation together; None: what the model holds.
+    """
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"the settings of a request must be SamplingParams, got {_short(params)}")
+    listed = _as_list(prompt)
+    if listed is None:
+        raise ValueError(
+            f"a prompt must be a list of token ids, got {_short(prompt)}; a tokenizer makes them "
+            "of text"
+        )
+    ids = list[int]()
+    for place, value in enumerate(listed):
+        if (token_id := _as_id(value)) is None:
             raise ValueError(
-                f"prompt {i} is empty; give at least one token, such as the end-of-text token"
+                f"token ids must be whole numbers, got {_short(value)} at place {place}"
             )
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise ValueError(f"prompt {i} has token ids outside 0..{config.vocab_size - 1}")
-        if len(prompt) + p.max_new_tokens > config.max_seq_len:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens and asks for {p.max_new_tokens} more, but "
-                f"the model holds {config.max_seq_len}; shorten the prompt or lower max_new_tokens"
-            )
+        ids.append(token_id)
+    if not ids:
+        raise ValueError(
+            "the prompt is empty; give at least one token, such as the end-of-text token"
+        )
+    for name, given in (("the prompt", ids), ("stop_token_ids", params.stop_token_ids)):
+        if given and not 0 <= min(given) <= max(given) < config.vocab_size:
+            raise ValueError(f"{name} has token ids outside 0..{config.vocab_size - 1}")
+    longest = config.max_seq_len if max_len is None else max_len
+    if len(ids) + params.max_new_tokens > longest:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens and asks for {params.max_new_tokens} more, but a "
+            f"request holds {longest} at most; shorten the prompt or lower max_new_tokens"
+        )
+    return ids
+
+
+def _as_list(values: Any) -> list[Any] | None:
+    """The values of a sequence, a tensor or an array; None for anything else, text included."""
+    if hasattr(values, "tolist"):
+        values = values.unbind() if getattr(values, "is_nested", False) else values.tolist()
+    if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
+        return None
+    return list(values)
+
+
+def _as_id(value: Any) -> int | None:
+    """A whole number, NumPy's and those of tensors included; None for anything else."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return int(value) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."

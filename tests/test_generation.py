@@ -1,5 +1,6 @@
 """Decoding: equal to the full forward, the same alone and in a batch, honest about bad input."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -161,7 +162,7 @@ def test_bad_sampling_settings_are_refused(settings, words):
     ("prompts", "words"),
     [
         ([], "no prompts"),
-        ([[1], []], "prompt 1 is empty"),
+        ([[1], []], "prompt 1: the prompt is empty"),
         ([[37]], "outside 0..36"),
         ([[-1]], "outside"),
         ([[1] * 60], "shorten the prompt"),
@@ -175,3 +176,57 @@ def test_bad_prompts_are_refused(prompts, words):
 def test_one_setting_per_prompt_or_one_for_all():
     with pytest.raises(ValueError, match="3 sampling settings for 1 prompts"):
         generate(tiny("fixed"), [[1]], [GREEDY] * 3)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ("hi", "tokenizer makes them of text"),
+        (["hi"], "prompt 0: a prompt must be a list of token ids, got 'hi'"),
+        ([b"hi"], "got b'hi'"),
+        ([1, 2], "put a single prompt into a list"),
+        (torch.tensor([1, 2]), "put a single prompt into a list"),
+        (None, "must be a list of prompts"),
+        ({1}, "must be a list of prompts"),
+        ([None], "got None"),
+        ([[[1]]], r"whole numbers, got \[1\] at place 0"),
+        ([[1, 2.0]], "got 2.0 at place 1"),
+        ([[True]], "got True"),
+        (torch.tensor([[1.0]]), "got 1.0"),
+        ([[2**70]], "outside 0..36"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(prompts, words):
+    with pytest.raises(ValueError, match=words):
+        stream(tiny("fixed"), prompts, GREEDY)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        torch.tensor([[1, 2, 3]]),
+        [np.array([1, 2, 3], dtype=np.int32)],
+        [(1, np.int64(2), torch.tensor(3))],
+        (range(1, 4),),
+    ],
+)
+def test_prompts_of_tensors_arrays_and_other_sequences(prompts):
+    (found,) = generate(tiny(), prompts, GREEDY)
+    (expected,) = generate(tiny(), [[1, 2, 3]], GREEDY)
+    assert found == expected and all(type(token_id) is int for token_id in found.prompt_ids)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0}, [{}], [None], "x", 5])
+def test_settings_of_another_type_are_refused(params):
+    with pytest.raises(ValueError, match="must be SamplingParams"):
+        generate(tiny("fixed"), [[1]], params)
+
+
+def test_stop_tokens_outside_the_vocabulary_are_refused():
+    with pytest.raises(ValueError, match=r"stop_token_ids has token ids outside 0\.\.36"):
+        generate(tiny("fixed"), [[1]], SamplingParams(max_new_tokens=1, stop_token_ids=(37,)))
+
+
+def test_the_smallest_temperature_is_greedy():
+    logits = torch.tensor([1.0, 3.0, 2.0, -5.0])
+    assert sample(logits, SamplingParams(temperature=5e-324), 0) == 1

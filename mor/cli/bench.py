@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -32,10 +33,10 @@ class Bench(Command):
     """A trained model to measure, with --baseline."""
     baseline: Path | None = None
     preset: str = "mini"
-    recursions: tuple[PositiveInt, ...] = (2, 3, 4)
+    recursions: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (2, 3, 4)
     num_layers: PositiveInt = 26
     """Effective depth of every model."""
-    batches: tuple[PositiveInt, ...] = (1, 8, 32)
+    batches: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8, 32)
     """Most tokens in a pass. Each model has twice as many slots. The last batch is measured once
     more with as many slots as fit into the bytes of the baseline's keys and values."""
     lengths: Lengths = field(default_factory=Lengths)

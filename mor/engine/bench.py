@@ -10,15 +10,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from mor.costs import flops as costs
 from mor.engine.engine import Engine, EngineConfig
 from mor.generation import SamplingParams
 from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
+from mor.settings import NonNegativeFloat, Settings
 
 LAYERS = ("enter", "block", "coda", "token", "read")
 """Parts of ``Engine.measured`` that are spent in layers and routers."""
@@ -47,16 +49,19 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """New tokens of a request: normally distributed, at least 2."""
+class Lengths(Settings):
+    """New tokens of a request: normally distributed, from 2 to twice the mean."""
 
-    mean: float = 64
-    deviation: float = 16
+    mean: Annotated[float, Field(ge=1)] = 64
+    deviation: NonNegativeFloat = 16
+
+    @property
+    def longest(self) -> int:
+        return int(2 * self.mean)
 
     def draw(self, count: int, generator: torch.Generator) -> list[int]:
         drawn = torch.randn(count, generator=generator) * self.deviation + self.mean
-        return drawn.round().long().clamp(2, max(2, int(2 * self.mean))).tolist()
+        return drawn.round().clamp(2, self.longest).long().tolist()
 
 
 @dataclass
@@ -108,6 +113,8 @@ class SteadyLoad:
 
     def _step(self) -> None:
         for output in self.engine.step():
+            if output.request.error:
+                raise ValueError(f"{self.name}: {output.request.error}")
             if output.finish_reason:
                 self._add(self.prompt, self.lengths.draw(1, self.generator)[0])
 
@@ -165,6 +172,11 @@ def load_for(
     batch: lanes. prompt: tokens in new prompts. settings: further ones of the engine.
     """
     config, weight = model.config, model.embedding.weight
+    if lengths.longest + prompt > config.max_seq_len:
+        raise ValueError(
+            f"a mean of {lengths.mean:g} new tokens draws up to {2 * lengths.mean:g}, but a "
+            f"sequence holds {config.max_seq_len}, prompt included; choose a smaller mean"
+        )
     longest = min(config.max_seq_len, int(4 * lengths.mean) + 1 + prompt)
     every_recursion = [longest] * config.num_recursions
     bytes_per_slot = costs.kv_bytes(config, longest, every_recursion, weight.dtype.itemsize)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mor.engine.request import Phase, Request
 from mor.engine.runner import Runner
-from mor.engine.sampling import SamplingRows, logprob_rows, sample_rows
+from mor.engine.sampling import SamplingRows, finite_rows, logprob_rows, sample_rows
 from mor.engine.strategy import Strategy, Work
 from mor.model.transformer import Transformer, passes
 
@@ -87,10 +87,11 @@ class DeviceLoop(Strategy):
 
 @dataclass(frozen=True)
 class NewToken:
-    """depth: recursions of the token that predicted it."""
+    """token_id: None if the logits are not finite. depth: recursions of the token that predicted
+    it."""
 
     slot: int
-    token_id: int
+    token_id: int | None
     depth: int
     logprob: float
 
@@ -151,7 +152,11 @@ class DeviceSteps:
         else:
             self._run(lanes, greedy)
         rows = self.out_KM4[:, :lanes].reshape(-1, 4).tolist()
-        return [NewToken(int(s), int(t), int(d), p) for s, t, d, p in rows if int(s) != self.idle]
+        return [
+            NewToken(int(s), int(t) if t >= 0 else None, int(d), p)
+            for s, t, d, p in rows
+            if int(s) != self.idle
+        ]
 
     def _graph(self, lanes: int, greedy: bool) -> torch.cuda.CUDAGraph:
         if (lanes, greedy) not in self.graphs:
@@ -186,12 +191,13 @@ class DeviceSteps:
         logits_MV = runner.head(runner.coda(slot))
         token = logits_MV.argmax(-1) if greedy else sample_rows(logits_MV, self.sampling.at(slot))
         depth = runner.took_SR[slot].sum(1)
-        found = (slot, token, depth, logprob_rows(logits_MV, token))
+        finite = finite_rows(logits_MV)
+        found = (slot, token.where(finite, -1), depth, logprob_rows(logits_MV, token))
         self.out_KM4[k, :lanes] = torch.stack([x.double() for x in found], dim=-1)
         self.remaining[slot] -= 1
         self.sampling.counter[slot] += 1
         stopped = (token[:, None] == self.stop_SJ[slot]).any(1)
-        goes_on = (slot != self.idle) & ~stopped & (self.remaining[slot] > 0)
+        goes_on = (slot != self.idle) & finite & ~stopped & (self.remaining[slot] > 0)
         self.live[slot] = goes_on
         following = torch.where(goes_on, slot, self.idle)
         runner.enter(following, token, torch.where(goes_on, runner.position[slot] + 1, 0))

@@ -8,9 +8,14 @@ A rows that hold tokens · B rows of the batch · R recursions · T columns
 
 from __future__ import annotations
 
+import threading
 import time
+import traceback
+import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,13 +27,15 @@ from mor.engine.depth_wise import DepthWise
 from mor.engine.device_loop import DeviceLoop
 from mor.engine.lock_step import LockStep, StaticBatches
 from mor.engine.paged_kv import PagedKV
+from mor.engine.pages import SHARED
 from mor.engine.prefix_cache import PrefixCache
-from mor.engine.request import Phase, Request, RequestOutput
+from mor.engine.request import Phase, Request, RequestOutput, Status
 from mor.engine.runner import Runner
 from mor.engine.scheduler import Scheduler
 from mor.engine.strategy import Strategy, Work
-from mor.engine.weights import for_decoding
-from mor.generation import SamplingParams
+from mor.engine.weights import Watch, for_decoding
+from mor.files import naming
+from mor.generation import SamplingParams, check_prompt, per_prompt
 from mor.model.transformer import Output, Transformer
 from mor.settings import PositiveInt, Settings
 
@@ -99,13 +106,39 @@ def _choose_strategy(config: EngineConfig, model: Transformer) -> type[Strategy]
     return STRATEGIES[config.batching, loop]
 
 
+def _check_parts(model: Transformer, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
+    for name, part, kind in (
+        ("model", model, Transformer),
+        ("tokenizer", tokenizer, Tokenizer | None),
+        ("config", config, EngineConfig),
+    ):
+        if not isinstance(part, kind):
+            raise ValueError(f"{name} cannot be of type {type(part).__name__}; see mor.Engine")
+    for name, most in (
+        ("max_depth", model.config.num_recursions),
+        ("max_len", model.config.max_seq_len),
+    ):
+        value = getattr(config, name)
+        if value is not None and value > most:
+            raise ValueError(f"{name} must lie in 1..{most} for this model, got {value}")
+
+
 class Engine:
-    """Serves a model to any number of requests. Not thread-safe: one thread adds, steps and aborts.
+    """Serves a model to any number of requests, from any number of threads.
 
     tokenizer: for prompts given as text and for :meth:`text`; requests of token ids need none.
     ``requests`` are the unfinished ones, by id. ``measured`` counts seconds, passes and tokens in
     each part of the model.
     Raises ValueError for settings that do not go with the model or its device.
+
+    What is wrong with a request is refused when it is added. What goes wrong later ends that
+    request alone, with ``finish_reason`` "error" and the reason in ``error``: logits that are not
+    finite, or a step that fails with it. Only when the engine cannot go on (the device is lost) do
+    all requests end, and every later call raises RuntimeError with the reason.
+
+    A change of the model's weights is noticed by the next step. Cached prefixes are dropped, and
+    requests without a new token start over; those that have some end with an error, since the rest
+    would come from another model.
     """
 
     def __init__(
@@ -114,32 +147,40 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         config: EngineConfig | None = None,
     ) -> None:
-        self.config = config = config or EngineConfig()
-        self.tokenizer = tokenizer
-        self.max_len = min(config.max_len or model.config.max_seq_len, model.config.max_seq_len)
-        depth, num_recursions = config.max_depth, model.config.num_recursions
-        if depth is not None and not 1 <= depth <= num_recursions:
-            raise ValueError(f"max_depth must lie in 1..{num_recursions}, got {depth}")
-        strategy = _choose_strategy(config, model)
-        self.kv = self._make_cache(model)
-        self.runner = Runner(
-            for_decoding(model.eval(), config.quantize),
-            self.kv,
-            max_depth=config.max_depth,
-            longest=self.max_len if strategy.static_shapes else None,
-        )
+        config = EngineConfig() if config is None else config
+        _check_parts(model, tokenizer, config)
+        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
+        self.max_len = config.max_len or model.config.max_seq_len
+        self._strategy = _choose_strategy(config, model)
+        self._watch = Watch(model)
+        self.kv = self._make_cache()
         self.prefix_cache = PrefixCache(config.page_size) if config.prefix_caching else None
         self.scheduler = Scheduler(self.kv, self.prefix_cache)
         lanes = config.lanes or config.max_num_seqs
-        self._work = Work(self.runner, self.scheduler, lanes=lanes)
+        self._work = Work(self._make_runner(), self.scheduler, lanes=lanes)
         self.requests, self.measured = self._work.requests, self._work.measured
-        self.strategy = strategy(self._work)
+        self.strategy = self._strategy(self._work)
         self._next_number = 0
+        self._lock = threading.RLock()
+        self._leaving: list[Request] | None = None  # aborted during a step
+        self._stopped = ""  # why, once the engine cannot go on
 
-    def _make_cache(self, model: Transformer) -> PagedKV:
-        config, weight = self.config, model.embedding.weight
+    @property
+    def runner(self) -> Runner:
+        return self._work.runner
+
+    def _make_runner(self) -> Runner:
+        return Runner(
+            for_decoding(self.model, self.config.quantize),
+            self.kv,
+            max_depth=self.config.max_depth,
+            longest=self.max_len if self._strategy.static_shapes else None,
+        )
+
+    def _make_cache(self) -> PagedKV:
+        config, weight = self.config, self.model.embedding.weight
         return PagedKV(
-            model.config,
+            self.model.config,
             num_slots=config.max_num_seqs,
             max_len=self.max_len,
             page_size=config.page_size,
@@ -156,72 +197,112 @@ class Engine:
         *,
         request_id: str | None = None,
     ) -> Request:
-        """Queue a prompt: text, or token ids. Raises ValueError for one that is empty, not in the
-        vocabulary or can never fit, and for an id that is in use."""
-        ids = self._ids(prompt)
-        if request_id is None:
-            request_id = next(
-                name for name in map(str, count(self._next_number)) if name not in self.requests
-            )
-        if request_id in self.requests:
-            raise ValueError(
-                f"a request with id {request_id!r} is still unfinished; choose another id"
-            )
-        request = Request(
-            request_id,
-            ids,
-            params or SamplingParams(),
-            self._next_number,
-            arrival_s=time.monotonic(),
-        )
-        self._check_tokens(request)
-        self._check_size(request)
-        self._next_number += 1
-        self.requests[request_id] = request
-        self.scheduler.add(request)
-        return request
+        """Queue a prompt: text, or token ids. Raises ValueError for one that the model or its cache
+        can never hold (see :func:`mor.generation.check_prompt`), and for an id that is in use."""
+        params = SamplingParams() if params is None else params
+        return self._queue(self._check(prompt, params), params, request_id)
 
-    def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request now; None if it is not (or no longer) here."""
-        request = self.requests.get(request_id)
-        if request is None:
-            return None
-        self._work.finish(request, "abort")
-        return RequestOutput(request, None, None, None, "abort")
+    def _queue(
+        self, ids: list[int], params: SamplingParams, request_id: str | None = None
+    ) -> Request:
+        with self._lock:
+            self._check_open()
+            number = self._next_number
+            if request_id is None:
+                request_id = next(i for i in map(str, count(number)) if i not in self.requests)
+            if not isinstance(request_id, str):
+                raise ValueError(f"request_id must be text, got {request_id!r}")
+            if request_id in self.requests:
+                raise ValueError(
+                    f"a request with id {request_id!r} is still unfinished; choose another id"
+                )
+            request = Request(request_id, ids, params, number, arrival_s=time.monotonic())
+            self._next_number += 1
+            self.requests[request_id] = request
+            self.scheduler.add(request)
+            return request
+
+    def abort(self, request: Request | str) -> RequestOutput | None:
+        """End a request now, given itself or its id; None if it has ended already. Raises
+        ValueError if no such request is here."""
+        with self._lock:
+            request_id = request.request_id if isinstance(request, Request) else request
+            here = self.requests.get(request_id) if isinstance(request_id, str) else None
+            if isinstance(request, Request) and here is not request:
+                if request.finish_reason is not None:
+                    return None
+                raise ValueError(f"request {request_id!r} belongs to another engine")
+            if here is None:
+                raise ValueError(
+                    f"no unfinished request has the id {request_id!r}; ids are text, and those "
+                    "that have ended are forgotten"
+                )
+            if self._leaving is None:
+                self._work.finish(here, "abort")
+            else:  # from within a step, as when a stream that nobody holds is collected
+                self._leaving.append(here)
+            return RequestOutput(here, None, None, None, "abort")
 
     @property
     def has_unfinished(self) -> bool:
         return bool(self.requests)
 
-    @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
         """Some work for some requests: a piece of their prompts, and what the strategy does in one
-        step. Returns the new tokens."""
+        step. Returns the new tokens, and the requests that ended with an error."""
+        with self._lock:
+            self._check_open()
+            if self.requests:
+                self._follow_model()
+                self._leaving = []
+                try:
+                    self._work_on()
+                except Exception as error:
+                    self._recover(error)
+                except BaseException:  # Ctrl-C: whoever goes on finds requests that wait
+                    self.scheduler.restart(self.requests.values())
+                    raise
+                finally:
+                    leaving, self._leaving = self._leaving, None
+                    for request in leaving:
+                        self.abort(request)
+            return self._work.collect()
+
+    @torch.inference_mode()
+    def _work_on(self) -> None:
         self.strategy.admit()
         self._read_prompts()
         self.strategy.step()
-        return self._work.collect()
 
     def stream(
         self,
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[RequestOutput]:
-        """Every new token of these prompts as soon as it is known. Stops (and aborts) when closed.
+        """Every new token of these prompts as soon as it is known, and an output without a token
+        where one ends with an error. Stops (and aborts) when closed.
 
-        params: one for all, or one per prompt. Raises ValueError before anything runs if any is
-        refused.
+        params: one for all, or one per prompt. Raises ValueError at once if any is refused.
         """
-        own = self._add_all(prompts, params)
+        return self._stream(self._check_all(prompts, params))
+
+    def _stream(self, checked: list[tuple[list[int], SamplingParams]]) -> Iterator[RequestOutput]:
+        own, arrived, streams = list[Request](), deque[RequestOutput](), self._work.streams
         try:
-            while any(request.finish_reason is None for request in own.values()):
-                for output in self.step():
-                    if output.request.request_id in own and output.request.finish_reason != "abort":
+            for ids, params in checked:
+                own.append(self._queue(ids, params))
+                streams[own[-1].request_id] = arrived
+            while self._are_running(own) or arrived:
+                if not arrived:
+                    self.step()  # what it returns may be others', and others step as well
+                while arrived:
+                    output = arrived.popleft()
+                    if output.request.finish_reason != "abort":
                         yield output
         finally:
-            for request in own.values():
-                if request.finish_reason is None:
-                    self.abort(request.request_id)
+            for request in own:
+                streams.pop(request.request_id, None)
+                self.abort(request)
 
     def generate(
         self,
@@ -229,10 +310,16 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Request]:
         """Continue prompts together; finished requests in order. Arguments as in :meth:`stream`."""
-        own = self._add_all(prompts, params)
-        while any(request.finish_reason is None for request in own.values()):
-            self.step()
-        return list(own.values())
+        own = list[Request]()
+        try:
+            for ids, settings in self._check_all(prompts, params):
+                own.append(self._queue(ids, settings))
+            while self._are_running(own):
+                self.step()
+        finally:
+            for request in own:
+                self.abort(request)
+        return own
 
     def text(self, request: Request) -> str:
         """What a request has written, without its stop token."""
@@ -245,6 +332,10 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """What is going on, for logs and dashboards."""
+        with self._lock:
+            return self._stats()
+
+    def _stats(self) -> dict[str, Any]:
         cache = self.prefix_cache
         return {
             "waiting": len(self.scheduler.waiting),
@@ -259,67 +350,96 @@ class Engine:
             "tokens": dict(self.measured.tokens),
         }
 
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if self.tokenizer is None:
-            raise ValueError("this engine has no tokenizer; give the prompt as token ids")
-        return self.tokenizer.encode_prompt(prompt)
+    def _are_running(self, requests: Sequence[Request]) -> bool:
+        with self._lock:  # no step of another thread is halfway
+            return any(request.finish_reason is None for request in requests)
 
-    def _check_tokens(self, request: Request) -> None:
-        ids, vocab_size = request.prompt_ids, self.runner.model.config.vocab_size
-        if not ids:
-            raise ValueError(
-                "the prompt is empty; give at least one token, such as the end-of-text token"
-            )
-        if min(ids) < 0 or max(ids) >= vocab_size:
-            raise ValueError(f"the prompt has token ids outside 0..{vocab_size - 1}")
-        stops, most = len(request.params.stop_token_ids), self.strategy.max_stop_tokens
+    def _check_all(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[tuple[list[int], SamplingParams]]:
+        checked = []
+        for i, (prompt, own) in enumerate(zip(*per_prompt(prompts, params), strict=True)):
+            with naming(f"prompt {i}"):
+                checked.append((self._check(prompt, own), own))
+        return checked
+
+    def _check(self, prompt: str | Sequence[int], params: SamplingParams) -> list[int]:
+        """The token ids of a prompt. Raises ValueError if it can never be served."""
+        given: Any = prompt
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("this engine has no tokenizer; give the prompt as token ids")
+            given = self.tokenizer.encode_prompt(prompt)
+        ids = check_prompt(self.model.config, given, params, max_len=self.max_len)
+        stops, most = len(params.stop_token_ids), self.strategy.max_stop_tokens
         if most is not None and stops > most:
             raise ValueError(
                 f"loop='device' takes up to {most} stop tokens, got {stops}; use loop='host'"
             )
-
-    def _check_size(self, request: Request) -> None:
-        prompt, new = len(request.prompt_ids), request.params.max_new_tokens
-        if prompt + new > self.max_len:
-            raise ValueError(
-                f"the prompt has {prompt} tokens and asks for {new} more, but a request holds "
-                f"{self.max_len} at most; shorten the prompt or lower max_new_tokens"
-            )
-        needed = self.kv.pages_for(request.max_length)
+        needed = self.kv.pages_for(len(ids) + params.max_new_tokens - 1)
         there = [pool.num_pages for pool in self.kv.pools]
         if any(n > pages for n, pages in zip(needed, there, strict=True)):
             raise ValueError(
                 f"the request may need {needed} pages (own layers, shared layers), but there are "
                 f"{there}; shorten it or raise kv_cache_memory"
             )
+        return ids
 
-    def _add_all(
-        self,
-        prompts: Sequence[str | Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> dict[str, Request]:
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
+    def _check_open(self) -> None:
+        if self._stopped:
+            raise RuntimeError(f"this engine has stopped ({self._stopped}); make a new one")
+
+    def _follow_model(self) -> None:
+        """If the weights have changed, use nothing again that was computed with the old ones.
+        Raises ValueError if the model has moved away from the cache."""
+        if not self._watch.changed(thorough=not self.scheduler.running):
+            return
+        weight, cached = self.model.embedding.weight, self.kv.k[SHARED][0]
+        if (weight.device, weight.dtype) != (cached.device, cached.dtype):
             raise ValueError(
-                f"got {len(params)} sampling settings for {len(prompts)} prompts; give one, or one "
-                "each"
+                f"the model is now {weight.dtype} on {weight.device}, but this engine was made for "
+                f"{cached.dtype} on {cached.device}; move it back, or make a new engine"
             )
-        own: dict[str, Request] = {}
+        for request in list(self.requests.values()):
+            if request.token_ids:
+                self._work.fail(request, "the weights of the model changed while it was answered")
+        self.scheduler.restart(self.requests.values())
+        self._work.runner = self._make_runner()
+        self.strategy = self._strategy(self._work)
+        self._watch.note()
+
+    def _recover(self, error: Exception) -> None:
+        """After a step that failed halfway, all requests wait again: they are computed again. Those
+        that run when a step fails a second time then run one by one, until it is known which of
+        them is the cause."""
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+        suspects = [r for r in self.requests.values() if r.status is Status.RUNNING]
         try:
-            for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
-                try:
-                    request = self.add_request(prompt, p)
-                except ValueError as error:
-                    raise ValueError(f"prompt {i}: {error}") from error
-                own[request.request_id] = request
+            self.scheduler.restart(self.requests.values())
         except Exception:
-            for request_id in own:
-                self.abort(request_id)
-            raise
-        return own
+            suspects = []
+        if not suspects:
+            self._stop(reason)
+        elif len(suspects) == 1:
+            self._work.fail(suspects[0], reason)
+        else:
+            for request in suspects:
+                request.faults += 1
+            warnings.warn(
+                f"a step with {len(suspects)} requests failed and is done again: {reason}",
+                stacklevel=3,
+            )
+
+    def _stop(self, reason: str) -> None:
+        """End all requests, touching nothing that may be broken."""
+        self._stopped = reason
+        for request in self.requests.values():
+            request.status, request.finish_reason, request.error = Status.FINISHED, "error", reason
+            self._work.put_out(RequestOutput(request, None, None, None, "error"))
+        self.requests.clear()
 
     def _read_prompts(self) -> None:
         """Read the next ``prefill_chunk`` tokens of prompts, oldest first."""

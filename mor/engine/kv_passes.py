@@ -74,6 +74,10 @@ class ChunkPass:
         # A padded query sees everything, so that its (unused) softmax is finite.
         seen_AK = tokens.pad(seen, fill=width)
         self.visible_AKS = torch.arange(width, device=kv.device) < seen_AK[:, :, None]
+        # A row gets nothing of others, not even under a mask: zero times nan is nan.
+        last_seen = seen[tokens.last_index()]
+        own_AS = torch.arange(width, device=kv.device) < last_seen[:, None]
+        self.entry_AS = self.entry_AS.where(own_AS, self.entry_AS[:, :1])
 
     def write(self, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:
         self.kv.write(self.kind, layer, self.place, k_MGH, v_MGH)

@@ -172,6 +172,23 @@ class PagedKV:
         self.reserved[slot] = 0
         self._set_count(slot, np.zeros(self.num_streams, dtype=np.int64))
 
+    def clear(self) -> None:
+        """Forget every sequence and segment, whatever state they are in."""
+        self.pools = [PagePool(pool.num_pages) for pool in self.pools]
+        for pages in (pages for of_slot in self.pages for pages in of_slot):
+            pages.clear()
+        self.reserved[:] = self.host_count[:] = 0
+        self.count.zero_()
+
+    def is_finite(self, slot: int) -> bool:
+        """Whether all keys and values that a sequence has cached are finite."""
+        table_VL = self.table_RL.view(*self.host_count.shape, -1)[slot]
+        found = []
+        for stream, count in enumerate(self.host_count[slot] * self.writes):
+            places, kind = table_VL[stream, :count], kind_of(stream)
+            found += [pool[places].isfinite().all() for pool in (*self.k[kind], *self.v[kind])]
+        return bool(torch.stack(found).all())
+
     def _set_count(self, slot: int, count: np.ndarray) -> None:
         self.host_count[slot] = count
         self.count.view(self.host_count.shape)[slot] = torch.from_numpy(count).to(self.device)

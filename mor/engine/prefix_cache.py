@@ -70,6 +70,9 @@ class PrefixCache:
             return None
         return self._segments.popitem(last=False)[1][1]
 
+    def clear(self) -> None:
+        self._segments.clear()
+
     def _mark_used(self, keys: list[tuple[int, bytes]]) -> None:
         for key in reversed(keys):  # the beginning of a chain is used last, so evicted last
             self._segments.move_to_end(key)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mor.generation import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Status(Enum):
@@ -49,6 +49,8 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     """Log-probability of each new token under the model, if ``params.logprobs``."""
     finish_reason: FinishReason | None = None
+    error: str | None = None
+    """What went wrong, if ``finish_reason`` is "error"."""
     slot: int = -1
     """Its place in the cache while it runs."""
     stage: int = 0
@@ -58,6 +60,8 @@ class Request:
     num_cached: int = 0
     """Of these, the tokens that came from the prefix cache."""
     preemptions: int = 0
+    faults: int = 0
+    """Steps that failed while it ran."""
     taken: list[np.ndarray] = field(default_factory=list)
     """Whether each prompt token took each recursion: (tokens, recursions) per chunk read."""
 
@@ -75,6 +79,11 @@ class Request:
         """Most tokens that are cached; the last new one is never read."""
         return len(self.prompt_ids) + self.params.max_new_tokens - 1
 
+    def start_over(self) -> None:
+        """Back to waiting, without keys and values: they are computed again."""
+        self.status, self.phase, self.slot = Status.WAITING, Phase.READ, -1
+        self.num_read, self.depths, self.taken = 0, [], []
+
     @property
     def mean_depth(self) -> float:
         """Recursions per token read so far."""
@@ -83,7 +92,7 @@ class Request:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A new token, or the end of a request without one (``abort``)."""
+    """A new token, or the end of a request without one (``abort``, ``error``)."""
 
     request: Request
     token_id: int | None

@@ -50,9 +50,11 @@ class SamplingRows:
 
 
 def sample_rows(logits_MV: Tensor, rows: SamplingRows) -> Tensor:
-    """One token of each row of logits, (M,)."""
+    """One token of each row of logits, (M,); any where they are not finite."""
     greedy = rows.temperature == 0
-    scaled_MV = logits_MV.double() / torch.where(greedy, 1.0, rows.temperature)[:, None]
+    # With the largest at 0, the smallest temperature overflows to minus infinity alone.
+    scaled_MV = logits_MV.double() - logits_MV.amax(1, keepdim=True)
+    scaled_MV = scaled_MV / torch.where(greedy, 1.0, rows.temperature)[:, None]
     sorted_MV, id_MV = scaled_MV.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits_MV.shape[1], device=logits_MV.device)
     cut_MV = (rows.top_k[:, None] > 0) & (rank >= rows.top_k[:, None])
@@ -64,7 +66,13 @@ def sample_rows(logits_MV: Tensor, rows: SamplingRows) -> Tensor:
     draw = hash_uniform(rows.seed, rows.counter) * cumulative_MV[:, -1]
     rank_M1 = torch.searchsorted(cumulative_MV, draw[:, None], right=True)
     rank_M1 = torch.minimum(rank_M1, (kept_MV > 0).sum(-1, keepdim=True) - 1)
+    rank_M1 = rank_M1.clamp(min=0)  # of logits that are not finite none is kept
     return torch.where(greedy, logits_MV.argmax(-1), id_MV.gather(1, rank_M1)[:, 0])
+
+
+def finite_rows(logits_MV: Tensor) -> Tensor:
+    """Whether all logits of each row are finite, (M,): there is nothing to draw from the others."""
+    return logits_MV.isfinite().all(-1)
 
 
 def logprob_rows(logits_MV: Tensor, token: Tensor) -> Tensor:
@@ -75,8 +83,9 @@ def logprob_rows(logits_MV: Tensor, token: Tensor) -> Tensor:
 
 def next_tokens(
     logits_MV: Tensor, params: Sequence[SamplingParams], counters: Sequence[int]
-) -> tuple[list[int], list[float] | list[None]]:
-    """One token of each row, and its log-probability if any of the requests asks for it.
+) -> tuple[list[int | None], list[float] | list[None]]:
+    """One token of each row, and its log-probability if any of the requests asks for it. None where
+    the logits are not finite.
 
     counters: tokens that each request has drawn before.
     """
@@ -84,6 +93,8 @@ def next_tokens(
         token = logits_MV.argmax(-1)
     else:
         token = sample_rows(logits_MV, SamplingRows.of(params, counters, logits_MV.device))
+    finite = finite_rows(logits_MV).tolist()
+    tokens = [t if known else None for t, known in zip(token.tolist(), finite, strict=True)]
     if not any(p.logprobs for p in params):
-        return token.tolist(), [None] * len(params)
-    return token.tolist(), logprob_rows(logits_MV, token).tolist()
+        return tokens, [None] * len(params)
+    return tokens, logprob_rows(logits_MV, token).tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -14,6 +14,11 @@ from mor.engine.request import Phase, Request, Status
 
 def _age(request: Request) -> int:
     return request.number
+
+
+def _runs_alone(request: Request) -> bool:
+    """Two steps have failed with it: the next failure must show whether it is the cause."""
+    return request.faults > 1
 
 
 class Scheduler:
@@ -41,6 +46,8 @@ class Scheduler:
         """Give free slots to waiting requests while their prompts fit without preempting anyone."""
         while self.waiting and self._free_slots:
             request, slot = self.waiting[0], self._free_slots[-1]
+            if self.running and any(map(_runs_alone, (request, self.running[0]))):
+                return
             segments = self._cached_beginning(request)
             self.kv.attach(slot, segments)
             left = len(request.known_ids) - sum(len(segment.taken) for segment in segments)
@@ -73,7 +80,7 @@ class Scheduler:
 
     def remember(self, request: Request) -> None:
         """Put what the request has read so far into the prefix cache."""
-        if self.prefix_cache is None:
+        if self.prefix_cache is None or not self.kv.is_finite(request.slot):
             return
         taken, size = np.concatenate(request.taken), self.prefix_cache.segment_size
 
@@ -88,6 +95,17 @@ class Scheduler:
     def clear_prefix_cache(self) -> None:
         while self._evict_prefix():
             pass
+
+    def restart(self, unfinished: Iterable[Request]) -> None:
+        """Forget all keys and values, cached prefixes too; all requests wait again. It looks at
+        nothing but the requests, so it works after a step that stopped halfway."""
+        self.kv.clear()
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
+        self._free_slots = list(range(self.kv.num_slots))[::-1]
+        self.running, self.waiting = [], sorted(unfinished, key=_age)
+        for request in self.waiting:
+            request.start_over()
 
     def _cached_beginning(self, request: Request) -> list[Segment]:
         return [] if self.prefix_cache is None else self.prefix_cache.match(request.known_ids)
@@ -112,8 +130,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Back to the queue without keys and values; they are computed again when it returns."""
         self._stop_running(request)
-        request.status, request.phase = Status.WAITING, Phase.READ
-        request.num_read, request.depths, request.taken = 0, [], []
+        request.start_over()
         request.preemptions += 1
         self.preemptions += 1
         self.add(request)

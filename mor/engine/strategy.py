@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
@@ -53,6 +53,8 @@ class Work:
         self.runner, self.kv, self.scheduler, self.lanes = runner, runner.kv, scheduler, lanes
         self.requests: dict[str, Request] = {}
         """Unfinished ones, by id."""
+        self.streams: dict[str, deque[RequestOutput]] = {}
+        """By id of request, where else its outputs go."""
         self.measured = Measurements()
         self._outputs: list[RequestOutput] = []
 
@@ -74,11 +76,21 @@ class Work:
             request.phase = Phase.ENTER
             self.take(request, token, depth=depth, logprob=logprob)
 
-    def take(self, request: Request, token_id: int, *, depth: int, logprob: float | None) -> None:
-        """Record a request's next token. The request finishes if that was the last.
+    def take(
+        self, request: Request, token_id: int | None, *, depth: int, logprob: float | None
+    ) -> None:
+        """Record a request's next token. The request finishes if that was the last, or if there is
+        none because the logits are not finite.
 
         depth: recursions of the token that predicted it, which is read now.
         """
+        if token_id is None:
+            self.fail(
+                request,
+                f"the logits after {len(request.known_ids)} tokens are not finite; the model's "
+                "weights hold or lead to inf or nan",
+            )
+            return
         request.depths.append(depth)
         request.num_read += 1
         request.token_ids.append(token_id)
@@ -92,12 +104,23 @@ class Work:
             reason = "length"
         if reason is not None:
             self.finish(request, reason)
-        self._outputs.append(RequestOutput(request, token_id, depth, logprob, reason))
+        self.put_out(RequestOutput(request, token_id, depth, logprob, reason))
+
+    def fail(self, request: Request, error: str) -> None:
+        """End a request without a further token."""
+        request.error = error
+        self.finish(request, "error")
+        self.put_out(RequestOutput(request, None, None, None, "error"))
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        self.scheduler.finish(request)
         request.finish_reason = reason
         del self.requests[request.request_id]
+        self.scheduler.finish(request)
+
+    def put_out(self, output: RequestOutput) -> None:
+        self._outputs.append(output)
+        if (stream := self.streams.get(output.request.request_id)) is not None:
+            stream.append(output)
 
     def collect(self) -> list[RequestOutput]:
         """What has come out since the last call, in order."""

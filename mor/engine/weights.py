@@ -6,6 +6,7 @@ D inputs · M rows · N outputs
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -50,6 +51,59 @@ def _rounded(x_MD: Tensor) -> tuple[Tensor, Tensor]:
     """Scale of each row, and the row in units of it, int8."""
     scale = (x_MD.abs().amax(1) / 127).clamp(min=1e-12)
     return scale, (x_MD / scale[:, None]).round().to(torch.int8)
+
+
+class Watch:
+    """Notices that the weights of a model have changed, in place or by others in their place.
+
+    Changes in place that PyTorch counts, and new memory, are noticed at every look. A thorough look
+    also finds new tensors, and changes that nothing counts, such as those of ``parameter.data``: it
+    reads all weights once, as a token does. Raises ValueError for weights whose changes PyTorch
+    does not count.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        if any(tensor.is_inference() for tensor in _tensors(model)):
+            raise ValueError(
+                "the model was made under torch.inference_mode(), where PyTorch does not count "
+                "changes; make or load it outside"
+            )
+        self.model = model
+        self.note()
+
+    def note(self) -> None:
+        """Take the weights as they are now."""
+        self._tensors = _tensors(self.model)
+        self._marks, self._content = self._count(), _content(self._tensors)
+
+    def changed(self, *, thorough: bool) -> bool:
+        if self._count() != self._marks:
+            return True
+        if not thorough:
+            return False
+        now = _tensors(self.model)
+        same = len(now) == len(self._tensors) and all(map(operator.is_, now, self._tensors))
+        return not (same and torch.equal(_content(now), self._content))
+
+    def _count(self) -> list[tuple[int, int]]:
+        return [(tensor._version, tensor.data_ptr()) for tensor in self._tensors]
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+@torch.no_grad()
+def _content(tensors: list[Tensor]) -> Tensor:
+    """A number for every row of every tensor: its product with fixed factors, all different."""
+    longest = max(tensor.shape[-1] for tensor in tensors)
+    factors = torch.arange(1.0, 1 + longest, device=tensors[0].device).sin()
+    numbers = []
+    for tensor in tensors:
+        rows = tensor if tensor.ndim > 1 else tensor[:, None]
+        rows = rows if rows.is_floating_point() else rows.double()
+        numbers.append((rows @ factors[: rows.shape[-1]].to(rows.dtype)).flatten().float())
+    return torch.cat(numbers).nan_to_num()
 
 
 def with_linear(model: Transformer, make: Callable[[Tensor], nn.Module]) -> Transformer:

@@ -1,8 +1,12 @@
 """Random requests, and what must hold when they are served."""
 
+import functools
 import random
 
+import torch
+
 from mor.engine import Engine, EngineConfig, SamplingParams
+from tests.conftest import tiny
 
 
 def draw_requests(count, *, seed=0, longest_prompt=20, longest_output=12, temperature=0.0):
@@ -57,3 +61,14 @@ def small_pool(model, tokens, page_size):
 
 
 KV = ["recursion_wise", "shared", "hybrid"]
+
+POISON = 36
+"""The token that makes a poisoned model's states nan, from its place on."""
+
+
+@functools.cache
+def poisoned(router="expert_choice", kv_strategy="recursion_wise"):
+    model = tiny(router, kv_strategy=kv_strategy, tie_embeddings=False)
+    with torch.no_grad():
+        model.embedding.weight[POISON] = float("nan")
+    return model

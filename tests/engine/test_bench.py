@@ -1,6 +1,7 @@
 """Steady loads to measure."""
 
 import pytest
+import torch
 
 from mor.engine.bench import Lengths, load_for, shares
 from mor.model.config import RouterConfig, preset
@@ -22,3 +23,25 @@ def test_shares_have_the_measured_mean_depth_also_where_tokens_take_none():
         router = RouterConfig(kind="random", capacities=capacities)
         config = preset("tiny", num_recursions=3, router=router)
         assert shares(config, depth) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(mean=0), dict(mean=float("nan")), dict(deviation=-1), dict(mean="6")]
+)
+def test_lengths_that_cannot_be_drawn_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Lengths(**settings)
+
+
+def test_lengths_are_drawn_up_to_twice_the_mean_and_must_fit_the_model():
+    drawn = Lengths(mean=6, deviation=1e9).draw(100, torch.Generator().manual_seed(0))
+    assert set(drawn) == {2, 12}
+    with pytest.raises(ValueError, match="draws up to 64, but a sequence holds 64"):
+        load_for("", tiny(), batch=1, slots=1, lengths=Lengths(mean=32))
+
+
+def test_a_model_whose_logits_are_not_finite_is_not_measured():
+    model = tiny()
+    torch.nn.init.constant_(model.final_norm.weight, float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        load_for("a", model, batch=2, slots=2, lengths=Lengths(mean=6)).turn(0.05)

@@ -3,6 +3,9 @@ leaks."""
 
 import functools
 import random
+import threading
+from contextlib import contextmanager
+from itertools import count, zip_longest
 
 import pytest
 import torch
@@ -12,7 +15,15 @@ from hypothesis import strategies as st
 from mor.engine import Engine, EngineConfig, SamplingParams, Status
 from mor.generation import generate
 from tests.conftest import cases, random_tokens, tiny
-from tests.engine.requests import all_memory_is_back, draw_requests, same, small_pool
+from tests.engine.requests import (
+    KV,
+    POISON,
+    all_memory_is_back,
+    draw_requests,
+    poisoned,
+    same,
+    small_pool,
+)
 
 SCHEDULES = {
     "default": {},
@@ -109,14 +120,13 @@ def test_abort_in_the_middle_leaves_the_others_alone():
         for _ in range(steps):
             engine.step()
         for i in (1, 4, 9):
-            output = engine.abort(str(i))
+            output = engine.abort(requests[i])
             assert (output is None) == (requests[i].finish_reason in ("stop", "length"))
         while engine.has_unfinished:
             engine.step()
         kept = [i for i, request in enumerate(requests) if request.finish_reason != "abort"]
         same([requests[i] for i in kept], [want[i] for i in kept])
         all_memory_is_back(engine)
-    assert engine.abort("nobody") is None
 
 
 def test_bad_requests_are_refused_while_others_go_on():
@@ -135,7 +145,7 @@ def test_bad_requests_are_refused_while_others_go_on():
     with pytest.raises(ValueError, match="no tokenizer"):
         engine.add_request("text")
     with pytest.raises(ValueError, match="still unfinished"):
-        engine.add_request([1], request_id=good.request_id)
+        engine.add_request([1], good.params, request_id=good.request_id)
     with pytest.raises(ValueError, match="prompt 1: the prompt is empty"):
         engine.generate([[1, 2], []], SamplingParams(max_new_tokens=2))
     for settings_ in (dict(temperature=-1), dict(top_p=0), dict(max_new_tokens=0), dict(top_k=-1)):
@@ -192,12 +202,89 @@ def test_random_schedules(data):
         steps += 1
         check_pages(engine)
         if choose(st.integers(0, 15)) == 0:
-            engine.abort(str(choose(st.integers(0, 7))))
+            engine.abort(choose(st.sampled_from(requests)))
         assert steps < 3000, "a request starves"
     done = [request for request in requests if request.finish_reason != "abort"]
     assert all(request.status is Status.FINISHED for request in requests)
     if done:
         same(done, generate(model, [r.prompt_ids for r in done], [r.params for r in done]))
+    all_memory_is_back(engine)
+
+
+HOSTILE = [
+    ([], SamplingParams(max_new_tokens=1)),
+    ([37], SamplingParams(max_new_tokens=1)),
+    ([1, -1], SamplingParams(max_new_tokens=1)),
+    ([1, 1.0], SamplingParams(max_new_tokens=1)),
+    ([[1]], SamplingParams(max_new_tokens=1)),
+    ("text", SamplingParams(max_new_tokens=1)),
+    (None, SamplingParams(max_new_tokens=1)),
+    ([1], dict(max_new_tokens=1)),
+    ([1], [SamplingParams()]),
+    ([1] * 60, SamplingParams(max_new_tokens=5)),
+    ([1] * 50, SamplingParams(max_new_tokens=14)),
+    ([1], SamplingParams(max_new_tokens=1, stop_token_ids=(37,))),
+]
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+@pytest.mark.filterwarnings("ignore:a step with")
+def test_good_requests_beside_hostile_ones_are_what_they_are_alone(data):
+    """Refused, aborted and failing requests, a token that turns states to nan, steps that fail:
+    the others are served as if alone, and everything comes back."""
+    choose = data.draw
+    model = poisoned(
+        choose(st.sampled_from(["fixed", "expert_choice", "token_choice"])),
+        choose(st.sampled_from(KV)),
+    )
+    page_size = choose(st.integers(1, 4))
+    engine = Engine(
+        model,
+        config=EngineConfig(
+            max_num_seqs=choose(st.integers(1, 5)),
+            page_size=page_size,
+            kv_cache_memory=small_pool(model, 24, page_size) + choose(st.integers(0, 20_000)),
+            attention=choose(st.sampled_from(["auto", "gathered"])),
+            **choose(st.sampled_from(MODES)),
+        ),
+    )
+    append, faults = engine.kv.append, []
+
+    def may_fail(*args, **settings):
+        if faults:
+            raise RuntimeError(faults.pop())
+        return append(*args, **settings)
+
+    engine.kv.append = may_fail
+    requests, beginning = [], random_tokens(8, seed=9, vocab=POISON).tolist()
+    while len(requests) < 8 or engine.has_unfinished:
+        if len(requests) < 8 and (not engine.has_unfinished or choose(st.booleans())):
+            prompt = [*beginning[: choose(st.integers(0, 8))], choose(st.integers(0, POISON))]
+            params = SamplingParams(
+                max_new_tokens=choose(st.integers(1, 11)),
+                temperature=choose(st.sampled_from([0.0, 1.0])),
+                seed=len(requests),
+                stop_token_ids=(POISON,),  # it may be drawn, but is not read
+            )
+            requests.append(engine.add_request(prompt + [7] * choose(st.integers(0, 3)), params))
+        action = choose(st.integers(0, 20))
+        if action < 8:
+            with pytest.raises(ValueError):
+                engine.add_request(*choose(st.sampled_from(HOSTILE)))
+        elif action == 8:
+            engine.abort(choose(st.sampled_from(requests)))
+        elif action == 9:
+            faults.append("a fault")
+        engine.step()
+        check_pages(engine)
+    bad = [r for r in requests if POISON in r.prompt_ids or r.finish_reason == "abort"]
+    good = [r for r in requests if r not in bad and r.error is None]
+    assert all(r.error is None or "not finite" in r.error or "fault" in r.error for r in requests)
+    assert all(r.finish_reason in ("error", "abort") and not r.token_ids for r in bad if r.error)
+    assert all(r.error or r.finish_reason == "abort" for r in bad)
+    if good:
+        same(good, generate(model, [r.prompt_ids for r in good], [r.params for r in good]))
     all_memory_is_back(engine)
 
 
@@ -264,7 +351,7 @@ def test_own_and_given_ids_do_not_collide():
 
 def test_a_bad_prompt_of_several_leaves_nothing_behind():
     engine = Engine(tiny())
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="prompt 1: token ids must be whole numbers"):
         engine.generate([[1, 2], [None]], SamplingParams(max_new_tokens=3))
     all_memory_is_back(engine)
 
@@ -278,3 +365,193 @@ def test_an_aborted_request_streams_nothing_more():
             aborted = next(r for r in engine.requests.values() if r is not output.request)
             engine.abort(aborted.request_id)
     assert seen == [seen[0]] * 5
+
+
+def test_a_step_that_fails_is_done_again():
+    model = tiny()
+    prompts, params = draw_requests(6, seed=3, temperature=1.0)
+    engine = Engine(model, config=EngineConfig(page_size=3))
+    with failing(engine, lambda call, slots: call == 9), pytest.warns(UserWarning, match="kernel"):
+        got = engine.generate(prompts, params)
+    same(got, generate(model, prompts, params))
+    all_memory_is_back(engine)
+
+
+@pytest.mark.parametrize("mode", [{}, dict(loop="device"), dict(batching="lock_step")])
+@pytest.mark.filterwarnings("ignore:a step with")
+def test_a_request_with_which_every_step_fails_ends_alone(mode):
+    model = tiny()
+    prompts, params = draw_requests(6, seed=3, temperature=1.0)
+    engine = Engine(model, config=EngineConfig(page_size=3, **mode))
+
+    def is_bad(call, slots):
+        return any(r.prompt_ids == prompts[3] and r.slot in slots for r in engine.requests.values())
+
+    with failing(engine, is_bad):
+        got = engine.generate(prompts, params)
+    assert got[3].finish_reason == "error" and "RuntimeError: kernel" in got[3].error
+    want = generate(model, prompts, params)
+    same(got[:3] + got[4:], want[:3] + want[4:])
+    same(engine.generate(prompts, params), want)
+    all_memory_is_back(engine)
+
+
+def test_an_interrupted_step_leaves_a_usable_engine():
+    model = tiny()
+    prompts, params = draw_requests(6, seed=3)
+    engine = Engine(model, config=EngineConfig(page_size=3))
+    waiting = engine.add_request(prompts[0], params[0])
+    ninth = failing(engine, lambda call, slots: call == 9, KeyboardInterrupt)
+    with ninth, pytest.raises(KeyboardInterrupt):
+        engine.generate(prompts, params)
+    assert list(engine.requests.values()) == [waiting], "generate takes its own with it"
+    while engine.has_unfinished:
+        engine.step()
+    same([waiting], generate(model, prompts[:1], params[:1]))
+    all_memory_is_back(engine)
+
+
+def test_an_engine_that_cannot_go_on_says_so():
+    engine, short = Engine(tiny()), SamplingParams(max_new_tokens=2)
+    request = engine.add_request([1, 2], short)
+
+    def lost():
+        raise RuntimeError("the device is lost")
+
+    with failing(engine, lambda call, slots: True):
+        engine.kv.clear = lost
+        (output,) = engine.step()
+    assert output.request is request and request.finish_reason == "error"
+    assert "kernel" in request.error and not engine.has_unfinished
+    uses = (lambda: engine.add_request([1], short), lambda: engine.generate([[1]], short))
+    for use in (engine.step, *uses):
+        with pytest.raises(RuntimeError, match=r"has stopped.*kernel.*make a new one"):
+            use()
+
+
+@contextmanager
+def failing(engine, when, error=RuntimeError):
+    """Passes raise ``error`` when(number of the call, slots)."""
+    append, calls = engine.kv.append, count(1)
+
+    def fail(slot, *args, **settings):
+        if when(next(calls), slot.tolist()):
+            raise error("kernel")
+        return append(slot, *args, **settings)
+
+    engine.kv.append = fail
+    yield
+    engine.kv.append = append
+
+
+def test_an_engine_serves_several_threads():
+    model = tiny()
+    prompts, params = draw_requests(6, seed=3, temperature=1.0)
+    engine, found = Engine(model, config=EngineConfig(max_num_seqs=3, page_size=3)), {}
+
+    def generate_all():
+        found[threading.get_ident()] = [r.token_ids for r in engine.generate(prompts, params)]
+
+    def stream_all():
+        tokens = {}
+        for output in engine.stream(prompts, params):
+            tokens.setdefault(output.request.number, []).append(output.token_id)
+        found[threading.get_ident()] = [tokens[number] for number in sorted(tokens)]
+
+    threads = [threading.Thread(target=t) for t in (generate_all, stream_all) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    want = [generation.token_ids for generation in generate(model, prompts, params)]
+    assert list(found.values()) == [want] * 4
+    all_memory_is_back(engine)
+
+
+def test_streams_side_by_side_lose_nothing():
+    model = tiny()
+    prompts, params = draw_requests(2, seed=3)
+    engine, found = Engine(model), ([], [])
+    streams = [engine.stream([p], [q]) for p, q in zip(prompts, params, strict=True)]
+    for outputs in zip_longest(*streams):
+        for output, tokens in zip(outputs, found, strict=True):
+            tokens += [output.token_id] if output else []
+    assert list(found) == [g.token_ids for g in generate(model, prompts, params)]
+
+
+def test_a_reader_that_fails_takes_its_requests_alone():
+    model = tiny()
+    prompts, params = draw_requests(2, seed=3, longest_output=30)
+    engine = Engine(model)
+    other = engine.add_request(prompts[0], params[0])
+
+    def read():
+        for _ in engine.stream([prompts[1]], params[1]):
+            raise OSError("the client is gone")
+
+    with pytest.raises(OSError):
+        read()
+    assert list(engine.requests.values()) == [other]
+    while engine.has_unfinished:
+        engine.step()
+    same([other], generate(model, prompts[:1], params[:1]))
+
+
+def test_abort_takes_a_request_or_its_id():
+    engine, other, short = Engine(tiny()), Engine(tiny()), SamplingParams(max_new_tokens=2)
+    first, second, foreign = (e.add_request([1], short) for e in (engine, engine, other))
+    for request, named in ((first, first), (second, second.request_id)):
+        output = engine.abort(named)
+        assert output.request is request and request.finish_reason == "abort"
+    assert engine.abort(first) is None, "it has ended already"
+    for unknown in ("nobody", 0, None):
+        with pytest.raises(ValueError, match=f"no unfinished request has the id {unknown!r}"):
+            engine.abort(unknown)
+    with pytest.raises(ValueError, match="another engine"):
+        engine.abort(foreign)
+    with pytest.raises(ValueError, match="request_id must be text"):
+        engine.add_request([1], short, request_id=5)
+    all_memory_is_back(engine)
+
+
+def test_abort_during_a_step_waits_for_its_end():
+    """As when a stream is collected as garbage, or in a handler of a signal."""
+    model = tiny()
+    prompts, params = draw_requests(3, seed=3, longest_output=30)
+    engine = Engine(model)
+    requests = [engine.add_request(p, q) for p, q in zip(prompts, params, strict=True)]
+
+    def abort(call, slots):
+        if requests[1].finish_reason is None and call > 3:
+            engine.abort(requests[1])
+        return False
+
+    with failing(engine, abort):
+        while engine.has_unfinished:
+            engine.step()
+    assert requests[1].finish_reason == "abort"
+    want = generate(model, prompts, params)
+    same(requests[::2], want[::2])
+    all_memory_is_back(engine)
+
+
+@pytest.mark.parametrize("prompts", ["hi", [1, 2], [], None])
+def test_what_is_no_list_of_prompts_is_refused_at_once(prompts):
+    engine = Engine(tiny())
+    for serve in (engine.generate, engine.stream):
+        with pytest.raises(ValueError, match="prompts"):
+            serve(prompts)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "words"),
+    [
+        (dict(tokenizer=EngineConfig()), "tokenizer cannot be of type EngineConfig"),
+        (dict(config={}), "config cannot be of type dict"),
+        (dict(config=EngineConfig(max_len=65)), "max_len must lie in 1..64"),
+        (dict(model="runs/mor"), "model cannot be of type str"),
+    ],
+)
+def test_an_engine_is_made_of_what_belongs_to_it(settings_, words):
+    with pytest.raises(ValueError, match=words):
+        Engine(**dict(model=tiny()) | settings_)

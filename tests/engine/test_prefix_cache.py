@@ -6,7 +6,7 @@ from mor.engine import Engine, EngineConfig, SamplingParams
 from mor.engine.prefix_cache import PrefixCache, Segment
 from mor.generation import generate
 from tests.conftest import cases, random_tokens, tiny
-from tests.engine.requests import all_memory_is_back, same
+from tests.engine.requests import POISON, all_memory_is_back, poisoned, same
 
 
 @pytest.mark.parametrize("make_model", cases("singles"))
@@ -47,3 +47,17 @@ def test_prefix_cache_forgets_the_end_of_a_chain_first():
     assert cache.evict() is parts[1]
     assert cache.evict() is parts[0]
     assert cache.match([1, 2, 3, 4, 5]) == []
+
+
+@pytest.mark.parametrize("attention", ["auto", "gathered"])
+def test_what_was_read_beside_a_token_that_is_not_finite_is_not_cached(attention):
+    """Under a mask nan times zero is nan, so even tokens before it are spoilt."""
+    model = poisoned()
+    beginning, params = random_tokens(8, vocab=36).tolist(), SamplingParams(max_new_tokens=3)
+    engine = Engine(model, config=EngineConfig(page_size=2, attention=attention))
+    prompts = [[*beginning, POISON, 5], [*beginning, 4, 5]]
+    bad, good = (engine.generate([prompt], params)[0] for prompt in prompts)
+    assert bad.finish_reason == "error" and "not finite" in bad.error and not bad.token_ids
+    assert good.num_cached == 0
+    same([good], generate(model, prompts[1:], params))
+    all_memory_is_back(engine)

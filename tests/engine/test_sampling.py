@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mor.engine import Engine, SamplingParams
-from mor.engine.sampling import SamplingRows, logprob_rows, sample_rows
+from mor.engine.sampling import SamplingRows, logprob_rows, next_tokens, sample_rows
 from mor.generation import logprob, sample
 from tests.conftest import tiny
 from tests.engine.requests import draw_requests
@@ -37,3 +37,14 @@ def test_rows_are_sampled_as_each_alone():
     assert len(set(tokens)) > 10
     values = logprob_rows(logits, torch.tensor(tokens)).tolist()
     assert values == pytest.approx([logprob(logits[i], t) for i, t in enumerate(tokens)])
+
+
+def test_rows_that_are_not_finite_leave_the_others_as_they_are():
+    logits = torch.randn(6, 37, generator=torch.Generator().manual_seed(1))
+    params = [SamplingParams(temperature=(0.0, 1.0, 5e-324)[i % 3], seed=i) for i in range(6)]
+    want, _ = next_tokens(logits, params, [0] * 6)
+    assert want == [sample(logits[i], p, 0) for i, p in enumerate(params)]
+    for row, value in ((1, float("nan")), (3, float("inf")), (4, -float("inf"))):
+        logits[row, 5] = value
+        want[row] = None
+    assert next_tokens(logits, params, [0] * 6)[0] == want

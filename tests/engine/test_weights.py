@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from mor.engine import Engine, EngineConfig
+from mor.engine import Engine, EngineConfig, SamplingParams
 from mor.engine.weights import FewRowsLinear, for_decoding
+from mor.generation import generate
 from tests.conftest import random_tokens, tiny
-from tests.engine.requests import draw_requests
+from tests.engine.requests import all_memory_is_back, draw_requests, same
 
 
 def test_int8_weights_stay_close_and_rows_apart():
@@ -51,3 +52,86 @@ def test_few_rows_is_the_same_model_on_the_same_memory():
         tensor.mul_(1.1)
     torch.testing.assert_close(fast(tokens).logits_BTV, model(tokens).logits_BTV)
     assert not any(parameter.requires_grad for parameter in fast.parameters())
+
+
+def add(model):
+    with torch.no_grad():
+        model.embedding.weight.add_(0.3)
+
+
+def load(model, **settings):
+    model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()}, **settings)
+
+
+def take_a_step(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.tensor([[1, 2, 3]])).logits_BTV.square().mean().backward()
+    optimizer.step()
+
+
+def set_data(model):
+    model.recursions.shared_blocks[0].feed_forward.up_proj.weight.data.mul_(1.3)
+
+
+def swap_rows(model):
+    rows = model.embedding.weight.detach().numpy()
+    rows[[5, 6]] = rows[[6, 5]]
+
+
+def replace_a_layer(model):
+    torch.manual_seed(0)
+    model.recursions.shared_blocks[0].attention.q_proj = torch.nn.Linear(24, 24, bias=False)
+
+
+CHANGES = [add, load, lambda m: load(m, assign=True), take_a_step, set_data, swap_rows]
+
+
+@pytest.mark.parametrize("settings", [{}, dict(quantize="int8"), dict(loop="device")])
+@pytest.mark.parametrize("change", [*CHANGES, replace_a_layer])
+def test_a_changed_model_is_noticed(change, settings):
+    """Cached prefixes go, and so do copies of the weights; unchanged, the prefix is a hit."""
+    model, prompt = tiny(), [5, 6, 7, 8, 9, 10, 6, 5]
+    params = SamplingParams(max_new_tokens=4, temperature=0)
+    engine = Engine(model, config=EngineConfig(page_size=2, **settings))
+    engine.generate([prompt], params)
+    assert engine.generate([prompt], params)[0].num_cached == 6
+    change(model)
+    (request,) = engine.generate([prompt], params)
+    assert request.num_cached == 0
+    fresh = Engine(model, config=EngineConfig(page_size=2, **settings))
+    same([request], fresh.generate([prompt], params))
+    if "quantize" not in settings:
+        same([request], generate(model, [prompt], params))
+    all_memory_is_back(engine)
+
+
+def test_requests_under_way_when_the_model_changes():
+    """Those without a token start over; the others would be the work of two models."""
+    model, params = tiny(), SamplingParams(max_new_tokens=6, temperature=0)
+    engine = Engine(model)
+    begun = engine.add_request([1, 2, 3], params)
+    while len(begun.token_ids) < 2:
+        engine.step()
+    new = engine.add_request([4, 5], params)
+    add(model)
+    (output, *_) = engine.step()
+    assert output.request is begun and output.finish_reason == "error"
+    assert "weights" in begun.error and len(begun.token_ids) == 2
+    while engine.has_unfinished:
+        engine.step()
+    same([new], generate(model, [[4, 5]], params))
+    all_memory_is_back(engine)
+
+
+def test_a_model_that_has_moved_away_is_refused_until_it_is_back():
+    model, params = tiny(), SamplingParams(max_new_tokens=3, temperature=0)
+    engine = Engine(model)
+    model.double()
+    with pytest.raises(ValueError, match=r"now torch.float64 on cpu.*made for torch.float32"):
+        engine.generate([[1]], params)
+    model.float()
+    same(engine.generate([[1]], params), generate(model, [[1]], params))
+    with torch.inference_mode():
+        unwatched = tiny()
+    with pytest.raises(ValueError, match="does not count changes"):
+        Engine(unwatched)
