@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Self
 
 from pydantic import Field
 
@@ -26,3 +28,12 @@ class DataConfig(Settings, prefix="data"):
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
     document_mask: bool = False
     """Documents of one sequence neither attend to nor compete with each other."""
+
+    def located(self) -> Self:
+        """The same with absolute paths, so that a run finds its data from any working folder."""
+        found = {
+            name: str(Path(place).absolute())
+            for name in ("path", "validation_path", "tokenizer")
+            if (place := getattr(self, name)) not in (None, "bytes", "bpe") and Path(place).exists()
+        }
+        return replace(self, **found)

@@ -16,6 +16,7 @@ time.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -445,7 +446,20 @@ def _write_shard(name: str, texts: list[str], dtype: str) -> dict[str, Any]:
     _write(_out_of_worker / f"{name}.bin", tokens)
     _write(_out_of_worker / f"{name}.ends.npy", ends)
     num_bytes = sum(len(text.encode()) for text in texts)
-    return {"name": name, "documents": len(texts), "tokens": len(tokens), "bytes": num_bytes}
+    return {
+        "name": name,
+        "documents": len(texts),
+        "tokens": len(tokens),
+        "bytes": num_bytes,
+        "sha256": checksum(tokens, ends),
+    }
+
+
+def checksum(tokens: np.ndarray, ends: np.ndarray) -> str:
+    """SHA-256 of token ids and document ends, as they lie in their files."""
+    found = hashlib.sha256(np.ascontiguousarray(tokens))
+    found.update(np.ascontiguousarray(ends))
+    return found.hexdigest()
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:

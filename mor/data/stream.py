@@ -8,7 +8,8 @@ B batch · T tokens of a window
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from mor.data.config import DataConfig
 from mor.data.problems import PREFIX, Problems, Task, parse_task, task_tokenizer
 from mor.data.python_docs import python_documents
-from mor.data.shards import MANIFEST, read_manifest
+from mor.data.shards import MANIFEST, checksum, read_manifest
 from mor.data.sources import Document, draw, read_documents
 from mor.data.tokenizer import Tokenizer, train_bpe
 
@@ -55,16 +56,26 @@ class Part(NamedTuple):
     def open(self) -> Part:
         return self
 
+    def checksum(self) -> str:
+        return checksum(self.tokens, self.ends)
+
 
 class Shard(NamedTuple):
-    """A part on disk, mapped when read: there may be more shards than a process may open files."""
+    """A part on disk, mapped when read: there may be more shards than a process may open files.
+
+    recorded: its checksum in the manifest; empty in data that mor 0.1.0 prepared.
+    """
 
     file: Path
     dtype: str
     num_tokens: int
+    recorded: str = ""
 
     def open(self) -> Part:
         return _map(self)
+
+    def checksum(self) -> str:
+        return self.recorded or self.open().checksum()
 
 
 @lru_cache(maxsize=128)
@@ -79,6 +90,9 @@ def evenly_spaced(count: int, total: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
+Fingerprint = dict[str, str | int]
+
+
 class Windows:
     """Training or validation sequences, numbered from 0."""
 
@@ -89,6 +103,11 @@ class Windows:
 
     def describe(self) -> str:
         """How much there is, in words."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> Fingerprint:
+        """What tells these windows from others: names, and plain values that are equal if and only
+        if the windows are."""
         raise NotImplementedError
 
     def num_windows(self, seq_len: int) -> int:
@@ -168,6 +187,15 @@ class TokenData(Windows):
             f"{self.num_documents:,} documents, {self.num_bytes / 1e6:.1f} MB, {len(self):,} tokens"
         )
 
+    def fingerprint(self) -> Fingerprint:
+        sums = "".join(part.checksum() for part in self.parts)
+        return {
+            "documents": self.num_documents,
+            "tokens": len(self),
+            "bytes": self.num_bytes,
+            "sha256": hashlib.sha256(sums.encode()).hexdigest(),
+        }
+
     @cached_property
     def starts(self) -> list[int]:
         """The first token of each part, and of the one that would follow the last."""
@@ -230,6 +258,9 @@ class TaskData(Windows):
     def describe(self) -> str:
         return f"{self.count:,} problems"
 
+    def fingerprint(self) -> Fingerprint:
+        return {"task": repr(self.task), "first": self.first, "problems": self.count}
+
     def num_windows(self, seq_len: int) -> int:
         return self.count
 
@@ -248,6 +279,31 @@ class Corpus:
     tokenizer: Tokenizer
     train: Windows
     validation: Windows
+
+    def fingerprint(self) -> Fingerprint:
+        """What tells this corpus from others, by dotted names such as train.tokens: equal for equal
+        tokens, wherever they lie. Reads the checksums of prepared data from its manifest."""
+        found: Fingerprint = {"tokenizer": self.tokenizer.fingerprint}
+        for split, data in (("train", self.train), ("validation", self.validation)):
+            found |= {f"{split}.{name}": value for name, value in data.fingerprint().items()}
+        return found
+
+
+def what_changed(before: Mapping[str, str | int], now: Mapping[str, str | int]) -> str:
+    """How a corpus differs from the one that ``before`` is the fingerprint of, in words; empty if
+    it does not."""
+    changed = [name for name in before | now if before.get(name) != now.get(name)]
+    counts = [name for name in changed if not name.endswith("sha256")]
+    if changed and not counts:
+        return "the text is another of the same length, or in another order"
+    return ", ".join(
+        f"{name} was {_shown(before, name)}, is {_shown(now, name)}" for name in counts
+    )
+
+
+def _shown(fingerprint: Mapping[str, str | int], name: str) -> str:
+    value = fingerprint.get(name, "unknown")
+    return f"{value:,}" if isinstance(value, int) else value
 
 
 def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -350,7 +406,7 @@ def _find_shard(folder: Path, shard: dict[str, Any], dtype: str) -> Shard:
         raise ValueError(
             f"{file} is missing or not {expected} bytes long; delete {folder} and prepare it again"
         )
-    return Shard(file, dtype, shard["tokens"])
+    return Shard(file, dtype, shard["tokens"], shard.get("sha256", ""))
 
 
 def _make_tokenizer(config: DataConfig, train: list[Document]) -> Tokenizer:

@@ -1,12 +1,15 @@
 """Corpora and batches: a function of seed and position."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from mor.data.shards import PrepareConfig, prepare
 from mor.data.stream import (
+    Corpus,
     DataConfig,
     DataState,
     Document,
@@ -14,7 +17,9 @@ from mor.data.stream import (
     TokenData,
     load_corpus,
     split_documents,
+    what_changed,
 )
+from tests.data.documents import TEXTS, write_jsonl
 
 
 def test_validation_documents_stay_when_others_are_added():
@@ -98,3 +103,45 @@ def test_ranks_together_see_what_one_process_sees(world_size):
                 getattr(batch, name), torch.cat([getattr(b, name) for b, _ in pieces])
             ), name
         assert {s for _, s in pieces} == {state}
+
+
+# Fingerprints
+
+
+def test_a_fingerprint_tells_corpora_apart_and_nothing_else(tmp_path, monkeypatch):
+    def corpus(name, texts, **settings):
+        source = write_jsonl(tmp_path / name, texts)
+        return load_corpus(DataConfig(path=source, tokenizer="bytes", **settings)).fingerprint()
+
+    (tmp_path / "elsewhere").mkdir()
+    first = corpus("a.jsonl", TEXTS)
+    assert first == corpus("elsewhere/a.jsonl", TEXTS) and not what_changed(first, first)
+    assert first["train.documents"] + first["validation.documents"] == len(TEXTS)
+    other = corpus("a.jsonl", [t.replace("square", "SQUARE") for t in TEXTS])
+    assert what_changed(first, other) == (
+        "the text is another of the same length, or in another order"
+    )
+    shared_out = corpus("a.jsonl", TEXTS, validation_share=0.5)
+    assert f"train.documents was {first['train.documents']}, is " in what_changed(first, shared_out)
+    hops = [load_corpus(DataConfig(path=f"task:pointer-chasing?hops={n}")) for n in (3, 4)]
+    assert "hops=3" in what_changed(*(c.fingerprint() for c in hops))
+
+
+def test_the_fingerprint_of_shards_is_the_one_of_their_bytes(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl")
+    config = PrepareConfig(tokenizer="bytes", workers=1, validation_share=0.2)
+    prepare([source], tmp_path / "out", config)
+    recorded = load_corpus(DataConfig(path=str(tmp_path / "out")))
+    read = [
+        replace(data, parts=[part._replace(recorded="") for part in data.parts])
+        for data in (recorded.train, recorded.validation)
+    ]
+    assert Corpus(recorded.tokenizer, *read).fingerprint() == recorded.fingerprint()
+
+
+def test_data_is_found_from_another_working_folder(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    here = DataConfig(path="a.jsonl", validation_path="task:x", tokenizer="bytes").located()
+    assert here.path == str(tmp_path / "a.jsonl")
+    assert (here.validation_path, here.tokenizer) == ("task:x", "bytes")
