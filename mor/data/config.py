@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field
 
@@ -31,7 +31,7 @@ class DataConfig(Settings, prefix="data"):
 
     def located(self) -> Self:
         """The same with absolute paths, so that a run finds its data from any working folder."""
-        found = {
+        found: dict[str, Any] = {
             name: str(Path(place).absolute())
             for name in ("path", "validation_path", "tokenizer")
             if (place := getattr(self, name)) not in (None, "bytes", "bpe") and Path(place).exists()

@@ -457,8 +457,8 @@ def _write_shard(name: str, texts: list[str], dtype: str) -> dict[str, Any]:
 
 def checksum(tokens: np.ndarray, ends: np.ndarray) -> str:
     """SHA-256 of token ids and document ends, as they lie in their files."""
-    found = hashlib.sha256(np.ascontiguousarray(tokens))
-    found.update(np.ascontiguousarray(ends))
+    found = hashlib.sha256(np.ascontiguousarray(tokens).data)
+    found.update(np.ascontiguousarray(ends).data)
     return found.hexdigest()
 
 

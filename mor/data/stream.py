@@ -292,7 +292,7 @@ class Corpus:
 def what_changed(before: Mapping[str, str | int], now: Mapping[str, str | int]) -> str:
     """How a corpus differs from the one that ``before`` is the fingerprint of, in words; empty if
     it does not."""
-    changed = [name for name in before | now if before.get(name) != now.get(name)]
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     counts = [name for name in changed if not name.endswith("sha256")]
     if changed and not counts:
         return "the text is another of the same length, or in another order"
