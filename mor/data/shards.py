@@ -439,7 +439,7 @@ def _write_shard(name: str, texts: list[str], dtype: str) -> dict[str, Any]:
     end_of_text = [_tokenizer_of_worker.end_of_text_id]
     parts, lengths = [], []
     for batch in _batches(texts):
-        for ids in _tokenizer_of_worker.encode_batch(batch):
+        for ids in _tokenizer_of_worker.encode_documents(batch):
             parts.append(np.array(ids + end_of_text, dtype=dtype))
             lengths.append(len(ids) + 1)
     tokens, ends = np.concatenate(parts), np.cumsum(lengths, dtype=np.int64)

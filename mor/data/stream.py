@@ -416,7 +416,7 @@ def _make_tokenizer(config: DataConfig, train: list[Document]) -> Tokenizer:
 
 
 def tokenize(documents: list[Document], tokenizer: Tokenizer) -> TokenData:
-    ids = tokenizer.encode_batch([d.text for d in documents])
+    ids = tokenizer.encode_documents([d.text for d in documents])
     end = [tokenizer.end_of_text_id]
     tokens = np.concatenate([np.array(document + end, dtype=np.uint32) for document in ids])
     ends = np.cumsum([len(document) + 1 for document in ids], dtype=np.int64)
