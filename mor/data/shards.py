@@ -35,7 +35,7 @@ from pydantic import Field
 from rich.console import Console
 
 from mor.data.readers import Record
-from mor.data.sources import Source, draw, find_sources
+from mor.data.sources import LeftOut, Source, draw, find_sources, in_words
 from mor.data.tokenizer import COMPANIONS, Tokenizer, train_bpe
 from mor.files import LOCK, alone_in, read_json, replacing, tidy
 from mor.progress import ProgressBar
@@ -110,10 +110,7 @@ def prepare(
         places, text_field=config.text_field, subset=config.subset, split=config.split
     )
     if left_out:
-        console.print(
-            f"left out {len(left_out)} file(s) of other kinds, such as {left_out[0]}",
-            highlight=False,
-        )
+        console.print(f"left out in folders: {in_words(left_out)}", highlight=False)
     _refuse_strangers(out)
     with alone_in(out, doing="preparing"):
         tidy(out)
