@@ -47,7 +47,7 @@ class DataInfo(Command):
     json: bool = False
 
     def run(self, console: Console) -> None:
-        from mor.data.shards import read_manifest
+        from mor.data.manifest import read_manifest
 
         _print_manifest(read_manifest(self.folder), self.folder, self.json, console)
 

@@ -10,6 +10,9 @@ from pydantic import Field
 
 from mor.settings import PositiveInt, Settings
 
+BPE = "bpe"
+BPE_VOCAB_SIZE = 2048
+
 
 class DataConfig(Settings, prefix="data"):
     path: str | None = None
@@ -18,22 +21,28 @@ class DataConfig(Settings, prefix="data"):
     tokenizer and validation split. None: Python's own documentation, which every installation
     has."""
     validation_path: str | None = None
-    """Validation text of the same kinds. None: a share of the documents, or the prepared split."""
+    """Validation text of the same kinds. None: a share of the text, or the prepared split."""
     text_field: str = "text"
-    tokenizer: str = "bpe"
-    """'bytes', 'bpe' (trained on the training documents), a directory or hub name; prepared data
-    has its own."""
-    vocab_size: PositiveInt = 2048
-    """Size of the trained BPE."""
+    tokenizer: str | None = None
+    """'bytes', 'bpe' (trained on the training documents), a directory or hub name. None: 'bpe', or
+    that of prepared data."""
+    vocab_size: PositiveInt | None = None
+    """Size of the trained BPE. None: 2048."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Of the bytes of the text; documents are not divided."""
     document_mask: bool = False
     """Documents of one sequence neither attend to nor compete with each other."""
+
+    def filled(self) -> Self:
+        """The same with the defaults of text written out, as mor 0.1.0 kept them."""
+        tokenizer, vocab_size = self.tokenizer or BPE, self.vocab_size or BPE_VOCAB_SIZE
+        return replace(self, tokenizer=tokenizer, vocab_size=vocab_size)
 
     def located(self) -> Self:
         """The same with absolute paths, so that a run finds its data from any working folder."""
         found: dict[str, Any] = {
             name: str(Path(place).absolute())
             for name in ("path", "validation_path", "tokenizer")
-            if (place := getattr(self, name)) not in (None, "bytes", "bpe") and Path(place).exists()
+            if (place := getattr(self, name)) not in (None, "bytes", BPE) and Path(place).exists()
         }
         return replace(self, **found)

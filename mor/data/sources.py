@@ -5,7 +5,6 @@ A source is a stream of records: see :mod:`mor.data.readers`.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections import Counter
@@ -265,11 +264,3 @@ def read_documents(path: str | Path, text_field: str = "text") -> list[Document]
     for what in lost:
         warnings.warn(f"{path}: left out {what}", stacklevel=2)
     return documents
-
-
-def draw(name: str) -> float:
-    """A number in [0, 1) that depends only on a document's name. Documents below the validation
-    share are held out."""
-    return (
-        int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
-    )

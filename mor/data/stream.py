@@ -9,9 +9,10 @@ B batch · T tokens of a window
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mor.data.config import DataConfig
+from mor.data.config import BPE, BPE_VOCAB_SIZE, DataConfig
+from mor.data.manifest import is_prepared, read_manifest
 from mor.data.problems import PREFIX, Problems, Task, parse_task, task_tokenizer
 from mor.data.python_docs import python_documents
-from mor.data.shards import MANIFEST, checksum, read_manifest
-from mor.data.sources import Document, draw, read_documents
+from mor.data.shards import checksum
+from mor.data.sources import Document, read_documents
+from mor.data.split import held_out, utf8_bytes
 from mor.data.tokenizer import Tokenizer, train_bpe
+from mor.files import naming
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,24 @@ class Part(NamedTuple):
 class Shard(NamedTuple):
     """A part on disk, mapped when read: there may be more shards than a process may open files.
 
-    recorded: its checksum in the manifest; empty in data that mor 0.1.0 prepared.
+    vocab_size: above all ids. modified: when the file was, in ns, so that one that was replaced is
+    another shard. recorded: its checksum in the manifest; empty in data that mor 0.1.0 prepared.
     """
 
     file: Path
     dtype: str
     num_tokens: int
+    vocab_size: int
+    modified: int
     recorded: str = ""
 
     def open(self) -> Part:
+        self.check()
         return _map(self)
+
+    def check(self) -> None:
+        """Raise ValueError if it is not what was prepared. Reads all of it, once per process."""
+        _check(self)
 
     def checksum(self) -> str:
         return self.recorded or self.open().checksum()
@@ -82,6 +94,22 @@ class Shard(NamedTuple):
 def _map(shard: Shard) -> Part:
     ends = np.load(shard.file.with_suffix(".ends.npy"), mmap_mode="r")
     return Part(np.memmap(shard.file, dtype=shard.dtype, mode="r"), ends)
+
+
+@cache
+def _check(shard: Shard) -> None:
+    with naming(f"{shard.file} is damaged, prepare {shard.file.parent} again"):
+        try:
+            part = _map(shard)
+        except EOFError as error:
+            raise ValueError(str(error)) from None
+        ends = part.ends
+        if (largest := int(part.tokens.max())) >= shard.vocab_size:
+            raise ValueError(f"it has the id {largest}, the tokenizer 0..{shard.vocab_size - 1}")
+        if ends.ndim != 1 or ends[-1] != shard.num_tokens or (np.diff(ends, prepend=0) < 1).any():
+            raise ValueError(f"its documents do not end at its {shard.num_tokens} tokens")
+        if shard.recorded and shard.recorded != part.checksum():
+            raise ValueError("its checksum has changed")
 
 
 def evenly_spaced(count: int, total: int) -> list[int]:
@@ -280,6 +308,12 @@ class Corpus:
     train: Windows
     validation: Windows
 
+    def check(self, seq_len: int) -> None:
+        """Raise ValueError if training or validation data hold less than one window."""
+        for name, data in (("training", self.train), ("validation", self.validation)):
+            with naming(f"{name} data"):
+                data.spread(seq_len, 1)
+
     def fingerprint(self) -> Fingerprint:
         """What tells this corpus from others, by dotted names such as train.tokens: equal for equal
         tokens, wherever they lie. Reads the checksums of prepared data from its manifest."""
@@ -310,8 +344,11 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpu
     """Read, split and tokenize text, or open prepared data or a task.
 
     tokenizer: that of a checkpoint, which replaces the configured one; prepared data must have been
-    made with it. Raises ValueError for data that cannot be read or split.
+    made with it. Raises ValueError for data that cannot be read or split, and where the
+    configuration says otherwise than the data.
     """
+    if tokenizer is None:
+        _check_effect(config)
     if config.path and config.path.startswith(PREFIX):
         return _task_corpus(config.path)
     if config.path and is_prepared(config.path):
@@ -335,11 +372,59 @@ def vocab_size(config: DataConfig) -> int:
         return len(parse_task(config.path).words())
     if config.path and is_prepared(config.path):
         return Tokenizer.load(config.path).vocab_size
-    return (
-        config.vocab_size
-        if config.tokenizer == "bpe"
-        else Tokenizer.find(config.tokenizer).vocab_size
+    if (config.tokenizer or BPE) == BPE:
+        return config.vocab_size or BPE_VOCAB_SIZE
+    return Tokenizer.find(config.tokenizer or BPE).vocab_size
+
+
+def _check_effect(config: DataConfig) -> None:
+    """Raise ValueError for settings that the data contradicts; warn of those without effect."""
+    is_task = (config.path or "").startswith(PREFIX)
+    prepared = not is_task and config.path is not None and is_prepared(config.path)
+    asked = {name: getattr(config, name) for name in ("tokenizer", "vocab_size")}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if is_task and (given or config.validation_path):
+        named = ", ".join(f"data.{name}" for name in given or ["validation_path"])
+        raise ValueError(f"{config.path} has its own tokenizer and validation: leave out {named}")
+    if prepared:
+        _check_prepared(config)
+    elif config.vocab_size and (config.tokenizer or BPE) != BPE:
+        raise ValueError(
+            f"data.vocab_size={config.vocab_size} is the size of a trained BPE; leave it out with "
+            f"data.tokenizer={config.tokenizer!r}, or choose 'bpe'"
+        )
+    unused = set()
+    if is_task or prepared or config.validation_path:
+        unused.add("validation_share")
+    if (config.path is None or is_task or prepared) and not config.validation_path:
+        unused.add("text_field")
+    for name in sorted(unused):
+        if getattr(config, name) != DataConfig.__dataclass_fields__[name].default:
+            place = config.path or "the default corpus"
+            warnings.warn(f"data.{name} has no effect on {place} with these settings", stacklevel=4)
+
+
+def _check_prepared(config: DataConfig) -> None:
+    """Raise ValueError if another tokenizer is asked for than the one that the data has."""
+    has = read_manifest(Path(config.path or ""))["settings"]["tokenizer"]
+    advice = f"leave it out, or prepare the data again with {{}}: {config.path} has its own"
+    if config.vocab_size not in (None, has["vocab_size"]):
+        raise ValueError(
+            f"data.vocab_size={config.vocab_size}, but the prepared data has "
+            f"{has['vocab_size']} tokens; {advice.format('--vocab-size')}"
+        )
+    if config.tokenizer is None:
+        return
+    same = (
+        has["asked"].startswith(BPE + " ")
+        if config.tokenizer == BPE
+        else Tokenizer.find(config.tokenizer).fingerprint == has["fingerprint"]
     )
+    if not same:
+        raise ValueError(
+            f"data.tokenizer={config.tokenizer!r}, but the data was prepared with "
+            f"{has['asked']!r}; {advice.format('--tokenizer')}"
+        )
 
 
 def _task_corpus(path: str) -> Corpus:
@@ -375,10 +460,6 @@ def load_tokens(path: str | Path, tokenizer: Tokenizer, text_field: str = "text"
     return open_shards(path, "validation" if "validation" in splits else "train", tokenizer)
 
 
-def is_prepared(path: str | Path) -> bool:
-    return (Path(path) / MANIFEST).is_file()
-
-
 def open_shards(folder: str | Path, split: str, tokenizer: Tokenizer) -> TokenData:
     """Map the shards of prepared data. Raises ValueError if another tokenizer made them."""
     folder = Path(folder)
@@ -393,26 +474,37 @@ def open_shards(folder: str | Path, split: str, tokenizer: Tokenizer) -> TokenDa
     if split not in manifest["splits"]:
         raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(manifest['splits'])}")
     found = manifest["splits"][split]
-    shards = [
-        _find_shard(folder, shard, manifest["settings"]["dtype"]) for shard in found["shards"]
-    ]
+    dtype = manifest["settings"]["dtype"]
+    shards = [_find_shard(folder, shard, dtype, tokenizer) for shard in found["shards"]]
+    unread = CHECKED_AT_ONCE
+    for shard in shards:
+        if unread > 0:
+            shard.check()
+        unread -= shard.num_tokens
     return TokenData(shards, found["documents"], found["bytes"])
 
 
-def _find_shard(folder: Path, shard: dict[str, Any], dtype: str) -> Shard:
+CHECKED_AT_ONCE = 1 << 27  # tokens; the shards after these are checked when they are first read
+
+
+def _find_shard(folder: Path, shard: dict[str, Any], dtype: str, tokenizer: Tokenizer) -> Shard:
     file = folder / f"{shard['name']}.bin"
     expected = shard["tokens"] * np.dtype(dtype).itemsize
     if not file.is_file() or file.stat().st_size != expected:
         raise ValueError(
             f"{file} is missing or not {expected} bytes long; delete {folder} and prepare it again"
         )
-    return Shard(file, dtype, shard["tokens"], shard.get("sha256", ""))
+    if not (ends := file.with_suffix(".ends.npy")).is_file():
+        raise ValueError(f"{ends} is missing; delete {folder} and prepare it again")
+    modified = max(file.stat().st_mtime_ns, ends.stat().st_mtime_ns)
+    recorded = shard.get("sha256", "")
+    return Shard(file, dtype, shard["tokens"], tokenizer.vocab_size, modified, recorded)
 
 
 def _make_tokenizer(config: DataConfig, train: list[Document]) -> Tokenizer:
-    if config.tokenizer == "bpe":
-        return train_bpe((d.text for d in train), config.vocab_size)
-    return Tokenizer.find(config.tokenizer)
+    if (config.tokenizer or BPE) == BPE:
+        return train_bpe(train, config.vocab_size or BPE_VOCAB_SIZE)
+    return Tokenizer.find(config.tokenizer or BPE)
 
 
 def tokenize(documents: list[Document], tokenizer: Tokenizer) -> TokenData:
@@ -421,22 +513,22 @@ def tokenize(documents: list[Document], tokenizer: Tokenizer) -> TokenData:
     tokens = np.concatenate([np.array(document + end, dtype=np.uint32) for document in ids])
     ends = np.cumsum([len(document) + 1 for document in ids], dtype=np.int64)
     return TokenData(
-        [Part(tokens, ends)], len(documents), sum(len(d.text.encode()) for d in documents)
+        [Part(tokens, ends)], len(documents), sum(utf8_bytes(d.text) for d in documents)
     )
 
 
 def split_documents(
     documents: list[Document], validation_share: float
 ) -> tuple[list[Document], list[Document]]:
-    """Training and validation documents by a hash of their names: adding one moves no other."""
+    """Training and validation documents, by bytes; see :func:`mor.data.split.held_out`. Warns if
+    the share cannot be had."""
     if len(documents) < 2:
         raise ValueError(
             "the data holds a single document; training needs at least one more to validate on"
         )
-    ordered = sorted(documents, key=lambda d: draw(d.name))
-    count = sum(draw(d.name) < validation_share for d in documents)
-    count = min(max(count, 1), len(documents) - 1)
-    held_out = {d.name for d in ordered[:count]}
-    return [d for d in documents if d.name not in held_out], [
-        d for d in documents if d.name in held_out
-    ]
+    names, sizes = [d.name for d in documents], [utf8_bytes(d.text) for d in documents]
+    chosen, divided = held_out(names, sizes, validation_share)
+    if miss := divided.miss(validation_share):
+        warnings.warn(miss, stacklevel=3)
+    pairs = list(zip(documents, chosen, strict=True))
+    return [d for d, held in pairs if not held], [d for d, held in pairs if held]

@@ -65,6 +65,17 @@ class Tokenizer:
         return max(self.backend.get_vocab().values()) + 1
 
     @property
+    def gaps(self) -> str:
+        """What to say about ids without a token; empty if there are none."""
+        count = self.backend.get_vocab_size()
+        if count == self.vocab_size:
+            return ""
+        return (
+            f"the tokenizer has {count:,} tokens with ids up to {self.vocab_size - 1:,}; a model "
+            f"needs {self.vocab_size:,} embeddings for it"
+        )
+
+    @property
     def fingerprint(self) -> str:
         """A hash of the vocabulary and a sample text's tokens: equal for equal tokenizers."""
         ids = self.encode(_SAMPLE)

