@@ -124,7 +124,7 @@ def prepare(
         places, text_field=config.text_field, subset=config.subset, split=config.split
     )
     if left_out:
-        console.print(f"left out in folders: {in_words(left_out)}", highlight=False)
+        console.print(f"left out in folders: {in_words(left_out)}", highlight=False, soft_wrap=True)
     _refuse_strangers(out)
     with alone_in(out, doing="preparing"):
         tidy(out)

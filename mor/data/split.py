@@ -49,13 +49,14 @@ def held_out(
     held, wanted = before.held_out, share * total
     chosen = [False] * len(sizes)
     order = sorted(range(len(sizes)), key=lambda i: draw(names[i]))
-    for i in order:
-        # A document that is small against the share may exceed it: to refuse all those would hold
-        # out short documents only, where a few at a time are divided.
-        fits = sizes[i] <= max(2 * (wanted - held), _SMALL * wanted)
-        if held < wanted and fits and held + sizes[i] < total:
-            chosen[i] = True
-            held += sizes[i]
+    for times in (1, 2):  # first what fits, then what comes nearer by exceeding it
+        for i in order:
+            # A document that is small against the share may exceed it at any time: to refuse those
+            # would hold out short documents only, where a few at a time are divided.
+            fits = sizes[i] <= max(times * (wanted - held), _SMALL * wanted)
+            if held < wanted and fits and held + sizes[i] < total and not chosen[i]:
+                chosen[i] = True
+                held += sizes[i]
     if share and not held and total > max(sizes, default=total):
         smallest = min(order, key=lambda i: sizes[i])
         chosen[smallest] = True
