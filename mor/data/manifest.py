@@ -67,13 +67,17 @@ class Manifest(Settings):
 
 
 def is_prepared(path: str | Path) -> bool:
-    return (Path(path) / MANIFEST).is_file()
+    """Whether a path is prepared data, finished or not. A folder of text may have a manifest.json
+    of its own, but hardly a tokenizer or shards beside it."""
+    folder = Path(path)
+    begun = (folder / MANIFEST).is_file() or (folder / JOURNAL).is_file()
+    return begun and ((folder / "tokenizer.json").is_file() or any(folder.glob("*.ends.npy")))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What :class:`Manifest` describes, as plain values. Raises ValueError for a directory that is
     not prepared, unfinished, damaged or of a later version."""
-    if not is_prepared(folder):
+    if not (folder / MANIFEST).is_file():
         hint = (
             "it is unfinished: run the same `mor data prepare` again"
             if (folder / JOURNAL).is_file()

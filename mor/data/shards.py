@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -347,6 +348,11 @@ def _tokenize(
             f"could not write to {out}: {error}. What is finished stays; make room and run the "
             "same command again"
         ) from error
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that tokenizes was ended from outside, perhaps for lack of memory. What is "
+            "finished stays; run the same command again, with fewer --workers"
+        ) from error
     except KeyboardInterrupt:
         console.print(
             f"interrupted: the same command continues {out} where it stopped", highlight=False
@@ -428,8 +434,8 @@ def _warn(manifest: dict[str, Any], tokenizer: Tokenizer, console: Console) -> N
     """What became other than one may have expected."""
     sizes = {split: found["bytes"] for split, found in manifest["splits"].items()}
     divided = Divided(sum(sizes.values()), sizes.get("validation", 0))
-    notes = [divided.miss(manifest["settings"]["validation_share"]), tokenizer.gaps]
-    for note in filter(None, notes):
+    miss = divided.miss(manifest["settings"]["validation_share"])
+    for note in [*([miss] if miss else []), *tokenizer.remarks()]:
         console.print(f"warning: {note}", highlight=False, soft_wrap=True)
 
 

@@ -360,7 +360,10 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpu
         train, validation = documents, None
     else:
         train, validation = split_documents(documents, config.validation_share)
-    tokenizer = tokenizer or _make_tokenizer(config, train)
+    if tokenizer is None:
+        tokenizer = _make_tokenizer(config, train)
+        for remark in tokenizer.remarks():
+            warnings.warn(remark, stacklevel=2)
     held_out = tokenize(validation, tokenizer) if validation else _validation(config, tokenizer)
     return Corpus(tokenizer, tokenize(train, tokenizer), held_out)
 
@@ -407,11 +410,10 @@ def _check_effect(config: DataConfig) -> None:
 def _check_prepared(config: DataConfig) -> None:
     """Raise ValueError if another tokenizer is asked for than the one that the data has."""
     has = read_manifest(Path(config.path or ""))["settings"]["tokenizer"]
-    advice = f"leave it out, or prepare the data again with {{}}: {config.path} has its own"
     if config.vocab_size not in (None, has["vocab_size"]):
         raise ValueError(
-            f"data.vocab_size={config.vocab_size}, but the prepared data has "
-            f"{has['vocab_size']} tokens; {advice.format('--vocab-size')}"
+            f"data.vocab_size={config.vocab_size}, but the tokenizer of {config.path} has "
+            f"{has['vocab_size']} tokens; leave it out, or prepare the data again"
         )
     if config.tokenizer is None:
         return
@@ -422,8 +424,8 @@ def _check_prepared(config: DataConfig) -> None:
     )
     if not same:
         raise ValueError(
-            f"data.tokenizer={config.tokenizer!r}, but the data was prepared with "
-            f"{has['asked']!r}; {advice.format('--tokenizer')}"
+            f"data.tokenizer={config.tokenizer!r}, but {config.path} was prepared with "
+            f"{has['asked']!r}; leave it out, or prepare the data again"
         )
 
 

@@ -30,6 +30,7 @@ _SAMPLE = (
     "  Größe 日本語 don't \t\n\n def f(x): return x**2 # 1234567 naïve CO₂ 🙂 e\u0301 A\u00a0B "
     + END_OF_TEXT
 )
+_UNUSUAL = ("日", "ж", "🛑")
 # Files beside tokenizer.json that transformers reads: special tokens, chat templates, limits.
 COMPANIONS = (
     "tokenizer_config.json",
@@ -64,16 +65,28 @@ class Tokenizer:
         """The largest id and one: ids may have gaps."""
         return max(self.backend.get_vocab().values()) + 1
 
-    @property
-    def gaps(self) -> str:
-        """What to say about ids without a token; empty if there are none."""
-        count = self.backend.get_vocab_size()
-        if count == self.vocab_size:
-            return ""
-        return (
-            f"the tokenizer has {count:,} tokens with ids up to {self.vocab_size - 1:,}; a model "
-            f"needs {self.vocab_size:,} embeddings for it"
-        )
+    def remarks(self) -> list[str]:
+        """What one may not expect of it: ids without a token, text without tokens."""
+        found = []
+        if (count := self.backend.get_vocab_size()) != self.vocab_size:
+            found.append(
+                f"the tokenizer has {count:,} tokens with ids up to {self.vocab_size - 1:,}; a "
+                f"model needs {self.vocab_size:,} embeddings for it"
+            )
+        if lost := [text for text in _UNUSUAL if not self._has_tokens_for(text)]:
+            found.append(
+                f"the tokenizer has no tokens for some text, such as {', '.join(lost)}; it is left "
+                "out, becomes an unknown token or is an error"
+            )
+        return found
+
+    def _has_tokens_for(self, text: str) -> bool:
+        unknown = getattr(self.backend.model, "unk_token", None)
+        try:
+            (ids,) = self.encode_documents([text])
+        except ValueError:
+            return False
+        return bool(ids) and (unknown is None or ids != [self.backend.token_to_id(unknown)])
 
     @property
     def fingerprint(self) -> str:
@@ -118,10 +131,10 @@ class Tokenizer:
         self._of_documents.encode_special_tokens = True
         try:
             found = self._of_documents.encode_batch_fast(list(texts), add_special_tokens=False)
-        except TypeError:
+        except Exception as error:  # the library has no narrower one
             for text in texts:
                 _check_unicode(text)
-            raise
+            raise ValueError(f"the tokenizer cannot encode this text: {error}") from error
         return [encoding.ids for encoding in found]
 
     @cached_property

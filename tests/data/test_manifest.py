@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mor.data.manifest import read_manifest
+from mor.data.manifest import is_prepared, read_manifest
 from mor.data.shards import PrepareConfig, prepare
 from tests.data.documents import write_jsonl
 
@@ -45,6 +45,17 @@ def test_what_is_missing_or_wrong_is_named(place, value, named, manifest, tmp_pa
         inner[place[-1]] = value
     (tmp_path / "manifest.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=named):
+        read_manifest(tmp_path)
+
+
+def test_unfinished_data_is_no_text_and_text_may_have_its_own_manifest(manifest, tmp_path):
+    assert not is_prepared(tmp_path)
+    (tmp_path / "manifest.json").write_text("of somebody else")
+    assert not is_prepared(tmp_path)
+    (tmp_path / "manifest.json").rename(tmp_path / "progress.jsonl")
+    (tmp_path / "tokenizer.json").touch()
+    assert is_prepared(tmp_path)
+    with pytest.raises(ValueError, match="unfinished: run the same `mor data prepare` again"):
         read_manifest(tmp_path)
 
 

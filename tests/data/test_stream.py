@@ -167,7 +167,7 @@ def prepared(tmp_path_factory):
     [
         ("bytes", {"tokenizer": "bpe"}, r"data.tokenizer='bpe', but .* prepared with 'bytes'"),
         ("bpe", {"tokenizer": "bytes"}, r"data.tokenizer='bytes', but .* with 'bpe 300 50'"),
-        ("bytes", {"vocab_size": 2048}, r"data.vocab_size=2048, but the prepared data has 257"),
+        ("bytes", {"vocab_size": 2048}, r"data.vocab_size=2048, but the tokenizer of .* has 257"),
         ("a.jsonl", {"tokenizer": "bytes", "vocab_size": 300}, r"leave it out with data.tokenizer"),
         ("task:pointer-chasing", {"vocab_size": 300}, r"leave out data.vocab_size"),
         ("task:pointer-chasing", {"validation_path": "x"}, r"leave out data.validation_path"),

@@ -139,10 +139,22 @@ def test_the_size_is_the_largest_id_and_one(tmp_path):
 
     tokenizer = tampered(tmp_path, change)
     assert (tokenizer.vocab_size, tokenizer.end_of_text_id) == (70_001, 70_000)
-    assert "300 tokens with ids up to 70,000" in tokenizer.gaps and not byte_tokenizer().gaps
+    assert "300 tokens with ids up to 70,000" in tokenizer.remarks()[0]
+    assert not byte_tokenizer().remarks()
     tokenizer.check_fits(70_001)
     with pytest.raises(ValueError, match=r"ids up to 70000, the model embeddings for 0..69999"):
         tokenizer.check_fits(70_000)
+
+
+def test_a_tokenizer_that_cannot_write_every_text_says_so():
+    for unknown in ("<unk>", None):
+        vocab = {"日": 0, "<unk>": 1, END_OF_TEXT: 2}
+        tokenizer = Tokenizer(tokenizers.Tokenizer(models.BPE(vocab, [], unk_token=unknown)))
+        assert "no tokens for some text, such as ж, 🛑;" in tokenizer.remarks()[0]
+    strict = Tokenizer(tokenizers.Tokenizer(models.WordLevel({"a": 0, END_OF_TEXT: 1}, "none")))
+    assert "such as 日, ж, 🛑;" in strict.remarks()[0]
+    with pytest.raises(ValueError, match=r"cannot encode this text: .*\[UNK\]"):
+        strict.encode_documents(["b"])
 
 
 # Damaged and missing files
