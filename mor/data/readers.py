@@ -69,16 +69,24 @@ def read_file(
         ) from None
 
 
-_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
+_MAGIC = {
+    b"\x1f\x8b": ".gz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"PAR1": ".parquet",
+    b"PK\x03\x04": ".zip",
+    b"%PDF": ".pdf",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 
 def _check_content(path: Path) -> None:
-    """Raise ValueError for a packed file or a table that is named like another kind."""
+    """Raise ValueError for a file whose content is of another kind than its name says."""
     with path.open("rb") as file:
         start = file.read(4)
     found = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
     if found and path.suffix.lower() != found:
-        raise ValueError(f"{path} has the content of a {found} file; name it so")
+        raise ValueError(f"{path} has the content of a {found} file; rename or convert it")
 
 
 def record_from(name: str, fields: Any, text_field: str, *, first: bool) -> Record:
@@ -166,6 +174,9 @@ def _pieces(name: str, lines: Iterator[bytes]) -> Iterator[Record]:
         except UnicodeDecodeError as error:
             problem = f"is a line that is not valid UTF-8: {error.reason} at byte {error.start + 1}"
             yield Record(f"{name}, line {line_number},", "", problem)
+            continue
+        if "\0" in text:
+            yield Record(f"{name}, line {line_number},", "", "is a line with NUL bytes, no text")
             continue
         piece.append(text)
         size += len(text) + 1

@@ -96,10 +96,22 @@ def test_a_later_record_without_the_field_is_broken_and_stops_nothing(tmp_path):
 def test_files_whose_content_is_of_another_kind_are_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(gzip.compress(b'{"text": "x"}\n'))
     (tmp_path / "b.txt").write_bytes(b"PAR1....PAR1")
-    for name, kind in (("a.jsonl", ".gz"), ("b.txt", ".parquet")):
+    (tmp_path / "c.txt").write_text("text", encoding="utf-16")
+    for name, kind in (("a.jsonl", ".gz"), ("b.txt", ".parquet"), ("c.txt", "UTF-16")):
         (source,), _ = find_sources([tmp_path / name])
         with pytest.raises(ValueError, match=rf"{name} has the content of a {kind} file"):
             list(source.read())
+
+
+def test_lines_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "a.TXT").write_bytes(b"\xef\xbb\xbf  good\r\n\xff\nn\0ul\n also good\n\n")
+    (source,), _ = find_sources([tmp_path / "a.TXT"])
+    records = [record for record, _ in source.read()]
+    assert [r.text for r in records if not r.problem] == ["  good\n also good"]
+    assert [f"{r.name} {r.problem}" for r in records if r.problem] == [
+        "a.TXT, line 2, is a line that is not valid UTF-8: invalid start byte at byte 1",
+        "a.TXT, line 3, is a line with NUL bytes, no text",
+    ]
 
 
 def test_a_wrong_file_is_found_before_any_work(tmp_path):
