@@ -44,7 +44,7 @@ class TokenizerEntry(Settings):
 
 
 class SettingsEntry(Settings):
-    format: int
+    format: PositiveInt
     sources: Listed[tuple[dict[str, Any], ...]]
     text_field: str
     validation_share: Annotated[float, Field(ge=0, lt=1)]
@@ -57,7 +57,7 @@ class Manifest(Settings):
     """empty, broken: records that were left out. problems: of the first broken ones. left_out: what
     was left out of folders, in words."""
 
-    format: int
+    format: PositiveInt
     settings: SettingsEntry
     splits: dict[Literal["train", "validation"], SplitEntry]
     empty: NonNegativeInt
