@@ -36,7 +36,7 @@ import numpy as np
 from pydantic import Field
 from rich.console import Console
 
-from mor.data.manifest import FORMAT, JOURNAL, MANIFEST, SPLITS, read_manifest
+from mor.data.manifest import FORMAT, JOURNAL, MANIFEST, SPLITS, SettingsEntry, read_manifest
 from mor.data.readers import Record
 from mor.data.sources import Document, Source, find_sources, in_words
 from mor.data.split import Divided, held_out, utf8_bytes
@@ -89,10 +89,8 @@ class Chunk:
 
     def divide(self, share: float, before: Divided) -> Divided:
         """Put the documents into ``splits``; returns how all text is divided with these."""
-        names, sizes = (
-            [d.name for d in self.documents],
-            [utf8_bytes(d.text) for d in self.documents],
-        )
+        names = [document.name for document in self.documents]
+        sizes = [utf8_bytes(document.text) for document in self.documents]
         chosen, divided = held_out(names, sizes, share, before)
         for document, is_held_out in zip(self.documents, chosen, strict=True):
             self.splits.setdefault(SPLITS[is_held_out], []).append(document)
@@ -172,6 +170,7 @@ def _begun(out: Path) -> dict[str, Any] | None:
             naming(f"{out / JOURNAL} is damaged, delete {out} to begin anew"),
         ):
             begun = json.loads(journal.readline())
+            SettingsEntry.from_dict(begun or {})
     return begun
 
 
@@ -238,21 +237,28 @@ def _refuse_changes(begun: dict[str, Any], now: dict[str, Any], out: Path) -> No
             f"({now['tokenizer']['fingerprint']}); tokens of two tokenizers do not mix: choose "
             "another directory"
         )
-    for name in now:
-        if name == "tokenizer" or begun.get(name) == now[name]:
-            continue
-        if name == "sources":
-            before, after = ({s["name"]: s for s in kept["sources"]} for kept in (begun, now))
-            changed = sorted(
-                n for n in before.keys() | after.keys() if before.get(n) != after.get(n)
-            )
-            what = f"sources changed since: {', '.join(changed[:5]) or 'their order'}"
-        else:
-            what = f"{name} was {begun.get(name)!r}, now it is {now[name]!r}"
+    before, after = _states(begun), _states(now)
+    changed = [
+        f"{name} was {begun[name]!r}, now it is {now[name]!r}"
+        for name in now
+        if name not in ("tokenizer", "sources") and begun[name] != now[name]
+    ]
+    if list(before.items()) != list(after.items()):
+        names = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+        changed.append(f"sources changed since: {', '.join(names[:5]) or 'their order'}")
+    if changed:
         raise ValueError(
-            f"{out} cannot be continued: {what}. Choose another directory, or delete it to begin "
-            "anew"
+            f"{out} cannot be continued: {'; '.join(changed)}. Choose another directory, or delete "
+            "it to begin anew"
         )
+
+
+def _states(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Sources by name, without their paths: these depend on the working folder."""
+    return {
+        source["name"]: {key: value for key, value in source.items() if key != "path"}
+        for source in settings["sources"]
+    }
 
 
 # Reading, in the main process

@@ -89,6 +89,19 @@ def test_a_finished_directory_is_left_alone_and_other_settings_are_refused(prepa
         prepare([], tmp_path / "x", SMALL)
 
 
+def test_the_working_folder_does_not_matter(prepared, monkeypatch):
+    _, out, manifest = prepared
+    monkeypatch.chdir(out.parent)
+    assert prepare(["a.jsonl"], "out", SMALL) == manifest
+
+
+@pytest.mark.parametrize("journal", ["", "{", "null\n", "{}\n", "[1]\n"])
+def test_a_damaged_journal_is_named(journal, prepared, tmp_path):
+    (tmp_path / "progress.jsonl").write_text(journal)
+    with pytest.raises(ValueError, match=r"progress.jsonl is damaged, delete .* to begin anew"):
+        prepare([prepared[0]], tmp_path, SMALL)
+
+
 SLOWED = """
 import sys, time
 import mor.data.shards as shards
