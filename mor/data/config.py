@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
+from mor.data.manifest import is_prepared
 from mor.settings import PositiveInt, Settings
 
 BPE = "bpe"
@@ -29,14 +30,20 @@ class DataConfig(Settings, prefix="data"):
     vocab_size: PositiveInt | None = None
     """Size of the trained BPE. None: 2048."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Of the bytes of the text; documents are not divided."""
+    """Of the text; documents are not divided."""
+    share_of: Literal["bytes", "documents"] = "bytes"
+    """What validation_share counts. Runs of mor 0.1.0 counted documents, and go on with that."""
     document_mask: bool = False
     """Documents of one sequence neither attend to nor compete with each other."""
 
     def filled(self) -> Self:
-        """The same with the defaults of text written out, as mor 0.1.0 kept them."""
+        """The same with the defaults of text written out, and those without effect the same: equal
+        for equal data, also in the files of mor 0.1.0."""
         tokenizer, vocab_size = self.tokenizer or BPE, self.vocab_size or BPE_VOCAB_SIZE
-        return replace(self, tokenizer=tokenizer, vocab_size=vocab_size)
+        found = replace(self, tokenizer=tokenizer, vocab_size=vocab_size)
+        path = self.path or ""
+        divided = not (self.validation_path or path.startswith("task:") or is_prepared(path))
+        return found if divided else replace(found, share_of="bytes")
 
     def located(self) -> Self:
         """The same with absolute paths, so that a run finds its data from any working folder."""

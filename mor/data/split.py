@@ -64,6 +64,14 @@ def held_out(
     return chosen, Divided(total, held)
 
 
+def held_out_documents(names: Sequence[str], share: float) -> list[bool]:
+    """The same by the number of documents, whatever their size: at least one on each side."""
+    order = sorted(names, key=draw)
+    count = min(max(sum(draw(name) < share for name in names), 1), len(names) - 1)
+    chosen = set(order[:count])
+    return [name in chosen for name in names]
+
+
 def draw(name: str) -> float:
     """A number in [0, 1) that depends only on a document's name."""
     return (

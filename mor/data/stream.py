@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from mor.data.problems import PREFIX, Problems, Task, parse_task, task_tokenizer
 from mor.data.python_docs import python_documents
 from mor.data.shards import checksum
 from mor.data.sources import Document, read_documents
-from mor.data.split import held_out, utf8_bytes
+from mor.data.split import held_out, held_out_documents, utf8_bytes
 from mor.data.tokenizer import Tokenizer, train_bpe
 from mor.files import naming
 
@@ -359,7 +359,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpu
     if config.validation_path:
         train, validation = documents, None
     else:
-        train, validation = split_documents(documents, config.validation_share)
+        train, validation = split_documents(documents, config.validation_share, of=config.share_of)
     if tokenizer is None:
         tokenizer = _make_tokenizer(config, train)
         for remark in tokenizer.remarks():
@@ -520,17 +520,23 @@ def tokenize(documents: list[Document], tokenizer: Tokenizer) -> TokenData:
 
 
 def split_documents(
-    documents: list[Document], validation_share: float
+    documents: list[Document],
+    validation_share: float,
+    *,
+    of: Literal["bytes", "documents"] = "bytes",
 ) -> tuple[list[Document], list[Document]]:
-    """Training and validation documents, by bytes; see :func:`mor.data.split.held_out`. Warns if
+    """Training and validation documents; see :func:`mor.data.split.held_out`. Warns if
     the share cannot be had."""
     if len(documents) < 2:
         raise ValueError(
             "the data holds a single document; training needs at least one more to validate on"
         )
     names, sizes = [d.name for d in documents], [utf8_bytes(d.text) for d in documents]
-    chosen, divided = held_out(names, sizes, validation_share)
-    if miss := divided.miss(validation_share):
-        warnings.warn(miss, stacklevel=3)
+    if of == "documents":
+        chosen = held_out_documents(names, validation_share)
+    else:
+        chosen, divided = held_out(names, sizes, validation_share)
+        if miss := divided.miss(validation_share):
+            warnings.warn(miss, stacklevel=3)
     pairs = list(zip(documents, chosen, strict=True))
     return [d for d, held in pairs if not held], [d for d, held in pairs if held]

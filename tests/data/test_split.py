@@ -6,7 +6,7 @@ import pytest
 
 from mor.data.config import DataConfig
 from mor.data.shards import PrepareConfig, prepare
-from mor.data.split import Divided, held_out
+from mor.data.split import Divided, draw, held_out, held_out_documents
 from mor.data.stream import load_corpus
 
 # One document in ten holds nearly all of the text.
@@ -36,6 +36,14 @@ def test_text_and_prepared_data_hold_out_the_same_documents(tmp_path, recwarn):
     share = text.validation.num_bytes / sum(map(len, SKEWED))
     assert share == pytest.approx(0.02, rel=0.05)
     assert not [w for w in recwarn if "held out" in str(w.message)]
+
+
+def test_a_share_of_the_documents_is_the_one_that_runs_of_the_first_version_have():
+    names, share = [f"d:{i}" for i in range(50)], 0.1
+    chosen = held_out_documents(names, share)
+    assert [draw(name) < share for name in names] == chosen and any(chosen)
+    assert held_out_documents(["a", "b"], 0.001).count(True) == 1
+    assert held_out_documents(["a", "b"], 0.999).count(True) == 1
 
 
 def test_a_share_that_documents_do_not_allow_is_named(tmp_path, capsys):
