@@ -36,9 +36,16 @@ class Chat:
         return self.tokenizer.encode(self._render(messages, add_generation_prompt=True))
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        text: str = self.theirs.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        try:
+            text: str = self.theirs.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template is a program, and may raise anything
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"the chat template of this tokenizer does not take a conversation of {roles}: "
+                f"{error}"
+            ) from error
         return text
 
     def _end_of_answer(self) -> list[int]:

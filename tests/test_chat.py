@@ -93,3 +93,17 @@ def test_chat_needs_a_template_and_a_prompt_where_lines_are_not_read(chatty, tmp
         with pytest.raises(SystemExit):
             main(["generate", *arguments])
         assert words in capsys.readouterr().err
+
+
+def test_a_template_that_raises_is_an_error_that_says_so():
+    theirs = chat_tokenizer()
+    theirs.chat_template = "{{ raise_exception('no assistants here') }}"
+    with pytest.raises(ValueError, match=r"does not take .* user, assistant: no assistants here"):
+        Chat(Tokenizer.from_transformers(theirs))
+    theirs.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ 1 / (messages | length - 3) }}"
+    )
+    chat = Chat(Tokenizer.from_transformers(theirs))
+    turns = [{"role": role, "content": "x"} for role in ("system", "user", "user")]
+    with pytest.raises(ValueError, match="system, user, user: division by zero"):
+        chat.prompt(turns)

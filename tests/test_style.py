@@ -24,6 +24,7 @@ WITHOUT_TESTS = {  # settings alone, names that moved, names passed on, and the 
 OF_SEVERAL_MODULES = {
     "benchmarks",
     "causality",
+    "data/same_ids",
     "docs",
     "examples",
     "flat_tasks",

@@ -40,7 +40,10 @@ class TrainingStep(Settings):
 
 class Costs(Command):
     """Parameters, FLOPs and KV bytes of a model, before training it; with --train.batch-size what a
-    GPU must hold."""
+    GPU must hold.
+
+    The vocabulary counted is the preset's; `mor train` takes that of its tokenizer.
+    """
 
     choice: Annotated[ModelChoice, arg(name="")] = field(
         default_factory=lambda: ModelChoice(preset="smollm-360m")
@@ -60,6 +63,7 @@ class Costs(Command):
             "recipe": self.choice.recipe,
             "router": config.router.kind,
             "kv_strategy": config.kv_strategy,
+            "vocab_size": config.vocab_size,
         }
         row = chosen | found | self.train.memory(config, found["context"])
         print_rows([row], self.json, console, title=self.choice.preset)

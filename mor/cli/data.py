@@ -47,7 +47,7 @@ class DataInfo(Command):
     json: bool = False
 
     def run(self, console: Console) -> None:
-        from mor.data.shards import read_manifest
+        from mor.data.manifest import read_manifest
 
         _print_manifest(read_manifest(self.folder), self.folder, self.json, console)
 
@@ -86,6 +86,8 @@ def _print_manifest(
         highlight=False,
         soft_wrap=True,
     )
+    if left_out := manifest.get("left_out"):
+        console.print(f"left out in folders: {left_out}", highlight=False, soft_wrap=True)
     for problem in manifest["problems"]:
         console.print(f"  broken: {problem}", highlight=False, soft_wrap=True)
     if as_json:

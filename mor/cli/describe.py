@@ -10,8 +10,8 @@ from typing import Any
 from mor import checkpoint
 from mor.costs.flops import kv_bytes, non_embedding_params, unique_params
 from mor.data.config import DataConfig
+from mor.data.manifest import is_prepared
 from mor.data.problems import PREFIX
-from mor.data.stream import is_prepared
 from mor.model.config import ModelConfig
 from mor.run_folder import RunFolder
 from mor.training.config import TrainConfig, load_config, total_steps
@@ -126,7 +126,7 @@ def model_facts(model: ModelConfig) -> dict[str, Any]:
 
 def data_facts(data: DataConfig) -> dict[str, str]:
     """Text, tokenizer and validation text of a run, in words."""
-    tokenizer, validation = data.tokenizer, f"{data.validation_share:.1%} of the documents"
+    tokenizer, validation = data.tokenizer or "bpe", f"{data.validation_share:.1%} of the text"
     if (data.path or "").startswith(PREFIX):
         tokenizer, validation = "the task's own", "problems of its own"
     elif data.path and is_prepared(data.path):

@@ -41,7 +41,7 @@ class MissingFieldError(ValueError):
 
 def kind_of(path: Path) -> str:
     """.txt, .jsonl or .parquet, compressed or not; empty if the file cannot be read."""
-    *_, before, last = ("", "", *path.suffixes)
+    *_, before, last = ("", "", *(suffix.lower() for suffix in path.suffixes))
     if last in PACKINGS:
         return before if before in (".txt", ".jsonl") else ""
     return last if last in KINDS else ""
@@ -52,31 +52,59 @@ def read_file(
 ) -> Iterator[tuple[Record, int]]:
     """Records after the first ``skip``, named after ``name``, each with the bytes read so far.
 
-    Raises ValueError if a record has no text field or the file is damaged, saying where.
+    Raises ValueError if the first record has no text field or the file is damaged, cannot be read
+    or is of another kind than its name says, with the place.
     """
     done = skip
     try:
+        _check_content(path)
         found = _READERS[kind_of(path)](path, name, text_field, skip)
         for done, record in enumerate(found, start=skip + 1):  # noqa: B007
             yield record
+    except (PermissionError, FileNotFoundError) as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except damage_errors() as error:
         raise ValueError(
             f"{path} is damaged or cut off after record {done}: {error}; replace it"
         ) from None
 
 
-def record_from(name: str, fields: Any, text_field: str) -> Record:
-    """The record that parsed JSON or a row of a table makes. Raises MissingFieldError."""
+_MAGIC = {
+    b"\x1f\x8b": ".gz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"PAR1": ".parquet",
+    b"PK\x03\x04": ".zip",
+    b"%PDF": ".pdf",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+
+
+def _check_content(path: Path) -> None:
+    """Raise ValueError for a file whose content is of another kind than its name says."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    found = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
+    if found and path.suffix.lower() != found:
+        raise ValueError(f"{path} has the content of a {found} file; rename or convert it")
+
+
+def record_from(name: str, fields: Any, text_field: str, *, first: bool) -> Record:
+    """The record that parsed JSON or a row of a table makes.
+
+    first: of its source. Without the field, it raises MissingFieldError: the wrong one was asked
+    for. A later one is broken.
+    """
     if not isinstance(fields, dict):
         return Record(name, "", f"is not an object with fields but {type(fields).__name__}")
     if text_field not in fields:
-        raise MissingFieldError(
-            f"{name} has no field {text_field!r}; it has {', '.join(fields) or 'none'}: choose one "
-            "with --text-field"
-        )
+        lacks = f"has no field {text_field!r}; it has {', '.join(fields) or 'none'}"
+        if first:
+            raise MissingFieldError(f"{name} {lacks}: choose one with --text-field")
+        return Record(name, "", lacks)
     text = fields[text_field]
     if text is None:
-        return Record(name, "")
+        return Record(name, "", f"has null in field {text_field!r}")
     if not isinstance(text, str):
         return Record(name, "", f"has {type(text).__name__} in field {text_field!r}, not text")
     if not text.isascii():
@@ -111,10 +139,11 @@ def _read_jsonl(path: Path, name: str, text_field: str, skip: int) -> Iterator[t
     with path.open("rb") as file:
         lines = itertools.islice(unpacked_lines(path, file), skip, None)
         for number, line in enumerate(lines, start=skip + 1):
-            yield _parse_line(f"{name}:{number}", line, text_field), file.tell()
+            record = _parse_line(f"{name}:{number}", line, text_field, first=number == 1)
+            yield record, file.tell()
 
 
-def _parse_line(name: str, line: bytes, text_field: str) -> Record:
+def _parse_line(name: str, line: bytes, text_field: str, *, first: bool) -> Record:
     if not line.strip():
         return Record(name, "")
     try:
@@ -123,7 +152,7 @@ def _parse_line(name: str, line: bytes, text_field: str) -> Record:
         return Record(name, "", f"is not valid UTF-8: {error.reason} at byte {error.start + 1}")
     except (ValueError, RecursionError) as error:
         return Record(name, "", f"is not valid JSON: {error}")
-    return record_from(name, fields, text_field)
+    return record_from(name, fields, text_field, first=first)
 
 
 # Plain text
@@ -146,14 +175,17 @@ def _pieces(name: str, lines: Iterator[bytes]) -> Iterator[Record]:
             problem = f"is a line that is not valid UTF-8: {error.reason} at byte {error.start + 1}"
             yield Record(f"{name}, line {line_number},", "", problem)
             continue
+        if "\0" in text:
+            yield Record(f"{name}, line {line_number},", "", "is a line with NUL bytes, no text")
+            continue
         piece.append(text)
         size += len(text) + 1
         # A file without blank lines is cut at line ends, or it would be one document of any size.
         if size >= _LONGEST_PIECE_CHARACTERS or (size >= _PIECE_CHARACTERS and not text.strip()):
-            yield Record(f"{name}:{number}", "\n".join(piece).strip())
+            yield Record(f"{name}:{number}", "\n".join(piece).strip("\n"))
             piece, size, number = [], 0, number + 1
     if any(p.strip() for p in piece) or not number:
-        yield Record(f"{name}:{number}", "\n".join(piece).strip())
+        yield Record(f"{name}:{number}", "\n".join(piece).strip("\n"))
 
 
 # Parquet
@@ -176,7 +208,7 @@ def _read_parquet(
                 number += 1
                 if number > skip:
                     bytes_read = size * number // file.metadata.num_rows
-                    yield _parse_cell(f"{name}:{number}", value), bytes_read
+                    yield _parse_cell(f"{name}:{number}", value, text_field), bytes_read
 
 
 def _check_column(path: Path, schema: Any, field: str) -> None:
@@ -190,7 +222,7 @@ def _check_column(path: Path, schema: Any, field: str) -> None:
     kind = schema.field(field).type
     if types.is_dictionary(kind):
         kind = kind.value_type
-    if not (types.is_string(kind) or types.is_large_string(kind)):
+    if str(kind) not in ("string", "large_string", "string_view", "null"):
         raise ValueError(
             f"{path}: field {field!r} is {kind}, not text; choose another with --text-field"
         )
@@ -203,12 +235,16 @@ def _cells(file: Any, group: int, field: str) -> Iterator[bytes | None]:
         column = batch.column(0)
         if arrow.types.is_dictionary(column.type):
             column = column.dictionary_decode()
+        if str(column.type) == "string_view":
+            column = column.cast(arrow.binary_view())
         yield from column.cast(arrow.large_binary()).to_pylist()
 
 
-def _parse_cell(name: str, value: bytes | None) -> Record:
+def _parse_cell(name: str, value: bytes | None, field: str) -> Record:
+    if value is None:
+        return Record(name, "", f"has null in field {field!r}")
     try:
-        return Record(name, (value or b"").decode())
+        return Record(name, value.decode())
     except UnicodeDecodeError as error:
         return Record(name, "", f"is not valid UTF-8: {error.reason} at byte {error.start + 1}")
 
@@ -238,10 +274,10 @@ def unpacked_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def _blocks(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         yield from _unpack_zstd(file)
         return
-    stream = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+    stream = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
     while block := stream.read(_BLOCK_BYTES):
         yield block
 

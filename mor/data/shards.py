@@ -16,6 +16,7 @@ time.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -24,6 +25,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -33,16 +36,15 @@ import numpy as np
 from pydantic import Field
 from rich.console import Console
 
+from mor.data.manifest import FORMAT, JOURNAL, MANIFEST, SPLITS, SettingsEntry, read_manifest
 from mor.data.readers import Record
-from mor.data.sources import Source, draw, find_sources
+from mor.data.sources import Document, Source, find_sources, in_words
+from mor.data.split import Divided, held_out, utf8_bytes
 from mor.data.tokenizer import COMPANIONS, Tokenizer, train_bpe
-from mor.files import LOCK, alone_in, read_json, replacing, tidy
+from mor.files import LOCK, alone_in, naming, replacing, tidy
 from mor.progress import ProgressBar
 from mor.settings import NonNegativeInt, PositiveFloat, PositiveInt, Settings
 
-FORMAT = 1
-MANIFEST, JOURNAL = "manifest.json", "progress.jsonl"
-SPLITS = ("train", "validation")
 SHOWN_PROBLEMS = 20
 """Broken records that the manifest names; all are counted."""
 _ENCODED_AT_ONCE = 1 << 19  # characters; bounds what the tokenizer library holds per worker
@@ -62,7 +64,8 @@ class PrepareConfig(Settings):
     split: str = "train"
     """Split of a hub data set."""
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the documents, chosen by a hash of their names, that goes to a validation split."""
+    """Share of the text that goes to a validation split: documents in the order of a hash of their
+    names."""
     workers: NonNegativeInt = 0
     """Processes that tokenize; 0 is one per core."""
     chunk_megabytes: PositiveFloat = 8.0
@@ -74,7 +77,8 @@ class Chunk:
     """Consecutive documents. next_place: (source, record) where the next chunk begins."""
 
     number: int
-    documents: list[tuple[str, str]] = field(default_factory=list)
+    documents: list[Document] = field(default_factory=list)
+    splits: dict[str, list[Document]] = field(default_factory=dict)
     empty: int = 0
     broken: int = 0
     problems: list[str] = field(default_factory=list)
@@ -82,6 +86,16 @@ class Chunk:
     size: int = 0
     """Characters; a record without text counts as 100, so that many of them fill a chunk, too."""
     bytes_read: int = 0
+
+    def divide(self, share: float, before: Divided) -> Divided:
+        """Put the documents into ``splits``; returns how all text is divided with these."""
+        names = [document.name for document in self.documents]
+        sizes = [utf8_bytes(document.text) for document in self.documents]
+        chosen, divided = held_out(names, sizes, share, before)
+        for document, is_held_out in zip(self.documents, chosen, strict=True):
+            self.splits.setdefault(SPLITS[is_held_out], []).append(document)
+        self.documents = []
+        return divided
 
 
 Waiting = dict[Future[dict[str, Any]], Chunk]
@@ -109,14 +123,15 @@ def prepare(
         places, text_field=config.text_field, subset=config.subset, split=config.split
     )
     if left_out:
-        console.print(
-            f"left out {len(left_out)} file(s) of other kinds, such as {left_out[0]}",
-            highlight=False,
-        )
+        console.print(f"left out in folders: {in_words(left_out)}", highlight=False, soft_wrap=True)
     _refuse_strangers(out)
     with alone_in(out, doing="preparing"):
         tidy(out)
         begun = _begun(out)
+        if begun is None:
+            # A wrong field or file is an error before any work, and before ``out`` is begun.
+            for source in sources:
+                next(source.read(), None)
         tokenizer = _tokenizer(config, sources, out, begun)
         settings = _settings(config, sources, tokenizer)
         if begun is not None:
@@ -125,31 +140,11 @@ def prepare(
             console.print(f"{out} is complete: nothing to do", highlight=False)
             return read_manifest(out)
         if begun is None:
-            # A wrong field or a damaged file is an error before the settings of ``out`` are fixed.
-            next(sources[0].read(), None)
             _write(out / JOURNAL, json.dumps(settings).encode() + b"\n")
         _tokenize(config, sources, out, settings, console)
-        return _finish(out, settings)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises ValueError for a directory that is not prepared, unfinished or of a later version."""
-    if not (folder / MANIFEST).is_file():
-        hint = (
-            "it is unfinished: run the same `mor data prepare` again"
-            if (folder / JOURNAL).is_file()
-            else ""
-        )
-        raise ValueError(
-            f"{folder} holds no {MANIFEST}; {hint or 'make it with `mor data prepare`'}"
-        )
-    manifest = read_json(folder / MANIFEST)
-    if manifest["format"] != FORMAT:
-        raise ValueError(
-            f"{folder} has format {manifest['format']}; this version reads {FORMAT}: prepare it "
-            "again"
-        )
-    return manifest
+        manifest = _finish(out, settings, in_words(left_out))
+        _warn(manifest, tokenizer, console)
+        return manifest
 
 
 def _refuse_strangers(out: Path) -> None:
@@ -170,8 +165,12 @@ def _begun(out: Path) -> dict[str, Any] | None:
     if (out / MANIFEST).is_file():
         begun = read_manifest(out)["settings"]
     elif (out / JOURNAL).is_file():
-        with (out / JOURNAL).open(encoding="utf-8") as journal:
+        with (
+            (out / JOURNAL).open(encoding="utf-8") as journal,
+            naming(f"{out / JOURNAL} is damaged, delete {out} to begin anew"),
+        ):
             begun = json.loads(journal.readline())
+            SettingsEntry.from_dict(begun or {})
     return begun
 
 
@@ -191,16 +190,15 @@ def _tokenizer(
     return tokenizer
 
 
-def _first_texts(config: PrepareConfig, sources: Sequence[Source]) -> Iterator[str]:
+def _first_texts(config: PrepareConfig, sources: Sequence[Source]) -> Iterator[Document]:
     """The first ``bpe_megabytes`` of training text, by documents."""
     characters = config.bpe_megabytes * 1e6
-    for source in sources:
-        for record, _ in source.read():
+    for chunk in _chunks(config, sources):
+        for document in chunk.splits.get("train", []):
             if characters <= 0:
                 return
-            if record.text.strip() and draw(record.name) >= config.validation_share:
-                characters -= len(record.text)
-                yield record.text
+            characters -= len(document.text)
+            yield document
 
 
 def _asked(config: PrepareConfig) -> str:
@@ -239,27 +237,53 @@ def _refuse_changes(begun: dict[str, Any], now: dict[str, Any], out: Path) -> No
             f"({now['tokenizer']['fingerprint']}); tokens of two tokenizers do not mix: choose "
             "another directory"
         )
-    for name in now:
-        if name == "tokenizer" or begun[name] == now[name]:
-            continue
-        if name == "sources":
-            before, after = ({s["name"]: s for s in found["sources"]} for found in (begun, now))
-            changed = sorted(
-                n for n in before.keys() | after.keys() if before.get(n) != after.get(n)
-            )
-            what = f"sources changed since: {', '.join(changed[:5]) or 'their order'}"
-        else:
-            what = f"{name} was {begun[name]!r}, now it is {now[name]!r}"
+    before, after = _states(begun), _states(now)
+    changed = [
+        f"{name} was {begun[name]!r}, now it is {now[name]!r}"
+        for name in now
+        if name not in ("tokenizer", "sources") and begun[name] != now[name]
+    ]
+    if list(before.items()) != list(after.items()):
+        names = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+        changed.append(f"sources changed since: {', '.join(names[:5]) or 'their order'}")
+    if changed:
         raise ValueError(
-            f"{out} cannot be continued: {what}. Choose another directory, or delete it to begin "
-            "anew"
+            f"{out} cannot be continued: {'; '.join(changed)}. Choose another directory, or delete "
+            "it to begin anew"
         )
+
+
+def _states(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Sources by name, without their paths: these depend on the working folder."""
+    return {
+        source["name"]: {key: value for key, value in source.items() if key != "path"}
+        for source in settings["sources"]
+    }
 
 
 # Reading, in the main process
 
 
 def _chunks(
+    config: PrepareConfig, sources: Sequence[Source], seen: Sequence[dict[str, Any]] = ()
+) -> Iterator[Chunk]:
+    """Chunks after those that have these rows in the journal, divided into splits."""
+    place = tuple(seen[-1]["next_place"]) if seen else (0, 0)
+    divided = _divided(seen)
+    for chunk in _read_chunks(sources, int(config.chunk_megabytes * 1e6), len(seen), place):
+        divided = chunk.divide(config.validation_share, divided)
+        yield chunk
+
+
+def _divided(rows: Sequence[dict[str, Any]]) -> Divided:
+    sizes = [{split: shard["bytes"] for split, shard in row["splits"].items()} for row in rows]
+    return Divided(
+        sum(size for each in sizes for size in each.values()),
+        sum(each.get("validation", 0) for each in sizes),
+    )
+
+
+def _read_chunks(
     sources: Sequence[Source], size: int, number: int, place: tuple[int, int]
 ) -> Iterator[Chunk]:
     """Chunks from ``place`` (source, record) on, of ``size`` characters or more, save the last."""
@@ -289,7 +313,7 @@ def _take(chunk: Chunk, record: Record) -> None:
     elif not record.text.strip():
         chunk.empty += 1
     else:
-        chunk.documents.append((record.name, record.text))
+        chunk.documents.append(Document(record.name, record.text))
 
 
 def _tokenize(
@@ -300,9 +324,9 @@ def _tokenize(
     console: Console,
 ) -> None:
     """Tokenize and write every chunk that the journal does not have yet."""
-    number, place, seen = _progress(out)
+    seen = _progress(out)
     workers = config.workers or os.cpu_count() or 1
-    chunks = _chunks(sources, int(config.chunk_megabytes * 1e6), number, place)
+    chunks = _chunks(config, sources, seen)
     waiting: Waiting = {}
     pool = ProcessPoolExecutor(
         workers,
@@ -330,6 +354,11 @@ def _tokenize(
             f"could not write to {out}: {error}. What is finished stays; make room and run the "
             "same command again"
         ) from error
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that tokenizes was ended from outside, perhaps for lack of memory. What is "
+            "finished stays; run the same command again, with fewer --workers"
+        ) from error
     except KeyboardInterrupt:
         console.print(
             f"interrupted: the same command continues {out} where it stopped", highlight=False
@@ -342,8 +371,9 @@ def _tokenize(
 def _submit(
     pool: ProcessPoolExecutor, waiting: Waiting, chunk: Chunk, settings: dict[str, Any]
 ) -> None:
-    future = pool.submit(_write_shards, chunk.number, chunk.documents, settings)
-    chunk.documents = []  # the pool holds them now, and drops them when they are done
+    texts = {split: [d.text for d in documents] for split, documents in chunk.splits.items()}
+    future = pool.submit(_write_shards, chunk.number, texts, settings["dtype"])
+    chunk.splits = {}  # the pool holds them now, and drops them when they are done
     waiting[future] = chunk
 
 
@@ -360,24 +390,28 @@ def _row(chunk: Chunk, splits: dict[str, Any]) -> dict[str, Any]:
 
 
 def _journal(out: Path) -> list[dict[str, Any]]:
-    """Rows of finished chunks, in order, before the first missing one; a cut-off line is none."""
+    """Rows of finished chunks, in order, before the first missing one; a line that is cut off or
+    damaged is none."""
     with (out / JOURNAL).open(encoding="utf-8") as journal:
         lines = [line for line in journal if line.endswith("\n")][1:]
-    rows = {row["chunk"]: row for row in map(json.loads, lines)}
+    rows: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            rows[row["chunk"]] = row
     return [rows[i] for i in range(next(i for i in range(len(rows) + 1) if i not in rows))]
 
 
-def _progress(out: Path) -> tuple[int, tuple[int, int], list[dict[str, Any]]]:
-    """The next chunk's number, where it begins, and the rows of those before. The journal is cut to
-    exactly these rows."""
+def _progress(out: Path) -> list[dict[str, Any]]:
+    """The rows of the journal, which is cut to exactly these."""
     rows = _journal(out)
     with (out / JOURNAL).open(encoding="utf-8") as journal:
         header = journal.readline()
     _write(out / JOURNAL, (header + "".join(json.dumps(row) + "\n" for row in rows)).encode())
-    return len(rows), tuple(rows[-1]["next_place"]) if rows else (0, 0), rows
+    return rows
 
 
-def _finish(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _finish(out: Path, settings: dict[str, Any], left_out: str) -> dict[str, Any]:
     rows = _journal(out)
     found: dict[str, Any] = {"format": FORMAT, "settings": settings, "splits": {}}
     for split in SPLITS:
@@ -388,14 +422,27 @@ def _finish(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         if shards:
             found["splits"][split] = {**totals, "shards": shards}
     if not found["splits"]:
+        empty, broken = (sum(row[name] for row in rows) for name in ("empty", "broken"))
+        problems = next((row["problems"] for row in rows if row["problems"]), [""])
         raise ValueError(
-            f"the sources hold no text: {sum(row['empty'] for row in rows)} empty documents"
+            f"the sources hold no text: {empty} empty documents, {broken} broken records"
+            + (f", the first: {problems[0]}" if broken else "")
         )
     found |= {name: sum(row[name] for row in rows) for name in ("empty", "broken")}
     found["problems"] = [problem for row in rows for problem in row["problems"]][:SHOWN_PROBLEMS]
+    found["left_out"] = left_out
     _write(out / MANIFEST, json.dumps(found, indent=1).encode())
     (out / JOURNAL).unlink()
     return found
+
+
+def _warn(manifest: dict[str, Any], tokenizer: Tokenizer, console: Console) -> None:
+    """What became other than one may have expected."""
+    sizes = {split: found["bytes"] for split, found in manifest["splits"].items()}
+    divided = Divided(sum(sizes.values()), sizes.get("validation", 0))
+    miss = divided.miss(manifest["settings"]["validation_share"])
+    for note in [*([miss] if miss else []), *tokenizer.remarks()]:
+        console.print(f"warning: {note}", highlight=False, soft_wrap=True)
 
 
 # Tokenizing and writing, in the workers
@@ -419,18 +466,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _write_shards(
-    number: int, documents: list[tuple[str, str]], settings: dict[str, Any]
-) -> dict[str, Any]:
+def _write_shards(number: int, texts: dict[str, list[str]], dtype: str) -> dict[str, Any]:
     """Write a chunk's shards; returns their entries in the manifest, by split."""
-    share = settings["validation_share"]
-    texts: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for name, text in documents:
-        texts[SPLITS[draw(name) < share]].append(text)
     return {
-        split: _write_shard(f"{split}-{number:05d}", texts[split], settings["dtype"])
+        split: _write_shard(f"{split}-{number:05d}", texts[split], dtype)
         for split in SPLITS
-        if texts[split]
+        if split in texts
     }
 
 
@@ -438,14 +479,27 @@ def _write_shard(name: str, texts: list[str], dtype: str) -> dict[str, Any]:
     end_of_text = [_tokenizer_of_worker.end_of_text_id]
     parts, lengths = [], []
     for batch in _batches(texts):
-        for ids in _tokenizer_of_worker.encode_batch(batch):
+        for ids in _tokenizer_of_worker.encode_documents(batch):
             parts.append(np.array(ids + end_of_text, dtype=dtype))
             lengths.append(len(ids) + 1)
     tokens, ends = np.concatenate(parts), np.cumsum(lengths, dtype=np.int64)
     _write(_out_of_worker / f"{name}.bin", tokens)
     _write(_out_of_worker / f"{name}.ends.npy", ends)
-    num_bytes = sum(len(text.encode()) for text in texts)
-    return {"name": name, "documents": len(texts), "tokens": len(tokens), "bytes": num_bytes}
+    num_bytes = sum(map(utf8_bytes, texts))
+    return {
+        "name": name,
+        "documents": len(texts),
+        "tokens": len(tokens),
+        "bytes": num_bytes,
+        "sha256": checksum(tokens, ends),
+    }
+
+
+def checksum(tokens: np.ndarray, ends: np.ndarray) -> str:
+    """SHA-256 of token ids and document ends, as they lie in their files."""
+    found = hashlib.sha256(np.ascontiguousarray(tokens).data)
+    found.update(np.ascontiguousarray(ends).data)
+    return found.hexdigest()
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:

@@ -5,10 +5,10 @@ A source is a stream of records: see :mod:`mor.data.readers`.
 
 from __future__ import annotations
 
-import hashlib
+import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -31,6 +31,10 @@ _READABLE = (
 class Document(NamedTuple):
     name: str
     text: str
+
+
+LeftOut = dict[str, list[str]]
+"""Paths in folders that are not read, by what they are."""
 
 
 class Source(Protocol):
@@ -112,10 +116,11 @@ class HubSource:
                     self.dataset, self.subset, split=self.split, streaming=True
                 )
             for number, row in enumerate(rows.skip(skip) if skip else rows, start=skip + 1):
-                yield record_from(f"{self.name}:{number}", row, self.text_field), 0
+                name = f"{self.name}:{number}"
+                yield record_from(name, row, self.text_field, first=number == 1), 0
         except MissingFieldError:
             raise
-        except (OSError, ValueError, RuntimeError) as error:  # no network, or an unknown name
+        except Exception as error:  # no network, an unknown name, a column that cannot be cast
             raise ValueError(
                 f"{self.name} cannot be read (after record {number}): {error}"
             ) from error
@@ -127,23 +132,20 @@ def find_sources(
     text_field: str = "text",
     subset: str | None = None,
     split: str = "train",
-) -> tuple[list[Source], list[str]]:
-    """The sources at ``places``, in reading order, and the files in folders that were left out for
-    their suffix.
+) -> tuple[list[Source], LeftOut]:
+    """The sources at ``places``, in reading order, and what is left out of folders.
 
-    places: files, folders or hub:OWNER/NAME. Folders are walked in sorted order, without hidden
-    files. subset, split: of hub data sets. Raises ValueError for what cannot be read.
+    places: files, folders or hub:OWNER/NAME. Folders are walked in sorted order, linked ones too,
+    each once. subset, split: of hub data sets. Raises ValueError for what cannot be read.
     """
     found: list[Source] = []
-    left_out: list[str] = []
+    left_out: LeftOut = {}
     for place in map(str, places):
         path = Path(place)
         if place.startswith("hub:"):
             found.append(HubSource(place.removeprefix("hub:"), subset, split, text_field))
         elif path.is_dir():
-            sources, others = _in_folder(path, text_field)
-            found += sources
-            left_out += others
+            found += _in_folder(path, text_field, left_out)
         elif not path.is_file():
             raise ValueError(f"{path} is not a file or folder; give {_READABLE}")
         elif not kind_of(path):
@@ -157,20 +159,74 @@ def find_sources(
     return _with_own_names(found), left_out
 
 
-def _in_folder(folder: Path, text_field: str) -> tuple[list[FileSource], list[str]]:
-    """Its files that can be read, and the others."""
-    inside = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not _hidden(path.relative_to(folder))
-    ]
-    known = [path for path in inside if kind_of(path)]
+def _in_folder(folder: Path, text_field: str, left_out: LeftOut) -> list[FileSource]:
+    """The files that can be read; the others are added to ``left_out``."""
+    known: dict[str, Path] = {}
+    others: LeftOut = {}
+    found = sorted(_walk(folder, others))
+    for path in sorted(found, key=Path.is_symlink):  # a file is known by its own name, not a link's
+        real = os.path.realpath(path)
+        if why := _unreadable(path) or ("read under another name" if real in known else ""):
+            others.setdefault(why, []).append(_shown(path))
+        else:
+            known[real] = path
     if not known:
-        suffixes = sorted({"".join(path.suffixes[-2:]) or path.name for path in inside})
-        held = f"it holds only {', '.join(suffixes)}" if suffixes else "it is empty"
+        held = f"it holds only {in_words(others)}" if others else "it is empty"
         raise ValueError(f"nothing to read in the folder {folder}: {held}; give {_READABLE}")
-    sources = [FileSource(p, p.relative_to(folder).as_posix(), text_field) for p in known]
-    return sources, [str(path) for path in inside if not kind_of(path)]
+    for why, paths in others.items():
+        left_out.setdefault(why, []).extend(paths)
+    return [
+        FileSource(path, _shown(path.relative_to(folder)), text_field)
+        for path in sorted(known.values())
+    ]
+
+
+def _walk(folder: Path, left_out: LeftOut) -> Iterator[Path]:
+    """Everything below a folder that is no folder and not hidden. Links to folders are followed
+    when the rest is done; a folder comes once, however many links lead to it."""
+
+    def leave_out(why: str, *paths: str | Path) -> None:
+        if paths:
+            left_out.setdefault(why, []).extend(map(_shown, sorted(paths)))
+
+    visited: set[str] = set()
+    waiting = [str(folder)]
+    while waiting:
+        walk = os.walk(waiting.pop(0), onerror=lambda e: leave_out("not to be read", e.filename))
+        for place, folders, files in walk:
+            if (real := os.path.realpath(place)) in visited:
+                leave_out("read under another name", place)
+                folders.clear()
+                continue
+            visited.add(real)
+            hidden = [name for name in (*folders, *files) if name.startswith(".")]
+            leave_out("hidden", *(Path(place, name) for name in hidden))
+            folders[:] = sorted(set(folders).difference(hidden))
+            waiting += [p for name in folders if os.path.islink(p := os.path.join(place, name))]
+            yield from (Path(place, name) for name in files if name not in hidden)
+
+
+def _unreadable(path: Path) -> str:
+    """Why a file in a folder is left out; empty if it is read."""
+    if not path.exists():
+        return "broken links"
+    if not path.is_file():
+        return "no regular files"
+    if not kind_of(path):
+        return "of other kinds"
+    if not os.access(path, os.R_OK):
+        return "not to be read"
+    return "" if path.stat().st_size else "empty"
+
+
+def _shown(path: str | Path) -> str:
+    """A path that can be printed; its name need not be valid UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def in_words(left_out: Mapping[str, Sequence[str]]) -> str:
+    """How much was left out, with an example of each kind; empty if nothing was."""
+    return ", ".join(f"{len(paths)} {why} ({paths[0]})" for why, paths in left_out.items())
 
 
 def _with_own_names(sources: list[Source]) -> list[Source]:
@@ -186,40 +242,27 @@ def _with_own_names(sources: list[Source]) -> list[Source]:
     ]
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
 def read_documents(path: str | Path, text_field: str = "text") -> list[Document]:
     """All documents of a file, folder or hub data set, in memory.
 
-    Broken records and files of other kinds are left out with a warning that counts them. Raises
-    ValueError for what cannot be read or holds no text.
+    Empty and broken records and files in folders that are no text are left out with warnings that
+    count them. Raises ValueError for what cannot be read or holds no text.
     """
     sources, left_out = find_sources([path], text_field=text_field)
-    documents, problems = [], []
+    documents, problems, empty = [], [], []
     for source in sources:
         for record, _ in source.read():
             if record.problem:
                 problems.append(f"{record.name} {record.problem}")
             elif record.text.strip():
                 documents.append(Document(record.name, record.text))
-    broken = f"{len(problems)} broken record(s), the first: {problems[0]}" if problems else ""
+            else:
+                empty.append(record.name)
+    lost = [f"{len(problems)} broken record(s), the first: {problems[0]}"] if problems else []
+    lost += [f"{len(empty)} empty document(s), the first: {empty[0]}"] if empty else []
+    lost += [f"in folders: {in_words(left_out)}"] if left_out else []
     if not documents:
-        raise ValueError(f"{path} holds no text" + (f"; {broken}" if broken else ""))
-    if broken:
-        warnings.warn(f"{path}: left out {broken}", stacklevel=2)
-    if left_out:
-        warnings.warn(
-            f"{path}: left out {len(left_out)} file(s) of other kinds, such as {left_out[0]}",
-            stacklevel=2,
-        )
+        raise ValueError("; ".join([f"{path} holds no text", *lost]))
+    for what in lost:
+        warnings.warn(f"{path}: left out {what}", stacklevel=2)
     return documents
-
-
-def draw(name: str) -> float:
-    """A number in [0, 1) that depends only on a document's name. Documents below the validation
-    share are held out."""
-    return (
-        int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
-    )

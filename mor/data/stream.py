@@ -8,23 +8,28 @@ B batch · T tokens of a window
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mor.data.config import DataConfig
+from mor.data.config import BPE, BPE_VOCAB_SIZE, DataConfig
+from mor.data.manifest import is_prepared, read_manifest
 from mor.data.problems import PREFIX, Problems, Task, parse_task, task_tokenizer
 from mor.data.python_docs import python_documents
-from mor.data.shards import MANIFEST, read_manifest
-from mor.data.sources import Document, draw, read_documents
+from mor.data.shards import checksum
+from mor.data.sources import Document, read_documents
+from mor.data.split import held_out, held_out_documents, utf8_bytes
 from mor.data.text_bytes import TextBytes
 from mor.data.tokenizer import Tokenizer, train_bpe
+from mor.files import naming
 
 
 @dataclass(frozen=True)
@@ -63,22 +68,56 @@ class Part(NamedTuple):
     def open(self) -> Part:
         return self
 
+    def checksum(self) -> str:
+        return checksum(self.tokens, self.ends)
+
 
 class Shard(NamedTuple):
-    """A part on disk, mapped when read: there may be more shards than a process may open files."""
+    """A part on disk, mapped when read: there may be more shards than a process may open files.
+
+    vocab_size: above all ids. modified: when the file was, in ns, so that one that was replaced is
+    another shard. recorded: its checksum in the manifest; empty in data that mor 0.1.0 prepared.
+    """
 
     file: Path
     dtype: str
     num_tokens: int
+    vocab_size: int
+    modified: int
+    recorded: str = ""
 
     def open(self) -> Part:
+        self.check()
         return _map(self)
+
+    def check(self) -> None:
+        """Raise ValueError if it is not what was prepared. Reads all of it, once per process."""
+        _check(self)
+
+    def checksum(self) -> str:
+        return self.recorded or self.open().checksum()
 
 
 @lru_cache(maxsize=128)
 def _map(shard: Shard) -> Part:
     ends = np.load(shard.file.with_suffix(".ends.npy"), mmap_mode="r")
     return Part(np.memmap(shard.file, dtype=shard.dtype, mode="r"), ends)
+
+
+@cache
+def _check(shard: Shard) -> None:
+    with naming(f"{shard.file} is damaged, prepare {shard.file.parent} again"):
+        try:
+            part = _map(shard)
+        except EOFError as error:
+            raise ValueError(str(error)) from None
+        ends = part.ends
+        if (largest := int(part.tokens.max())) >= shard.vocab_size:
+            raise ValueError(f"it has the id {largest}, the tokenizer 0..{shard.vocab_size - 1}")
+        if ends.ndim != 1 or ends[-1] != shard.num_tokens or (np.diff(ends, prepend=0) < 1).any():
+            raise ValueError(f"its documents do not end at its {shard.num_tokens} tokens")
+        if shard.recorded and shard.recorded != part.checksum():
+            raise ValueError("its checksum has changed")
 
 
 def evenly_spaced(count: int, total: int) -> list[int]:
@@ -93,6 +132,9 @@ def _chosen(available: int, most: int | None) -> list[int]:
     return evenly_spaced(available if most is None else most, available)
 
 
+Fingerprint = dict[str, str | int]
+
+
 class Windows:
     """Training or validation sequences, numbered from 0."""
 
@@ -103,6 +145,11 @@ class Windows:
 
     def describe(self) -> str:
         """How much there is, in words."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> Fingerprint:
+        """What tells these windows from others: names, and plain values that are equal if and only
+        if the windows are."""
         raise NotImplementedError
 
     def num_windows(self, seq_len: int) -> int:
@@ -213,6 +260,15 @@ class TokenData(Windows):
             f"{self.num_documents:,} documents, {self.num_bytes / 1e6:.1f} MB, {len(self):,} tokens"
         )
 
+    def fingerprint(self) -> Fingerprint:
+        sums = "".join(part.checksum() for part in self.parts)
+        return {
+            "documents": self.num_documents,
+            "tokens": len(self),
+            "bytes": self.num_bytes,
+            "sha256": hashlib.sha256(sums.encode()).hexdigest(),
+        }
+
     @cached_property
     def starts(self) -> list[int]:
         """The first token of each part, and of the one that would follow the last."""
@@ -275,6 +331,9 @@ class TaskData(Windows):
     def describe(self) -> str:
         return f"{self.count:,} problems"
 
+    def fingerprint(self) -> Fingerprint:
+        return {"task": repr(self.task), "first": self.first, "problems": self.count}
+
     def num_windows(self, seq_len: int) -> int:
         return self.count
 
@@ -294,13 +353,47 @@ class Corpus:
     train: Windows
     validation: Windows
 
+    def check(self, seq_len: int) -> None:
+        """Raise ValueError if training or validation data hold less than one window."""
+        for name, data in (("training", self.train), ("validation", self.validation)):
+            with naming(f"{name} data"):
+                data.spread(seq_len, 1)
+
+    def fingerprint(self) -> Fingerprint:
+        """What tells this corpus from others, by dotted names such as train.tokens: equal for equal
+        tokens, wherever they lie. Reads the checksums of prepared data from its manifest."""
+        found: Fingerprint = {"tokenizer": self.tokenizer.fingerprint}
+        for split, data in (("train", self.train), ("validation", self.validation)):
+            found |= {f"{split}.{name}": value for name, value in data.fingerprint().items()}
+        return found
+
+
+def what_changed(before: Mapping[str, str | int], now: Mapping[str, str | int]) -> str:
+    """How a corpus differs from the one that ``before`` is the fingerprint of, in words; empty if
+    it does not."""
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    counts = [name for name in changed if not name.endswith("sha256")]
+    if changed and not counts:
+        return "the text is another of the same length, or in another order"
+    return ", ".join(
+        f"{name} was {_shown(before, name)}, is {_shown(now, name)}" for name in counts
+    )
+
+
+def _shown(fingerprint: Mapping[str, str | int], name: str) -> str:
+    value = fingerprint.get(name, "unknown")
+    return f"{value:,}" if isinstance(value, int) else value
+
 
 def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     """Read, split and tokenize text, or open prepared data or a task.
 
     tokenizer: that of a checkpoint, which replaces the configured one; prepared data must have been
-    made with it. Raises ValueError for data that cannot be read or split.
+    made with it. Raises ValueError for data that cannot be read or split, and where the
+    configuration says otherwise than the data.
     """
+    if tokenizer is None:
+        _check_effect(config)
     if config.path and config.path.startswith(PREFIX):
         return _task_corpus(config.path)
     if config.path and is_prepared(config.path):
@@ -311,8 +404,11 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpu
     if config.validation_path:
         train, validation = documents, None
     else:
-        train, validation = split_documents(documents, config.validation_share)
-    tokenizer = tokenizer or _make_tokenizer(config, train)
+        train, validation = split_documents(documents, config.validation_share, of=config.share_of)
+    if tokenizer is None:
+        tokenizer = _make_tokenizer(config, train)
+        for remark in tokenizer.remarks():
+            warnings.warn(remark, stacklevel=2)
     held_out = tokenize(validation, tokenizer) if validation else _validation(config, tokenizer)
     return Corpus(tokenizer, tokenize(train, tokenizer), held_out)
 
@@ -324,11 +420,58 @@ def vocab_size(config: DataConfig) -> int:
         return len(parse_task(config.path).words())
     if config.path and is_prepared(config.path):
         return Tokenizer.load(config.path).vocab_size
-    return (
-        config.vocab_size
-        if config.tokenizer == "bpe"
-        else Tokenizer.find(config.tokenizer).vocab_size
+    if (config.tokenizer or BPE) == BPE:
+        return config.vocab_size or BPE_VOCAB_SIZE
+    return Tokenizer.find(config.tokenizer or BPE).vocab_size
+
+
+def _check_effect(config: DataConfig) -> None:
+    """Raise ValueError for settings that the data contradicts; warn of those without effect."""
+    is_task = (config.path or "").startswith(PREFIX)
+    prepared = not is_task and config.path is not None and is_prepared(config.path)
+    asked = {name: getattr(config, name) for name in ("tokenizer", "vocab_size")}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if is_task and (given or config.validation_path):
+        named = ", ".join(f"data.{name}" for name in given or ["validation_path"])
+        raise ValueError(f"{config.path} has its own tokenizer and validation: leave out {named}")
+    if prepared:
+        _check_prepared(config)
+    elif config.vocab_size and (config.tokenizer or BPE) != BPE:
+        raise ValueError(
+            f"data.vocab_size={config.vocab_size} is the size of a trained BPE; leave it out with "
+            f"data.tokenizer={config.tokenizer!r}, or choose 'bpe'"
+        )
+    unused = set()
+    if is_task or prepared or config.validation_path:
+        unused.add("validation_share")
+    if (config.path is None or is_task or prepared) and not config.validation_path:
+        unused.add("text_field")
+    for name in sorted(unused):
+        if getattr(config, name) != DataConfig.__dataclass_fields__[name].default:
+            place = config.path or "the default corpus"
+            warnings.warn(f"data.{name} has no effect on {place} with these settings", stacklevel=4)
+
+
+def _check_prepared(config: DataConfig) -> None:
+    """Raise ValueError if another tokenizer is asked for than the one that the data has."""
+    has = read_manifest(Path(config.path or ""))["settings"]["tokenizer"]
+    if config.vocab_size not in (None, has["vocab_size"]):
+        raise ValueError(
+            f"data.vocab_size={config.vocab_size}, but the tokenizer of {config.path} has "
+            f"{has['vocab_size']} tokens; leave it out, or prepare the data again"
+        )
+    if config.tokenizer is None:
+        return
+    same = (
+        has["asked"].startswith(BPE + " ")
+        if config.tokenizer == BPE
+        else Tokenizer.find(config.tokenizer).fingerprint == has["fingerprint"]
     )
+    if not same:
+        raise ValueError(
+            f"data.tokenizer={config.tokenizer!r}, but {config.path} was prepared with "
+            f"{has['asked']!r}; leave it out, or prepare the data again"
+        )
 
 
 def _task_corpus(path: str) -> Corpus:
@@ -376,10 +519,6 @@ def held_out_split(path: str | Path) -> str:
     return "validation" if "validation" in splits else "train"
 
 
-def is_prepared(path: str | Path) -> bool:
-    return (Path(path) / MANIFEST).is_file()
-
-
 def open_shards(folder: str | Path, split: str, tokenizer: Tokenizer) -> TokenData:
     """Map the shards of prepared data. Raises ValueError if another tokenizer made them."""
     folder = Path(folder)
@@ -394,49 +533,66 @@ def open_shards(folder: str | Path, split: str, tokenizer: Tokenizer) -> TokenDa
     if split not in manifest["splits"]:
         raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(manifest['splits'])}")
     found = manifest["splits"][split]
-    shards = [
-        _find_shard(folder, shard, manifest["settings"]["dtype"]) for shard in found["shards"]
-    ]
+    dtype = manifest["settings"]["dtype"]
+    shards = [_find_shard(folder, shard, dtype, tokenizer) for shard in found["shards"]]
+    unread = CHECKED_AT_ONCE
+    for shard in shards:
+        if unread > 0:
+            shard.check()
+        unread -= shard.num_tokens
     return TokenData(shards, found["documents"], found["bytes"], tokenizer.text_bytes)
 
 
-def _find_shard(folder: Path, shard: dict[str, Any], dtype: str) -> Shard:
+CHECKED_AT_ONCE = 1 << 27  # tokens; the shards after these are checked when they are first read
+
+
+def _find_shard(folder: Path, shard: dict[str, Any], dtype: str, tokenizer: Tokenizer) -> Shard:
     file = folder / f"{shard['name']}.bin"
     expected = shard["tokens"] * np.dtype(dtype).itemsize
     if not file.is_file() or file.stat().st_size != expected:
         raise ValueError(
             f"{file} is missing or not {expected} bytes long; delete {folder} and prepare it again"
         )
-    return Shard(file, dtype, shard["tokens"])
+    if not (ends := file.with_suffix(".ends.npy")).is_file():
+        raise ValueError(f"{ends} is missing; delete {folder} and prepare it again")
+    modified = max(file.stat().st_mtime_ns, ends.stat().st_mtime_ns)
+    recorded = shard.get("sha256", "")
+    return Shard(file, dtype, shard["tokens"], tokenizer.vocab_size, modified, recorded)
 
 
 def _make_tokenizer(config: DataConfig, train: list[Document]) -> Tokenizer:
-    if config.tokenizer == "bpe":
-        return train_bpe((d.text for d in train), config.vocab_size)
-    return Tokenizer.find(config.tokenizer)
+    if (config.tokenizer or BPE) == BPE:
+        return train_bpe(train, config.vocab_size or BPE_VOCAB_SIZE)
+    return Tokenizer.find(config.tokenizer or BPE)
 
 
 def tokenize(documents: list[Document], tokenizer: Tokenizer) -> TokenData:
-    ids = tokenizer.encode_batch([d.text for d in documents])
+    ids = tokenizer.encode_documents([d.text for d in documents])
     end = [tokenizer.end_of_text_id]
     tokens = np.concatenate([np.array(document + end, dtype=np.uint32) for document in ids])
     ends = np.cumsum([len(document) + 1 for document in ids], dtype=np.int64)
-    num_bytes = sum(len(d.text.encode()) for d in documents)
+    num_bytes = sum(utf8_bytes(d.text) for d in documents)
     return TokenData([Part(tokens, ends)], len(documents), num_bytes, tokenizer.text_bytes)
 
 
 def split_documents(
-    documents: list[Document], validation_share: float
+    documents: list[Document],
+    validation_share: float,
+    *,
+    of: Literal["bytes", "documents"] = "bytes",
 ) -> tuple[list[Document], list[Document]]:
-    """Training and validation documents by a hash of their names: adding one moves no other."""
+    """Training and validation documents; see :func:`mor.data.split.held_out`. Warns if
+    the share cannot be had."""
     if len(documents) < 2:
         raise ValueError(
             "the data holds a single document; training needs at least one more to validate on"
         )
-    ordered = sorted(documents, key=lambda d: draw(d.name))
-    count = sum(draw(d.name) < validation_share for d in documents)
-    count = min(max(count, 1), len(documents) - 1)
-    held_out = {d.name for d in ordered[:count]}
-    return [d for d in documents if d.name not in held_out], [
-        d for d in documents if d.name in held_out
-    ]
+    names, sizes = [d.name for d in documents], [utf8_bytes(d.text) for d in documents]
+    if of == "documents":
+        chosen = held_out_documents(names, validation_share)
+    else:
+        chosen, divided = held_out(names, sizes, validation_share)
+        if miss := divided.miss(validation_share):
+            warnings.warn(miss, stacklevel=3)
+    pairs = list(zip(documents, chosen, strict=True))
+    return [d for d, held in pairs if not held], [d for d, held in pairs if held]

@@ -1,6 +1,10 @@
 """Text to token ids and back: bytes, a BPE trained here, or any Hugging Face tokenizer.
 
 All three are one thing, a ``tokenizers`` pipeline, so a saved one loads in transformers as well.
+
+One rule for special tokens: a document is text, and what is written in it is never a special token,
+even if it reads like one. Prompts and what chat templates write are *marked up*: there, the text of
+a special token is that token.
 """
 
 from __future__ import annotations
@@ -10,16 +14,18 @@ import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mor.data.long_pieces import in_short_pieces
 from mor.data.text_bytes import TextBytes, text_bytes
-from mor.files import extra, parse_json
+from mor.files import extra, naming, parse_json
 from mor.hub_access import asking_the_hub
+from mor.run_folder import RunFolder
 
 END_OF_TEXT = "<|endoftext|>"
 _SAMPLE = (
@@ -27,6 +33,7 @@ _SAMPLE = (
     + END_OF_TEXT
 )
 GENERATION = "generation_config.json"
+_UNUSUAL = ("日", "ж", "🛑")
 # Files beside tokenizer.json that transformers reads: special tokens, chat templates, limits, and
 # the tokens that end a text with the model's sampling defaults.
 COMPANIONS = (
@@ -39,6 +46,9 @@ COMPANIONS = (
 
 
 class Tokenizer:
+    """Equal documents have equal ids, whatever they are read from: settings for batches and for
+    training that the backend brings (truncation, padding, dropout, sampling) are turned off."""
+
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
@@ -47,7 +57,7 @@ class Tokenizer:
         files: Mapping[str, str] | None = None,
     ) -> None:
         """files: texts of a Hugging Face tokenizer's other files; :meth:`save` writes them back."""
-        self.backend, self.end_of_text = backend, end_of_text
+        self.backend, self.end_of_text = _for_documents(backend), end_of_text
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_text}
         self.files = dict(files or {"tokenizer_config.json": json.dumps(settings, indent=2)})
         end_id = backend.token_to_id(end_of_text)
@@ -72,16 +82,39 @@ class Tokenizer:
             self.files[GENERATION] = json.dumps(values, indent=2)
         return ends
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        return self.backend.get_vocab_size()
+        """The largest id and one: ids may have gaps."""
+        return max(self.backend.get_vocab().values()) + 1
+
+    def remarks(self) -> list[str]:
+        """What one may not expect of it: ids without a token, text without tokens."""
+        found = []
+        if (count := self.backend.get_vocab_size()) != self.vocab_size:
+            found.append(
+                f"the tokenizer has {count:,} tokens with ids up to {self.vocab_size - 1:,}; a "
+                f"model needs {self.vocab_size:,} embeddings for it"
+            )
+        if lost := [text for text in _UNUSUAL if not self._has_tokens_for(text)]:
+            found.append(
+                f"the tokenizer has no tokens for some text, such as {', '.join(lost)}; it is left "
+                "out, becomes an unknown token or is an error"
+            )
+        return found
+
+    def _has_tokens_for(self, text: str) -> bool:
+        unknown = getattr(self.backend.model, "unk_token", None)
+        try:
+            (ids,) = self.encode_documents([text])
+        except ValueError:
+            return False
+        return bool(ids) and (unknown is None or ids != [self.backend.token_to_id(unknown)])
 
     @property
     def fingerprint(self) -> str:
         """A hash of the vocabulary and a sample text's tokens: equal for equal tokenizers."""
-        known = json.dumps(
-            [sorted(self.backend.get_vocab().items()), self.end_of_text_id, self.encode(_SAMPLE)]
-        )
+        ids = self.encode(_SAMPLE)
+        known = json.dumps([sorted(self.backend.get_vocab().items()), self.end_of_text_id, ids])
         return hashlib.sha256(known.encode()).hexdigest()[:16]
 
     def check_fits(self, vocab_size: int) -> None:
@@ -99,32 +132,50 @@ class Tokenizer:
         return text_bytes(self.backend, self.end_of_text_id)
 
     def encode(self, text: str) -> list[int]:
-        """Raises ValueError if the text cannot be written as UTF-8."""
+        """Ids of a text that may be marked up, as a chat template does. Raises ValueError if the
+        text cannot be written as UTF-8."""
         return self._encoding(text).ids
 
     def _encoding(self, text: str, *, add_special_tokens: bool = False) -> tokenizers.Encoding:
-        try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens)
-        except TypeError as error:  # lone surrogates, from a command line that is not UTF-8
-            raise ValueError(f"the text is not valid UTF-8: {text[:40]!r}") from error
+        _check_unicode(text)
+        return self.backend.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Tokens of a text to continue, with the beginning-of-text token if the tokenizer adds one
-        (Llama 2 and 3 do)."""
-        return self._encoding(text, add_special_tokens=True).ids
+        """Ids of a text to continue, which may be marked up, with the beginning-of-text token if
+        the tokenizer adds one (Llama 2 and 3 do), without the end that others add."""
+        return [*self._beginning, *self.encode(text)]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [
-            e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
+    @cached_property
+    def _beginning(self) -> list[int]:
+        found = self._encoding("a", add_special_tokens=True)
+        marks = zip(found.ids, found.special_tokens_mask, strict=True)
+        return [i for i, _ in takewhile(lambda mark: mark[1], marks)]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each document, in which nothing is a special token. Raises ValueError for a text
+        that cannot be written as UTF-8."""
+        # Not kept in the backend's file, so not in a copy of it that another process gets either.
+        self._of_documents.encode_special_tokens = True
+        try:
+            found = self._of_documents.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library has no narrower one
+            for text in texts:
+                _check_unicode(text)
+            raise ValueError(f"the tokenizer cannot encode this text: {error}") from error
+        return [encoding.ids for encoding in found]
+
+    @cached_property
+    def _of_documents(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self.backend.to_str())
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; the end-of-text token gives nothing."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def encode_with_pieces(self, text: str) -> tuple[list[int], list[str]]:
-        """Ids, and the piece of ``text`` that each stands for. Together the pieces are the text,
-        special tokens included; a character of several tokens appears with the last of them."""
+        """Ids of a marked-up text, and the piece of it that each stands for. Together the pieces
+        are the text, special tokens included; a character of several tokens appears with the last
+        of them."""
         encoding = self._encoding(text)
         spans = [*encoding.offsets, (len(text), len(text))]
         ends = [min(end, following) for (_, end), (following, _) in pairwise(spans)]
@@ -159,30 +210,25 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read a Hugging Face tokenizer directory."""
+        """Read a Hugging Face tokenizer directory. Raises ValueError if it is none, or damaged."""
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
-            raise ValueError(
-                f"{folder} holds no tokenizer.json; give 'bytes', 'bpe', a tokenizer directory or "
-                "a hub name"
-            )
+            raise ValueError(f"{folder} holds no tokenizer.json{_other_forms(folder)}")
         found = sorted(path for pattern in COMPANIONS for path in folder.glob(pattern))
-        files = {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in found}
-        special = json.loads(files.get("special_tokens_map.json", "{}"))
-        end = (special | json.loads(files.get("tokenizer_config.json", "{}"))).get(
-            "eos_token"
-        ) or END_OF_TEXT
-        end = end["content"] if isinstance(end, dict) else end
-        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        return cls(backend, end_of_text=end, files=files)
+        with naming(folder):
+            files = {str(path.relative_to(folder)): _read(path) for path in found}
+            end = _end_of_text(files)
+            backend = _backend(folder / "tokenizer.json")
+            return cls(backend, end_of_text=end, files=files)
 
     @classmethod
     def find(cls, name: str) -> Tokenizer:
-        """'bytes', a directory with a tokenizer (such as a checkpoint) or a hub name."""
+        """'bytes', a directory with a tokenizer (such as a checkpoint or a run) or a hub name."""
         if name == "bytes":
             return byte_tokenizer()
         if Path(name).exists() or name.count("/") > 1 or name.startswith(("/", ".")):
-            return cls.load(name)._for_another_model()
+            found = cls.load(next(reversed(RunFolder(Path(name)).checkpoints()), Path(name)))
+            return found._for_another_model()
         with extra("hf", needed_for=f"there is no directory {name!r}, and a tokenizer of the hub"):
             from transformers import AutoTokenizer
         try:
@@ -215,6 +261,68 @@ class Tokenizer:
             return AutoTokenizer.from_pretrained(folder)
 
 
+def _for_documents(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Without what a tokenizer.json may keep of the batches or the training it was used for."""
+    backend.no_truncation()
+    backend.no_padding()
+    for sampling in ("dropout", "alpha", "nbest_size"):  # of BPE; of Unigram
+        if getattr(backend.model, sampling, None) is not None:
+            setattr(backend.model, sampling, None)
+    return backend
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # lone surrogates, from a command line that is not UTF-8
+        raise ValueError(f"the text is not valid UTF-8: {text[:40]!r}") from None
+
+
+def _backend(file: Path) -> tokenizers.Tokenizer:
+    try:
+        backend = _for_documents(tokenizers.Tokenizer.from_file(str(file)))
+        found = backend.encode(_SAMPLE.removesuffix(END_OF_TEXT), add_special_tokens=False)
+    except Exception as error:  # the library has no narrower one
+        raise ValueError(f"{file.name} is damaged: {error}; restore a copy") from None
+    if not found.ids:
+        raise ValueError(f"{file.name} is damaged: text gives no tokens; restore a copy")
+    return backend
+
+
+def _other_forms(folder: Path) -> str:
+    """What to do about a folder without tokenizer.json."""
+    if not folder.is_dir():
+        return ": there is no such folder; give 'bytes', a tokenizer directory or a hub name"
+    for name in ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"):
+        if (folder / name).is_file():
+            return (
+                f" but {name}; write one with transformers: "
+                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            )
+    return "; copy there the one that belongs to this model"
+
+
+def _read(file: Path) -> str:
+    with naming(file.name):
+        return file.read_text(encoding="utf-8")
+
+
+def _end_of_text(files: Mapping[str, str]) -> str:
+    """The end-of-text token that a tokenizer's other files name."""
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        with naming(f"{name} is damaged"):
+            found = json.loads(files.get(name, "{}"))
+            if not isinstance(found, dict):
+                raise ValueError("it holds no table")
+        settings |= found
+    end = settings.get("eos_token") or END_OF_TEXT
+    end = end.get("content") if isinstance(end, dict) else end
+    if not isinstance(end, str):
+        raise ValueError(f"eos_token is not text but {end!r}")
+    return end
+
+
 def byte_tokenizer() -> Tokenizer:
     """256 bytes and the end-of-text token."""
     vocab = {
@@ -224,8 +332,12 @@ def byte_tokenizer() -> Tokenizer:
     return _finish(backend, use_regex=False)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of ``vocab_size`` tokens, bytes and end-of-text included."""
+def train_bpe(texts: Iterable[str | tuple[str, str]], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of ``vocab_size`` tokens, bytes and end-of-text included.
+
+    texts: or documents, (name, text). See :func:`mor.data.long_pieces.in_short_pieces` for those
+    without white space.
+    """
     if vocab_size < 257:
         raise ValueError(f"a byte-level BPE needs at least 257 tokens, got vocab_size={vocab_size}")
     backend = tokenizers.Tokenizer(models.BPE())
@@ -236,7 +348,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    backend.train_from_iterator(texts, trainer)
+    documents = (t if isinstance(t, tuple) else (f"text {i}", t) for i, t in enumerate(texts, 1))
+    backend.train_from_iterator(in_short_pieces(documents), trainer)
     return _finish(backend, use_regex=True)
 
 

@@ -143,6 +143,7 @@ FREE = ("out", "branch_from", "save_every", "keep", "keep_steps")
 
 def _check_settings(saved: TrainConfig, wanted: TrainConfig, holds: str) -> None:
     same = {name: getattr(saved, name) for name in FREE}
+    saved, wanted = (replace(each, data=each.data.filled()) for each in (saved, wanted))
     wanted = replace(wanted, model=wanted.model.replace(vocab_size=saved.model.vocab_size), **same)
     if wanted != saved:
         raise ValueError(

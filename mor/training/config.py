@@ -203,6 +203,8 @@ def cooled(config: TrainConfig, start: Path, steps: int, cooldown_steps: int) ->
 def load_config(path: Path) -> TrainConfig:
     """The settings that a run keeps in its folder."""
     values = read_json(path)
+    if isinstance(data := values.get("data"), dict):
+        data.setdefault("share_of", "documents")  # mor 0.1.0 knew nothing else and wrote nothing
     with naming(path):
         return TrainConfig.from_dict(values)
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from mor.checkpoint import Checkpoint
 from mor.data.config import DataConfig
-from mor.data.stream import Windows, held_out_split, is_prepared, load_corpus, load_tokens
+from mor.data.manifest import is_prepared
+from mor.data.stream import Windows, held_out_split, load_corpus, load_tokens
 from mor.training.config import settings_of
 
 

@@ -18,7 +18,7 @@ def test_the_facts_of_a_model_are_those_that_mean_something_for_it():
 def test_the_data_of_a_run_in_words(tmp_path):
     own = data_facts(DataConfig(path=str(tmp_path / "a.txt"), validation_share=0.1))
     assert own["text"] == f"text of {tmp_path / 'a.txt'}" and own["tokenizer"] == "bpe"
-    assert own["validation"] == "10.0% of the documents"
+    assert own["validation"] == "10.0% of the text"
     task = data_facts(DataConfig(path="task:state-tracking?hops=3"))
     assert task["text"] == "task:state-tracking?hops=3" and task["tokenizer"] == "the task's own"
     assert data_facts(DataConfig(validation_path="b.txt"))["validation"] == "b.txt"

@@ -23,7 +23,7 @@ def test_info_of_a_run_is_what_the_run_wrote(some_runs, capsys):
     assert found["best_validation"]["nll"] == min(losses.values())
     assert found["changed_settings"]["steps"] == 8
     assert found["data"]["tokenizer"] == "bytes"
-    assert found["data"]["validation"] == "5.0% of the documents"
+    assert found["data"]["validation"] == "5.0% of the text"
     assert "optim.lr" not in found["changed_settings"]
     for name, size in found["checkpoints"].items():
         files = (some_runs / "one" / "checkpoints" / name).rglob("*")

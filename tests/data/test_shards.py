@@ -89,6 +89,19 @@ def test_a_finished_directory_is_left_alone_and_other_settings_are_refused(prepa
         prepare([], tmp_path / "x", SMALL)
 
 
+def test_the_working_folder_does_not_matter(prepared, monkeypatch):
+    _, out, manifest = prepared
+    monkeypatch.chdir(out.parent)
+    assert prepare(["a.jsonl"], "out", SMALL) == manifest
+
+
+@pytest.mark.parametrize("journal", ["", "{", "null\n", "{}\n", "[1]\n"])
+def test_a_damaged_journal_is_named(journal, prepared, tmp_path):
+    (tmp_path / "progress.jsonl").write_text(journal)
+    with pytest.raises(ValueError, match=r"progress.jsonl is damaged, delete .* to begin anew"):
+        prepare([prepared[0]], tmp_path, SMALL)
+
+
 SLOWED = """
 import sys, time
 import mor.data.shards as shards
@@ -196,12 +209,13 @@ def test_broken_and_empty_records_are_counted_and_named(tmp_path):
         [str(tmp_path / "a.jsonl")], tmp_path / "out", PrepareConfig(tokenizer="bytes", workers=1)
     )
     assert (
-        found["splits"]["train"]["documents"] == 2 and found["empty"] == 4 and found["broken"] == 5
+        found["splits"]["train"]["documents"] == 2 and found["empty"] == 3 and found["broken"] == 6
     )
     named = " | ".join(found["problems"])
     for place, why in [
         (2, "not valid JSON"),
         (6, "int in field"),
+        (7, "null in field"),
         (8, "not valid UTF-8"),
         (9, "not an object"),
     ]:
