@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mor.files import alone_in, remove_folder, replacing, tidy, verify
+from mor.files import CHECKSUMS, alone_in, link, naming, remove_folder, replacing, tidy, verify
 
 _SETTINGS = "train.json"
 _STEP = "step-"
+_NEWEST = "latest"
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class RunFolder:
     train.json                   its settings
     metrics.jsonl                a JSON object for each step that was logged or validated
     checkpoints/step-00000500/   see checkpoint.py
+    latest                       a link to the newest checkpoint
+    config.json and the like     links to its files: the run is a model folder for transformers
     .lock                        held by the process that trains
     """
 
@@ -47,14 +52,16 @@ class RunFolder:
 
     @property
     def is_begun(self) -> bool:
-        return self.settings.exists() or self.metrics.exists()
+        """Whether it holds something that a run can continue from. What a start that failed left
+        behind is free to be written over."""
+        return bool(self.checkpoints())
 
     def lock(self) -> AbstractContextManager[None]:
         """Makes the folder, and holds it for this process; see :func:`mor.files.alone_in`."""
         return alone_in(self.path, doing="training in")
 
     def tidy(self) -> None:
-        """Remove what a killed process left unfinished. Needs the lock."""
+        """Remove what a killed process left unfinished, or finish it. Needs the lock."""
         tidy(self.path)
         tidy(self._checkpoints)
 
@@ -65,7 +72,8 @@ class RunFolder:
         if not self.metrics.is_file():
             return []
         lines = self.metrics.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        with naming(self.metrics):
+            return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def keep_metrics(self, up_to: int) -> None:
         """Drop the rows after a step, which the run is about to write again."""
@@ -74,8 +82,13 @@ class RunFolder:
             unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Raises OSError, with the file as it was, where the row cannot be written."""
+        line = (json.dumps(row) + "\n").encode()
+        with self.metrics.open("ab", buffering=0) as file:
+            before = file.tell()
+            if file.write(line) != len(line):  # half a line would spoil the next one
+                file.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics))
 
     # Checkpoints
 
@@ -89,7 +102,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints that exist, oldest first."""
-        return sorted(self._checkpoints.glob(f"{_STEP}*"))
+        return sorted(self._checkpoints.glob(f"{_STEP}[0-9]*[0-9]"))
 
     def newest_intact(self) -> Path | None:
         """The newest checkpoint, None if there is none yet.
@@ -115,10 +128,27 @@ class RunFolder:
             raise ValueError(f"{first}; no checkpoint of {self.path} is intact") from first
         return None
 
-    def prune(self, keep: int, keep_steps: Iterable[int] = ()) -> None:
-        """Delete all checkpoints but the newest ``keep`` (0: delete none) and those of
-        ``keep_steps``, which do not count towards ``keep``."""
-        spared = {self.checkpoint(step) for step in keep_steps}
-        others = [path for path in self.checkpoints() if path not in spared]
-        for path in others[:-keep] if keep else []:
+    def prune(self, keep: int, lasting: Callable[[int], bool] = lambda step: False) -> None:
+        """Delete all checkpoints but the newest ``keep`` (at least 1) and those of ``lasting``
+        steps, which do not count towards ``keep``."""
+        others = [path for path in self.checkpoints() if not lasting(step_of(path))]
+        for path in others[:-keep]:
             remove_folder(path)
+
+    def link_newest(self) -> None:
+        """Let the run serve as a model folder, so that ``from_pretrained`` takes it.
+
+        All files change at once, with the one link that they lead through. Raises OSError on
+        filesystems without links.
+        """
+        if not (found := self.checkpoints()):
+            return
+        link(self.path / _NEWEST, Path(self._checkpoints.name, found[-1].name))
+        for file in found[-1].iterdir():
+            if file.is_file() and file.name != CHECKSUMS:
+                link(self.path / file.name, Path(_NEWEST, file.name))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps after which a checkpoint was made, by its name."""
+    return int(checkpoint.name.removeprefix(_STEP))

@@ -1,7 +1,13 @@
-"""A run's folder: metrics that survive a crash, and the checkpoints that are kept."""
+"""A run's folder: metrics that survive a crash, the checkpoints that are kept, and links to the
+newest."""
+
+import os
+import resource
+import shutil
 
 import pytest
 
+from mor import checkpoint
 from mor.files import write_checksums
 from mor.run_folder import RunFolder
 
@@ -24,7 +30,7 @@ def test_metrics_are_read_whole_and_cut_back_to_a_step(tmp_path):
     run = RunFolder(tmp_path)
     assert run.read_metrics() == [] and not run.is_begun
     run.keep_metrics(up_to=0)
-    assert run.is_begun
+    assert not run.is_begun, "there is nothing to continue from"
     for step in (1, 2, 3):
         run.add_metrics({"step": step, "loss": 1 / step})
     with run.metrics.open("a") as log:
@@ -47,13 +53,12 @@ def test_a_checkpoint_knows_its_run(tmp_path):
         (2, (), [30, 40]),
         (1, (10, 99), [10, 40]),
         (2, (40,), [20, 30, 40]),
-        (0, (), [10, 20, 30, 40]),
         (9, (), [10, 20, 30, 40]),
     ],
 )
 def test_the_newest_checkpoints_are_kept_and_those_asked_for(tmp_path, keep, spared, left):
     run = with_checkpoints(tmp_path, 10, 20, 30, 40)
-    run.prune(keep, spared)
+    run.prune(keep, lambda step: step in spared)
     assert steps(run) == left
     assert len(list(run.checkpoint(10).parent.iterdir())) == len(left), "nothing hidden is left"
 
@@ -82,3 +87,70 @@ def test_a_killed_process_leaves_nothing_in_view(tmp_path):
     assert steps(run) == []
     run.tidy()
     assert steps(run) == [10] and [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_row_that_does_not_fit_leaves_the_file_whole(tmp_path):
+    """A limit on the size of files cuts a write off as a full disk does."""
+    run = RunFolder(tmp_path)
+    run.add_metrics({"step": 1})
+    before, size = resource.getrlimit(resource.RLIMIT_FSIZE), run.metrics.stat().st_size
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, before[1]))
+        with pytest.raises(OSError, match=r"No space left.*metrics.jsonl"):
+            run.add_metrics({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    run.add_metrics({"step": 3})
+    assert run.read_metrics() == [{"step": 1}, {"step": 3}]
+    with run.metrics.open("a") as log:
+        log.write("half\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl: "):
+        run.read_metrics()
+
+
+# Links
+
+
+def shown(run):
+    """What somebody finds who takes the run for a model folder."""
+    return (run.path / "weights").read_text()
+
+
+def test_the_run_shows_the_files_of_its_newest_checkpoint(tmp_path):
+    run = with_checkpoints(tmp_path, 10)
+    run.link_newest()
+    (tmp_path / ".latest.7.tmp").symlink_to("checkpoints/step-00000010")  # killed while linking
+    assert shown(run) == "10" and os.readlink(tmp_path / "weights") == "latest/weights"
+    with_checkpoints(tmp_path, 20)
+    run.link_newest()
+    run.prune(1)
+    run.tidy()
+    assert shown(run) == "20" and steps(run) == [20]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoints", "latest", "weights"]
+    moved = RunFolder(tmp_path.rename(tmp_path.with_name("moved")))
+    assert shown(moved) == "20"
+
+
+def test_a_copy_that_followed_the_links_shows_its_own_newest_checkpoint(tmp_path):
+    run = with_checkpoints(tmp_path / "run", 10)
+    run.link_newest()
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "copy", symlinks=False))
+    assert not (copy.path / "latest").is_symlink() and shown(copy) == "10"
+    with_checkpoints(copy.path, 20)
+    copy.link_newest()
+    assert shown(copy) == "20" and shown(run) == "10"
+    assert RunFolder.below(tmp_path) == []
+
+
+def test_the_newest_checkpoint_is_meant_even_where_the_links_are_older(tmp_path):
+    run = with_checkpoints(tmp_path, 10)
+    (run.checkpoint(10) / "config.json").write_text("{}")
+    run.link_newest()
+    with_checkpoints(tmp_path, 20)
+    (run.checkpoint(20) / "config.json").write_text("{}")
+    assert (tmp_path / "config.json").is_file()
+    assert checkpoint.resolve(tmp_path) == run.checkpoint(20)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="neither a checkpoint"):
+        checkpoint.resolve(tmp_path)

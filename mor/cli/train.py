@@ -17,8 +17,9 @@ from mor.cli.flags import print_short_help
 from mor.cli.show import flag
 from mor.files import naming, read_json, read_toml
 from mor.run_folder import RunFolder
-from mor.settings import PositiveInt, Settings
-from mor.training.config import TrainConfig, branch, load_config, total_flops, total_steps
+from mor.settings import PositiveFloat, PositiveInt, Settings
+from mor.training.config import TrainConfig, load_config, total_flops, total_steps
+from mor.training.resume import RESUMABLE
 
 USUAL = (
     "preset",
@@ -41,36 +42,67 @@ USUAL = (
 
 
 class Start(Settings):
-    """The flags that say where settings come from. All others refine what is found there."""
+    """The flags that say where settings come from. Most others refine what is found there."""
 
     config: Path | None = None
     resume: bool = False
     branch_from: str | None = None
     cooldown_steps: PositiveInt | None = None
-    out: str | None = None
+    steps: PositiveInt | None = None
+    lr: Annotated[PositiveFloat | None, arg(name="optim.lr")] = None
+    out: str = TrainConfig().out
 
     def refuse(self, others: list[str]) -> None:
-        """Raise ValueError for flags that a continued run would ignore."""
-        for mode, takes in {"resume": ["out"], "branch_from": ["cooldown_steps", "out"]}.items():
-            rest = set(self.__dataclass_fields__) - {mode, *takes}
-            ignored = [flag(name) for name in sorted(rest) if getattr(self, name)]
-            ignored += [word.split("=")[0] for word in others if word.startswith("--")]
+        """Raise ValueError for flags that would make a continued run another one."""
+        takes = {"resume": RESUMABLE, "branch_from": ("cooldown_steps", "steps", "optim.lr", "out")}
+        given = [_setting(word) for word in others if word.startswith("--")]
+        for mode, allowed in takes.items():
+            ignored = [flag(name) for name in sorted(set(given)) if name not in (mode, *allowed)]
             if getattr(self, mode) and ignored:
                 raise ValueError(
                     f"{flag(mode)} keeps the settings the run was started with and takes only "
-                    f"{', '.join(map(flag, takes))}; leave out {', '.join(ignored)}"
+                    f"{', '.join(map(flag, allowed))}; leave out {', '.join(ignored)}"
                 )
-        if (self.branch_from is None) != (self.cooldown_steps is None):
+        if self.branch_from is None and self.cooldown_steps is not None:
             raise ValueError("--branch-from CHECKPOINT and --cooldown-steps N go together")
+        if self.branch_from is not None and (self.cooldown_steps is None) == (self.steps is None):
+            raise ValueError(
+                "--branch-from takes --cooldown-steps N, to let the learning rate decay from "
+                "there, or --steps N, to go on to that many steps in all"
+            )
 
     def settings(self, choice: ModelChoice, *, chosen: bool) -> TrainConfig:
         """chosen: the model was chosen by flags, which win over the file."""
+        if self.resume:
+            return self._saved()
+        if self.branch_from is not None:
+            from mor.training.resume import branch
+
+            return branch(
+                self.branch_from,
+                cooldown_steps=self.cooldown_steps,
+                steps=self.steps,
+                lr=self.lr,
+                out=self.out,
+            )
         if self.config is None:
             return TrainConfig(model=choice.build())
         values = (read_json if self.config.suffix == ".json" else read_toml)(self.config)
         with naming(self.config):
             found = TrainConfig.from_dict(values)
         return replace(found, model=choice.build()) if chosen else found
+
+    def _saved(self) -> TrainConfig:
+        saved = RunFolder(Path(self.out)).settings
+        if not saved.is_file():
+            raise ValueError(f"{self.out} holds no run to resume (no {saved.name})")
+        found = replace(load_config(saved), out=self.out)
+        return found if self.steps is None else replace(found, flops=None)
+
+
+def _setting(word: str) -> str:
+    """The dotted name of the setting that a flag is for."""
+    return word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
 
 
 class Train(Command):
@@ -79,9 +111,11 @@ class Train(Command):
     config: Path | None = None
     """TOML file of settings; those that an earlier run wrote work too."""
     resume: bool = False
-    """Continue the run in --out with the settings it was started with."""
+    """Continue the run in --out with the settings it was started with; with --steps or --flops to
+    another length."""
     cooldown_steps: PositiveInt | None = None
-    """With --branch-from: steps in which the learning rate decays from there to its end."""
+    """With --branch-from: steps in which the learning rate decays from there to its end; with
+    --steps instead, the branch goes on as a run planned for that many steps."""
     choice: Annotated[ModelChoice, arg(name="")] = field(default_factory=ModelChoice)
     settings: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
 
@@ -96,7 +130,7 @@ class Train(Command):
             Start, args=arguments, prog=program, return_unknown_args=True, add_help=False
         )
         if "--help" not in arguments:
-            start.refuse(rest)
+            start.refuse(arguments)
         choice, others = tyro.cli(
             ModelChoice, args=rest, prog=program, return_unknown_args=True, add_help=False
         )
@@ -107,23 +141,12 @@ class Train(Command):
     def run(self, console: Console) -> None:
         from mor.training.loop import train
 
-        settings = self._settings()
+        settings = self.settings
         if int(os.environ.get("RANK", "0")) == 0:
             console.print(header(settings), highlight=False, soft_wrap=True)
         result = train(settings, resume=self.resume, console=console)
         if result.state.ranks.is_first:
             console.print(f"checkpoint: {result.path}", highlight=False, soft_wrap=True)
-
-    def _settings(self) -> TrainConfig:
-        out = self.settings.out
-        if self.resume:
-            saved = RunFolder(Path(out)).settings
-            if not saved.is_file():
-                raise ValueError(f"{out} holds no run to resume (no {saved.name})")
-            return replace(load_config(saved), out=out)
-        if self.cooldown_steps is not None and self.settings.branch_from is not None:
-            return branch(self.settings.branch_from, cooldown_steps=self.cooldown_steps, out=out)
-        return self.settings
 
 
 def header(settings: TrainConfig) -> str:

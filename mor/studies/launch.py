@@ -31,8 +31,9 @@ from mor.run_folder import RunFolder
 from mor.studies.results import collect, flat, measure, tuned_rates
 from mor.studies.settings import Workers
 from mor.studies.study import ABOUT, ERROR, RESULT, Run, Study, main_runs, study_rows, tuning_runs
-from mor.training.config import TrainConfig, branch, load_config, step_flops, total_steps
+from mor.training.config import TrainConfig, load_config, step_flops, total_steps
 from mor.training.loop import train
+from mor.training.resume import branch
 
 Status = Literal["finished", "kept", "interrupted", "failed"]
 DIED = "its process died: killed from outside or out of memory"
@@ -138,7 +139,7 @@ def is_done(path: Path, config: TrainConfig) -> bool:
 
 
 # Where a run lies (the study's folder may have moved), and what changes nothing that is measured.
-FREE = ("out", "branch_from", "save_every", "keep", "keep_steps")
+FREE = ("out", "branch_from", "save_minutes", "save_every", "keep", "keep_steps")
 
 
 def _check_settings(saved: TrainConfig, wanted: TrainConfig, holds: str) -> None:
