@@ -121,7 +121,9 @@ def _prepare(
     log = MetricsLog(run, step=kept, active=ranks.is_first, tracker=tracker, say=progress.note)
     if ranks.is_first:
         write_json(run.settings, dataclasses.asdict(config))
-    trainer = Trainer(config, state, found.corpus, run, log, progress, total, found.data)
+    earlier = saved.schedules if saved and found.is_own else []
+    facts = record(config, found.data, ranks.size, earlier)
+    trainer = Trainer(config, state, found.corpus, run, log, progress, total, facts)
     if saved and found.is_own and saved.total_steps == total:
         trainer.saved_step = state.step
     elif found.is_own:
@@ -254,8 +256,8 @@ class Trainer:
     progress: ProgressBar
     total: int
     """Steps of the whole run."""
-    data: Fingerprint
-    """Of the corpus."""
+    facts: dict[str, Any]
+    """Of the run, for its checkpoints: see :func:`mor.training.resume.record`."""
 
     saved_step: int | None = None
     """Of the newest checkpoint; None if there is none of this run."""
@@ -396,7 +398,7 @@ class Trainer:
         return health
 
     def _evaluate(self, max_windows: int) -> Evaluation:
-        """Causal loss on validation text. Raises TrainingError if it is not finite."""
+        """Causal loss on validation text. Raises TrainingError if it or a weight is not finite."""
         config, state = self.config, self.state
         found = evaluate(
             state.model,
@@ -406,6 +408,8 @@ class Trainer:
             document_mask=config.data.document_mask,
         )
         reshard(state.model)
+        if not self._weights_are_finite():
+            raise self._not_finite(f"its weights are not finite (validation loss {found.nll:g})")
         if not math.isfinite(found.nll):
             raise self._not_finite(f"the loss on validation text is {found.nll:g}")
         return found
@@ -440,16 +444,13 @@ class Trainer:
         TrainingError, and writes nothing, if the weights are not worth keeping."""
         state, path, started = self.state, self.run.checkpoint(self.state.step), time.monotonic()
         self._evaluate(max_windows=1)
-        if not self._weights_are_finite():
-            raise self._not_finite("its weights are not finite")
         try:
             sharded_state.save(
                 path,
                 state.model,
                 self.corpus.tokenizer,
                 state.optimizers,
-                progress=state.progress
-                | record(self.config, self.data, state.ranks.size, self.total),
+                progress=state.progress | self.facts,
                 ranks=state.ranks,
             )
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # by library

@@ -43,8 +43,8 @@ RESUMABLE = (*LENGTH, *SHARED_OUT, *MACHINE, *(name for name in FREE if name != 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What a checkpoint says of its run. settings, ranks and data are None where mor 0.1.0 wrote
-    it."""
+    """What a checkpoint says of its run. schedules: (warmup, cooldown) of every length it had.
+    settings, ranks and data are None where mor 0.1.0 wrote it."""
 
     folder: Path
     step: int
@@ -52,6 +52,7 @@ class Saved:
     ranks: int | None
     settings: TrainConfig | None
     data: Mapping[str, str | int] | None
+    schedules: list[list[float]]
 
     @classmethod
     def of(cls, folder: Path) -> Saved:
@@ -67,14 +68,30 @@ class Saved:
                 ranks=found.get("ranks"),
                 settings=TrainConfig.from_dict(settings) if settings else None,
                 data=found.get("data"),
+                schedules=found.get("schedules", []),
             )
 
 
 def record(
-    config: TrainConfig, data: Mapping[str, str | int], num_ranks: int, total: int
+    config: TrainConfig,
+    data: Mapping[str, str | int],
+    num_ranks: int,
+    schedules: list[list[float]],
 ) -> dict[str, Any]:
-    """What :class:`Saved` reads, for progress.json. data: the corpus's fingerprint."""
-    return {"total_steps": total, "ranks": num_ranks, "settings": asdict(config), "data": data}
+    """What :class:`Saved` reads, for progress.json. data: the corpus's fingerprint. schedules:
+    earlier ones of this run."""
+    schedule = _schedule(config.optim)
+    return {
+        "total_steps": total_steps(config, num_ranks),
+        "ranks": num_ranks,
+        "settings": asdict(config),
+        "data": data,
+        "schedules": [*(each for each in schedules if each != schedule), schedule],
+    }
+
+
+def _schedule(optim: OptimConfig) -> list[float]:
+    return [optim.warmup, optim.cooldown]
 
 
 class Continued(NamedTuple):
@@ -104,13 +121,17 @@ def continued(
             "whole run; raise steps"
         )
     optim = lengthened(before.optim, saved.step, saved.total_steps, total)
-    wanted = replace(config, optim=optim) if config.optim == before.optim else config
-    but = [f"optim.{name}" for name in ("warmup", "cooldown")] if wanted.optim == optim else []
-    refuse_another_run(wanted, before, saved, data, num_ranks, but)
-    notes = list(_notes(wanted, before, saved, num_ranks))
+    if _schedule(config.optim) in [_schedule(before.optim), *saved.schedules]:  # not edited
+        config = replace(
+            config,
+            optim=replace(config.optim, warmup=optim.warmup, cooldown=optim.cooldown),
+        )
+    but = ["optim.warmup", "optim.cooldown"] if _schedule(config.optim) == _schedule(optim) else []
+    refuse_another_run(config, before, saved, data, num_ranks, but)
+    notes = list(_notes(config, before, saved, num_ranks))
     if total != saved.total_steps:
         notes.append(_of_length(before.optim, optim, saved, total))
-    return Continued(wanted, notes)
+    return Continued(config, notes)
 
 
 def branched(
