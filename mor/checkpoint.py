@@ -95,7 +95,7 @@ def resolve(path: str | Path) -> Path:
     # A run's own config.json links to the newest checkpoint, or to one before it after a crash.
     for folder in (*reversed(RunFolder(path).checkpoints()), path):
         if (folder / "config.json").is_file():
-            return folder
+            return folder.resolve() if folder.is_symlink() else folder
     raise ValueError(
         f"{path} is neither a checkpoint (no config.json) nor a run with checkpoints in it"
     )

@@ -151,6 +151,7 @@ def test_the_newest_checkpoint_is_meant_even_where_the_links_are_older(tmp_path)
     (run.checkpoint(20) / "config.json").write_text("{}")
     assert (tmp_path / "config.json").is_file()
     assert checkpoint.resolve(tmp_path) == run.checkpoint(20)
+    assert checkpoint.resolve(tmp_path / "latest") == run.checkpoint(10).resolve()
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(ValueError, match="neither a checkpoint"):
         checkpoint.resolve(tmp_path)

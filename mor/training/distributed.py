@@ -154,6 +154,13 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def own_share(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def whole(x: Tensor) -> Tensor:
     """A tensor without its sharding."""
     from torch.distributed.tensor import DTensor

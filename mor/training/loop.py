@@ -32,7 +32,7 @@ from mor.progress import ProgressBar
 from mor.run_folder import RunFolder
 from mor.training import distributed, sharded_state
 from mor.training.config import TrainConfig, total_steps
-from mor.training.distributed import Ranks, reshard, spread, whole
+from mor.training.distributed import Ranks, own_share, reshard, spread
 from mor.training.log import MetricsLog, health_text
 from mor.training.optim import build_optimizers, learning_rate
 from mor.training.resume import Saved, branched, continued, record
@@ -261,6 +261,8 @@ class Trainer:
 
     saved_step: int | None = None
     """Of the newest checkpoint; None if there is none of this run."""
+    evaluated_step: int | None = None
+    """At which loss and weights were last found finite."""
     next_save: float = math.inf
     """When the clock asks for a checkpoint, by time.monotonic."""
     health: dict[str, Any] = field(default_factory=dict)
@@ -362,8 +364,8 @@ class Trainer:
             raise self._not_finite(f"{what} ({numbers}){in_a_row}")
 
     def _weights_are_finite(self) -> bool:
-        finite = all(bool(p.isfinite().all()) for p in map(whole, self.state.model.parameters()))
-        return not self._any_rank(not finite)
+        shares = map(own_share, self.state.model.parameters())
+        return not self._any_rank(not all(bool(share.isfinite().all()) for share in shares))
 
     def _not_finite(self, what: str) -> TrainingError:
         step, lr = self.state.step, self.config.optim.lr
@@ -412,6 +414,7 @@ class Trainer:
             raise self._not_finite(f"its weights are not finite (validation loss {found.nll:g})")
         if not math.isfinite(found.nll):
             raise self._not_finite(f"the loss on validation text is {found.nll:g}")
+        self.evaluated_step = state.step
         return found
 
     def _validate(self) -> Evaluation:
@@ -443,7 +446,8 @@ class Trainer:
         """Write the checkpoint of this step and delete those that are no longer kept. Raises
         TrainingError, and writes nothing, if the weights are not worth keeping."""
         state, path, started = self.state, self.run.checkpoint(self.state.step), time.monotonic()
-        self._evaluate(max_windows=1)
+        if self.evaluated_step != state.step:
+            self._evaluate(max_windows=1)
         try:
             sharded_state.save(
                 path,

@@ -205,8 +205,11 @@ def _notes(config: TrainConfig, before: TrainConfig, saved: Saved, num_ranks: in
             "fingerprint of the data with it: whether they are still the same cannot be checked"
         )
         return
-    others = [name for name in asdict(config) if name not in MACHINE]
-    moved = list(_changed(before, replace(config, data=before.data), others))
+    moved = [
+        f"{name} was {was}, is {now}"
+        for name in MACHINE
+        if (was := getattr(before, name)) != (now := getattr(config, name))
+    ]
     if saved.ranks != num_ranks:
         moved.append(f"processes were {saved.ranks}, are {num_ranks}")
     if moved:
