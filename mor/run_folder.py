@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -82,13 +80,8 @@ class RunFolder:
             unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Raises OSError, with the file as it was, where the row cannot be written."""
-        line = (json.dumps(row) + "\n").encode()
-        with self.metrics.open("ab", buffering=0) as file:
-            before = file.tell()
-            if file.write(line) != len(line):  # half a line would spoil the next one
-                file.truncate(before)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics))
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     # Checkpoints
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import tyro
 from rich.console import Console
-from tyro.conf import arg
+from tyro.conf import Fixed, Suppress, arg
 
 from mor.cli.choice import ModelChoice
 from mor.cli.command import Command
@@ -17,9 +18,9 @@ from mor.cli.flags import print_short_help
 from mor.cli.show import flag
 from mor.files import naming, read_json, read_toml
 from mor.run_folder import RunFolder
-from mor.settings import PositiveFloat, PositiveInt, Settings
+from mor.settings import PositiveInt, Settings
 from mor.training.config import TrainConfig, load_config, total_flops, total_steps
-from mor.training.resume import RESUMABLE
+from mor.training.resume import RESUMABLE, branch
 
 USUAL = (
     "preset",
@@ -48,16 +49,13 @@ class Start(Settings):
     resume: bool = False
     branch_from: str | None = None
     cooldown_steps: PositiveInt | None = None
-    steps: PositiveInt | None = None
-    lr: Annotated[PositiveFloat | None, arg(name="optim.lr")] = None
-    out: str = TrainConfig().out
 
-    def refuse(self, others: list[str]) -> None:
-        """Raise ValueError for flags that would make a continued run another one."""
+    def refuse(self, named: Sequence[str]) -> None:
+        """Raise ValueError for flags that would make a continued run another one. named: the
+        settings that have flags."""
         takes = {"resume": RESUMABLE, "branch_from": ("cooldown_steps", "steps", "optim.lr", "out")}
-        given = [_setting(word) for word in others if word.startswith("--")]
         for mode, allowed in takes.items():
-            ignored = [flag(name) for name in sorted(set(given)) if name not in (mode, *allowed)]
+            ignored = [flag(name) for name in sorted(set(named)) if name not in (mode, *allowed)]
             if getattr(self, mode) and ignored:
                 raise ValueError(
                     f"{flag(mode)} keeps the settings the run was started with and takes only "
@@ -65,7 +63,7 @@ class Start(Settings):
                 )
         if self.branch_from is None and self.cooldown_steps is not None:
             raise ValueError("--branch-from CHECKPOINT and --cooldown-steps N go together")
-        if self.branch_from is not None and (self.cooldown_steps is None) == (self.steps is None):
+        if self.branch_from is not None and (self.cooldown_steps is None) != ("steps" in named):
             raise ValueError(
                 "--branch-from takes --cooldown-steps N, to let the learning rate decay from "
                 "there, or --steps N, to go on to that many steps in all"
@@ -73,18 +71,6 @@ class Start(Settings):
 
     def settings(self, choice: ModelChoice, *, chosen: bool) -> TrainConfig:
         """chosen: the model was chosen by flags, which win over the file."""
-        if self.resume:
-            return self._saved()
-        if self.branch_from is not None:
-            from mor.training.resume import branch
-
-            return branch(
-                self.branch_from,
-                cooldown_steps=self.cooldown_steps,
-                steps=self.steps,
-                lr=self.lr,
-                out=self.out,
-            )
         if self.config is None:
             return TrainConfig(model=choice.build())
         values = (read_json if self.config.suffix == ".json" else read_toml)(self.config)
@@ -92,17 +78,11 @@ class Start(Settings):
             found = TrainConfig.from_dict(values)
         return replace(found, model=choice.build()) if chosen else found
 
-    def _saved(self) -> TrainConfig:
-        saved = RunFolder(Path(self.out)).settings
-        if not saved.is_file():
-            raise ValueError(f"{self.out} holds no run to resume (no {saved.name})")
-        found = replace(load_config(saved), out=self.out)
-        return found if self.steps is None else replace(found, flops=None)
 
-
-def _setting(word: str) -> str:
-    """The dotted name of the setting that a flag is for."""
-    return word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+def settings_named(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Dotted names of the settings that have flags among these words."""
+    flags = (word.split("=")[0] for word in arguments if word.startswith("--"))
+    return tuple(name.removeprefix("--").removeprefix("no-").replace("-", "_") for name in flags)
 
 
 class Train(Command):
@@ -118,6 +98,7 @@ class Train(Command):
     --steps instead, the branch goes on as a run planned for that many steps."""
     choice: Annotated[ModelChoice, arg(name="")] = field(default_factory=ModelChoice)
     settings: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
+    named: Annotated[tuple[str, ...], Suppress, Fixed] = ()
 
     @classmethod
     def read(cls, arguments: list[str], program: str, *, default: Self | None = None) -> Self:
@@ -130,23 +111,43 @@ class Train(Command):
             Start, args=arguments, prog=program, return_unknown_args=True, add_help=False
         )
         if "--help" not in arguments:
-            start.refuse(arguments)
+            start.refuse(settings_named(arguments))
         choice, others = tyro.cli(
             ModelChoice, args=rest, prog=program, return_unknown_args=True, add_help=False
         )
         settings = start.settings(choice, chosen=len(others) < len(rest))
-        default = default or cls(config=start.config, choice=choice, settings=settings)
+        named = settings_named(arguments)
+        default = default or cls(config=start.config, choice=choice, settings=settings, named=named)
         return super().read(arguments, program, default=default)
 
     def run(self, console: Console) -> None:
         from mor.training.loop import train
 
-        settings = self.settings
+        settings = self._settings()
         if int(os.environ.get("RANK", "0")) == 0:
             console.print(header(settings), highlight=False, soft_wrap=True)
         result = train(settings, resume=self.resume, console=console)
         if result.state.ranks.is_first:
             console.print(f"checkpoint: {result.path}", highlight=False, soft_wrap=True)
+
+    def _settings(self) -> TrainConfig:
+        given, named = self.settings, set(self.named)
+        if self.resume:
+            saved = RunFolder(Path(given.out)).settings
+            if not saved.is_file():
+                raise ValueError(f"{given.out} holds no run to resume (no {saved.name})")
+            anew: dict[str, Any] = {"flops": None} if "steps" in named else {}
+            anew |= {name: getattr(given, name) for name in named & set(RESUMABLE)}
+            return replace(load_config(saved), **anew | {"out": given.out})
+        if given.branch_from is not None and named & {"steps", "cooldown_steps"}:
+            return branch(
+                given.branch_from,
+                cooldown_steps=self.cooldown_steps,
+                steps=given.steps if "steps" in named else None,
+                lr=given.optim.lr if "optim.lr" in named else None,
+                out=given.out,
+            )
+        return given
 
 
 def header(settings: TrainConfig) -> str:

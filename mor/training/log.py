@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from mor.run_folder import RunFolder
 from mor.training.trackers import NoTracker, Tracker, flat_scalars
@@ -18,21 +14,12 @@ class MetricsLog:
     """Continues a run's metrics after ``step``, without the rows that a resumed run writes again.
 
     active: False writes nothing, for all ranks but the first. tracker: gets the numbers as well.
-    What cannot be logged never ends the run: ``say`` is told, once for the file and once for the
-    tracker.
     """
 
     def __init__(
-        self,
-        run: RunFolder,
-        *,
-        step: int,
-        active: bool = True,
-        tracker: Tracker | None = None,
-        say: Callable[[str], None] = warnings.warn,
+        self, run: RunFolder, *, step: int, active: bool = True, tracker: Tracker | None = None
     ) -> None:
         self.run, self.active, self.tracker = run, active, tracker or NoTracker()
-        self._say, self._said = say, set[str]()
         if active:
             run.keep_metrics(up_to=step)
 
@@ -44,27 +31,8 @@ class MetricsLog:
             n: None if isinstance(v, float) and not math.isfinite(v) else v
             for n, v in values.items()
         }
-        with self._going_on(str(self.run.metrics)):
-            self.run.add_metrics({"step": step} | finite)
-        with self._going_on("the tracker"):
-            self.tracker.scalars(step, flat_scalars(values))
-
-    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
-        with self._going_on("the tracker"):
-            self.tracker.histograms(step, values)
-
-    def close(self) -> None:
-        with self._going_on("the tracker"):
-            self.tracker.close()
-
-    @contextmanager
-    def _going_on(self, place: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # a full disk, a lost connection, whatever a tracker raises
-            if place not in self._said:
-                self._say(f"warning: {place} misses rows: {error!r}; training goes on")
-            self._said.add(place)
+        self.run.add_metrics({"step": step} | finite)
+        self.tracker.scalars(step, flat_scalars(values))
 
 
 def health_text(health: Mapping[str, Any]) -> str:

@@ -118,7 +118,7 @@ def _prepare(
     tracker = _tracker(config, state)
     progress = ProgressBar(console, label, total=total, done=state.step, counted=True)
     kept = state.step if found.is_own else 0
-    log = MetricsLog(run, step=kept, active=ranks.is_first, tracker=tracker, say=progress.note)
+    log = MetricsLog(run, step=kept, active=ranks.is_first, tracker=tracker)
     if ranks.is_first:
         write_json(run.settings, dataclasses.asdict(config))
     earlier = saved.schedules if saved and found.is_own else []
@@ -286,7 +286,7 @@ class Trainer:
             self.progress,
             _interruptible() as interrupted,
             preferred_kernels(self.state.ranks.device),
-            closing(self.log),
+            closing(self.log.tracker),
         ):
             finished = self._steps(interrupted)
         if self.saved_step != self.state.step:
@@ -384,7 +384,7 @@ class Trainer:
         state = self.state
         health = state.model.router.health(result.routings, state.ranks)
         if self.config.tracker != "none":
-            self.log.histograms(state.step, routing_histograms(result.routings))
+            self.log.tracker.histograms(state.step, routing_histograms(result.routings))
         self.log.write(
             step=state.step,
             flops=state.flops,

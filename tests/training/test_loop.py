@@ -296,23 +296,6 @@ def test_a_finished_run_says_so_and_how_to_train_it_longer(squares, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in first.path.rglob("*")} == before
 
 
-def test_what_cannot_be_logged_does_not_end_the_run(squares, tmp_path, monkeypatch):
-    import mor.training.loop as module
-
-    class Offline:
-        def fail(self, *arguments):
-            raise ConnectionError("no route")
-
-        scalars = histograms = close = fail
-
-    monkeypatch.setitem(module.TRACKERS, "wandb", lambda *arguments: Offline())
-    console = quiet()
-    result = train(settings(squares, tmp_path / "run", tracker="wandb"), console=console)
-    assert result.finished and result.path.is_dir()
-    assert console.file.getvalue().count("the tracker misses rows: ConnectionError") == 1
-    assert [row["step"] for row in metrics(tmp_path / "run")] == [3, 6, 6, 9, 12, 12]
-
-
 def test_a_run_is_a_model_folder_for_transformers(squares, tmp_path):
     transformers = pytest.importorskip("transformers")
     importlib.import_module("mor.hub")
