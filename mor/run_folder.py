@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,11 +121,12 @@ class RunFolder:
             raise ValueError(f"{first}; no checkpoint of {self.path} is intact") from first
         return None
 
-    def prune(self, keep: int, lasting: Callable[[int], bool] = lambda step: False) -> None:
-        """Delete all checkpoints but the newest ``keep`` (at least 1) and those of ``lasting``
-        steps, which do not count towards ``keep``."""
-        others = [path for path in self.checkpoints() if not lasting(step_of(path))]
-        for path in others[:-keep]:
+    def prune(self, keep: int, keep_steps: Iterable[int] = ()) -> None:
+        """Delete all checkpoints but the newest ``keep`` (0: delete none) and those of
+        ``keep_steps``, which do not count towards ``keep``."""
+        spared = {self.checkpoint(step) for step in keep_steps}
+        others = [path for path in self.checkpoints() if path not in spared]
+        for path in others[:-keep] if keep else []:
             remove_folder(path)
 
     def link_newest(self) -> None:
@@ -140,8 +141,3 @@ class RunFolder:
         for file in found[-1].iterdir():
             if file.is_file() and file.name != CHECKSUMS:
                 link(self.path / file.name, Path(_NEWEST, file.name))
-
-
-def step_of(checkpoint: Path) -> int:
-    """The steps after which a checkpoint was made, by its name."""
-    return int(checkpoint.name.removeprefix(_STEP))

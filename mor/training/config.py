@@ -87,9 +87,10 @@ class TrainConfig(Settings):
     save_every: NonNegativeInt = 0
     """Steps between checkpoints, beside those of save_minutes; 0: none by steps."""
     keep: NonNegativeInt = 2
-    """Newest checkpoints that are kept; 0 keeps the newest and all of save_every."""
+    """Newest checkpoints that are kept; 0 keeps all, of those by the clock only the newest."""
     keep_steps: Listed[tuple[PositiveInt, ...]] = ()
-    """Steps whose checkpoints are kept as well, such as those that other runs branch off."""
+    """Steps whose checkpoints are written and kept as well, such as those that other runs branch
+    off."""
     max_skipped: NonNegativeInt = 5
     """Skipped steps in a row (loss or gradient not finite) after which the run stops; it stops at
     once where the weights are not finite."""
@@ -113,6 +114,8 @@ class TrainConfig(Settings):
     """Where metrics and routing histograms go besides metrics.jsonl; needs the extra [track]."""
 
     def __post_init__(self) -> None:
+        if not self.out.strip():
+            raise ValueError("out is empty; name a folder for the run, such as runs/mor")
         if self.parallel == "fsdp" and self.optim.name == "muon":
             raise ValueError(
                 "optim.name='muon' needs whole matrices; use parallel='ddp', or optim.name='adamw'"

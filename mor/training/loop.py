@@ -25,7 +25,7 @@ from mor.costs.flops import unique_params
 from mor.data.stream import Corpus, Fingerprint, load_corpus
 from mor.device import preferred_kernels
 from mor.evaluation.nll import Evaluation, evaluate
-from mor.files import naming, verify, write_json
+from mor.files import naming, remove_folder, verify, write_json
 from mor.model.config import ModelConfig, RouterConfig
 from mor.model.transformer import Transformer
 from mor.progress import ProgressBar
@@ -126,6 +126,8 @@ def _prepare(
     trainer = Trainer(config, state, found.corpus, run, log, progress, total, facts)
     if saved and found.is_own and saved.total_steps == total:
         trainer.saved_step = state.step
+        if ranks.is_first:
+            trainer.tidy_checkpoints()
     elif found.is_own:
         trainer.save()  # under its new length, so that a crash does not forget it
     return trainer
@@ -269,6 +271,8 @@ class Trainer:
     """Of the router, as last logged."""
     skipped_in_a_row: int = 0
     cannot_link: bool = False
+    passing: Path | None = None
+    """The newest checkpoint, if only the clock asked for it."""
     empty: set[int] = field(default_factory=set)
     """Recursions (from 1) that no token took at the last validation."""
     warned: set[int] = field(default_factory=set)
@@ -339,9 +343,12 @@ class Trainer:
                     f"{self.progress.label} {step}/{self.total} · loss {result.loss:.3f} · "
                     f"{found.bits_per_byte:.3f} bits/byte · {tokens_per_s:,.0f} tok/s · {shown}"
                 )
-        by_steps = config.save_every and self._is_due(config.save_every)
-        if step < self.total and (by_steps or self._any_rank(time.monotonic() >= self.next_save)):
+        if step == self.total:
+            return  # saved after the last step in any case
+        if step in config.keep_steps or (config.save_every and self._is_due(config.save_every)):
             self.save()
+        elif self._any_rank(time.monotonic() >= self.next_save):
+            self.save(by_clock=True)
 
     def _is_due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.total
@@ -442,7 +449,7 @@ class Trainer:
             self.progress.note(f"warning: step {step}: {message}")
         self.empty, self.warned = empty, (self.warned & empty) | lasting
 
-    def save(self) -> None:
+    def save(self, *, by_clock: bool = False) -> None:
         """Write the checkpoint of this step and delete those that are no longer kept. Raises
         TrainingError, and writes nothing, if the weights are not worth keeping."""
         state, path, started = self.state, self.run.checkpoint(self.state.step), time.monotonic()
@@ -458,19 +465,21 @@ class Trainer:
                 ranks=state.ranks,
             )
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # by library
+            room = "" if isinstance(error, ValueError) else "make room and "
             raise TrainingError(
-                f"could not write {path}: {error}. {self._last_good()}; make room and continue "
-                "with --resume"
+                f"could not write {path}: {error}. {self._last_good()}; {room}continue with "
+                "--resume"
             ) from error
         self.saved_step = state.step
         if state.ranks.is_first:
-            self._tidy_checkpoints()
+            self.tidy_checkpoints(path if by_clock else None)
         took = time.monotonic() - started
         wait = max(60 * self.config.save_minutes, took / SAVING_SHARE)
         self.next_save = time.monotonic() + (wait if self.config.save_minutes else math.inf)
 
-    def _tidy_checkpoints(self) -> None:
-        """Point to the newest one, then delete those that are no longer kept."""
+    def tidy_checkpoints(self, passing: Path | None = None) -> None:
+        """Point to the newest one, then delete those that are no longer kept. passing: the newest,
+        if only the clock asked for it."""
         config = self.config
         try:
             self.run.link_newest()
@@ -481,11 +490,10 @@ class Trainer:
                     f"give the checkpoint's folder, such as {self.run.checkpoint(self.state.step)}"
                 )
             self.cannot_link = True
-        all_of = config.save_every if not config.keep else 0
-        self.run.prune(
-            config.keep or 1,
-            lambda step: step in config.keep_steps or bool(all_of and step % all_of == 0),
-        )
+        self.run.prune(config.keep, config.keep_steps)
+        if not config.keep and self.passing:
+            remove_folder(self.passing)
+        self.passing = passing
 
 
 _AGAINST_COLLAPSE = {

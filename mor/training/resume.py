@@ -60,6 +60,11 @@ class Saved:
 
         found = checkpoint.load_progress(folder)
         settings = found.get("settings")
+        if lacking := {"step", "total_steps"} - found.keys():
+            raise ValueError(
+                f"{folder} is no checkpoint of a training run: its progress.json has no "
+                f"{', '.join(sorted(lacking))}"
+            )
         with naming(folder):
             return cls(
                 folder=folder,

@@ -190,8 +190,8 @@ def test_checkpoints_by_the_clock_do_not_fill_the_disk_where_all_by_steps_are_ke
 ):
     clock(monkeypatch, step_s=300.0)  # one is due at every step
     run = RunFolder(tmp_path / "run")
-    train(settings(squares, run.path, save_every=5, keep=0), console=quiet())
-    assert run.checkpoints() == [run.checkpoint(step) for step in (5, 10, 12)]
+    train(settings(squares, run.path, save_every=5, keep=0, keep_steps=(7,)), console=quiet())
+    assert run.checkpoints() == [run.checkpoint(step) for step in (5, 7, 10, 12)]
 
 
 def killed_at(step, config):
@@ -287,6 +287,7 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk_are_found_at_the_start(
 def test_a_finished_run_says_so_and_how_to_train_it_longer(squares, tmp_path):
     config, console = settings(squares, tmp_path / "run", steps=3), quiet()
     first = train(config, console=quiet())
+    (tmp_path / "run" / "latest").unlink()  # as in a run of mor 0.1.0
     before = {p: p.stat().st_mtime_ns for p in first.path.rglob("*")}
     again = train(config, resume=True, console=console)
     assert again.finished and again.path == first.path
@@ -294,6 +295,7 @@ def test_a_finished_run_says_so_and_how_to_train_it_longer(squares, tmp_path):
         console.file.getvalue()
     )
     assert {p: p.stat().st_mtime_ns for p in first.path.rglob("*")} == before
+    assert (tmp_path / "run" / "config.json").is_file()
 
 
 def test_a_run_is_a_model_folder_for_transformers(squares, tmp_path):
