@@ -131,11 +131,10 @@ def check_trunk(run: Run) -> None:
 
 def is_done(path: Path, config: TrainConfig) -> bool:
     """Whether this run is finished. Raises ValueError if its folder holds another one."""
-    settings = RunFolder(path).settings
-    if not settings.is_file():
-        return False
-    _check_settings(load_config(settings), config, f"{path} holds")
-    return (path / RESULT).is_file()
+    folder, finished = RunFolder(path), (path / RESULT).is_file()
+    if finished or folder.is_begun:  # a start that failed holds nothing
+        _check_settings(load_config(folder.settings), config, f"{path} holds")
+    return finished
 
 
 # Where a run lies (the study's folder may have moved), and what changes nothing that is measured.

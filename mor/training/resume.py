@@ -190,8 +190,7 @@ def _changed(before: TrainConfig, now: TrainConfig, but: list[str]) -> Iterator[
     """Settings that differ. Data are known by their fingerprint, wherever they lie."""
     was, found = dict(flat(asdict(before))), dict(flat(asdict(now)))
     for name, value in found.items():
-        by_fingerprint = name.startswith("data.") and name != "data.document_mask"
-        if value != was[name] and name not in but and not by_fingerprint:
+        if value != was[name] and name not in (*but, "data.path", "data.validation_path"):
             yield f"{name} was {was[name]}, is {value}"
 
 

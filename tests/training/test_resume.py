@@ -86,7 +86,11 @@ def equal_weights(a, b):
         ),
         (
             lambda c: replace(c, data=replace(c.data, validation_share=0.3)),
-            r"data: train.documents was 11\d, is \d+",
+            r"data.validation_share was 0.05, is 0.3; data: train.documents was 11\d, is \d+",
+        ),
+        (
+            lambda c: replace(c, data=replace(c.data, tokenizer="bytes")),
+            "data.tokenizer was bpe, is bytes",
         ),
     ],
 )
