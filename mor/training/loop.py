@@ -269,6 +269,8 @@ class Trainer:
     """When the clock asks for a checkpoint, by time.monotonic."""
     health: dict[str, Any] = field(default_factory=dict)
     """Of the router, as last logged."""
+    numbers: str = ""
+    """Of the last step, for messages."""
     skipped_in_a_row: int = 0
     cannot_link: bool = False
     passing: Path | None = None
@@ -331,6 +333,7 @@ class Trainer:
 
     def _after_step(self, result: StepResult, tokens_per_s: float) -> None:
         config, step = self.config, self.state.step
+        self.numbers = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}, "
         self._check_finite(result)
         if self._is_due(config.log_every):
             self.health = self._log(result, tokens_per_s)
@@ -363,12 +366,11 @@ class Trainer:
         step, most = self.state.step, max(1, self.config.max_skipped)
         what = f"its {'gradient' if math.isfinite(result.loss) else 'loss'} is not finite"
         self.progress.note(f"warning: step {step} is skipped: {what}")
-        numbers = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}"
         if not self._weights_are_finite():
-            raise self._not_finite(f"its weights are not finite ({numbers})")
+            raise self._not_finite("its weights are not finite")
         if self.skipped_in_a_row >= most:
-            in_a_row = f"; {most} steps in a row were skipped" if most > 1 else ""
-            raise self._not_finite(f"{what} ({numbers}){in_a_row}")
+            in_a_row = f", and {most} steps in a row were skipped" if most > 1 else ""
+            raise self._not_finite(f"{what}{in_a_row}")
 
     def _weights_are_finite(self) -> bool:
         shares = map(own_share, self.state.model.parameters())
@@ -378,8 +380,8 @@ class Trainer:
         step, lr = self.state.step, self.config.optim.lr
         rate = learning_rate(self.config.optim, step - 1, self.total)
         return TrainingError(
-            f"step {step}: {what}, at a learning rate of {rate:g}; lower optim.lr (now {lr:g}) or "
-            f"lengthen optim.warmup. {self._last_good()}"
+            f"step {step}: {what} ({self.numbers}learning rate {rate:g}); lower optim.lr (now "
+            f"{lr:g}) or lengthen optim.warmup. {self._last_good()}"
         )
 
     def _last_good(self) -> str:
@@ -418,7 +420,7 @@ class Trainer:
         )
         reshard(state.model)
         if not self._weights_are_finite():
-            raise self._not_finite(f"its weights are not finite (validation loss {found.nll:g})")
+            raise self._not_finite("its weights are not finite")
         if not math.isfinite(found.nll):
             raise self._not_finite(f"the loss on validation text is {found.nll:g}")
         self.evaluated_step = state.step

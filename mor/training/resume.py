@@ -132,7 +132,7 @@ def continued(
             optim=replace(config.optim, warmup=optim.warmup, cooldown=optim.cooldown),
         )
     but = ["optim.warmup", "optim.cooldown"] if _schedule(config.optim) == _schedule(optim) else []
-    refuse_another_run(config, before, saved, data, num_ranks, but)
+    _refuse_another_run(config, before, saved, data, num_ranks, but)
     notes = list(_notes(config, before, saved, num_ranks))
     if total != saved.total_steps:
         notes.append(_of_length(before.optim, optim, saved, total))
@@ -154,11 +154,11 @@ def branched(
             "all has nothing left to do: raise steps"
         )
     but = [f"optim.{name}" for name in ("warmup", "cooldown", "lr")]
-    refuse_another_run(config, before, saved, data, num_ranks, but)
+    _refuse_another_run(config, before, saved, data, num_ranks, but)
     return Continued(config, list(_notes(config, before, saved, num_ranks)))
 
 
-def refuse_another_run(
+def _refuse_another_run(
     config: TrainConfig,
     before: TrainConfig,
     saved: Saved,
