@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mor.files import CHECKSUMS, alone_in, link, naming, remove_folder, replacing, tidy, verify
+from mor.files import alone_in, link, naming, remove_folder, replacing, tidy, verify
 
 _SETTINGS = "train.json"
 _STEP = "step-"
@@ -139,5 +139,5 @@ class RunFolder:
             return
         link(self.path / _NEWEST, Path(self._checkpoints.name, found[-1].name))
         for file in found[-1].iterdir():
-            if file.is_file() and file.name != CHECKSUMS:
+            if file.is_file():  # the checksums too, for whoever looks at them there
                 link(self.path / file.name, Path(_NEWEST, file.name))

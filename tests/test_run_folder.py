@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from mor import checkpoint
-from mor.files import write_checksums
+from mor.files import verify, write_checksums
 from mor.run_folder import RunFolder
 
 
@@ -115,7 +115,8 @@ def test_the_run_shows_the_files_of_its_newest_checkpoint(tmp_path):
     run.tidy()
     assert shown(run) == "20" and steps(run) == [20]
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["checkpoints", "latest", "weights"]
+    assert names == ["checkpoints", "checksums.json", "latest", "weights"]
+    verify(tmp_path)
     moved = RunFolder(tmp_path.rename(tmp_path.with_name("moved")))
     assert shown(moved) == "20"
 
