@@ -119,8 +119,6 @@ def _prepare(
     progress = ProgressBar(console, label, total=total, done=state.step, counted=True)
     kept = state.step if found.is_own else 0
     log = MetricsLog(run, step=kept, active=ranks.is_first, tracker=tracker)
-    if ranks.is_first:
-        write_json(run.settings, dataclasses.asdict(config))
     earlier = saved.schedules if saved and found.is_own else []
     facts = record(config, found.data, ranks.size, earlier)
     trainer = Trainer(config, state, found.corpus, run, log, progress, total, facts)
@@ -130,6 +128,8 @@ def _prepare(
             trainer.tidy_checkpoints()
     elif found.is_own:
         trainer.save()  # under its new length, so that a crash does not forget it
+    if ranks.is_first:
+        write_json(run.settings, dataclasses.asdict(config))
     return trainer
 
 

@@ -7,7 +7,7 @@ This module loads without torch, as config.py does.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ FREE = (
 # How it is computed, which moves numbers by rounding.
 MACHINE = ("device", "precision", "parallel", "recompute", "compile")
 LENGTH = ("steps", "flops")
+SCHEDULE = ("optim.warmup", "optim.cooldown")
 # A step's sequences may be shared out otherwise, over another number of processes.
 SHARED_OUT = ("batch_size", "accumulate")
 RESUMABLE = (*LENGTH, *SHARED_OUT, *MACHINE, *(name for name in FREE if name != "branch_from"))
@@ -119,6 +120,8 @@ def continued(
     that names each difference which would make it another run, and for a run that is too short.
     """
     before = saved.settings or replace(config, model=model)
+    known = _schedule(config.optim) in [_schedule(before.optim), *saved.schedules]
+    _refuse_another_run(config, before, saved, data, num_ranks, SCHEDULE if known else ())
     total = total_steps(config, num_ranks)
     if total < saved.step:
         raise ValueError(
@@ -126,13 +129,9 @@ def continued(
             "whole run; raise steps"
         )
     optim = lengthened(before.optim, saved.step, saved.total_steps, total)
-    if _schedule(config.optim) in [_schedule(before.optim), *saved.schedules]:  # not edited
-        config = replace(
-            config,
-            optim=replace(config.optim, warmup=optim.warmup, cooldown=optim.cooldown),
-        )
-    but = ["optim.warmup", "optim.cooldown"] if _schedule(config.optim) == _schedule(optim) else []
-    _refuse_another_run(config, before, saved, data, num_ranks, but)
+    config = replace(
+        config, optim=replace(config.optim, warmup=optim.warmup, cooldown=optim.cooldown)
+    )
     notes = list(_notes(config, before, saved, num_ranks))
     if total != saved.total_steps:
         notes.append(_of_length(before.optim, optim, saved, total))
@@ -153,8 +152,7 @@ def branched(
             f"{saved.folder} has taken {saved.step} steps already; a branch of {total} steps in "
             "all has nothing left to do: raise steps"
         )
-    but = [f"optim.{name}" for name in ("warmup", "cooldown", "lr")]
-    _refuse_another_run(config, before, saved, data, num_ranks, but)
+    _refuse_another_run(config, before, saved, data, num_ranks, (*SCHEDULE, "optim.lr"))
     return Continued(config, list(_notes(config, before, saved, num_ranks)))
 
 
@@ -164,7 +162,7 @@ def _refuse_another_run(
     saved: Saved,
     data: Mapping[str, str | int],
     num_ranks: int,
-    but: list[str],
+    but: Sequence[str],
 ) -> None:
     """Raise ValueError that names each difference. but: dotted settings that may differ as well."""
     from mor.data.stream import what_changed
@@ -186,7 +184,7 @@ def _refuse_another_run(
         )
 
 
-def _changed(before: TrainConfig, now: TrainConfig, but: list[str]) -> Iterator[str]:
+def _changed(before: TrainConfig, now: TrainConfig, but: Sequence[str]) -> Iterator[str]:
     """Settings that differ. Data are known by their fingerprint, wherever they lie."""
     was, found = dict(flat(asdict(before))), dict(flat(asdict(now)))
     for name, value in found.items():
