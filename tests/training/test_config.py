@@ -52,3 +52,8 @@ def test_a_budget_below_one_step_is_refused_and_one_within_the_warm_up_is_met(sq
 def test_negative_settings_are_refused(squares, tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} must be .*, got -1"):
         settings(squares, tmp_path, **{name: -1})
+
+
+def test_an_empty_folder_is_refused_where_it_is_written(squares):
+    with pytest.raises(ValueError, match="out is empty; name a folder"):
+        settings(squares, "")
