@@ -131,7 +131,10 @@ def check_trunk(run: Run) -> None:
 
 def is_done(path: Path, config: TrainConfig) -> bool:
     """Whether this run is finished. Raises ValueError if its folder holds another one."""
-    folder, finished = RunFolder(path), (path / RESULT).is_file()
+    folder = RunFolder(path)
+    if not folder.settings.is_file():
+        return False
+    finished = (path / RESULT).is_file()
     if finished or folder.is_begun:  # a start that failed holds nothing
         _check_settings(load_config(folder.settings), config, f"{path} holds")
     return finished
