@@ -112,9 +112,10 @@ def resolve(path: str | Path) -> Path:
     """The checkpoint that ``path`` means: itself, or the newest one of a run. Raises ValueError if
     there is none."""
     path = Path(path)
-    for folder in (path, *reversed(RunFolder(path).checkpoints())):
+    # A run's own config.json links to the newest checkpoint, or to one before it after a crash.
+    for folder in (*reversed(RunFolder(path).checkpoints()), path):
         if (folder / "config.json").is_file():
-            return folder
+            return folder.resolve() if folder.is_symlink() else folder
     raise ValueError(
         f"{path} is neither a checkpoint (no config.json) nor a run with checkpoints in it"
     )

@@ -66,8 +66,22 @@ def tidy(folder: Path) -> None:
             aside.rename(folder / name)
 
 
+def link(path: Path, target: Path) -> None:
+    """Make ``path`` a link to ``target``, in one step and in place of what was there. target: an
+    absolute path, or one relative to the folder of ``path``, which survives that folder's moves.
+
+    Raises OSError on filesystems without links.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _delete(unfinished)
+    unfinished.symlink_to(target)
+    if path.is_dir() and not path.is_symlink():  # a copy that followed the link
+        remove_folder(path)
+    unfinished.replace(path)
+
+
 def _delete(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mor.files import alone_in, remove_folder, replacing, tidy, verify
+from mor.files import alone_in, link, naming, remove_folder, replacing, tidy, verify
 
 _SETTINGS = "train.json"
 _STEP = "step-"
+_NEWEST = "latest"
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class RunFolder:
     train.json                   its settings
     metrics.jsonl                a JSON object for each step that was logged or validated
     checkpoints/step-00000500/   see checkpoint.py
+    latest                       a link to the newest checkpoint
+    config.json and the like     links to its files: the run is a model folder for transformers
     .lock                        held by the process that trains
     """
 
@@ -47,14 +50,16 @@ class RunFolder:
 
     @property
     def is_begun(self) -> bool:
-        return self.settings.exists() or self.metrics.exists()
+        """Whether it holds something that a run can continue from. What a start that failed left
+        behind is free to be written over."""
+        return bool(self.checkpoints())
 
     def lock(self) -> AbstractContextManager[None]:
         """Makes the folder, and holds it for this process; see :func:`mor.files.alone_in`."""
         return alone_in(self.path, doing="training in")
 
     def tidy(self) -> None:
-        """Remove what a killed process left unfinished. Needs the lock."""
+        """Remove what a killed process left unfinished, or finish it. Needs the lock."""
         tidy(self.path)
         tidy(self._checkpoints)
 
@@ -65,7 +70,8 @@ class RunFolder:
         if not self.metrics.is_file():
             return []
         lines = self.metrics.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        with naming(self.metrics):
+            return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def keep_metrics(self, up_to: int) -> None:
         """Drop the rows after a step, which the run is about to write again."""
@@ -89,7 +95,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints that exist, oldest first."""
-        return sorted(self._checkpoints.glob(f"{_STEP}*"))
+        return sorted(self._checkpoints.glob(f"{_STEP}[0-9]*[0-9]"))
 
     def newest_intact(self) -> Path | None:
         """The newest checkpoint, None if there is none yet.
@@ -122,3 +128,16 @@ class RunFolder:
         others = [path for path in self.checkpoints() if path not in spared]
         for path in others[:-keep] if keep else []:
             remove_folder(path)
+
+    def link_newest(self) -> None:
+        """Let the run serve as a model folder, so that ``from_pretrained`` takes it.
+
+        All files change at once, with the one link that they lead through. Raises OSError on
+        filesystems without links.
+        """
+        if not (found := self.checkpoints()):
+            return
+        link(self.path / _NEWEST, Path(self._checkpoints.name, found[-1].name))
+        for file in found[-1].iterdir():
+            if file.is_file():  # the checksums too, for whoever looks at them there
+                link(self.path / file.name, Path(_NEWEST, file.name))

@@ -1,8 +1,13 @@
-"""A run's folder: metrics that survive a crash, and the checkpoints that are kept."""
+"""A run's folder: metrics that survive a crash, the checkpoints that are kept, and links to the
+newest."""
+
+import os
+import shutil
 
 import pytest
 
-from mor.files import write_checksums
+from mor import checkpoint
+from mor.files import verify, write_checksums
 from mor.run_folder import RunFolder
 
 
@@ -24,7 +29,7 @@ def test_metrics_are_read_whole_and_cut_back_to_a_step(tmp_path):
     run = RunFolder(tmp_path)
     assert run.read_metrics() == [] and not run.is_begun
     run.keep_metrics(up_to=0)
-    assert run.is_begun
+    assert not run.is_begun, "there is nothing to continue from"
     for step in (1, 2, 3):
         run.add_metrics({"step": step, "loss": 1 / step})
     with run.metrics.open("a") as log:
@@ -82,3 +87,60 @@ def test_a_killed_process_leaves_nothing_in_view(tmp_path):
     assert steps(run) == []
     run.tidy()
     assert steps(run) == [10] and [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_metrics_that_are_damaged_name_their_file(tmp_path):
+    run = RunFolder(tmp_path)
+    run.metrics.write_text("half\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl: "):
+        run.read_metrics()
+
+
+# Links
+
+
+def shown(run):
+    """What somebody finds who takes the run for a model folder."""
+    return (run.path / "weights").read_text()
+
+
+def test_the_run_shows_the_files_of_its_newest_checkpoint(tmp_path):
+    run = with_checkpoints(tmp_path, 10)
+    run.link_newest()
+    (tmp_path / ".latest.7.tmp").symlink_to("checkpoints/step-00000010")  # killed while linking
+    assert shown(run) == "10" and os.readlink(tmp_path / "weights") == "latest/weights"
+    with_checkpoints(tmp_path, 20)
+    run.link_newest()
+    run.prune(1)
+    run.tidy()
+    assert shown(run) == "20" and steps(run) == [20]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoints", "checksums.json", "latest", "weights"]
+    verify(tmp_path)
+    moved = RunFolder(tmp_path.rename(tmp_path.with_name("moved")))
+    assert shown(moved) == "20"
+
+
+def test_a_copy_that_followed_the_links_shows_its_own_newest_checkpoint(tmp_path):
+    run = with_checkpoints(tmp_path / "run", 10)
+    run.link_newest()
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "copy", symlinks=False))
+    assert not (copy.path / "latest").is_symlink() and shown(copy) == "10"
+    with_checkpoints(copy.path, 20)
+    copy.link_newest()
+    assert shown(copy) == "20" and shown(run) == "10"
+    assert RunFolder.below(tmp_path) == []
+
+
+def test_the_newest_checkpoint_is_meant_even_where_the_links_are_older(tmp_path):
+    run = with_checkpoints(tmp_path, 10)
+    (run.checkpoint(10) / "config.json").write_text("{}")
+    run.link_newest()
+    with_checkpoints(tmp_path, 20)
+    (run.checkpoint(20) / "config.json").write_text("{}")
+    assert (tmp_path / "config.json").is_file()
+    assert checkpoint.resolve(tmp_path) == run.checkpoint(20)
+    assert checkpoint.resolve(tmp_path / "latest") == run.checkpoint(10).resolve()
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="neither a checkpoint"):
+        checkpoint.resolve(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from mor.data.manifest import is_prepared
 from mor.data.problems import PREFIX
 from mor.model.config import ModelConfig
 from mor.run_folder import RunFolder
+from mor.settings import flat
 from mor.training.config import TrainConfig, load_config, total_steps
 
 KV_DTYPE_BYTES = 2  # bfloat16
@@ -34,8 +34,8 @@ class Facts:
     @property
     def total_steps(self) -> int | None:
         planned: int | None = self.progress.get("total_steps")
-        if planned is None and self.settings:
-            return total_steps(self.settings)
+        if self.settings and (planned is None or self.settings.flops is None):
+            return total_steps(self.settings)  # it may have been lengthened since the checkpoint
         return planned
 
     @property
@@ -142,15 +142,6 @@ def corpus_name(data: DataConfig) -> str:
     if data.path is None:
         return "Python's own documentation (the default; choose text with --data.path)"
     return data.path if data.path.startswith(PREFIX) else f"text of {data.path}"
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings under dotted names."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, list(value) if isinstance(value, tuple) else value
 
 
 def shown_settings(found: Facts) -> dict[str, Any]:

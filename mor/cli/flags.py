@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import Suppress
 
 from mor.cli.command import Command, description
 from mor.cli.show import flag
@@ -30,6 +31,8 @@ def flags(settings: Settings, prefix: str = "") -> Iterator[Flag]:
     texts = field_texts(type(settings))
     for f in fields(settings):
         value = getattr(settings, f.name)
+        if Suppress in getattr(hints[f.name], "__metadata__", ()):
+            continue
         if isinstance(value, Settings):
             marks = getattr(hints[f.name], "__metadata__", ())
             inlined = any(getattr(mark, "name", None) == "" for mark in marks)  # arg(name="")

@@ -61,7 +61,7 @@ def describe(found: Any) -> dict[str, Any]:
 
 def changed_settings(run: Any) -> dict[str, Any]:
     """Settings of the run itself that are not the defaults; the model's are shown apart."""
-    from mor.cli.describe import flat
+    from mor.settings import flat
     from mor.training.config import TrainConfig
 
     usual = dict(flat(asdict(TrainConfig())))

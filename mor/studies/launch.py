@@ -31,8 +31,9 @@ from mor.run_folder import RunFolder
 from mor.studies.results import collect, flat, measure, tuned_rates
 from mor.studies.settings import Workers
 from mor.studies.study import ABOUT, ERROR, RESULT, Run, Study, main_runs, study_rows, tuning_runs
-from mor.training.config import TrainConfig, branch, load_config, step_flops, total_steps
+from mor.training.config import TrainConfig, load_config, step_flops, total_steps
 from mor.training.loop import train
+from mor.training.resume import branch
 
 Status = Literal["finished", "kept", "interrupted", "failed"]
 DIED = "its process died: killed from outside or out of memory"
@@ -130,15 +131,17 @@ def check_trunk(run: Run) -> None:
 
 def is_done(path: Path, config: TrainConfig) -> bool:
     """Whether this run is finished. Raises ValueError if its folder holds another one."""
-    settings = RunFolder(path).settings
-    if not settings.is_file():
+    folder = RunFolder(path)
+    if not folder.settings.is_file():
         return False
-    _check_settings(load_config(settings), config, f"{path} holds")
-    return (path / RESULT).is_file()
+    finished = (path / RESULT).is_file()
+    if finished or folder.is_begun:  # a start that failed holds nothing
+        _check_settings(load_config(folder.settings), config, f"{path} holds")
+    return finished
 
 
 # Where a run lies (the study's folder may have moved), and what changes nothing that is measured.
-FREE = ("out", "branch_from", "save_every", "keep", "keep_steps")
+FREE = ("out", "branch_from", "save_minutes", "save_every", "keep", "keep_steps")
 
 
 def _check_settings(saved: TrainConfig, wanted: TrainConfig, holds: str) -> None:

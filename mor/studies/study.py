@@ -51,7 +51,8 @@ from mor.settings import (
     Settings,
     Share,
 )
-from mor.training.config import TrainConfig, cooled, total_steps
+from mor.training.config import TrainConfig, total_steps
+from mor.training.resume import cooled
 
 # What a study adds to a run folder: the numbers of a finished run, why it failed, its place.
 RESULT, ERROR, ABOUT = "result.json", "error.txt", "study.json"

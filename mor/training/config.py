@@ -6,7 +6,6 @@ is used.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import field
 from pathlib import Path
@@ -27,7 +26,6 @@ from mor.settings import (
     Seed,
     Settings,
     UnitInterval,
-    checked,
 )
 
 Parallel = Literal["ddp", "fsdp"]
@@ -83,16 +81,21 @@ class TrainConfig(Settings):
     """Steps between validations."""
     eval_windows: PositiveInt = 64
     """Sequences that a validation reads."""
+    save_minutes: NonNegativeFloat = 5.0
+    """Minutes between checkpoints, or 20 times as long as writing the last one took if that is
+    more; 0: none by the clock. One is written at the end in any case."""
     save_every: NonNegativeInt = 0
-    """Steps between checkpoints; 0 saves at the end only."""
+    """Steps between checkpoints, beside those of save_minutes; 0: none by steps."""
     keep: NonNegativeInt = 2
-    """Checkpoints that are kept; 0 keeps all."""
+    """Newest checkpoints that are kept; 0 keeps all, of those by the clock only the newest."""
     keep_steps: Listed[tuple[PositiveInt, ...]] = ()
-    """Steps whose checkpoints are kept as well, such as those that other runs branch off."""
+    """Steps whose checkpoints are written and kept as well, such as those that other runs branch
+    off."""
     max_skipped: NonNegativeInt = 5
-    """Skipped steps in a row (loss or gradient not finite) after which the run stops."""
+    """Skipped steps in a row (loss or gradient not finite) after which the run stops; it stops at
+    once where the weights are not finite."""
     branch_from: str | None = None
-    """Checkpoint of another run's stable phase to start from, with that run's settings."""
+    """Checkpoint of another run to start from, with that run's settings."""
     log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl."""
     seed: Seed = 0
@@ -111,6 +114,8 @@ class TrainConfig(Settings):
     """Where metrics and routing histograms go besides metrics.jsonl; needs the extra [track]."""
 
     def __post_init__(self) -> None:
+        if not self.out.strip():
+            raise ValueError("out is empty; name a folder for the run, such as runs/mor")
         if self.parallel == "fsdp" and self.optim.name == "muon":
             raise ValueError(
                 "optim.name='muon' needs whole matrices; use parallel='ddp', or optim.name='adamw'"
@@ -145,13 +150,21 @@ def step_flops(config: TrainConfig, step: int, num_ranks: int = 1) -> float:
 
 
 def total_steps(config: TrainConfig, num_ranks: int = 1) -> int:
+    """Steps of the whole run. Raises ValueError for a budget that is less than one step."""
     if config.flops is None:
         return config.steps
-    warm = [step_flops(config, s, num_ranks) for s in range(config.capacity_warmup_steps)]
-    left = config.flops - sum(warm)
-    return max(
-        1, len(warm) + round(left / step_flops(config, config.capacity_warmup_steps, num_ranks))
-    )
+    left, warm = config.flops, config.capacity_warmup_steps
+    if left < (first := step_flops(config, 0, num_ranks)):
+        raise ValueError(
+            f"flops={left:g} is less than the {first:.3g} FLOPs of a single step; raise it, or "
+            "lower batch_size, accumulate or seq_len"
+        )
+    for step in range(warm):
+        cost = step_flops(config, step, num_ranks)
+        if left < cost / 2:
+            return step
+        left -= cost
+    return warm + round(left / step_flops(config, warm, num_ranks))
 
 
 def total_flops(config: TrainConfig, num_ranks: int = 1) -> float:
@@ -160,44 +173,6 @@ def total_flops(config: TrainConfig, num_ranks: int = 1) -> float:
     warm = min(steps, config.capacity_warmup_steps)
     rest = (steps - warm) * step_flops(config, warm, num_ranks)
     return sum(step_flops(config, step, num_ranks) for step in range(warm)) + rest
-
-
-@checked
-def branch(start: str | Path, *, cooldown_steps: PositiveInt, out: str) -> TrainConfig:
-    """Settings of a run that decays the learning rate from a checkpoint of another run's stable
-    phase.
-
-    So one long run serves several budgets (the paper's way). Raises ValueError if the checkpoint
-    lies in the warm-up or in the decay of its own run.
-    """
-    from mor import checkpoint
-
-    folder = checkpoint.resolve(start)
-    run = RunFolder.of(folder)
-    if not run.settings.is_file():
-        raise ValueError(f"{folder} does not belong to a run (there is no {run.settings})")
-    config = load_config(run.settings)
-    saved = checkpoint.load_progress(folder)
-    step, total = saved["step"], saved["total_steps"]
-    stable = (
-        math.ceil(total * config.optim.warmup),
-        math.floor(total * (1 - config.optim.cooldown)),
-    )
-    if config.optim.schedule != "trapezoid" or not stable[0] <= step <= stable[1]:
-        raise ValueError(
-            f"{folder} is at step {step}; a branch needs a checkpoint of the stable phase of a "
-            f"trapezoid schedule, here steps {stable[0]} to {stable[1]} (keep them with "
-            "--save-every and --keep 0)"
-        )
-    return dataclasses.replace(
-        cooled(config, folder, step + cooldown_steps, cooldown_steps), out=out
-    )
-
-
-def cooled(config: TrainConfig, start: Path, steps: int, cooldown_steps: int) -> TrainConfig:
-    """A run's settings, from a checkpoint of it to an end at ``steps``; see :func:`branch`."""
-    optim = dataclasses.replace(config.optim, warmup=0.0, cooldown=cooldown_steps / steps)
-    return dataclasses.replace(config, steps=steps, flops=None, optim=optim, branch_from=str(start))
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from mor.device import pick_device
 from mor.model.transformer import Transformer
 from mor.training.config import Parallel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,19 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def first_does(self, act: Callable[[], T]) -> T:
+        """What a call gives that the first rank alone makes. Where it fails, all ranks raise its
+        error, so that none waits for the others."""
+        try:
+            answer: Any = act() if self.is_first else None
+        except Exception as error:
+            self.from_first((None, error))
+            raise
+        answer, failure = self.from_first((answer, None))
+        if failure is not None:
+            raise failure
+        return answer  # type: ignore[no-any-return]
 
     def wait(self) -> None:
         if self.size > 1:
@@ -137,6 +152,13 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def own_share(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def whole(x: Tensor) -> Tensor:

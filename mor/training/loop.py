@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -20,20 +21,26 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from mor import checkpoint
-from mor.data.stream import Corpus, load_corpus
+from mor.costs.flops import unique_params
+from mor.data.stream import Corpus, Fingerprint, load_corpus
 from mor.evaluation.nll import Evaluation, evaluate
-from mor.files import verify, write_json
+from mor.files import naming, remove_folder, verify, write_json
+from mor.model.config import ModelConfig, RouterConfig
 from mor.model.transformer import Transformer
 from mor.progress import ProgressBar
 from mor.run_folder import RunFolder
 from mor.training import distributed, sharded_state
 from mor.training.config import TrainConfig, total_steps
-from mor.training.distributed import Ranks, reshard, spread
+from mor.training.distributed import Ranks, own_share, reshard, spread
 from mor.training.log import MetricsLog, health_text
 from mor.training.optim import build_optimizers, learning_rate
+from mor.training.resume import Saved, branched, continued, record
 from mor.training.step import StepResult, TrainState, train_step
 from mor.training.trackers import TRACKERS, Tracker, routing_histograms
 from mor.training.validation import check_validation
+
+SAVING_SHARE = 1 / 20
+"""Largest share of the time that goes into checkpoints by the clock."""
 
 
 class TrainingError(ValueError):
@@ -60,9 +67,10 @@ def train(
     """Train a model as configured and save it under ``config.out``.
 
     resume: continue the run in ``config.out`` from its newest checkpoint, or start it if there is
-    none yet. Ctrl-C or SIGTERM finishes the step, saves and returns with ``finished=False``. Raises
-    TrainingError if the loss stays non-finite or a checkpoint cannot be written, ValueError if the
-    newest one is damaged or another process trains in ``config.out``.
+    none yet; a longer ``steps`` or ``flops`` lengthens it (see :mod:`mor.training.resume`). Ctrl-C
+    or SIGTERM finishes the step, saves and returns with ``finished=False``. Raises TrainingError if
+    loss or weights are not finite or the last checkpoint cannot be written; ValueError if the
+    newest one is damaged or of another run, or another process trains in ``config.out``.
     """
     run = RunFolder(Path(config.out))
     with distributed.ranks(config.device) as ranks, _alone_in(run, ranks):
@@ -73,15 +81,15 @@ def train(
 @contextmanager
 def _alone_in(run: RunFolder, ranks: Ranks) -> Iterator[None]:
     """The first rank holds the run's lock for all; if it cannot, every rank raises its error."""
+
+    def hold(stack: ExitStack) -> None:
+        try:
+            stack.enter_context(run.lock())
+        except OSError as error:
+            raise ValueError(f"{run.path} cannot be written: {error.strerror}") from error
+
     with ExitStack() as stack:
-        error = None
-        if ranks.is_first:
-            try:
-                stack.enter_context(run.lock())
-            except ValueError as taken:
-                error = taken
-        if error := ranks.from_first(error):
-            raise error
+        ranks.first_does(lambda: hold(stack))
         yield
 
 
@@ -94,38 +102,88 @@ def _prepare(
     console: Console,
     label: str,
 ) -> Trainer:
-    """Everything that a run needs, to start or to continue where it was interrupted."""
-    if ranks.from_first(not resume and run.is_begun):
-        raise ValueError(
-            f"{run.path} already holds a run; resume it with --resume, choose another --out, or "
-            "delete it"
-        )
-    start = ranks.from_first(_start(config, run, resume, console) if ranks.is_first else None)
-    saved = checkpoint.load(start) if start else None
-    corpus = corpus or load_corpus(config.data, saved.tokenizer if saved else None)
-    check_validation(corpus.validation, config.seq_len)
-    config = dataclasses.replace(
-        config, model=config.model.replace(vocab_size=corpus.tokenizer.vocab_size)
-    )
-    model = saved.model.train() if saved else _fresh_model(config, corpus)
+    """Everything that a run needs, to start or to continue where it was interrupted.
+
+    All that can fail comes first. Only then is the run written to its folder, which a start that
+    fails leaves free.
+    """
+    found = _beginning(config, run, ranks, resume, corpus, console)
+    config, saved = found.config, found.saved
+    total = total_steps(config, ranks.size)
+    ranks.first_does(lambda: _check_room(config, run, console))
+    model = found.model.train() if found.model else _fresh_model(config, found.corpus)
     state = _on_ranks(config, model.to(ranks.device), ranks)
-    if start:
-        state.load(start)
+    if saved:
+        state.load(saved.folder)
     tracker = _tracker(config, state)
-    log = MetricsLog(run, step=state.step, active=ranks.is_first, tracker=tracker)
+    progress = ProgressBar(console, label, total=total, done=state.step, counted=True)
+    kept = state.step if found.is_own else 0
+    log = MetricsLog(run, step=kept, active=ranks.is_first, tracker=tracker)
+    earlier = saved.schedules if saved and found.is_own else []
+    facts = record(config, found.data, ranks.size, earlier)
+    trainer = Trainer(config, state, found.corpus, run, log, progress, total, facts)
+    if saved and found.is_own and saved.total_steps == total:
+        trainer.saved_step = state.step
+        if ranks.is_first:
+            trainer.tidy_checkpoints()
+    elif found.is_own:
+        trainer.save()  # under its new length, so that a crash does not forget it
     if ranks.is_first:
         write_json(run.settings, dataclasses.asdict(config))
-    total = total_steps(config, ranks.size)
-    progress = ProgressBar(console, label, total=total, done=state.step, counted=True)
-    return Trainer(config, state, corpus, run, log, progress, total)
+    return trainer
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """Where a run starts from: fresh weights, or a checkpoint of it (own) or of another run."""
+
+    config: TrainConfig
+    corpus: Corpus
+    data: Fingerprint
+    saved: Saved | None
+    model: Transformer | None
+    is_own: bool
+
+
+def _beginning(
+    config: TrainConfig,
+    run: RunFolder,
+    ranks: Ranks,
+    resume: bool,
+    corpus: Corpus | None,
+    console: Console,
+) -> _Beginning:
+    """Settings, data and checkpoint, which fit each other."""
+    start = ranks.first_does(lambda: _start(config, run, resume, console))
+    loaded = checkpoint.load(start) if start else None
+    corpus = corpus or load_corpus(config.data, loaded.tokenizer if loaded else None)
+    model = config.model.replace(vocab_size=corpus.tokenizer.vocab_size)
+    config = dataclasses.replace(config, model=model)
+    _check_length(corpus, config)
+    data = corpus.fingerprint()
+    if start is None or loaded is None:
+        return _Beginning(config, corpus, data, None, None, is_own=False)
+    saved, is_own = Saved.of(start), start in run.checkpoints()
+    if not is_own:  # the path itself: what is newest in another run may change
+        config = dataclasses.replace(config, branch_from=str(start))
+    fit = continued if is_own else branched
+    config, notes = fit(config, saved, loaded.config, data, ranks.size)
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    return _Beginning(config, corpus, data, saved, loaded.model, is_own)
 
 
 def _start(config: TrainConfig, run: RunFolder, resume: bool, console: Console) -> Path | None:
     """The checkpoint that a run begins with; None for fresh weights."""
     run.tidy()
-    if resume:
-        if newest := run.newest_intact():
-            return newest
+    if run.is_begun and not resume:
+        raise ValueError(
+            f"{run.path} already holds a run; resume it with --resume, choose another --out, or "
+            "delete it"
+        )
+    if newest := run.newest_intact():
+        return newest
+    if resume or run.metrics.exists():
         console.print(
             f"{run.path} has no checkpoint yet: starting at its beginning", highlight=False
         )
@@ -134,6 +192,40 @@ def _start(config: TrainConfig, run: RunFolder, resume: bool, console: Console) 
     start = checkpoint.resolve(config.branch_from)
     verify(start)
     return start
+
+
+def _check_length(corpus: Corpus, config: TrainConfig) -> None:
+    """Raise ValueError if a split holds too little to begin with."""
+    with naming("the training text is too short"):
+        corpus.train.spread(config.seq_len, 1)
+    with naming("the validation text is too short"):
+        check_validation(corpus.validation, config.seq_len)
+
+
+def _check_room(config: TrainConfig, run: RunFolder, console: Console) -> None:
+    """Raise ValueError if no checkpoint fits on the disk; say so if not all that are kept do."""
+    size = checkpoint_bytes(config.model)
+    free = shutil.disk_usage(run.path).free
+    held = len(run.checkpoints())
+    wanted = config.keep + 1  # a new one is complete before the oldest goes
+    if free < size:
+        raise ValueError(
+            f"the disk of {run.path} has {free / 1e9:.2f} GB free, a checkpoint takes "
+            f"{size / 1e9:.2f} GB; make room or choose another --out"
+        )
+    if free < size * (wanted - held):
+        console.print(
+            f"warning: the disk of {run.path} has {free / 1e9:.2f} GB free; up to {wanted} "
+            f"checkpoints of {size / 1e9:.2f} GB each are held at a time: lower --keep or make "
+            "room",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def checkpoint_bytes(model: ModelConfig) -> int:
+    """Of a checkpoint of training, about: weights and the optimizer's two moments, in float32."""
+    return 3 * 4 * unique_params(model)
 
 
 def _fresh_model(config: TrainConfig, corpus: Corpus) -> Transformer:
@@ -167,21 +259,45 @@ class Trainer:
     progress: ProgressBar
     total: int
     """Steps of the whole run."""
+    facts: dict[str, Any]
+    """Of the run, for its checkpoints: see :func:`mor.training.resume.record`."""
 
+    saved_step: int | None = None
+    """Of the newest checkpoint; None if there is none of this run."""
+    evaluated_step: int | None = None
+    """At which loss and weights were last found finite."""
+    next_save: float = math.inf
+    """When the clock asks for a checkpoint, by time.monotonic."""
     health: dict[str, Any] = field(default_factory=dict)
     """Of the router, as last logged."""
+    numbers: str = ""
+    """Of the last step, for messages."""
     skipped_in_a_row: int = 0
-    warned: str | None = None
+    cannot_link: bool = False
+    passing: Path | None = None
+    """The newest checkpoint, if only the clock asked for it."""
+    empty: set[int] = field(default_factory=set)
+    """Recursions (from 1) that no token took at the last validation."""
+    warned: set[int] = field(default_factory=set)
+    """Those of them that were reported."""
 
     def train(self) -> TrainResult:
         """Train to the end or an interruption, and save."""
+        if self.saved_step == self.total:
+            self.progress.note(
+                f"{self.run.path} is finished: it has taken all of its {self.total} steps. To "
+                "train it longer, give a larger number: --resume --steps N"
+            )
+        self.next_save = time.monotonic() + 60 * (self.config.save_minutes or math.inf)
         with (
             self.progress,
             _interruptible() as interrupted,
             closing(self.log.tracker),
         ):
             finished = self._steps(interrupted)
-        path = self.save()
+        if self.saved_step != self.state.step:
+            self.save()
+        path = self.run.checkpoint(self.state.step)
         # Freed after its process group, DDP can wait forever for gloo's threads.
         self.state.forward = self.state.model
         return TrainResult(path, self.state, self.corpus, finished)
@@ -211,12 +327,13 @@ class Trainer:
                 return state.step >= self.total
         return True
 
-    def _any_rank(self, interrupted: Sequence[bool]) -> bool:
+    def _any_rank(self, asked: object) -> bool:
         ranks = self.state.ranks
-        return bool(ranks.max(torch.tensor(float(bool(interrupted)), device=ranks.device)))
+        return bool(ranks.max(torch.tensor(float(bool(asked)), device=ranks.device)))
 
     def _after_step(self, result: StepResult, tokens_per_s: float) -> None:
         config, step = self.config, self.state.step
+        self.numbers = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}, "
         self._check_finite(result)
         if self._is_due(config.log_every):
             self.health = self._log(result, tokens_per_s)
@@ -229,28 +346,47 @@ class Trainer:
                     f"{self.progress.label} {step}/{self.total} · loss {result.loss:.3f} · "
                     f"{found.score.in_words} · {tokens_per_s:,.0f} tok/s · {shown}"
                 )
-        if config.save_every and self._is_due(config.save_every) and step < self.total:
+        if step == self.total:
+            return  # saved after the last step in any case
+        if step in config.keep_steps or (config.save_every and self._is_due(config.save_every)):
             self.save()
+        elif self._any_rank(time.monotonic() >= self.next_save):
+            self.save(by_clock=True)
 
     def _is_due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.total
 
     def _check_finite(self, result: StepResult) -> None:
-        """Count and report a skipped step. Raises TrainingError after ``max_skipped`` in a row."""
+        """Count and report a skipped step. Raises TrainingError after ``max_skipped`` in a row, and
+        at once if no later step can be better."""
         if result.is_finite:
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
-        step, most = self.state.step, self.config.max_skipped
+        step, most = self.state.step, max(1, self.config.max_skipped)
         what = f"its {'gradient' if math.isfinite(result.loss) else 'loss'} is not finite"
         self.progress.note(f"warning: step {step} is skipped: {what}")
-        if self.skipped_in_a_row == most:
-            kept = self.run.checkpoints()
-            raise TrainingError(
-                f"{most} steps in a row were skipped, the last at step {step}: {what}; "
-                f"lower optim.lr (now {self.config.optim.lr:g}) or lengthen optim.warmup. "
-                + (f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was saved")
-            )
+        if not self._weights_are_finite():
+            raise self._not_finite("its weights are not finite")
+        if self.skipped_in_a_row >= most:
+            in_a_row = f", and {most} steps in a row were skipped" if most > 1 else ""
+            raise self._not_finite(f"{what}{in_a_row}")
+
+    def _weights_are_finite(self) -> bool:
+        shares = map(own_share, self.state.model.parameters())
+        return not self._any_rank(not all(bool(share.isfinite().all()) for share in shares))
+
+    def _not_finite(self, what: str) -> TrainingError:
+        step, lr = self.state.step, self.config.optim.lr
+        rate = learning_rate(self.config.optim, step - 1, self.total)
+        return TrainingError(
+            f"step {step}: {what} ({self.numbers}learning rate {rate:g}); lower optim.lr (now "
+            f"{lr:g}) or lengthen optim.warmup. {self._last_good()}"
+        )
+
+    def _last_good(self) -> str:
+        kept = self.run.checkpoints()
+        return f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was saved"
 
     def _log(self, result: StepResult, tokens_per_s: float) -> dict[str, Any]:
         """Write the step's row; returns its router health."""
@@ -272,21 +408,28 @@ class Trainer:
         )
         return health
 
-    def _validate(self) -> Evaluation:
-        """Causal loss on validation text, logged; warns of a router that has just collapsed."""
+    def _evaluate(self, max_windows: int) -> Evaluation:
+        """Causal loss on validation text. Raises TrainingError if it or a weight is not finite."""
         config, state = self.config, self.state
         found = evaluate(
             state.model,
             self.corpus.validation,
             seq_len=config.seq_len,
-            max_windows=config.eval_windows,
+            max_windows=max_windows,
             document_mask=config.data.document_mask,
         )
         reshard(state.model)
-        message = collapse_message(found.share_per_recursion)
-        if message and message != self.warned:
-            self.progress.note(f"warning: step {state.step}: {message}")
-        self.warned = message
+        if not self._weights_are_finite():
+            raise self._not_finite("its weights are not finite")
+        if not math.isfinite(found.nll):
+            raise self._not_finite(f"the loss on validation text is {found.nll:g}")
+        self.evaluated_step = state.step
+        return found
+
+    def _validate(self) -> Evaluation:
+        """Evaluate and log; warns of recursions that no token takes."""
+        state, found = self.state, self._evaluate(self.config.eval_windows)
+        self._warn_of_collapse(found.share_per_recursion)
         self.log.write(
             step=state.step,
             flops=state.flops,
@@ -300,43 +443,81 @@ class Trainer:
         )
         return found
 
-    def save(self) -> Path:
-        """Write the checkpoint of this step and delete those that are no longer kept."""
-        state, path = self.state, self.run.checkpoint(self.state.step)
+    def _warn_of_collapse(self, share_per_recursion: Sequence[float]) -> None:
+        """Once for each recursion that stays empty from one validation to the next, or at the end:
+        early in a run a router may be on its way."""
+        step = self.state.step
+        empty = {r for r, share in enumerate(share_per_recursion, start=1) if share == 0}
+        lasting = empty if step == self.total else empty & self.empty
+        if message := collapse_message(sorted(lasting - self.warned), self.config.model.router):
+            self.progress.note(f"warning: step {step}: {message}")
+        self.empty, self.warned = empty, (self.warned & empty) | lasting
+
+    def save(self, *, by_clock: bool = False) -> None:
+        """Write the checkpoint of this step and delete those that are no longer kept. Raises
+        TrainingError, and writes nothing, if the weights are not worth keeping."""
+        state, path, started = self.state, self.run.checkpoint(self.state.step), time.monotonic()
+        if self.evaluated_step != state.step:
+            self._evaluate(max_windows=1)
         try:
             sharded_state.save(
                 path,
                 state.model,
                 self.corpus.tokenizer,
                 state.optimizers,
-                progress=state.progress | {"total_steps": self.total},
+                progress=state.progress | self.facts,
                 ranks=state.ranks,
             )
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, by library
-            kept = self.run.checkpoints()
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # by library
+            room = "" if isinstance(error, ValueError) else "make room and "
             raise TrainingError(
-                f"could not write {path}: {error}. "
-                + (
-                    f"The last good checkpoint is {kept[-1]}; "
-                    if kept
-                    else "There is no earlier checkpoint; "
-                )
-                + "make room and continue with --resume"
+                f"could not write {path}: {error}. {self._last_good()}; {room}continue with "
+                "--resume"
             ) from error
+        self.saved_step = state.step
         if state.ranks.is_first:
-            self.run.prune(self.config.keep, self.config.keep_steps)
-        return path
+            self.tidy_checkpoints(path if by_clock else None)
+        took = time.monotonic() - started
+        wait = max(60 * self.config.save_minutes, took / SAVING_SHARE)
+        self.next_save = time.monotonic() + (wait if self.config.save_minutes else math.inf)
+
+    def tidy_checkpoints(self, passing: Path | None = None) -> None:
+        """Point to the newest one, then delete those that are no longer kept. passing: the newest,
+        if only the clock asked for it."""
+        config = self.config
+        try:
+            self.run.link_newest()
+        except OSError as error:
+            if not self.cannot_link:
+                self.progress.note(
+                    f"{self.run.path} cannot hold links ({error.strerror}): for from_pretrained "
+                    f"give the checkpoint's folder, such as {self.run.checkpoint(self.state.step)}"
+                )
+            self.cannot_link = True
+        self.run.prune(config.keep, config.keep_steps)
+        if not config.keep and self.passing:
+            remove_folder(self.passing)
+        self.passing = passing
 
 
-def collapse_message(share_per_recursion: Sequence[float]) -> str | None:
-    """Plain words if causal selection leaves a recursion without tokens."""
-    empty = [r + 1 for r, share in enumerate(share_per_recursion) if share == 0]
-    if not empty:
+_AGAINST_COLLAPSE = {
+    "aux_loss": "raise router.selection_weight",
+    "aux_router": "raise router.selection_weight",
+    "loss": "raise router.balancing_weight",
+    "loss_free": "raise router.bias_update_rate",
+    "none": "set router.balancing to 'loss'",
+}
+
+
+def collapse_message(empty: Sequence[int], router: RouterConfig) -> str | None:
+    """Plain words if causal selection leaves recursions (from 1) without tokens, with what this
+    router can do about it; None for a router that does not learn where tokens go."""
+    learnt_by = {"expert_choice": router.causal_selection, "token_choice": router.balancing}
+    if not empty or (found := learnt_by.get(router.kind)) is None:
         return None
     return (
-        f"no validation token takes recursion {', '.join(map(str, empty))}: the router collapsed. "
-        "For token-choice raise router.balancing_weight; for expert-choice raise "
-        "router.selection_weight or lower optim.lr"
+        f"no validation token takes recursion {', '.join(map(str, empty))}: the router has "
+        f"collapsed, or is not trained yet. If it stays so, {_AGAINST_COLLAPSE[found]}"
     )
 
 

@@ -20,10 +20,10 @@ from mor.cli.main import COMMANDS
             "nearest valid: 8 or 11",
         ),
         (["eval", "nowhere"], "neither a checkpoint"),
-        (["train", "--branch-from", "x"], "go together"),
+        (["train", "--branch-from", "x"], "takes --cooldown-steps N"),
         (
-            ["train", "--branch-from", "x", "--cooldown-steps", "3", "--optim.lr", "1"],
-            "leave out --optim.lr",
+            ["train", "--branch-from", "x", "--cooldown-steps", "3", "--optim.clip", "1"],
+            "leave out --optim.clip",
         ),
         (["train", "--branch-from", "x", "--cooldown-steps", "3"], "neither a checkpoint"),
         (["generate", "nowhere", "--prompt", "x"], "neither a checkpoint"),
@@ -34,7 +34,7 @@ from mor.cli.main import COMMANDS
         ),
         (["train", "--config", "nowhere.toml"], "nowhere.toml"),
         (["train", "--resume", "--out", "nowhere"], "no run to resume"),
-        (["train", "--resume", "--out", "nowhere", "--steps", "9"], "leave out --steps"),
+        (["train", "--resume", "--out", "nowhere", "--seed", "9"], "leave out --seed"),
         (["train", "--data.path", "nowhere.txt", "--out", "never"], "not a file"),
     ],
 )

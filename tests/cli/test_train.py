@@ -9,6 +9,7 @@ import pytest
 from mor.cli import main
 from mor.cli.train import header
 from mor.training.config import TrainConfig
+from tests.cli.printed import found_json
 
 
 def test_train_reads_toml_and_flags_win(run):
@@ -33,3 +34,41 @@ def test_training_says_first_what_it_will_do(run, capsys):
     assert "Python's own documentation" in header(TrainConfig())
     one, two = (header(replace(TrainConfig(), steps=steps)) for steps in (100, 200))
     assert float(two.split()[-3]) == pytest.approx(2 * float(one.split()[-3]), rel=1e-2)
+
+
+def test_a_finished_run_is_trained_longer_and_nothing_else_is_changed(run, tmp_path, capsys):
+    shutil.copytree(run / "run", tmp_path / "run", symlinks=True)
+    resume = ["train", "--resume", "--out", str(tmp_path / "run")]
+    main(resume)
+    assert "is finished: it has taken all of its 8 steps" in capsys.readouterr().out
+    main([*resume, "--steps", "12", "--log-every", "3", "--save-minutes", "0"])
+    printed = capsys.readouterr().out
+    assert "12 steps × 128 tokens" in printed and "step-00000012" in printed
+    kept = json.loads((tmp_path / "run" / "train.json").read_text())
+    assert (kept["steps"], kept["flops"], kept["log_every"], kept["save_minutes"]) == (
+        12,
+        None,
+        3,
+        0,
+    )
+    assert found_json(capsys, "info", tmp_path / "run")["training"]["step"] == 12
+    for flags in (["--optim.lr", "1"], ["--preset", "mini"], ["--model.dim=64"], ["--config", "x"]):
+        with pytest.raises(SystemExit):
+            main([*resume, *flags])
+        said = capsys.readouterr().err
+        assert f"leave out {flags[0].split('=')[0]}" in said and "--steps" in said
+
+
+def test_a_branch_goes_on_to_more_steps_with_another_rate(run, tmp_path, capsys):
+    start = run / "run" / "checkpoints" / "step-00000008"
+    with pytest.raises(SystemExit):
+        main(["train", "--branch-from", str(start), "--out", str(tmp_path / "b")])
+    assert "takes --cooldown-steps N" in capsys.readouterr().err
+    branch = ["train", "--branch-from", str(tmp_path / "trunk"), "--steps", "9"]
+    flags = ["--config", str(run / "run.toml"), "--save-every", "4", "--optim.cooldown", "0"]
+    main(["train", *flags, "--steps", "4", "--out", str(tmp_path / "trunk")])
+    main([*branch, "--optim.lr", "1e-3", "--out", str(tmp_path / "b")])
+    kept = json.loads((tmp_path / "b" / "train.json").read_text())
+    assert kept["optim"]["lr"] == 1e-3 and kept["steps"] == 9 and kept["seq_len"] == 32
+    assert kept["branch_from"].endswith("trunk/checkpoints/step-00000004")
+    assert (tmp_path / "b" / "checkpoints" / "step-00000009").is_dir()

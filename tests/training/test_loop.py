@@ -1,13 +1,23 @@
 """Training end to end on a small corpus: learns, resumes bit for bit, says what is wrong."""
 
+import importlib
+import math
+import multiprocessing
+import os
 import signal
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from filelock import FileLock
 
 from mor.files import remove_folder
+from mor.model.config import RouterConfig
 from mor.run_folder import RunFolder
+from mor.training.config import TrainConfig
 from mor.training.loop import TrainingError, collapse_message, train
 from mor.training.optim import OptimConfig
 from tests.training.small_run import LOSS_FREE, metrics, poisoned, quiet, settings
@@ -94,16 +104,224 @@ def test_steps_that_stay_not_finite_stop_the_run_with_the_last_good_checkpoint(
     poisoned(monkeypatch, range(6, 100))
     with pytest.raises(
         TrainingError,
-        match=r"3 steps in a row .* step 8: its loss .*; lower optim.lr .*step-00000004",
+        match=r"step 8: its loss is not finite, and 3 steps in a row were skipped \(loss nan, "
+        r"gradient norm .*, learning rate 0.003\); lower optim.lr .*step-00000004$",
     ):
         train(settings(squares, tmp_path / "run", save_every=4, max_skipped=3), console=quiet())
     assert RunFolder(tmp_path / "run").newest_intact().name == "step-00000004"
 
 
-def test_a_learning_rate_that_explodes_says_what_to_change(squares, tmp_path):
-    explosive = OptimConfig(lr=1e30, warmup=0.0)
-    with pytest.raises(TrainingError, match=r"lower optim.lr .*No checkpoint was saved"):
-        train(settings(squares, tmp_path / "run", optim=explosive), console=quiet())
+@pytest.mark.parametrize("steps", [1, 12])
+def test_weights_that_explode_are_never_saved_and_the_rate_is_to_blame(squares, tmp_path, steps):
+    explosive = OptimConfig(lr=1e30, warmup=0.0, cooldown=0.0)
+    with pytest.raises(TrainingError, match=r"learning rate 1e\+30\); lower optim.lr .*") as error:
+        train(settings(squares, tmp_path / "run", optim=explosive, steps=steps), console=quiet())
+    assert "No checkpoint was saved" in str(error.value) and "router" not in str(error.value)
+    assert RunFolder(tmp_path / "run").checkpoints() == []
+    train(settings(squares, tmp_path / "run", steps=1), console=quiet())  # the corrected command
+
+
+def test_weights_that_are_not_finite_stop_the_run_at_once(squares, tmp_path, monkeypatch):
+    import mor.training.loop as module
+
+    real = module.train_step
+
+    def spoilt(config, state, *others):
+        result = real(config, state, *others)
+        if state.step == 6:
+            next(state.model.parameters()).data[0] = math.inf
+        return result
+
+    monkeypatch.setattr(module, "train_step", spoilt)
+    config = settings(squares, tmp_path / "run", save_every=3, eval_every=100)
+    with pytest.raises(TrainingError, match=r"step 6: its weights are not .*step-00000003$"):
+        train(config, console=quiet())
+    config = settings(squares, tmp_path / "late", save_every=5, eval_every=100)
+    with pytest.raises(
+        TrainingError, match=r"step 7: its weights are not finite \(loss nan, .*step-00000005$"
+    ):
+        train(config, console=quiet())
+    monkeypatch.undo()
+    assert [p.name for p in RunFolder(tmp_path / "late").checkpoints()] == ["step-00000005"]
+    assert train(config, resume=True, console=quiet()).finished
+
+
+def clock(monkeypatch, step_s, save_s=0.0):
+    """Time that only steps and checkpoints take."""
+    import mor.training.loop as module
+
+    now, steps, saves = [0.0], module.train_step, module.sharded_state.save
+
+    def step(*arguments):
+        now[0] += step_s
+        return steps(*arguments)
+
+    def save(*arguments, **others):
+        now[0] += save_s
+        saves(*arguments, **others)
+
+    monkeypatch.setattr(module, "train_step", step)
+    monkeypatch.setattr(module.sharded_state, "save", save)
+    fake = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr(module, "time", fake)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "save_s", "saved"),
+    [
+        (5.0, 0.0, [3, 6, 9, 12]),  # steps of 100 s
+        (5.0, 30.0, [3, 9, 12]),  # 20 times 30 s is longer than 5 minutes
+        (0.0, 0.0, [12]),
+    ],
+)
+def test_the_clock_asks_for_checkpoints_and_for_at_most_a_twentieth_of_the_time(
+    squares, tmp_path, monkeypatch, minutes, save_s, saved
+):
+    clock(monkeypatch, step_s=100.0, save_s=save_s)
+    run = RunFolder(tmp_path / "run")
+    kept = settings(squares, run.path, save_minutes=minutes, keep=9)
+    train(kept, console=quiet())
+    assert run.checkpoints() == [run.checkpoint(step) for step in saved]
+    assert TrainConfig().save_minutes == 5
+
+
+def test_checkpoints_by_the_clock_do_not_fill_the_disk_where_all_by_steps_are_kept(
+    squares, tmp_path, monkeypatch
+):
+    clock(monkeypatch, step_s=300.0)  # one is due at every step
+    run = RunFolder(tmp_path / "run")
+    train(settings(squares, run.path, save_every=5, keep=0, keep_steps=(7,)), console=quiet())
+    assert run.checkpoints() == [run.checkpoint(step) for step in (5, 7, 10, 12)]
+
+
+def killed_at(step, config):
+    """A process of its own: the end of a run by SIGKILL."""
+    import mor.training.loop as module
+
+    real = module.train_step
+
+    def train_step(config, state, *others):
+        if state.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(config, state, *others)
+
+    module.train_step = train_step
+    train(config, console=quiet())
+
+
+def test_a_run_that_is_killed_goes_on_from_the_last_checkpoint_by_the_clock(squares, tmp_path):
+    whole = train(settings(squares, tmp_path / "whole", save_minutes=0), console=quiet())
+    run = RunFolder(tmp_path / "run")
+    config = settings(squares, run.path, save_minutes=1e-9)
+    process = multiprocessing.get_context("fork").Process(target=killed_at, args=(9, config))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and run.checkpoints()
+    resumed = train(config, resume=True, console=quiet())
+    assert resumed.finished
+    for a, b in zip(resumed.state.model.parameters(), whole.state.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            dict(seq_len=64, data={"validation_path": "short.jsonl"}),
+            r"validation text is too short",
+        ),
+        (dict(data={"path": "short.jsonl"}), r"training text is too short.*window of 33"),
+        (dict(data={"path": "none.jsonl"}), r"none.jsonl"),
+        (dict(flops=1e3), r"less than the .* of a single step"),
+        (dict(tracker="wandb"), r"tracker='wandb' needs more packages"),
+        (dict(branch_from="nowhere"), r"nowhere is neither a checkpoint"),
+    ],
+)
+def test_what_can_be_known_before_step_1_is_found_then_and_leaves_the_folder_free(
+    squares, tmp_path, monkeypatch, wrong, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    (tmp_path / "short.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    data = replace(squares, **wrong.pop("data", {}))
+    with pytest.raises((ValueError, ImportError), match=message):
+        train(settings(data, tmp_path / "run", steps=1, **wrong), console=quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_first_step_that_fails_leaves_the_folder_free(squares, tmp_path, monkeypatch):
+    import mor.training.loop as module
+
+    def too_large(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(module, "train_step", too_large)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(settings(squares, tmp_path / "run", batch_size=16), console=quiet())
+    monkeypatch.undo()
+    assert train(settings(squares, tmp_path / "run", steps=1), console=quiet()).finished
+
+
+def test_a_folder_that_cannot_be_written_and_a_full_disk_are_found_at_the_start(
+    squares, tmp_path, monkeypatch
+):
+    import mor.training.loop as module
+
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/run cannot be written: Not a directory"):
+        train(settings(squares, tmp_path / "file" / "run"), console=quiet())
+    config, console = settings(squares, tmp_path / "run", steps=1), quiet()
+    model = config.model.replace(vocab_size=300)
+    size = 3 * 4 * sum(p.numel() for p in module.Transformer(model).parameters())
+    for free in (size - 1, 2 * size):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda path, usage=usage: usage)
+        if free < size:
+            with pytest.raises(ValueError, match=r"GB free, a checkpoint takes"):
+                train(config, console=console)
+        else:
+            assert train(config, console=console).finished
+            assert "up to 3 checkpoints" in console.file.getvalue()
+
+
+def test_a_finished_run_says_so_and_how_to_train_it_longer(squares, tmp_path):
+    config, console = settings(squares, tmp_path / "run", steps=3), quiet()
+    first = train(config, console=quiet())
+    (tmp_path / "run" / "latest").unlink()  # as in a run of mor 0.1.0
+    before = {p: p.stat().st_mtime_ns for p in first.path.rglob("*")}
+    again = train(config, resume=True, console=console)
+    assert again.finished and again.path == first.path
+    assert "is finished: it has taken all of its 3 steps. To train it longer, give a larger " in (
+        console.file.getvalue()
+    )
+    assert {p: p.stat().st_mtime_ns for p in first.path.rglob("*")} == before
+    assert (tmp_path / "run" / "config.json").is_file()
+
+
+def test_a_run_is_a_model_folder_for_transformers(squares, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    importlib.import_module("mor.hub")
+    run = RunFolder(tmp_path / "run")
+    result = train(settings(squares, run.path, steps=2, save_every=1), console=quiet())
+    tokens_BT = torch.tensor([result.corpus.tokenizer.encode("The square of 7 is")])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run.path)
+    assert tokenizer("The square of 7 is")["input_ids"] == tokens_BT[0].tolist()
+    model = transformers.AutoModelForCausalLM.from_pretrained(run.path).eval()
+    expected = result.state.model.eval()(tokens_BT).logits_BTV
+    torch.testing.assert_close(model(tokens_BT).logits, expected)
+
+
+def test_a_filesystem_without_links_is_said_once_and_loses_nothing(squares, tmp_path, monkeypatch):
+    import mor.run_folder as module
+
+    def refuse(path, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(module, "link", refuse)
+    console = quiet()
+    result = train(settings(squares, tmp_path / "run", save_every=6), console=console)
+    assert result.finished and [p.name for p in (tmp_path / "run").glob("latest*")] == []
+    assert console.file.getvalue().count("cannot hold links") == 1
 
 
 def test_what_a_killed_process_left_is_tidied(squares, tmp_path):
@@ -135,11 +353,28 @@ def test_a_collapsed_router_is_reported_in_plain_words(squares, tmp_path, monkey
     monkeypatch.setattr(module.Transformer, "init_weights", collapsed)
     train(config, console=console)
     printed = console.file.getvalue()
-    assert printed.count("no validation token takes recursion 2: the router collapsed") == 1, (
-        "once, not at every step"
-    )
+    assert printed.count("no validation token takes recursion 2") == 1, "once, not at every step"
+    assert "step 2: no validation token" in printed and "raise router.selection_weight" in printed
     assert metrics(tmp_path / "run")[-1]["validation_share_per_recursion"] == [1.0, 0.0]
-    assert collapse_message([1.0, 0.01, 0.001]) is None
+
+
+@pytest.mark.parametrize(
+    ("router", "advice"),
+    [
+        (RouterConfig(kind="expert_choice"), "raise router.selection_weight"),
+        (RouterConfig(kind="token_choice"), "raise router.balancing_weight"),
+        (LOSS_FREE, "raise router.bias_update_rate"),
+        (RouterConfig(kind="token_choice", balancing="none"), "set router.balancing to 'loss'"),
+    ],
+)
+def test_advice_against_a_collapse_is_for_the_router_at_hand(router, advice):
+    assert collapse_message([2, 3], router).endswith(f"stays so, {advice}")
+    assert collapse_message([], router) is None
+
+
+@pytest.mark.parametrize("kind", ["fixed", "random", "position", "frequency"])
+def test_a_router_that_learns_nothing_cannot_collapse(kind):
+    assert collapse_message([2], RouterConfig(kind=kind)) is None
 
 
 def test_two_processes_do_not_train_in_one_directory(squares, tmp_path):
