@@ -19,15 +19,12 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import (
-    DefaultLoadPlanner,
-    FileSystemReader,
-    Metadata,
     filesystem,
     state_dict_loader,
     state_dict_saver,
 )
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint import metadata as records
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
@@ -77,8 +74,8 @@ def load_optimizers(
     path: Path, model: Transformer, optimizers: Sequence[Optimizer], ranks: Ranks = ALONE
 ) -> None:
     """Fill the optimizers of ``model`` from a checkpoint, which another number of ranks may have
-    written. Every rank must call it. Raises OSError as above, ValueError if a file of the checkpoint
-    holds anything but an optimizer's state."""
+    written. Every rank must call it. Raises OSError as above, ValueError if the files hold anything
+    but an optimizer's state."""
     shares = {"optimizer": get_optimizer_state_dict(model, optimizers)}
     place = path / checkpoint.OPTIMIZER
     with naming(place):

@@ -6,7 +6,6 @@ import resource
 import shutil
 
 import pytest
-
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
