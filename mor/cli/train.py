@@ -7,15 +7,15 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Self
 
-import tyro
 from rich.console import Console
 from tyro.conf import arg
 
 from mor.cli.choice import ModelChoice
-from mor.cli.command import Command
+from mor.cli.command import Command, parse
 from mor.cli.flags import print_short_help
 from mor.cli.show import flag
 from mor.files import naming, read_json, read_toml
+from mor.interruption import EXIT_CODE
 from mor.run_folder import RunFolder
 from mor.settings import PositiveInt, Settings
 from mor.training.config import TrainConfig, branch, load_config, total_flops, total_steps
@@ -92,14 +92,10 @@ class Train(Command):
         elif {"-h", "--help"} & set(arguments):
             print_short_help(cls(), program, USUAL)
             raise SystemExit(0)
-        start, rest = tyro.cli(
-            Start, args=arguments, prog=program, return_unknown_args=True, add_help=False
-        )
+        start, rest = parse(Start, arguments, program, return_unknown_args=True, add_help=False)
         if "--help" not in arguments:
             start.refuse(rest)
-        choice, others = tyro.cli(
-            ModelChoice, args=rest, prog=program, return_unknown_args=True, add_help=False
-        )
+        choice, others = parse(ModelChoice, rest, program, return_unknown_args=True, add_help=False)
         settings = start.settings(choice, chosen=len(others) < len(rest))
         default = default or cls(config=start.config, choice=choice, settings=settings)
         return super().read(arguments, program, default=default)
@@ -113,6 +109,8 @@ class Train(Command):
         result = train(settings, resume=self.resume, console=console)
         if result.state.ranks.is_first:
             console.print(f"checkpoint: {result.path}", highlight=False, soft_wrap=True)
+        if not result.finished:
+            raise SystemExit(EXIT_CODE)
 
     def _settings(self) -> TrainConfig:
         out = self.settings.out

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -25,7 +26,9 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from mor.accessories import plain_warnings
 from mor.files import extra, write_json
+from mor.interruption import leaving_at_second
 from mor.progress import ProgressBar
 from mor.run_folder import RunFolder
 from mor.studies.results import collect, flat, measure, tuned_rates
@@ -171,7 +174,7 @@ def launch(
         if workers.cluster
         else _in_processes(runs, workers, watch.update)
     )
-    with watch.bar:
+    with watch.bar, leaving_at_second(watch.say_interrupted):
         for outcome in outcomes:
             done.append(outcome)
             watch.note(outcome)
@@ -255,10 +258,12 @@ def visible_gpus(count: int) -> list[str]:
 def _run_in_process(run: Run, threads: int, gpu: str, answer: Connection) -> None:
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    plain_warnings()
+    warnings.filterwarnings("ignore", ".*has no effect.*")  # the study said so when it was planned
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    outcome = run_one(run, threads)
-    with suppress(BrokenPipeError):  # the study is gone
-        answer.send(outcome)
+    # The study is gone, or a second Ctrl-C came: it says so, not each of its processes.
+    with suppress(BrokenPipeError, KeyboardInterrupt):
+        answer.send(run_one(run, threads))
 
 
 def _stop_with_parent() -> None:
@@ -332,6 +337,9 @@ class _Watch:
         text = f"{outcome.status:<11} {run.stage:<6} {run.row}, {_which(run)}"
         text += f": {outcome.reason}" if outcome.reason else ""
         self.bar.note(text)
+
+    def say_interrupted(self) -> None:
+        self.bar.note("stopping: each run saves after its step; Ctrl-C again stops now")
 
     def _done(self) -> float:
         return sum(flops * _share(run) for run, flops in self.flops)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -24,6 +23,7 @@ from mor.data.stream import Corpus, load_corpus
 from mor.device import preferred_kernels
 from mor.evaluation.nll import Evaluation, evaluate
 from mor.files import verify, write_json
+from mor.interruption import interruptible
 from mor.model.transformer import Transformer
 from mor.progress import ProgressBar
 from mor.run_folder import RunFolder
@@ -33,7 +33,7 @@ from mor.training.distributed import Ranks, reshard, spread
 from mor.training.log import MetricsLog, health_text
 from mor.training.optim import build_optimizers, learning_rate
 from mor.training.step import StepResult, TrainState, train_step
-from mor.training.trackers import TRACKERS, Tracker, routing_histograms
+from mor.training.trackers import TRACKERS, Tolerant, Tracker, routing_histograms
 
 
 class TrainingError(ValueError):
@@ -60,9 +60,10 @@ def train(
     """Train a model as configured and save it under ``config.out``.
 
     resume: continue the run in ``config.out`` from its newest checkpoint, or start it if there is
-    none yet. Ctrl-C or SIGTERM finishes the step, saves and returns with ``finished=False``. Raises
-    TrainingError if the loss stays non-finite or a checkpoint cannot be written, ValueError if the
-    newest one is damaged or another process trains in ``config.out``.
+    none yet. Ctrl-C or SIGTERM finishes the step, saves and returns with ``finished=False``; a
+    second one raises KeyboardInterrupt. Raises TrainingError if the loss stays non-finite or a
+    checkpoint cannot be written, ValueError if the newest one is damaged or another process trains
+    in ``config.out``.
     """
     run = RunFolder(Path(config.out))
     with distributed.ranks(config.device) as ranks, _alone_in(run, ranks):
@@ -151,7 +152,7 @@ def _on_ranks(config: TrainConfig, model: Transformer, ranks: Ranks) -> TrainSta
 
 def _tracker(config: TrainConfig, state: TrainState) -> Tracker:
     make = TRACKERS[config.tracker if state.ranks.is_first else "none"]
-    return make(Path(config.out), dataclasses.asdict(config), state.step + 1)
+    return Tolerant(make(Path(config.out), dataclasses.asdict(config), state.step + 1))
 
 
 @dataclass
@@ -176,17 +177,24 @@ class Trainer:
         """Train to the end or an interruption, and save."""
         with (
             self.progress,
-            _interruptible() as interrupted,
+            interruptible(self._say_interrupted) as interrupted,
             preferred_kernels(self.state.ranks.device),
             closing(self.log.tracker),
         ):
             finished = self._steps(interrupted)
-        path = self.save()
+            path = self.save()
+            if not finished:
+                self.progress.note(
+                    f"interrupted: saved after step {self.state.step}; continue with --resume"
+                )
         # Freed after its process group, DDP can wait forever for gloo's threads.
         self.state.forward = self.state.model
         return TrainResult(path, self.state, self.corpus, finished)
 
-    def _steps(self, interrupted: Sequence[bool]) -> bool:
+    def _say_interrupted(self) -> None:
+        self.progress.note("stopping after this step, with a checkpoint; Ctrl-C again stops now")
+
+    def _steps(self, interrupted: Sequence[int]) -> bool:
         """Whether it reached the end."""
         config, state = self.config, self.state
         batches = self.corpus.train.batches(
@@ -205,13 +213,10 @@ class Trainer:
             state.train_s += elapsed_s
             self._after_step(result, result.tokens * state.ranks.size / elapsed_s)
             if self._any_rank(interrupted):
-                self.progress.note(
-                    f"interrupted: saved after step {state.step}; continue with --resume"
-                )
                 return state.step >= self.total
         return True
 
-    def _any_rank(self, interrupted: Sequence[bool]) -> bool:
+    def _any_rank(self, interrupted: Sequence[int]) -> bool:
         ranks = self.state.ranks
         return bool(ranks.max(torch.tensor(float(bool(interrupted)), device=ranks.device)))
 
@@ -336,28 +341,3 @@ def collapse_message(share_per_recursion: Sequence[float]) -> str | None:
         "For token-choice raise router.balancing_weight; for expert-choice raise "
         "router.selection_weight or lower optim.lr"
     )
-
-
-@contextmanager
-def _interruptible() -> Iterator[list[bool]]:
-    """A list that the first Ctrl-C or SIGTERM fills; the next one ends the process as usual."""
-    asked: list[bool] = []
-    usual: dict[int, Any] = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: signal.SIG_DFL,
-    }
-
-    def handle(number: int, _: object) -> None:
-        asked.append(True)
-        signal.signal(number, usual[number])
-
-    try:
-        before = {number: signal.signal(number, handle) for number in usual}
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
