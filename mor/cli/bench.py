@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +47,10 @@ class Bench(Command):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on CUDA, float32 elsewhere."""
     json: bool = False
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        if self.checkpoint:
+            yield "preset recursions num_layers", "with --checkpoint, which has its own shape"
 
     def run(self, console: Console) -> None:
         import torch

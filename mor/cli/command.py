@@ -6,6 +6,7 @@ import inspect
 import io
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stderr
 from itertools import pairwise
@@ -43,8 +44,12 @@ class Command(Settings):
             config=(PositionalMetavarFromFieldName,),
         )
         for names, reason in command.without_effect():
-            if unused := [given[name] for name in names.split() if name in given]:
-                raise ValueError(f"no effect {reason}: leave out {', '.join(unused)}")
+            unused = [given[name] for name in names.split() if name in given]
+            said = f"{', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect {reason}"
+            if any(written.startswith("--") for written in unused):
+                raise ValueError(said)
+            if unused:  # of a file, which flags may refine
+                warnings.warn(said, stacklevel=2)
         return command
 
     @classmethod

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from mor.cli.command import Command
-from mor.cli.show import cell, flag, print_json
+from mor.cli.show import cell, print_json
 from mor.model.config import Selection
 from mor.settings import NonNegativeInt, PositiveInt
 
@@ -55,8 +55,16 @@ class Eval(Command):
     """Write everything lm-eval returns, with every answer, to this file."""
     json: bool = False
 
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        if self.tasks is None:
+            yield "include_path shots limit batch_size out", "without --tasks"
+            if self.data is None:
+                yield "text_field", "without --data"
+        else:
+            nll = "data text_field routing by_depth seq_len max_windows"
+            yield nll, "with --tasks, which is always causal and whole"
+
     def run(self, console: Console) -> None:
-        _refuse_others(self, self.tasks is None)
         if self.tasks is None:
             self._run_nll(console)
         else:
@@ -151,22 +159,3 @@ def _nll_table(rows: Sequence[Evaluation], title: str) -> Table:
         label = row.selection if row.causal else f"{row.selection}, non-causal"
         made.add_row(label, str(row.max_depth), *("" if x is None else cell(x) for x in figures))
     return made
-
-
-def _refuse_others(given: Eval, nll: bool) -> None:
-    """Raise ValueError for a flag of the other kind of evaluation, which would have no effect."""
-    of_tasks = {"include_path", "shots", "limit", "batch_size", "out"}
-    of_nll = {"data", "text_field", "routing", "by_depth", "seq_len", "max_windows"}
-    defaults = {f.name: f.default for f in fields(given)}
-    unused = [
-        name
-        for name in sorted(of_tasks if nll else of_nll)
-        if getattr(given, name) != defaults[name]
-    ]
-    if unused:
-        which = (
-            "works only with --tasks"
-            if nll
-            else "does not work with --tasks, which is always causal and whole"
-        )
-        raise ValueError(f"{', '.join(map(flag, unused))} {which}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,14 @@ class Generate(Command):
     show_depth: bool = False
     """Colour each token by its recursion depth."""
     json: bool = False
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        if self.temperature == 0:
+            yield "top_k top_p seed", "with --temperature 0, which takes the likeliest token"
+        if self.json:
+            yield "show_depth", "with --json, which has the depths anyway"
+        if not self.chat:
+            yield "system", "without --chat, whose template has a place for it"
 
     def run(self, console: Console) -> None:
         from mor.analysis.depth_text import depth_legend, depth_text
@@ -83,8 +92,6 @@ class Generate(Command):
             raise ValueError(
                 "no prompt was given; add --prompt TEXT (only plain --chat reads lines instead)"
             )
-        if self.system is not None and not self.chat:
-            raise ValueError("--system is a message of the chat template; add --chat")
 
     def _params(self, stop_token_ids: tuple[int, ...]) -> Any:
         from mor.generation import SamplingParams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,22 @@ class Report(Command):
     out: Path | None = None
     """Default: report.html in the folder."""
 
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        if not self.analyse:
+            yield "data max_windows seq_len", "with --no-analyse"
+        elif not self._is_run():
+            yield "data max_windows seq_len analyse", f"because {self.folder} is no run"
+
+    def _is_run(self) -> bool:
+        return bool(RunFolder(self.folder).checkpoints())
+
     def run(self, console: Console) -> None:
         from mor.analysis.report import ENTRIES, report_page
         from mor.studies.captions import CAPTIONS
 
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder; give a run or a study")
-        is_run = bool(RunFolder(self.folder).checkpoints())
-        settings = self._analyse() if is_run and self.analyse else {}
+        settings = self._analyse() if self._is_run() and self.analyse else {}
         out = self.out or self.folder / "report.html"
         page = report_page(self.folder, entries=ENTRIES | CAPTIONS, settings=settings)
         out.write_text(page, encoding="utf-8")
