@@ -1,5 +1,6 @@
-"""Which kernels a device prefers."""
+"""Which devices there are, and which kernels they prefer."""
 
+import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
@@ -17,3 +18,12 @@ def test_cudnn_comes_first_on_hopper_only(monkeypatch):
     with device.preferred_kernels(torch.device("cpu")):
         assert torch._C._get_sdp_priority_order() == usual
     assert torch._C._get_sdp_priority_order() == usual
+
+
+def test_a_device_that_is_not_here_is_refused_with_those_that_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("tpu", "cuda:77", "meta", "", "cpu:x"):
+        with pytest.raises(ValueError, match=rf"no device '{name}' .*; it has cpu, cuda:0, cuda:1"):
+            device.pick_device(name)
+    assert device.pick_device("cpu") == torch.device("cpu")
+    assert device.pick_device() == torch.device("cuda" if torch.cuda.is_available() else "cpu")
