@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from mor.cli.command import Command
 from mor.cli.show import cell, print_json
@@ -32,10 +32,12 @@ class Eval(Command):
     data: Path | None = None
     """Text or prepared data, all of which is read. Default: the run's validation text."""
     text_field: str = "text"
-    routing: Selection = "threshold"
+    selection: Annotated[Selection, arg(aliases=["--routing"])] = "threshold"
     """topk is the paper's evaluation: it sees the future, and the result is labelled non-causal."""
     by_depth: bool = False
     """One row for each cap on the depth."""
+    max_depth: PositiveInt | None = None
+    """Cap on every token's recursions."""
     seq_len: PositiveInt | None = None
     max_windows: PositiveInt | None = None
     tasks: str | None = None
@@ -53,15 +55,19 @@ class Eval(Command):
     """Of --tasks; it changes the speed, not the scores."""
     out: Path | None = None
     """Write everything lm-eval returns, with every answer, to this file."""
+    device: str = "auto"
+    """auto, cpu, cuda or another PyTorch device; --tasks choose for themselves."""
     json: bool = False
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         if self.tasks is None:
             yield "include_path shots limit batch_size out", "without --tasks"
+            if self.by_depth:
+                yield "max_depth", "with --by-depth, which has a row for each"
             if self.data is None:
                 yield "text_field", "without --data"
         else:
-            nll = "data text_field routing by_depth seq_len max_windows"
+            nll = "data text_field selection routing by_depth max_depth seq_len max_windows device"
             yield nll, "with --tasks, which is always causal and whole"
 
     def run(self, console: Console) -> None:
@@ -105,12 +111,14 @@ class Eval(Command):
         from mor.evaluation.nll import evaluate, leak
         from mor.training.validation import validation_of
 
-        loaded = load(self.checkpoint, device=pick_device())
+        loaded = load(self.checkpoint, device=pick_device(self.device))
         data, length, mask = validation_of(
             self.checkpoint, loaded, self.data, text_field=self.text_field, seq_len=self.seq_len
         )
         model, deepest = loaded.model, loaded.config.num_recursions
-        caps = range(1, deepest + 1) if self.by_depth else [deepest]
+        if (self.max_depth or 1) > deepest:
+            raise ValueError(f"--max-depth: the model has at most {deepest} recursions")
+        caps = range(1, deepest + 1) if self.by_depth else [self.max_depth or deepest]
         rows: list[Evaluation] = []
         for cap in caps:
             settings: dict[str, Any] = dict(
@@ -118,7 +126,7 @@ class Eval(Command):
             )
             rows += (
                 leak(model, data, **settings)
-                if self.routing == "topk"
+                if self.selection == "topk"
                 else [evaluate(model, data, **settings)]
             )
         if self.json:
@@ -151,7 +159,7 @@ def _tasks_table(result: HarnessResult, title: str) -> Table:
 def _nll_table(rows: Sequence[Evaluation], title: str) -> Table:
     # No padding, so that it fits 80 columns.
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    made.add_column("routing", no_wrap=True)
+    made.add_column("selection", no_wrap=True)
     for name in ("max depth", "NLL", "perplexity", "bits/byte", "mean depth", "leak, nats"):
         made.add_column(name, justify="right", overflow="fold")
     for row in rows:

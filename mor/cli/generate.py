@@ -38,6 +38,8 @@ class Generate(Command):
     """Cap on every token's recursions."""
     show_depth: bool = False
     """Colour each token by its recursion depth."""
+    device: str = "auto"
+    """auto, cpu, cuda or another PyTorch device."""
     json: bool = False
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
@@ -52,10 +54,11 @@ class Generate(Command):
         from mor.analysis.depth_text import depth_legend, depth_text
         from mor.chat import Chat
         from mor.checkpoint import load
+        from mor.device import pick_device
         from mor.generation import generate
 
         self._check()
-        config, model, tokenizer = load(self.checkpoint)
+        config, model, tokenizer = load(self.checkpoint, device=pick_device(self.device))
         chat = Chat(tokenizer) if self.chat else None
         stops = chat.stop_token_ids if chat else (tokenizer.end_of_text_id,)
         if chat and self.prompt is None:
@@ -69,8 +72,7 @@ class Generate(Command):
         )
         ids = ids or [tokenizer.end_of_text_id]
         if not self.show_depth and not self.json:
-            print("" if chat else self.prompt, end="", flush=True)
-            self._print_stream(model, tokenizer, ids, stops)
+            self._print_stream(model, tokenizer, ids, stops, lead="" if chat else self.prompt)
             return
         result = generate(model, [ids], self._params(stops), max_depth=self.max_depth)[0]
         if self.json:
@@ -113,13 +115,16 @@ class Generate(Command):
         return ([] if self.system is None else [{"role": "system", "content": self.system}]) + said
 
     def _print_stream(
-        self, model: Any, tokenizer: Any, ids: list[int], stops: tuple[int, ...]
+        self, model: Any, tokenizer: Any, ids: list[int], stops: tuple[int, ...], *, lead: str = ""
     ) -> str:
+        """Print ``lead`` once the options have passed their checks, then the new text, which is
+        returned."""
         from mor.generation import stream
 
         new: list[int] = []
         shown = ""
         for event in stream(model, [ids], self._params(stops), max_depth=self.max_depth):
+            print("" if new else lead, end="")
             new.append(event.token_id)
             text = tokenizer.decode(new)
             # A character of several tokens is printed when it is complete.

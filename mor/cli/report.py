@@ -31,14 +31,16 @@ class Report(Command):
     """Tokens in a window. Default: as in training."""
     analyse: bool = True
     """--no-analyse only collects what is there."""
+    device: str = "auto"
+    """auto, cpu, cuda or another PyTorch device."""
     out: Path | None = None
     """Default: report.html in the folder."""
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         if not self.analyse:
-            yield "data max_windows seq_len", "with --no-analyse"
+            yield "data max_windows seq_len device", "with --no-analyse"
         elif not self._is_run():
-            yield "data max_windows seq_len analyse", f"because {self.folder} is no run"
+            yield "data max_windows seq_len device analyse", f"because {self.folder} is no run"
 
     def _is_run(self) -> bool:
         return bool(RunFolder(self.folder).checkpoints())
@@ -58,10 +60,11 @@ class Report(Command):
     def _analyse(self) -> dict[str, Any]:
         from mor.analysis.report import analyses, collapse, run_tables, write
         from mor.checkpoint import load, resolve
+        from mor.device import pick_device
         from mor.training.config import settings_of
         from mor.training.validation import validation_of
 
-        loaded = load(self.folder)
+        loaded = load(self.folder, device=pick_device(self.device))
         data, length, _ = validation_of(self.folder, loaded, self.data, seq_len=self.seq_len)
         tables = run_tables(self.folder)
         tables |= analyses(loaded, data, seq_len=length, max_windows=self.max_windows)
