@@ -162,7 +162,9 @@ def read_llama(
         import transformers
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     transformers.utils.logging.disable_progress_bar()
-    settings = {} if gguf_file is None else {"gguf_file": gguf_file}
+    # Never code from the source, and no question whether to run it.
+    settings: dict[str, Any] = {"trust_remote_code": False}
+    settings |= {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         # The config first: weights may be large.
         llama_config(AutoConfig.from_pretrained(name, **settings))

@@ -141,7 +141,9 @@ class Tokenizer:
         with extra("hf", needed_for=f"there is no directory {name!r}, and a tokenizer of the hub"):
             from transformers import AutoTokenizer
         try:
-            return cls.from_transformers(AutoTokenizer.from_pretrained(name))
+            return cls.from_transformers(
+                AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            )
         except OSError as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(
@@ -166,7 +168,7 @@ class Tokenizer:
 
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder))
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def byte_tokenizer() -> Tokenizer:
