@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
 
 from mor.cli import main
 from mor.cli.train import header
+from mor.training import loop
 from mor.training.config import TrainConfig
 
 
@@ -33,3 +35,27 @@ def test_training_says_first_what_it_will_do(run, capsys):
     assert "Python's own documentation" in header(TrainConfig())
     one, two = (header(replace(TrainConfig(), steps=steps)) for steps in (100, 200))
     assert float(two.split()[-3]) == pytest.approx(2 * float(one.split()[-3]), rel=1e-2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_exits_with_130_and_says_how_to_go_on(
+    run, tmp_path, monkeypatch, capsys, number
+):
+    def interrupted(config, state, *rest):
+        if state.step == 2:
+            signal.raise_signal(number)
+        return step(config, state, *rest)
+
+    step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    common = ["--config", str(run / "run.toml"), "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *common])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 130
+    assert printed.index("stopping after this step, with a checkpoint; Ctrl-C again") < (
+        printed.index("interrupted: saved after step 3; continue with --resume")
+    )
+    assert f"checkpoint: {tmp_path / 'run' / 'checkpoints' / 'step-00000003'}" in printed
+    main(["train", "--resume", "--out", str(tmp_path / "run")])
+    assert "step-00000006" in capsys.readouterr().out
