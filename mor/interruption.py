@@ -33,7 +33,7 @@ def interruptible(say: Callable[[], None]) -> Iterator[list[int]]:
     """A list that Ctrl-C or SIGTERM fills with its number, for whoever looks between two steps.
 
     say: called from a thread, at once, when the first one comes. The second one raises
-    KeyboardInterrupt, or ends the process if that is not heard.
+    KeyboardInterrupt, or ends the process if that is not heard. A signal that is ignored stays so.
     """
     asked: list[int] = []
 
@@ -45,13 +45,28 @@ def interruptible(say: Callable[[], None]) -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked  # whoever runs us here handles signals
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         with _listening(say):
             yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes that are started meanwhile ignore Ctrl-C, from their first import on: it is the
+    business of whoever started them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

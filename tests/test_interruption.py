@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from mor.interruption import interruptible
+from mor.interruption import deaf_children, interruptible
 
 # A single call that Python cannot interrupt, as a long backward pass is.
 DEAF = """
@@ -58,3 +58,14 @@ def test_outside_the_main_thread_signals_are_somebody_elses():
     thread.start()
     thread.join()
     assert found == [[]]
+
+
+def test_children_ignore_ctrl_c_from_their_first_moment_and_go_on_to_do_so():
+    code = "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
+    before = signal.getsignal(signal.SIGINT)
+    with deaf_children():
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        with interruptible(lambda: None) as asked:
+            signal.raise_signal(signal.SIGINT)
+    assert done.stdout == "True\n" and asked == []
+    assert signal.getsignal(signal.SIGINT) == before

@@ -37,6 +37,7 @@ from mor.data.readers import Record
 from mor.data.sources import Source, draw, find_sources
 from mor.data.tokenizer import COMPANIONS, Tokenizer, train_bpe
 from mor.files import LOCK, alone_in, read_json, replacing, tidy
+from mor.interruption import deaf_children
 from mor.progress import ProgressBar
 from mor.settings import NonNegativeInt, PositiveFloat, PositiveInt, Settings
 
@@ -342,7 +343,8 @@ def _tokenize(
 def _submit(
     pool: ProcessPoolExecutor, waiting: Waiting, chunk: Chunk, settings: dict[str, Any]
 ) -> None:
-    future = pool.submit(_write_shards, chunk.number, chunk.documents, settings)
+    with deaf_children():
+        future = pool.submit(_write_shards, chunk.number, chunk.documents, settings)
     chunk.documents = []  # the pool holds them now, and drops them when they are done
     waiting[future] = chunk
 
