@@ -16,7 +16,7 @@ from tyro.conf import Positional
 from mor.cli.command import Command
 from mor.engine.bench import DecodeRow, Lengths
 from mor.model.transformer import Transformer
-from mor.settings import PositiveFloat, PositiveInt
+from mor.settings import PositiveFloat, PositiveInt, Some
 
 
 class Bench(Command):
@@ -32,10 +32,10 @@ class Bench(Command):
     """A trained model to measure, with --baseline."""
     baseline: Path | None = None
     preset: str = "mini"
-    recursions: tuple[PositiveInt, ...] = (2, 3, 4)
+    recursions: Some[PositiveInt] = (2, 3, 4)
     num_layers: PositiveInt = 26
     """Effective depth of every model."""
-    batches: tuple[PositiveInt, ...] = (1, 8, 32)
+    batches: Some[PositiveInt] = (1, 8, 32)
     """Most tokens in a pass. Each model has twice as many slots. The last batch is measured once
     more with as many slots as fit into the bytes of the baseline's keys and values."""
     lengths: Lengths = field(default_factory=Lengths)

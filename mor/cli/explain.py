@@ -61,6 +61,8 @@ class Explain(Command):
         out = self.out or (None if self.json else Path("explain.html"))
         if out and not out.parent.is_dir():
             raise ValueError(f"--out: {out.parent} is not a folder")
+        if out and out.is_dir():
+            raise ValueError(f"--out: {out} is a folder, and a file is needed")
         device = pick_device(self.device)
         loaded = [
             (path, load(path, device=device)) for path in (self.checkpoint, self.compare) if path

@@ -51,8 +51,10 @@ class Report(Command):
 
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder; give a run or a study")
-        settings = self._analyse() if self._is_run() and self.analyse else {}
         out = self.out or self.folder / "report.html"
+        if not out.parent.is_dir() or out.is_dir():
+            raise ValueError(f"--out: {out} cannot be a file, which is needed here")
+        settings = self._analyse() if self._is_run() and self.analyse else {}
         page = report_page(self.folder, entries=ENTRIES | CAPTIONS, settings=settings)
         out.write_text(page, encoding="utf-8")
         console.out(f"{out}: {out.stat().st_size / 1e6:.2f} MB", highlight=False)

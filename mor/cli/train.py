@@ -153,7 +153,7 @@ class Train(Command):
             yield "steps", "with flops, which decide how many there are"
         if settings.optim.schedule == "cosine":
             yield "optim.cooldown", "with the cosine schedule"
-        if os.environ.get("WORLD_SIZE", "1") == "1":
+        if "WORLD_SIZE" not in os.environ:
             yield "parallel", "without torchrun"
         names = "tokenizer vocab_size text_field validation_share"
         if (data.path or "").startswith(PREFIX):

@@ -106,6 +106,8 @@ for name in COMMANDS:
         (["train", "--out", ""], "error: --out is empty"),
         (["train", "--out="], "error: --out is empty"),
         (["info", ""], "error: an argument is empty"),
+        (["presets", "--recursions"], "recursions must be a list of at least 1, got ()"),
+        (["bench", "decode", "--batches"], "batches must be a list of at least 1, got ()"),
         (["train", "--seed", "1", "--seed=2"], "error: --seed is given twice"),
         (["costs", "--json", "--no-json"], "error: --no-json is given twice"),
         (["sweep", "nowhere.toml"], "error: there is no nowhere.toml"),
