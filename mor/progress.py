@@ -52,12 +52,12 @@ class ProgressBar:
         self._broken: set[str] = set()
 
     def __enter__(self) -> ProgressBar:
-        with self._accessory():
+        with showing(self._broken):
             self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with self._accessory():
+        with showing(self._broken):
             self._live.stop()
 
     @property
@@ -66,21 +66,23 @@ class ProgressBar:
 
     def update(self, done: float, text: str = "", *, label: str | None = None) -> None:
         self._live.text = text
-        with self._accessory():
+        with showing(self._broken):
             self._live.update(self._task, completed=done, description=label or self.label)
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
-        with self._accessory():
+        with showing(self._broken):
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    @contextmanager
-    def _accessory(self) -> Iterator[None]:
-        with accessory("progress is not shown", self._broken):
-            try:
-                yield
-            except SystemExit:  # rich's answer to a pipe that nobody reads
-                raise BrokenPipeError("nobody reads it") from None
+
+@contextmanager
+def showing(broken: set[str]) -> Iterator[None]:
+    """Around lines that may get lost without ending the work; see :func:`mor.accessories.accessory`."""
+    with accessory("progress is not shown", broken):
+        try:
+            yield
+        except SystemExit:  # rich's answer to a pipe that nobody reads
+            raise BrokenPipeError("nobody reads it") from None
 
 
 class _WithText(Progress):

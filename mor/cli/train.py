@@ -18,6 +18,7 @@ from mor.cli.flags import print_short_help
 from mor.cli.show import flag
 from mor.files import naming, read_json, read_toml
 from mor.interruption import EXIT_CODE
+from mor.progress import showing
 from mor.run_folder import RunFolder
 from mor.settings import PositiveInt, Settings
 from mor.training.config import TrainConfig, branch, load_config, total_flops, total_steps
@@ -184,12 +185,15 @@ class Train(Command):
     def run(self, console: Console) -> None:
         from mor.training.loop import train
 
-        settings = self._settings()
+        settings, broken = self._settings(), set[str]()
         if int(os.environ.get("RANK", "0")) == 0:
-            console.print(header(settings), highlight=False, soft_wrap=True)
+            line = header(settings)
+            with showing(broken):
+                console.print(line, highlight=False, soft_wrap=True)
         result = train(settings, resume=self.resume, console=console)
-        if result.state.ranks.is_first:
-            console.print(f"checkpoint: {result.path}", highlight=False, soft_wrap=True)
+        with showing(broken):
+            if result.state.ranks.is_first:
+                console.print(f"checkpoint: {result.path}", highlight=False, soft_wrap=True)
         if not result.finished:
             raise SystemExit(EXIT_CODE)
 
