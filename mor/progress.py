@@ -77,7 +77,10 @@ class ProgressBar:
 
 @contextmanager
 def showing(broken: set[str]) -> Iterator[None]:
-    """Around lines that may get lost without ending the work; see :func:`mor.accessories.accessory`."""
+    """Around lines that may get lost without ending the work.
+
+    broken: see :func:`mor.accessories.accessory`.
+    """
     with accessory("progress is not shown", broken):
         try:
             yield

@@ -33,7 +33,8 @@ def test_flags_win_over_the_model_of_a_file_also_where_they_are_the_defaults(tmp
     start = ["--config", str(tmp_path / "a.toml")]
     assert Train.read(start, "mor train").settings.model.dim == 32
     assert Train.read([*start, "--seed", "1"], "mor train").settings.model.dim == 32
-    chosen = Train.read([*start, "--preset", "mini", "--steps", "4"], "mor train").settings
+    with pytest.warns(UserWarning, match="--preset takes the place of model in"):
+        chosen = Train.read([*start, "--preset", "mini", "--steps", "4"], "mor train").settings
     assert chosen.model.dim == 192 and chosen.steps == 4
 
 
