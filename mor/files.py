@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import tomllib
 import warnings
@@ -171,34 +172,44 @@ def alone_in(folder: Path, *, doing: str) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """An existing folder for files that can be recreated: ``$XDG_CACHE_HOME/mor``, else
-    ``~/.cache/mor``. Where neither can be written, a private one that goes with this process."""
-    for place in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
-        folder = Path(place) / "mor"
-        if folder.is_absolute() and _is_writable(folder):
-            return folder
-    return _temporary_folder()
+    """An existing folder for files that can be recreated: ``$XDG_CACHE_HOME/mor``, or
+    ``~/.cache/mor`` where that variable is unset or empty.
 
-
-def _is_writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK | os.X_OK)
+    Nobody else may write there, because the cache holds compiled code. Where that is not so, a
+    private folder that goes with this process, and a warning that names what is wrong.
+    """
+    return _private_folder(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
 
 
 @functools.cache
-def _temporary_folder() -> Path:
-    # Nobody else may write there: the cache holds compiled code. So its name cannot be a fixed one.
-    folder = tempfile.mkdtemp(prefix="mor-")
+def _private_folder(place: str) -> Path:
+    folder = Path(place) / "mor"
+    problem = _problem_of_cache(folder)
+    if problem is None:
+        return folder
+    folder = Path(tempfile.mkdtemp(prefix="mor-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     warnings.warn(
-        "neither $XDG_CACHE_HOME nor ~/.cache can be written, so cached files are made again in "
-        "every process; set XDG_CACHE_HOME to a writable folder",
+        f"{problem}, so cached files are made again in every process; set XDG_CACHE_HOME to a "
+        "folder of your own",
         stacklevel=3,
     )
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    return folder
+
+
+def _problem_of_cache(folder: Path) -> str | None:
+    if not folder.is_absolute():
+        return f"XDG_CACHE_HOME={folder.parent} is not an absolute path"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return f"the cache {folder} cannot be written ({error.strerror})"
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others can write to the cache {folder} (chmod 700 mends that if it is yours)"
+    return None
 
 
 @contextmanager
@@ -219,7 +230,7 @@ def extra(name: str, *, needed_for: str) -> Iterator[None]:
 def read_toml(path: Path) -> dict[str, Any]:
     """The table that a file holds. Raises ValueError with the place of a mistake."""
     with naming(path):
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -17,6 +18,8 @@ from rich.progress import (
 )
 from rich.table import Column
 from rich.text import Text
+
+from mor.accessories import accessory
 
 
 class ProgressBar:
@@ -46,12 +49,16 @@ class ProgressBar:
         self._live = _WithText(*columns, console=console, disable=not console.is_terminal)
         self._task = self._live.add_task(label, total=total, completed=done)  # type: ignore[arg-type]
 
+        self._broken: set[str] = set()
+
     def __enter__(self) -> ProgressBar:
-        self._live.start()
+        with showing(self._broken):
+            self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._live.stop()
+        with showing(self._broken):
+            self._live.stop()
 
     @property
     def is_shown(self) -> bool:
@@ -59,11 +66,26 @@ class ProgressBar:
 
     def update(self, done: float, text: str = "", *, label: str | None = None) -> None:
         self._live.text = text
-        self._live.update(self._task, completed=done, description=label or self.label)
+        with showing(self._broken):
+            self._live.update(self._task, completed=done, description=label or self.label)
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        with showing(self._broken):
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def showing(broken: set[str]) -> Iterator[None]:
+    """Around lines that may get lost without ending the work.
+
+    broken: see :func:`mor.accessories.accessory`.
+    """
+    with accessory("progress is not shown", broken):
+        try:
+            yield
+        except SystemExit:  # rich's answer to a pipe that nobody reads
+            raise BrokenPipeError("nobody reads it") from None
 
 
 class _WithText(Progress):

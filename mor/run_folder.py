@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -80,8 +82,13 @@ class RunFolder:
             unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Raises OSError if the row does not fit on the disk, and then leaves no half of it."""
+        line = (json.dumps(row) + "\n").encode()
+        with self.metrics.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(line) < len(line):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics))
 
     # Checkpoints
 

@@ -30,6 +30,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 """What fits into a signed 64-bit integer."""
+Some = Annotated[tuple[T, ...], Field(min_length=1)]
+"""One value or more."""
 Listed = Annotated[T, Strict(False)]
 """A tuple that may be given as a list, as in files: ``Listed[tuple[int, ...]]``."""
 

@@ -88,7 +88,7 @@ def test_chat_needs_a_template_and_a_prompt_where_lines_are_not_read(chatty, tmp
     for arguments, words in [
         ([str(tmp_path / "plain"), "--chat", "--prompt", "x"], "has no chat template"),
         ([str(chatty)], "add --prompt"),
-        ([str(chatty), "--prompt", "x", "--system", "y"], "add --chat"),
+        ([str(chatty), "--prompt", "x", "--system", "y"], "--system has no effect without --chat"),
     ]:
         with pytest.raises(SystemExit):
             main(["generate", *arguments])

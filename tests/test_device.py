@@ -1,8 +1,9 @@
-"""What a device can do at most."""
+"""Which devices there are, and what one can do at most."""
 
 import pytest
 import torch
 
+from mor import device
 from mor.device import peak_flops_per_s
 
 
@@ -21,3 +22,12 @@ def test_the_peak_of_a_gpu_goes_by_its_full_name(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops_per_s(torch.device("cuda")) == peak
     assert peak_flops_per_s(torch.device("cpu")) is None
+
+
+def test_a_device_that_is_not_here_is_refused_with_those_that_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("tpu", "cuda:77", "meta", "", "cpu:x"):
+        with pytest.raises(ValueError, match=rf"no device '{name}' .*; it has cpu, cuda:0, cuda:1"):
+            device.pick_device(name)
+    assert device.pick_device("cpu") == torch.device("cpu")
+    assert device.pick_device() == torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -62,6 +62,7 @@ def mor_commands():
 
 def parse(arguments, monkeypatch):
     """The command line reads the arguments and runs nothing. Raises AssertionError if it cannot."""
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as torchrun has it
     parsed, real = [], tyro.cli
 
     def only_parse(*args, **settings):

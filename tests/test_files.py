@@ -1,6 +1,7 @@
 """Files and folders appear whole or not at all, locks, the cache folder, hints at extras."""
 
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -98,20 +99,34 @@ def test_a_lock_is_for_one_process_and_leaves_no_empty_folder(tmp_path):
     assert (place / "file").exists()
 
 
-def test_the_cache_folder_falls_back_where_it_cannot_be_written(tmp_path, monkeypatch):
+def test_the_cache_folder_is_that_of_the_user(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert cache_folder() == tmp_path / "cache" / "mor" and cache_folder().is_dir()
+    assert stat.S_IMODE(cache_folder().stat().st_mode) == 0o700
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_folder() == tmp_path / "home" / ".cache" / "mor"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == tmp_path / "home" / ".cache" / "mor"
+
+
+def test_a_cache_that_cannot_be_used_is_named_and_replaced_by_a_private_one(tmp_path, monkeypatch):
     (tmp_path / "file").touch()  # no folder can be made in it, whoever asks
-    for place in ("", "relative", str(tmp_path / "file")):
+    (tmp_path / "open" / "mor").mkdir(parents=True)
+    (tmp_path / "open" / "mor" / "planted").touch()
+    (tmp_path / "open" / "mor").chmod(0o777)
+    for place, words in (
+        ("relative", "XDG_CACHE_HOME=relative is not an absolute path"),
+        (str(tmp_path / "file"), f"the cache {tmp_path / 'file' / 'mor'} cannot be written"),
+        (str(tmp_path / "open"), f"others can write to the cache {tmp_path / 'open' / 'mor'}"),
+    ):
         monkeypatch.setenv("XDG_CACHE_HOME", place)
-        assert cache_folder() == tmp_path / "home" / ".cache" / "mor"
-    monkeypatch.setenv("HOME", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="set XDG_CACHE_HOME"):
-        private = cache_folder()
-    (private / "library").write_text("can be written")
-    assert private == cache_folder() and not private.is_relative_to(tmp_path)
-    assert stat.S_IMODE(private.stat().st_mode) == 0o700 and private.stat().st_uid == os.getuid()
+        with pytest.warns(UserWarning, match=re.escape(words)):
+            private = cache_folder()
+        (private / "library").write_text("can be written")
+        assert private == cache_folder() and not private.is_relative_to(tmp_path)
+        assert stat.S_IMODE(private.stat().st_mode) == 0o700
+        assert private.stat().st_uid == os.getuid() and not (private / "planted").exists()
     assert not (Path.cwd() / "relative").exists()
 
 

@@ -28,6 +28,7 @@ OF_SEVERAL_MODULES = {
     "docs",
     "examples",
     "flat_tasks",
+    "no_code_from_files",
     "parity",
     "public_interface",
     "style",

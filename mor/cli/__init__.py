@@ -1,5 +1,8 @@
 """The command line: ``mor COMMAND``, a module for each, imported only when it is called."""
 
-from mor.cli.main import main
+try:
+    from mor.cli.main import main
+except KeyboardInterrupt:  # before there is anything else to catch it
+    raise SystemExit(130) from None
 
 __all__ = ["main"]

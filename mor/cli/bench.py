@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +16,7 @@ from tyro.conf import Positional
 from mor.cli.command import Command
 from mor.engine.bench import DecodeRow, Lengths
 from mor.model.transformer import Transformer
-from mor.settings import PositiveFloat, PositiveInt
+from mor.settings import PositiveFloat, PositiveInt, Some
 
 
 class Bench(Command):
@@ -33,10 +32,10 @@ class Bench(Command):
     """A trained model to measure, with --baseline."""
     baseline: Path | None = None
     preset: str = "mini"
-    recursions: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (2, 3, 4)
+    recursions: Some[PositiveInt] = (2, 3, 4)
     num_layers: PositiveInt = 26
     """Effective depth of every model."""
-    batches: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8, 32)
+    batches: Some[PositiveInt] = (1, 8, 32)
     """Most tokens in a pass. Each model has twice as many slots. The last batch is measured once
     more with as many slots as fit into the bytes of the baseline's keys and values."""
     lengths: Lengths = field(default_factory=Lengths)
@@ -48,6 +47,10 @@ class Bench(Command):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on CUDA, float32 elsewhere."""
     json: bool = False
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        if self.checkpoint:
+            yield "preset recursions num_layers", "with --checkpoint, which has its own shape"
 
     def run(self, console: Console) -> None:
         import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, field
 from typing import Annotated, Any, Literal
 
@@ -53,6 +54,11 @@ class Costs(Command):
     kv_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     train: TrainingStep = field(default_factory=TrainingStep)
     json: bool = False
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        if self.train.batch_size is None:
+            names = ("precision", "recompute", "ranks", "parallel")
+            yield " ".join(f"train.{name}" for name in names), "without --train.batch-size"
 
     def run(self, console: Console) -> None:
         from mor.costs.flops import costs

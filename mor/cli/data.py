@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +40,12 @@ class DataPrepare(Command):
             console,
         )
 
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        if self.settings.tokenizer != "bpe":
+            yield "vocab_size bpe_megabytes", "with --tokenizer, unless that is bpe"
+        if not any(source.startswith("hub:") for source in self.sources):
+            yield "subset split", "without a hub:OWNER/NAME"
+
 
 class DataInfo(Command):
     """What a prepared directory holds."""
@@ -59,6 +66,9 @@ class Data(Command):
         Annotated[DataPrepare, subcommand("prepare")] | Annotated[DataInfo, subcommand("info")],
         arg(name=""),
     ]
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        yield from self.command.without_effect()
 
     def run(self, console: Console) -> None:
         self.command.run(console)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from mor.cli.command import Command
-from mor.cli.show import cell, flag, print_json
+from mor.cli.show import cell, print_json
 from mor.model.config import Selection
 from mor.settings import NonNegativeInt, PositiveInt
 
@@ -35,10 +35,12 @@ class Eval(Command):
     text_field: str = "text"
     split: str | None = None
     """Of prepared data: train or validation. Default: validation, or the only one there is."""
-    routing: Selection = "threshold"
+    selection: Annotated[Selection, arg(aliases=["--routing"])] = "threshold"
     """topk is the paper's evaluation: it sees the future, and the result is labelled non-causal."""
     by_depth: bool = False
     """One row for each cap on the depth."""
+    max_depth: PositiveInt | None = None
+    """Cap on every token's recursions."""
     seq_len: PositiveInt | None = None
     """Tokens in a window, of which each sees those before it. Default: as in training."""
     max_windows: PositiveInt | None = None
@@ -58,10 +60,23 @@ class Eval(Command):
     """Of --tasks; it changes the speed, not the scores."""
     out: Path | None = None
     """Write everything lm-eval returns, with every answer, to this file."""
+    device: str = "auto"
+    """auto, cpu, cuda or another PyTorch device; --tasks choose for themselves."""
     json: bool = False
 
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        if self.tasks is None:
+            yield "include_path shots limit batch_size out", "without --tasks"
+            if self.by_depth:
+                yield "max_depth", "with --by-depth, which has a row for each"
+            if self.data is None:
+                yield "text_field split", "without --data"
+        else:
+            of_text = "data text_field split seq_len max_windows"
+            of_routing = "selection routing by_depth max_depth device"
+            yield f"{of_text} {of_routing}", "with --tasks, which is always causal and whole"
+
     def run(self, console: Console) -> None:
-        _refuse_others(self, self.tasks is None)
         if self.tasks is None:
             self._run_nll(console)
         else:
@@ -102,7 +117,7 @@ class Eval(Command):
         from mor.evaluation.nll import evaluate, leak
         from mor.training.validation import validation_of
 
-        loaded = load(self.checkpoint, device=pick_device())
+        loaded = load(self.checkpoint, device=pick_device(self.device))
         data, length, mask, name = validation_of(
             self.checkpoint,
             loaded,
@@ -115,7 +130,9 @@ class Eval(Command):
         some = min(self.max_windows or windows, windows)
         text = f"{'all' if some == windows else f'{some:,} of {windows:,} windows'} of {name}"
         model, deepest = loaded.model, loaded.config.num_recursions
-        caps = range(1, deepest + 1) if self.by_depth else [deepest]
+        if (self.max_depth or 1) > deepest:
+            raise ValueError(f"--max-depth: the model has at most {deepest} recursions")
+        caps = range(1, deepest + 1) if self.by_depth else [self.max_depth or deepest]
         rows: list[Evaluation] = []
         for cap in caps:
             settings: dict[str, Any] = dict(
@@ -123,7 +140,7 @@ class Eval(Command):
             )
             rows += (
                 leak(model, data, **settings)
-                if self.routing == "topk"
+                if self.selection == "topk"
                 else [evaluate(model, data, **settings)]
             )
         if self.json:
@@ -162,7 +179,7 @@ def _tasks_table(result: HarnessResult, title: str) -> Table:
 def _nll_table(rows: Sequence[Evaluation], title: str) -> Table:
     # No padding, so that it fits 80 columns.
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    made.add_column("routing", no_wrap=True)
+    made.add_column("selection", no_wrap=True)
     for name in ("max depth", "NLL", "perplexity", "bits/byte", "mean depth", "leak, nats"):
         made.add_column(name, justify="right", overflow="fold")
     for row in rows:
@@ -170,22 +187,3 @@ def _nll_table(rows: Sequence[Evaluation], title: str) -> Table:
         label = row.selection if row.causal else f"{row.selection}, non-causal"
         made.add_row(label, str(row.max_depth), *("" if x is None else cell(x) for x in figures))
     return made
-
-
-def _refuse_others(given: Eval, nll: bool) -> None:
-    """Raise ValueError for a flag of the other kind of evaluation, which would have no effect."""
-    of_tasks = {"include_path", "shots", "limit", "batch_size", "out"}
-    of_nll = {"data", "text_field", "split", "routing", "by_depth", "seq_len", "max_windows"}
-    defaults = {f.name: f.default for f in fields(given)}
-    unused = [
-        name
-        for name in sorted(of_tasks if nll else of_nll)
-        if getattr(given, name) != defaults[name]
-    ]
-    if unused:
-        which = (
-            "works only with --tasks"
-            if nll
-            else "does not work with --tasks, which is always causal and whole"
-        )
-        raise ValueError(f"{', '.join(map(flag, unused))} {which}")

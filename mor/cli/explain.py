@@ -46,6 +46,8 @@ class Explain(Command):
     tell rare from frequent ones. Default: the text itself."""
     guesses: PositiveInt = 5
     """Guesses that are kept for each token and recursion."""
+    device: str = "auto"
+    """auto, cpu, cuda or another PyTorch device."""
     json: bool = False
     """Print everything that the page shows as JSON in the last line."""
 
@@ -53,12 +55,18 @@ class Explain(Command):
         from mor.analysis.explain import shown
         from mor.analysis.page import render
         from mor.checkpoint import load
+        from mor.device import pick_device
 
         text = self._text()
         out = self.out or (None if self.json else Path("explain.html"))
         if out and not out.parent.is_dir():
             raise ValueError(f"--out: {out.parent} is not a folder")
-        loaded = [(path, load(path)) for path in (self.checkpoint, self.compare) if path]
+        if out and out.is_dir():
+            raise ValueError(f"--out: {out} is a folder, and a file is needed")
+        device = pick_device(self.device)
+        loaded = [
+            (path, load(path, device=device)) for path in (self.checkpoint, self.compare) if path
+        ]
         for path, (_, _, tokenizer) in loaded:
             text = self._cut(text, tokenizer, path)
         found = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,27 @@ class Generate(Command):
     """Cap on every token's recursions."""
     show_depth: bool = False
     """Colour each token by its recursion depth."""
+    device: str = "auto"
+    """auto, cpu, cuda or another PyTorch device."""
     json: bool = False
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        if self.temperature == 0:
+            yield "top_k top_p seed", "with --temperature 0, which takes the likeliest token"
+        if self.json:
+            yield "show_depth", "with --json, which has the depths anyway"
+        if not self.chat:
+            yield "system", "without --chat, whose template has a place for it"
 
     def run(self, console: Console) -> None:
         from mor.analysis.depth_text import depth_legend, depth_text
         from mor.chat import Chat
         from mor.checkpoint import load
+        from mor.device import pick_device
         from mor.generation import generate
 
         self._check()
-        config, model, tokenizer = load(self.checkpoint)
+        config, model, tokenizer = load(self.checkpoint, device=pick_device(self.device))
         chat = Chat(tokenizer) if self.chat else None
         stops = chat.stop_token_ids if chat else tokenizer.end_ids
         if chat and self.prompt is None:
@@ -60,8 +72,7 @@ class Generate(Command):
         )
         ids = ids or [tokenizer.end_of_text_id]
         if not self.show_depth and not self.json:
-            print("" if chat else self.prompt, end="", flush=True)
-            self._print_stream(model, tokenizer, ids, stops)
+            self._print_stream(model, tokenizer, ids, stops, lead="" if chat else self.prompt)
             return
         result = generate(model, [ids], self._params(stops), max_depth=self.max_depth)[0]
         if self.json:
@@ -83,8 +94,6 @@ class Generate(Command):
             raise ValueError(
                 "no prompt was given; add --prompt TEXT (only plain --chat reads lines instead)"
             )
-        if self.system is not None and not self.chat:
-            raise ValueError("--system is a message of the chat template; add --chat")
 
     def _params(self, stop_token_ids: tuple[int, ...]) -> Any:
         from mor.generation import SamplingParams
@@ -106,13 +115,17 @@ class Generate(Command):
         return ([] if self.system is None else [{"role": "system", "content": self.system}]) + said
 
     def _print_stream(
-        self, model: Any, tokenizer: Any, ids: list[int], stops: tuple[int, ...]
+        self, model: Any, tokenizer: Any, ids: list[int], stops: tuple[int, ...], *, lead: str = ""
     ) -> str:
+        """Print ``lead`` once the options have passed their checks, then the new text, which is
+        returned."""
         from mor.generation import stream
 
         new: list[int] = []
         shown = ""
         for event in stream(model, [ids], self._params(stops), max_depth=self.max_depth):
+            print(lead, end="")
+            lead = ""
             if event.finish_reason != "stop":  # the token that ends a text is none of it
                 new.append(event.token_id)
             text = tokenizer.decode(new)

@@ -11,6 +11,7 @@ from tyro.conf import Positional
 
 from mor.cli.command import Command
 from mor.cli.show import print_facts
+from mor.run_folder import RunFolder
 
 
 class Info(Command):
@@ -24,6 +25,8 @@ class Info(Command):
     def run(self, console: Console) -> None:
         from mor.cli.describe import Facts, facts
 
+        if RunFolder.below(self.path) and not RunFolder(self.path).settings.is_file():
+            raise ValueError(f"{self.path} is a folder of runs; mor runs {self.path} lists them")
         found: Facts = facts(self.path)
         print_facts(describe(found), self.json, console, title=str(self.path))
 

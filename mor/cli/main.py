@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-import warnings
 from pkgutil import resolve_name
 from typing import NamedTuple
 
 import mor
+from mor.accessories import plain_warnings
+from mor.interruption import EXIT_CODE, leaving_at_second
 
 
 class Entry(NamedTuple):
@@ -39,19 +41,42 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Exit codes: 2 for a user's mistake, 130 for Ctrl-C, 1 if the reader of a pipe is gone."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what an encoding lacks must not end the work
+    plain_warnings()
     try:
-        run(sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
+        with leaving_at_second():
+            run(sys.argv[1:] if arguments is None else arguments)
+            sys.stdout.flush()
     except BrokenPipeError:  # as in `mor runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         raise SystemExit(1) from None
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(EXIT_CODE) from None
+
+
+FILE_ERRORS = {
+    FileNotFoundError: "there is no {}",
+    FileExistsError: "{} is a file, and a folder is needed",
+    NotADirectoryError: "{} is a file, or lies below one, and a folder is needed",
+    IsADirectoryError: "{} is a folder, and a file is needed",
+    PermissionError: "{}: no permission",
+}
+
+
+def in_words(error: Exception) -> str:
+    """An error without the system's number for it, and with the file that it is about."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    words = FILE_ERRORS.get(type(error))
+    if words and error.filename is not None:
+        return words.format(error.filename)
+    return f"{error.filename or ''}: {error.strerror}".removeprefix(": ")
 
 
 def run(arguments: list[str]) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mor.cli.command import Command
 from mor.cli.show import print_json_rows
-from mor.settings import PositiveInt
+from mor.settings import PositiveInt, Some
 
 
 class Presets(Command):
@@ -21,7 +21,7 @@ class Presets(Command):
     another layer of its own.
     """
 
-    recursions: tuple[PositiveInt, ...] = (1, 2, 3, 4)
+    recursions: Some[PositiveInt] = (1, 2, 3, 4)
     json: bool = False
 
     def run(self, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,19 @@ class Report(Command):
     """Tokens in a window. Default: as in training."""
     analyse: bool = True
     """--no-analyse only collects what is there."""
+    device: str = "auto"
+    """auto, cpu, cuda or another PyTorch device."""
     out: Path | None = None
     """Default: report.html in the folder."""
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        if not self.analyse:
+            yield "data max_windows seq_len device", "with --no-analyse"
+        elif not self._is_run():
+            yield "data max_windows seq_len device analyse", f"because {self.folder} is no run"
+
+    def _is_run(self) -> bool:
+        return bool(RunFolder(self.folder).checkpoints())
 
     def run(self, console: Console) -> None:
         from mor.analysis.report import ENTRIES, report_page
@@ -39,9 +51,10 @@ class Report(Command):
 
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder; give a run or a study")
-        is_run = bool(RunFolder(self.folder).checkpoints())
-        settings = self._analyse() if is_run and self.analyse else {}
         out = self.out or self.folder / "report.html"
+        if not out.parent.is_dir() or out.is_dir():
+            raise ValueError(f"--out: {out} cannot be a file, which is needed here")
+        settings = self._analyse() if self._is_run() and self.analyse else {}
         page = report_page(self.folder, entries=ENTRIES | CAPTIONS, settings=settings)
         out.write_text(page, encoding="utf-8")
         console.out(f"{out}: {out.stat().st_size / 1e6:.2f} MB", highlight=False)
@@ -49,10 +62,11 @@ class Report(Command):
     def _analyse(self) -> dict[str, Any]:
         from mor.analysis.report import analyses, collapse, run_tables, write
         from mor.checkpoint import load, resolve
+        from mor.device import pick_device
         from mor.training.config import settings_of
         from mor.training.validation import validation_of
 
-        loaded = load(self.folder)
+        loaded = load(self.folder, device=pick_device(self.device))
         data, length, mask, name = validation_of(
             self.folder, loaded, self.data, seq_len=self.seq_len
         )

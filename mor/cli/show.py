@@ -55,13 +55,10 @@ def cell(value: Any) -> str:
         return " ".join(map(cell, value))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    return (
-        f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:,.4f}"
-        if abs(value) < 1e4
-        else f"{value:,.0f}"
-    )
+    if isinstance(value, int):
+        return f"{value:,}"
+    digits = 4 if abs(value) < 100 else 1 if abs(value) < 1e4 else 0
+    return f"{value:,.{digits}f}".removesuffix(".0")
 
 
 def flag(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -43,8 +44,23 @@ class Sweep(Command):
     resamples: PositiveInt = 1000
     """Of the bootstrap behind the intervals of fits."""
 
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        runs = "jobs threads gpus cluster partition hours"
+        if self.fit is not None:
+            yield f"size variants seeds dry_run report {runs}", "with --fit, which runs nothing"
+        if self.dry_run:
+            yield f"report resamples {runs}", "with --dry-run"
+        if self.report:
+            yield f"variants seeds {runs}", "with --report, which runs nothing"
+        if self.workers.gpus and not self.workers.cluster:
+            yield "jobs", "with --gpus, which runs one on each"
+        if not self.workers.cluster:
+            yield "partition hours", "without --cluster"
+
     def run(self, console: Console) -> None:
         if self.fit is not None:
+            if self.study is not None:
+                raise ValueError(f"--fit runs no study: leave out {self.study}")
             self._fit(self.fit, console)
             return
         if self.study is None:

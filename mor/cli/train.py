@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import tyro
 from rich.console import Console
 from tyro.conf import Fixed, Suppress, arg
 
 from mor.cli.choice import ModelChoice
-from mor.cli.command import Command
+from mor.cli.command import Command, parse
 from mor.cli.flags import print_short_help
 from mor.cli.show import flag
+from mor.data.config import BPE
+from mor.data.manifest import is_prepared
 from mor.files import naming, read_json, read_toml
+from mor.interruption import EXIT_CODE
+from mor.progress import showing
 from mor.run_folder import RunFolder
 from mor.settings import PositiveInt, Settings
 from mor.training.config import TrainConfig, load_config, total_flops, total_steps
@@ -69,20 +73,45 @@ class Start(Settings):
                 "there, or --steps N, to go on to that many steps in all"
             )
 
-    def settings(self, choice: ModelChoice, *, chosen: bool) -> TrainConfig:
-        """chosen: the model was chosen by flags, which win over the file."""
+    def values(self) -> dict[str, Any]:
+        """What the file says."""
+        if self.config is None:
+            return {}
+        return (read_json if self.config.suffix == ".json" else read_toml)(self.config)
+
+    def settings(self, choice: ModelChoice, chosen: list[str]) -> TrainConfig:
+        """chosen: flags that choose a model. A preset wins over the model of the file, other flags
+        would change more than they say. Raises ValueError for them."""
         if self.config is None:
             return TrainConfig(model=choice.build())
-        values = (read_json if self.config.suffix == ".json" else read_toml)(self.config)
+        values = self.values()
         with naming(self.config):
             found = TrainConfig.from_dict(values)
-        return replace(found, model=choice.build()) if chosen else found
+            if self.config.suffix == ".toml" and values.get("flops") and "steps" in values:
+                raise ValueError("steps and flops both say how long; leave out one of them")
+        if not chosen:
+            return found
+        if "model" in values and "--preset" not in chosen:
+            raise ValueError(
+                f"{', '.join(chosen)}: {self.config} has a model already; refine it with flags "
+                "such as --model.num-recursions, or choose another one with --preset"
+            )
+        if "model" in values:
+            warnings.warn(f"--preset takes the place of model in {self.config}", stacklevel=2)
+        return replace(found, model=choice.build())
 
 
-def settings_named(arguments: Sequence[str]) -> tuple[str, ...]:
-    """Dotted names of the settings that have flags among these words."""
-    flags = (word.split("=")[0] for word in arguments if word.startswith("--"))
-    return tuple(name.removeprefix("--").removeprefix("no-").replace("-", "_") for name in flags)
+def _names(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of the settings in a file."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _names(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _below(group: str, names: str) -> str:
+    return " ".join(f"{group}.{name}" for name in names.split())
 
 
 class Train(Command):
@@ -107,28 +136,78 @@ class Train(Command):
         elif {"-h", "--help"} & set(arguments):
             print_short_help(cls(), program, USUAL)
             raise SystemExit(0)
-        start, rest = tyro.cli(
-            Start, args=arguments, prog=program, return_unknown_args=True, add_help=False
-        )
+        start, rest = parse(Start, arguments, program, return_unknown_args=True, add_help=False)
+        named = tuple(super().given(arguments))
         if "--help" not in arguments:
-            start.refuse(settings_named(arguments))
-        choice, others = tyro.cli(
-            ModelChoice, args=rest, prog=program, return_unknown_args=True, add_help=False
-        )
-        settings = start.settings(choice, chosen=len(others) < len(rest))
-        named = settings_named(arguments)
+            start.refuse(named)
+        choice, _ = parse(ModelChoice, rest, program, return_unknown_args=True, add_help=False)
+        given = cls.given(arguments)
+        chosen = [given[name] for name in ModelChoice.__dataclass_fields__ if name in given]
+        settings = start.settings(choice, chosen)
         default = default or cls(config=start.config, choice=choice, settings=settings, named=named)
-        return super().read(arguments, program, default=default)
+        command = super().read(arguments, program, default=default)
+        command.refuse_contradictions(given)
+        return command
+
+    @classmethod
+    def given(cls, arguments: list[str]) -> dict[str, str]:
+        start, _ = parse(Start, arguments, "mor train", return_unknown_args=True, add_help=False)
+        of_file = {name: f"{name} in {start.config}" for name in _names(start.values())}
+        written_by_us = start.config is not None and start.config.suffix == ".json"
+        return ({} if written_by_us else of_file) | super().given(arguments)
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        from mor.data.problems import PREFIX
+
+        settings, data = self.settings, self.settings.data
+        if "WORLD_SIZE" not in os.environ:
+            yield "parallel", "without torchrun"
+        if self.resume or settings.branch_from:
+            return  # the other settings are those of the run, which are not read yet
+        if settings.flops is not None:
+            yield "steps", "with flops, which decide how many there are"
+        if settings.optim.schedule == "cosine":
+            yield "optim.cooldown", "with the cosine schedule"
+        text = "text_field validation_share share_of"
+        if (data.path or "").startswith(PREFIX):
+            yield f"{_below('data', text)} data.validation_path", "with a task, which has its own"
+        elif data.path and is_prepared(data.path):
+            yield _below("data", text), "with prepared data"
+        elif data.tokenizer not in (None, BPE):
+            yield "data.vocab_size", f"with the tokenizer {data.tokenizer!r}, which has its own"
+        if data.validation_path:
+            yield "data.validation_share", "with a validation_path"
+
+    def refuse_contradictions(self, given: Mapping[str, str]) -> None:
+        """Raise ValueError if a flag that chooses the model and one that refines it differ."""
+        model = self.settings.model
+        for name, found in {
+            "num_recursions": model.num_recursions,
+            "router": model.router.kind,
+            "kv_strategy": model.kv_strategy,
+            "num_layers": model.num_layers,
+        }.items():
+            asked = getattr(self.choice, name)
+            if given.get(name, "").startswith("--") and asked not in (None, found):
+                raise ValueError(
+                    f"{flag(name)} {asked} and the flags below --model say different things: "
+                    f"by those it is {found}; leave one of them out"
+                )
 
     def run(self, console: Console) -> None:
         from mor.training.loop import train
 
-        settings = self._settings()
+        settings, broken = self._settings(), set[str]()
         if int(os.environ.get("RANK", "0")) == 0:
-            console.print(header(settings), highlight=False, soft_wrap=True)
+            line = header(settings)
+            with showing(broken):
+                console.print(line, highlight=False, soft_wrap=True)
         result = train(settings, resume=self.resume, console=console)
-        if result.state.ranks.is_first:
-            console.print(f"checkpoint: {result.path}", highlight=False, soft_wrap=True)
+        with showing(broken):
+            if result.state.ranks.is_first:
+                console.print(f"checkpoint: {result.path}", highlight=False, soft_wrap=True)
+        if not result.finished:
+            raise SystemExit(EXIT_CODE)
 
     def _settings(self) -> TrainConfig:
         given, named = self.settings, set(self.named)

@@ -42,6 +42,7 @@ from mor.data.sources import Document, Source, find_sources, in_words
 from mor.data.split import Divided, held_out, utf8_bytes
 from mor.data.tokenizer import COMPANIONS, Tokenizer, train_bpe
 from mor.files import LOCK, alone_in, naming, replacing, tidy
+from mor.interruption import deaf_children
 from mor.progress import ProgressBar
 from mor.settings import NonNegativeInt, PositiveFloat, PositiveInt, Settings
 
@@ -372,7 +373,8 @@ def _submit(
     pool: ProcessPoolExecutor, waiting: Waiting, chunk: Chunk, settings: dict[str, Any]
 ) -> None:
     texts = {split: [d.text for d in documents] for split, documents in chunk.splits.items()}
-    future = pool.submit(_write_shards, chunk.number, texts, settings["dtype"])
+    with deaf_children():
+        future = pool.submit(_write_shards, chunk.number, texts, settings["dtype"])
     chunk.splits = {}  # the pool holds them now, and drops them when they are done
     waiting[future] = chunk
 

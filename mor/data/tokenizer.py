@@ -233,7 +233,8 @@ class Tokenizer:
             from transformers import AutoTokenizer
         try:
             with asking_the_hub(name):
-                return cls.from_transformers(AutoTokenizer.from_pretrained(name))
+                theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return cls.from_transformers(theirs)
         except OSError as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(
@@ -258,7 +259,7 @@ class Tokenizer:
 
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder))
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _for_documents(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

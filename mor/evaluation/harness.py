@@ -314,7 +314,8 @@ def load_model(checkpoint: str | Path, *, device: str = "auto") -> tuple[Any, An
     """A transformers model and tokenizer from a mor run or checkpoint, a transformers directory, a
     hub name or a .gguf file. fp32 on CPUs, elsewhere the precision it was saved in."""
     place = pick_device(device)
-    name, settings = _locate(str(checkpoint))
+    name, given = _locate(str(checkpoint))
+    settings: dict[str, Any] = given | {"trust_remote_code": False}  # and no question about it
     with without_bars(), asking_the_hub(name):
         dtype = torch.float32 if place.type == "cpu" else "auto"
         loaded: Any = AutoModelForCausalLM.from_pretrained(

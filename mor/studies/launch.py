@@ -13,10 +13,12 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,7 +27,9 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from mor.accessories import plain_warnings
 from mor.files import extra, write_json
+from mor.interruption import deaf_children, leaving_at_second
 from mor.progress import ProgressBar
 from mor.run_folder import RunFolder
 from mor.studies.results import collect, flat, measure, tuned_rates
@@ -175,7 +179,7 @@ def launch(
         if workers.cluster
         else _in_processes(runs, workers, watch.update)
     )
-    with watch.bar:
+    with watch.bar, leaving_at_second(watch.say_interrupted):
         for outcome in outcomes:
             done.append(outcome)
             watch.note(outcome)
@@ -215,14 +219,17 @@ def _side_by_side(
 ) -> Iterator[Outcome]:
     """A process for every run, as many at a time as there are places: GPUs, or empty names.
 
-    Not a pool: its workers share a pipe and a lock, so one that is killed can take others with it,
-    and they ignore Ctrl-C, after which these save their runs.
+    Not a pool: its workers share a pipe and a lock, so one that is killed can take others with it.
+    They ignore Ctrl-C; this process tells them to save their runs.
     """
     context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
     # Once for all processes what every run imports sooner or later: that takes seconds.
     multiprocessing.set_forkserver_preload(
         [__name__, "mor.training.sharded_state", "torch._dynamo"]
     )
+    if os.name == "posix":
+        with deaf_children():
+            forkserver.ensure_running()
     left, free = deque(runs), deque(places)
     going: dict[Connection, tuple[Run, str, BaseProcess]] = {}
     try:
@@ -231,7 +238,8 @@ def _side_by_side(
                 run, place = left.popleft(), free.popleft()
                 answer, end = context.Pipe(duplex=False)
                 process = context.Process(target=_run_in_process, args=(run, threads, place, end))
-                process.start()
+                with deaf_children():
+                    process.start()
                 end.close()  # so that the answer ends with the process
                 going[answer] = run, place, process
             ready = wait(going, timeout=1.0)
@@ -246,8 +254,20 @@ def _side_by_side(
                 yield outcome
             idle()
     finally:
-        for _, _, process in going.values():
+        _stop([process for _, _, process in going.values()])
+
+
+def _stop(processes: Sequence[BaseProcess]) -> None:
+    """Have them save their runs; with a second Ctrl-C, end at once."""
+    for process in processes:
+        process.terminate()
+    try:
+        for process in processes:
             process.join()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.terminate()
+        raise
 
 
 def visible_gpus(count: int) -> list[str]:
@@ -259,10 +279,12 @@ def visible_gpus(count: int) -> list[str]:
 def _run_in_process(run: Run, threads: int, gpu: str, answer: Connection) -> None:
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    plain_warnings()
+    warnings.filterwarnings("ignore", ".*has no effect.*")  # the study said so when it was planned
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    outcome = run_one(run, threads)
-    with suppress(BrokenPipeError):  # the study is gone
-        answer.send(outcome)
+    # The study is gone, or there was a second Ctrl-C: the study says so, not each of its processes.
+    with suppress(BrokenPipeError, KeyboardInterrupt):
+        answer.send(run_one(run, threads))
 
 
 def _stop_with_parent() -> None:
@@ -336,6 +358,9 @@ class _Watch:
         text = f"{outcome.status:<11} {run.stage:<6} {run.row}, {_which(run)}"
         text += f": {outcome.reason}" if outcome.reason else ""
         self.bar.note(text)
+
+    def say_interrupted(self) -> None:
+        self.bar.note("stopping: each run saves after its step; Ctrl-C again stops now")
 
     def _done(self) -> float:
         return sum(flops * _share(run) for run, flops in self.flops)

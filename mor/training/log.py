@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mor.accessories import accessory
 from mor.run_folder import RunFolder
 from mor.training.trackers import NoTracker, Tracker, flat_scalars
 
@@ -20,6 +21,7 @@ class MetricsLog:
         self, run: RunFolder, *, step: int, active: bool = True, tracker: Tracker | None = None
     ) -> None:
         self.run, self.active, self.tracker = run, active, tracker or NoTracker()
+        self.broken: set[str] = set()
         if active:
             run.keep_metrics(up_to=step)
 
@@ -31,7 +33,8 @@ class MetricsLog:
             n: None if isinstance(v, float) and not math.isfinite(v) else v
             for n, v in values.items()
         }
-        self.run.add_metrics({"step": step} | finite)
+        with accessory(f"{self.run.metrics} lacks rows", self.broken):
+            self.run.add_metrics({"step": step} | finite)
         self.tracker.scalars(step, flat_scalars(values))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -25,6 +24,7 @@ from mor.costs.flops import unique_params
 from mor.data.stream import Corpus, Fingerprint, load_corpus
 from mor.evaluation.nll import Evaluation, evaluate
 from mor.files import naming, remove_folder, verify, write_json
+from mor.interruption import interruptible
 from mor.model.config import ModelConfig, RouterConfig
 from mor.model.transformer import Transformer
 from mor.progress import ProgressBar
@@ -36,7 +36,7 @@ from mor.training.log import MetricsLog, health_text
 from mor.training.optim import build_optimizers, learning_rate
 from mor.training.resume import Saved, branched, continued, record
 from mor.training.step import StepResult, TrainState, train_step
-from mor.training.trackers import TRACKERS, Tracker, routing_histograms
+from mor.training.trackers import TRACKERS, Tolerant, Tracker, routing_histograms
 from mor.training.validation import check_validation
 
 SAVING_SHARE = 1 / 20
@@ -68,9 +68,10 @@ def train(
 
     resume: continue the run in ``config.out`` from its newest checkpoint, or start it if there is
     none yet; a longer ``steps`` or ``flops`` lengthens it (see :mod:`mor.training.resume`). Ctrl-C
-    or SIGTERM finishes the step, saves and returns with ``finished=False``. Raises TrainingError if
-    loss or weights are not finite or the last checkpoint cannot be written; ValueError if the
-    newest one is damaged or of another run, or another process trains in ``config.out``.
+    or SIGTERM finishes the step, saves and returns with ``finished=False``; a second one raises
+    KeyboardInterrupt. Raises TrainingError if loss or weights are not finite or the last checkpoint
+    cannot be written; ValueError if the newest one is damaged or of another run, or another process
+    trains in ``config.out``.
     """
     run = RunFolder(Path(config.out))
     with distributed.ranks(config.device) as ranks, _alone_in(run, ranks):
@@ -244,7 +245,7 @@ def _on_ranks(config: TrainConfig, model: Transformer, ranks: Ranks) -> TrainSta
 
 def _tracker(config: TrainConfig, state: TrainState) -> Tracker:
     make = TRACKERS[config.tracker if state.ranks.is_first else "none"]
-    return make(Path(config.out), dataclasses.asdict(config), state.step + 1)
+    return Tolerant(make(Path(config.out), dataclasses.asdict(config), state.step + 1))
 
 
 @dataclass
@@ -291,18 +292,25 @@ class Trainer:
         self.next_save = time.monotonic() + 60 * (self.config.save_minutes or math.inf)
         with (
             self.progress,
-            _interruptible() as interrupted,
+            interruptible(self._say_interrupted) as interrupted,
             closing(self.log.tracker),
         ):
             finished = self._steps(interrupted)
-        if self.saved_step != self.state.step:
-            self.save()
-        path = self.run.checkpoint(self.state.step)
+            if self.saved_step != self.state.step:
+                self.save()
+            path = self.run.checkpoint(self.state.step)
+            if not finished:
+                self.progress.note(
+                    f"interrupted: saved after step {self.state.step}; continue with --resume"
+                )
         # Freed after its process group, DDP can wait forever for gloo's threads.
         self.state.forward = self.state.model
         return TrainResult(path, self.state, self.corpus, finished)
 
-    def _steps(self, interrupted: Sequence[bool]) -> bool:
+    def _say_interrupted(self) -> None:
+        self.progress.note("stopping after this step, with a checkpoint; Ctrl-C again stops now")
+
+    def _steps(self, interrupted: Sequence[int]) -> bool:
         """Whether it reached the end."""
         config, state = self.config, self.state
         batches = self.corpus.train.batches(
@@ -321,9 +329,6 @@ class Trainer:
             state.train_s += elapsed_s
             self._after_step(result, result.tokens * state.ranks.size / elapsed_s)
             if self._any_rank(interrupted):
-                self.progress.note(
-                    f"interrupted: saved after step {state.step}; continue with --resume"
-                )
                 return state.step >= self.total
         return True
 
@@ -519,28 +524,3 @@ def collapse_message(empty: Sequence[int], router: RouterConfig) -> str | None:
         f"no validation token takes recursion {', '.join(map(str, empty))}: the router has "
         f"collapsed, or is not trained yet. If it stays so, {_AGAINST_COLLAPSE[found]}"
     )
-
-
-@contextmanager
-def _interruptible() -> Iterator[list[bool]]:
-    """A list that the first Ctrl-C or SIGTERM fills; the next one ends the process as usual."""
-    asked: list[bool] = []
-    usual: dict[int, Any] = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: signal.SIG_DFL,
-    }
-
-    def handle(number: int, _: object) -> None:
-        asked.append(True)
-        signal.signal(number, usual[number])
-
-    try:
-        before = {number: signal.signal(number, handle) for number in usual}
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from mor.accessories import accessory
 from mor.files import extra
 from mor.model.routing import Routing
 
@@ -30,6 +31,30 @@ class NoTracker:
     def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Tolerant:
+    """A tracker that may fail: the first failure is a warning, and training goes on without it."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker, self.broken = tracker, set[str]()
+
+    def _accessory(self) -> AbstractContextManager[None]:
+        if self.broken:
+            self.tracker = NoTracker()
+        return accessory("the tracker gets nothing more", self.broken)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        with self._accessory():
+            self.tracker.scalars(step, values)
+
+    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        with self._accessory():
+            self.tracker.histograms(step, values)
+
+    def close(self) -> None:
+        with self._accessory():
+            self.tracker.close()
 
 
 class TensorBoard:

@@ -1,5 +1,7 @@
 """Settings of a command come from a file and from flags; mistakes in either are named."""
 
+import re
+
 import pytest
 
 from mor.cli import main
@@ -31,5 +33,64 @@ def test_flags_win_over_the_model_of_a_file_also_where_they_are_the_defaults(tmp
     start = ["--config", str(tmp_path / "a.toml")]
     assert Train.read(start, "mor train").settings.model.dim == 32
     assert Train.read([*start, "--seed", "1"], "mor train").settings.model.dim == 32
-    chosen = Train.read([*start, "--preset", "mini", "--steps", "4"], "mor train").settings
+    with pytest.warns(UserWarning, match="--preset takes the place of model in"):
+        chosen = Train.read([*start, "--preset", "mini", "--steps", "4"], "mor train").settings
     assert chosen.model.dim == 192 and chosen.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("train --num-recursions 2 --model.num-recursions 4", "--num-recursions 2 and .* is 4"),
+        ("train --router random --model.router.kind position", "--router random and .* position"),
+        ("train --kv-strategy shared --model.kv-strategy hybrid", "--kv-strategy shared and"),
+        ("train --num-layers 8 --model.coda-layers 3", "--num-layers 8 and .* it is 10"),
+        ("train --steps 3 --flops 1e9", "--steps has no effect with flops"),
+        ("train --optim.schedule cosine --optim.cooldown 0.1", "--optim.cooldown has no effect"),
+        ("train --parallel fsdp", "--parallel has no effect without torchrun"),
+        ("train --data.path task:state-tracking --data.vocab-size 9", "effect with a task"),
+        ("train --data.tokenizer bytes --data.vocab-size 9", "effect with the tokenizer 'bytes'"),
+        ("train --data.validation-path a --data.validation-share 0.1", "with a validation_path"),
+        ("bench decode --checkpoint a --baseline b --num-layers 3", "effect with --checkpoint"),
+        ("costs --train.ranks 2", "--train.ranks has no effect without --train.batch-size"),
+        ("generate a --prompt x --temperature 0 --seed 1", "effect with --temperature 0"),
+        ("generate a --prompt x --json --show-depth", "--show-depth has no effect with --json"),
+        ("report . --seq-len 3", "--seq-len has no effect because . is no run"),
+        ("report . --no-analyse --data x", "--data has no effect with --no-analyse"),
+        ("sweep --fit paper --jobs 2 --threads 2", "--jobs, --threads have no effect with --fit"),
+        ("sweep --fit paper x.toml", "--fit runs no study: leave out x.toml"),
+        ("sweep x.toml --gpus 1 --jobs 2", "--jobs has no effect with --gpus"),
+        ("sweep x.toml --hours 2", "--hours has no effect without --cluster"),
+        ("sweep x.toml --report --seeds 1", "--seeds has no effect with --report"),
+        ("data prepare a --out b --subset c", "--subset has no effect without a hub:OWNER/NAME"),
+        ("data prepare a --out b --tokenizer bytes --vocab-size 9", "effect with --tokenizer"),
+        ("eval a --shots 2", "--shots has no effect without --tasks"),
+        ("eval a --text-field b", "--text-field has no effect without --data"),
+        ("eval a --tasks piqa --max-windows 2", "--max-windows has no effect with --tasks"),
+    ],
+)
+def test_flags_that_contradict_or_do_nothing_are_named(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments.split())
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and re.search(words, printed) and printed.count("\n") == 1
+
+
+def test_a_file_and_flags_that_contradict_it(tmp_path, capsys):
+    file = tmp_path / "a.toml"
+    for content, flags, words in (
+        ("steps = 3\nflops = 1e9\n", (), "steps and flops both say how long"),
+        ("flops = 1e9\n", ("--steps", "3"), "--steps has no effect with flops"),
+        ("[model]\ndim = 32\n", ("--num-recursions", "2"), "refine it with flags such as --model"),
+    ):
+        file.write_text(content)
+        with pytest.raises(SystemExit):
+            main(["train", "--config", str(file), *flags])
+        assert words in capsys.readouterr().err
+    file.write_text("steps = 3\n[model]\ndim = 32\n")
+    with pytest.warns(UserWarning) as said:
+        Train.read(["--config", str(file), "--preset", "mini", "--flops", "1e9"], "mor train")
+    assert [str(w.message) for w in said if w.category is UserWarning][:2] == [
+        f"--preset takes the place of model in {file}",
+        f"steps in {file} has no effect with flops, which decide how many there are",
+    ]

@@ -12,7 +12,7 @@ from tests.cli.printed import last_json
 def test_eval_prints_json_by_depth_and_labels_topk(run, capsys):
     main(["eval", str(run / "run"), "--json"])
     assert last_json(capsys)["causal"] is True
-    main(["eval", str(run / "run"), "--routing", "topk", "--json"])
+    main(["eval", str(run / "run"), "--selection", "topk", "--json"])
     topk, causal = last_json(capsys)
     assert topk["causal"] is False and causal["causal"] is True
     assert (
@@ -29,3 +29,15 @@ def test_eval_prints_json_by_depth_and_labels_topk(run, capsys):
     assert re.search(r"^3 of \d+ windows of /", capsys.readouterr().out, re.MULTILINE)
     main([*text, "--by-depth", "--json"])
     assert [row["max_depth"] for row in last_json(capsys)] == [1, 2]
+
+
+def test_a_cap_on_the_depth_is_the_row_of_that_depth(run, capsys):
+    one = ["eval", str(run / "run"), "--max-windows", "2", "--json"]
+    main([*one, "--by-depth"])
+    rows = last_json(capsys)
+    main([*one, "--max-depth", "1", "--device", "cpu"])
+    assert last_json(capsys) == rows[0]
+    for words, said in (("--max-depth 3", "at most 2 recursions"), ("--device tpu", "it has cpu")):
+        with pytest.raises(SystemExit):
+            main([*one, *words.split()])
+        assert said in capsys.readouterr().err

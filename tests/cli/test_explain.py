@@ -156,6 +156,7 @@ def test_a_run_on_a_task_is_judged_by_its_answers(tmp_path, capsys):
         (["--text", "abc", "--guesses", "0"], "guesses must be at least 1, got 0"),
         (["--text", "abc", "--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
         (["--text", "abc", "--out", "missing/page.html"], "is not a folder"),
+        (["--text", "abc", "--out", "."], "--out: . is a folder, and a file is needed"),
         (["--file", "missing.txt"], "missing.txt"),
         (["--text", "a\udcff"], "the text is not valid UTF-8"),
     ],

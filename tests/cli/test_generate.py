@@ -1,5 +1,7 @@
 """mor generate: text as it comes, or the depth of every token."""
 
+import pytest
+
 from mor.cli import main
 from tests.cli.printed import last_json
 
@@ -19,3 +21,11 @@ def test_generate_streams_or_shows_depths(run, capsys):
     assert "depth" in shown and "mean depth" in shown and "¹" in shown, (
         "without colours depths are digits"
     )
+
+
+def test_a_prompt_is_not_echoed_before_the_options_are_checked(run, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["generate", str(run / "run"), "--prompt", "The square", "--max-depth", "9"])
+    printed = capsys.readouterr()
+    assert printed.out == "" and "max_depth must lie in 1..2, got 9" in printed.err

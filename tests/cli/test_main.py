@@ -93,12 +93,42 @@ for name in COMMANDS:
         (["costs", "--num-recursion", "2"], "--num-recursions"),
         (["train", "--stepps", "3"], "--steps"),
         (["report", "x", "--max-windows", "0"], "max_windows must be at least 1, got 0"),
+        (["train", "--stepps", "3"], "error: --stepps is not known here (did you mean --steps?)"),
+        (["train", "--settings.optim.lr", "3"], "error: --settings.optim.lr is not known here"),
+        (["train", "--optim", "3"], "error: --optim is not known here"),
+        (["train", "--steps", "1.5"], "error: --steps takes whole numbers, got '1.5'"),
+        (["train", "--optim.betas", "1", "x"], "--optim.betas takes numbers, got '1', 'x'"),
+        (["train", "--optim.warmup", "3"], "error: optim.warmup must be at most 1, got 3.0"),
+        (["train", "--optim.name", "x"], "error: --optim.name is one of adamw, muon, not 'x'"),
+        (["generate", "x", "--max-depth", "y"], "--max-depth takes whole numbers, got 'y'"),
+        (["train", "--data.path"], "error: --data.path needs a value"),
+        (["info"], "error: PATH is missing"),
+        (["train", "--out", ""], "error: --out is empty"),
+        (["train", "--out="], "error: --out is empty"),
+        (["info", ""], "error: an argument is empty"),
+        (["presets", "--recursions"], "recursions must be a list of at least 1, got ()"),
+        (["bench", "decode", "--batches"], "batches must be a list of at least 1, got ()"),
+        (["train", "--seed", "1", "--seed=2"], "error: --seed is given twice"),
+        (["costs", "--json", "--no-json"], "error: --no-json is given twice"),
+        (["sweep", "nowhere.toml"], "error: there is no nowhere.toml"),
+        (["train", "--config", "."], "error: . is a folder, and a file is needed"),
+        (["demo", "--out", "/dev/null"], "/dev/null is a file"),
     ],
 )
-def test_a_misspelt_command_or_flag_gets_a_suggestion(arguments, words, capsys):
+def test_a_wrong_flag_or_value_is_one_plain_sentence(arguments, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
-    assert stopped.value.code == 2 and words in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in printed and printed.count("\n") == 1
+
+
+def test_an_encoding_without_our_signs_ends_nothing():
+    done = subprocess.run(
+        [sys.executable, "-m", "mor", "presets"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
+    assert done.returncode == 0 and b"1+10x3+1" in done.stdout and done.stdout.isascii()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["presets"], ["costs", "--json"]])
@@ -119,3 +149,17 @@ def test_ctrl_c_says_so(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["presets"])
     assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_ctrl_c_during_imports_is_no_traceback():
+    code = """
+import sys
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "mor.interruption":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stop())
+import mor.cli
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")

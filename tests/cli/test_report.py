@@ -58,7 +58,12 @@ def test_the_command_reports_a_run_and_collects_again_without_analysing(tmp_path
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["missing"], "not a folder"), ([".", "--max-windows", "0"], "at least 1")],
+    [
+        (["missing"], "not a folder"),
+        ([".", "--max-windows", "0"], "at least 1"),
+        ([".", "--out", "."], "--out: . cannot be a file"),
+        ([".", "--out", "missing/a.html"], "--out: missing/a.html cannot be a file"),
+    ],
 )
 def test_mistakes_end_in_one_line_that_helps(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

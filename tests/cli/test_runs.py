@@ -37,6 +37,7 @@ def test_a_damaged_run_hides_no_other(some_runs, tmp_path, capsys):
     ("arguments", "words"),
     [
         (["info", "nowhere"], "neither a checkpoint"),
+        (["info", "."], ". is a folder of runs; mor runs . lists them"),
         (["runs", "nowhere"], "not a folder"),
         (["compare", "nowhere", "nowhere"], "neither a checkpoint"),
         (["compare", "nowhere"], "paths must be a list of at least 2"),
@@ -44,6 +45,8 @@ def test_a_damaged_run_hides_no_other(some_runs, tmp_path, capsys):
 )
 def test_mistakes_are_explained(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.json").write_text("{}")
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2

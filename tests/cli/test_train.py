@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
 
 from mor.cli import main
 from mor.cli.train import header
+from mor.training import loop
 from mor.training.config import TrainConfig
 from tests.cli.printed import found_json
 
@@ -72,3 +74,27 @@ def test_a_branch_goes_on_to_more_steps_with_another_rate(run, tmp_path, capsys)
     assert kept["optim"]["lr"] == 1e-3 and kept["steps"] == 9 and kept["seq_len"] == 32
     assert kept["branch_from"].endswith("trunk/checkpoints/step-00000004")
     assert (tmp_path / "b" / "checkpoints" / "step-00000009").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_exits_with_130_and_says_how_to_go_on(
+    run, tmp_path, monkeypatch, capsys, number
+):
+    def interrupted(config, state, *rest):
+        if state.step == 2:
+            signal.raise_signal(number)
+        return step(config, state, *rest)
+
+    step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    common = ["--config", str(run / "run.toml"), "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *common])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 130
+    assert printed.index("stopping after this step, with a checkpoint; Ctrl-C again") < (
+        printed.index("interrupted: saved after step 3; continue with --resume")
+    )
+    assert f"checkpoint: {tmp_path / 'run' / 'checkpoints' / 'step-00000003'}" in printed
+    main(["train", "--resume", "--out", str(tmp_path / "run")])
+    assert "step-00000006" in capsys.readouterr().out

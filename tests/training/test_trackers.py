@@ -3,6 +3,8 @@ the extra."""
 
 import io
 import json
+import os
+import resource
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from mor.data.stream import DataConfig
 from mor.model.config import preset
 from mor.run_folder import RunFolder
 from mor.training.config import TrainConfig
+from mor.training.log import MetricsLog
 from mor.training.loop import train
 from mor.training.trackers import flat_scalars, routing_histograms
 from tests.conftest import random_tokens, tiny
@@ -127,3 +130,41 @@ def test_numbers_and_histograms():
         found = routing_histograms([routing, routing])
         assert np.array_equal(found.pop("routing/depth"), routing.depth.repeat(2).numpy())
         assert [len(v) for v in found.values()] == [2 * n for n in logits]
+
+
+def test_a_tracker_that_raises_is_named_once_and_training_goes_on(config, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no network")
+
+    fake = SimpleNamespace(init=lambda **_: None, log=fail, finish=fail, Histogram=len)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.warns(UserWarning, match=r"tracker gets nothing more \(no network\)") as said:
+        run(config, "wandb")
+    assert len([w for w in said if "tracker" in str(w.message)]) == 1
+    losses = [row for row in RunFolder(tmp_path / "run").read_metrics() if "loss" in row]
+    assert [row["step"] for row in losses] == [2, 4]
+
+
+def test_a_full_disk_for_metrics_loses_rows_and_no_half_of_one(config, tmp_path):
+    folder = RunFolder(tmp_path)
+    log = MetricsLog(folder, step=0)
+    log.write(step=1, loss=3.0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (folder.metrics.stat().st_size + 5, before[1]))
+    try:
+        with pytest.warns(UserWarning, match=r"metrics.jsonl lacks rows .*; the work goes on"):
+            log.write(step=2, loss=2.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log.write(step=3, loss=2.0)
+    assert [row["step"] for row in folder.read_metrics()] == [1, 3]
+
+
+def test_training_goes_on_when_nobody_reads_its_lines(config, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError("the pipe is closed")
+
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # rich closes the standard output
+    with pytest.warns(UserWarning, match="progress is not shown"):
+        assert train(config, console=Console(file=Gone())).finished
