@@ -6,12 +6,14 @@ B batch · T tokens of a window
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token for one byte, of SentencePiece's byte fallback
 

@@ -45,7 +45,9 @@ def text_experiment(flops: float, *, quick: bool) -> Experiment:
     return Experiment(
         name="text",
         data=DataConfig(
-            tokenizer="bytes" if quick else "bpe", vocab_size=1024, validation_share=0.08
+            tokenizer="bytes" if quick else "bpe",
+            vocab_size=None if quick else 1024,
+            validation_share=0.08,
         ),
         models=dict(zip(NAMES, models, strict=True)),
         # Tuned for each model on this budget (LOG.md).

@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from mor.model.transformer import Output
 
 
+class NotFiniteError(ValueError):
+    """A model gave NaN or infinity where a number was asked for."""
+
+
 def require_finite(model: nn.Module, values: Iterable[Tensor | None], place: str) -> None:
-    """Raise ValueError if a value is NaN or infinite. place: what the model was reading."""
+    """Raise NotFiniteError if a value is NaN or infinite. place: what the model was reading."""
     if all(value is None or bool(value.isfinite().all()) for value in values):
         return
     broken = [name for name, weight in model.named_parameters() if not _is_finite(weight)]
     cause = f"its weight {broken[0]} holds some" if broken else "its weights are all finite"
-    raise ValueError(
+    raise NotFiniteError(
         f"the model gives values that are not finite ({place}): {cause}; take another checkpoint"
     )
 

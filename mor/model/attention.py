@@ -14,16 +14,17 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 
 from mor.model.packing import PackedTokens
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 FLEX_BLOCK = 128
 """Queries, and keys, that FlexAttention decides upon together."""
@@ -189,6 +190,8 @@ class PackedAttention:
 
 
 def _causal_varlen(q_MNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, ends: Tensor, most: int) -> Any:
+    from torch.nn.attention.varlen import varlen_attn
+
     # Named since PyTorch 2.12; before, the kernel takes groups without being told.
     named: dict[str, Any] = (
         {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -198,12 +201,16 @@ def _causal_varlen(q_MNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, ends: Tensor, mo
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention)
 
 
 def positions_mask(position_AK: Tensor, num_keys: int) -> BlockMask:
     """Query k of row a sees the keys 0..position_AK[a, k], of ``num_keys``. Made from the first and
     last position in each block of queries, not from all pairs."""
+    from torch.nn.attention.flex_attention import BlockMask
+
     queries = position_AK.shape[1]
     blocks = -(-num_keys // FLEX_BLOCK)
 

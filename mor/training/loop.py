@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from mor import checkpoint
 from mor.costs.flops import unique_params
 from mor.data.stream import Corpus, Fingerprint, load_corpus
+from mor.evaluation.finite import NotFiniteError
 from mor.evaluation.nll import Evaluation, evaluate
 from mor.files import naming, remove_folder, verify, write_json
 from mor.interruption import interruptible
@@ -416,18 +417,21 @@ class Trainer:
     def _evaluate(self, max_windows: int) -> Evaluation:
         """Causal loss on validation text. Raises TrainingError if it or a weight is not finite."""
         config, state = self.config, self.state
-        found = evaluate(
-            state.model,
-            self.corpus.validation,
-            seq_len=config.seq_len,
-            max_windows=max_windows,
-            document_mask=config.data.document_mask,
-        )
+        try:
+            found = evaluate(
+                state.model,
+                self.corpus.validation,
+                seq_len=config.seq_len,
+                max_windows=max_windows,
+                document_mask=config.data.document_mask,
+            )
+        except NotFiniteError:
+            found = None
         reshard(state.model)
         if not self._weights_are_finite():
             raise self._not_finite("its weights are not finite")
-        if not math.isfinite(found.nll):
-            raise self._not_finite(f"the loss on validation text is {found.nll:g}")
+        if found is None:
+            raise self._not_finite("its loss or router on validation text is not finite")
         self.evaluated_step = state.step
         return found
 

@@ -48,7 +48,7 @@ def test_flags_win_over_the_model_of_a_file_also_where_they_are_the_defaults(tmp
         ("train --steps 3 --flops 1e9", "--steps has no effect with flops"),
         ("train --optim.schedule cosine --optim.cooldown 0.1", "--optim.cooldown has no effect"),
         ("train --parallel fsdp", "--parallel has no effect without torchrun"),
-        ("train --data.path task:state-tracking --data.vocab-size 9", "effect with a task"),
+        ("train --data.path task:state-tracking --data.vocab-size 9", "leave out data.vocab_size"),
         ("train --data.tokenizer bytes --data.vocab-size 9", "effect with the tokenizer 'bytes'"),
         ("train --data.validation-path a --data.validation-share 0.1", "with a validation_path"),
         ("bench decode --checkpoint a --baseline b --num-layers 3", "effect with --checkpoint"),

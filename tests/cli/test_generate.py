@@ -28,4 +28,4 @@ def test_a_prompt_is_not_echoed_before_the_options_are_checked(run, capsys):
     with pytest.raises(SystemExit):
         main(["generate", str(run / "run"), "--prompt", "The square", "--max-depth", "9"])
     printed = capsys.readouterr()
-    assert printed.out == "" and "max_depth must lie in 1..2, got 9" in printed.err
+    assert printed.out == "" and "max_depth must be a whole number in 1..2, got 9" in printed.err

@@ -250,7 +250,7 @@ def test_a_model_of_the_hub_is_read_as_its_directory_is(source, tmp_path, monkey
     found = read_source("owner/model").model.state_dict()
     expected = from_llama(llama()).state_dict()
     assert all(torch.equal(found[name], t) for name, t in expected.items())
-    with pytest.raises(ValueError, match=r"owner/other is no directory, .*: no such repository"):
+    with pytest.raises(ValueError, match=r"owner/other is not a directory, .*: no such repository"):
         read_source("owner/other")
     assert asked == ["owner/model", "owner/other"]
 

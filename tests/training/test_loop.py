@@ -226,10 +226,6 @@ def test_a_run_that_is_killed_goes_on_from_the_last_checkpoint_by_the_clock(squa
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (
-            dict(seq_len=64, data={"validation_path": "short.jsonl"}),
-            r"validation text is too short",
-        ),
         (dict(data={"path": "short.jsonl"}), r"training text is too short.*window of 33"),
         (dict(data={"path": "none.jsonl"}), r"none.jsonl"),
         (dict(flops=1e3), r"less than the .* of a single step"),
