@@ -17,7 +17,8 @@ PREFERENCE = [
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU.
+    """``auto`` is CUDA where there is one, else the CPU. A GPU named by its number becomes the
+    current one, since Triton's kernels and CUDA graphs run on that.
 
     Raises ValueError for a device that PyTorch does not know or that this machine does not have.
     """
@@ -29,6 +30,8 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"device={name!r} cannot be used here ({reason}); try 'cpu'") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

@@ -1,4 +1,4 @@
-"""Which kernels a device prefers."""
+"""Which device is picked, and which kernels it prefers."""
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -17,3 +17,12 @@ def test_cudnn_comes_first_on_hopper_only(monkeypatch):
     with device.preferred_kernels(torch.device("cpu")):
         assert torch._C._get_sdp_priority_order() == usual
     assert torch._C._get_sdp_priority_order() == usual
+
+
+def test_a_gpu_named_by_its_number_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # as if the machine had them
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        assert device.pick_device(name) == torch.device(name)
+    assert current == [torch.device("cuda", 1)]

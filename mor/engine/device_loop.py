@@ -120,6 +120,7 @@ class DeviceSteps:
         self.out_KM4 = torch.zeros(codas, self.lanes, 4, dtype=torch.float64, device=device)
         self.sampled: set[int] = set()  # slots whose request is not greedy
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self.graph_memory: tuple[int, int] | None = None
 
     def start(self, requests: Sequence[Request]) -> None:
         """Begin the newest token of each request; its earlier ones are cached."""
@@ -132,7 +133,8 @@ class DeviceSteps:
         stops = [
             [*p.stop_token_ids, *[-1] * (MAX_STOP_TOKENS - len(p.stop_token_ids))] for p in params
         ]
-        self.live[slot], self.age[slot] = True, age
+        self.live.index_fill_(0, slot, True)
+        self.age[slot] = age
         self.remaining[slot] = torch.tensor(remaining).to(device)
         self.stop_SJ[slot] = torch.tensor(stops).to(device)
         self.sampling.put(slot, SamplingRows.of(params, drawn, device))
@@ -147,7 +149,8 @@ class DeviceSteps:
         lanes = min(self.lanes, 1 << (len(slots) - 1).bit_length())
         greedy = self.sampled.isdisjoint(slots)
         if self.live.device.type == "cuda":
-            self._graph(lanes, greedy).replay()
+            with torch.cuda.device(self.live.device):
+                self._graph(lanes, greedy).replay()
         else:
             self._run(lanes, greedy)
         rows = self.out_KM4[:, :lanes].reshape(-1, 4).tolist()
@@ -162,12 +165,18 @@ class DeviceSteps:
             with torch.cuda.stream(side):
                 self._run(lanes, greedy)
             torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._run(lanes, greedy)
+            self.graphs[lanes, greedy] = self._record(lanes, greedy)
             self.live.copy_(live)
-            self.graphs[lanes, greedy] = graph
         return self.graphs[lanes, greedy]
+
+    def _record(self, lanes: int, greedy: bool) -> torch.cuda.CUDAGraph:
+        """Graphs share their memory, since no launch needs what an earlier one left there; and other
+        threads may use the device meanwhile."""
+        self.graph_memory = self.graph_memory or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self.graph_memory, capture_error_mode="thread_local"):
+            self._run(lanes, greedy)
+        return graph
 
     def _run(self, lanes: int, greedy: bool) -> None:
         for k in range(self.codas):
@@ -176,8 +185,11 @@ class DeviceSteps:
             self._coda(k, lanes, greedy)
 
     def _block(self, lanes: int) -> None:
+        # The idle slot is always at the first pass, with the same state: passes add up, and a token
+        # that never ends would overflow.
         stage = self.runner.stage
-        stage[self.idle :].zero_()  # the idle slot is always at the first pass
+        stage[self.idle :].zero_()
+        self.runner.h_SD[self.idle :].zero_()
         self.runner.block(self._oldest(self.live & (stage < self.end), lanes), self.layers)
 
     def _coda(self, k: int, lanes: int, greedy: bool) -> None:

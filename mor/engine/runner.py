@@ -95,8 +95,11 @@ class Runner:
 
     def enter(self, slot: Tensor, ids: Tensor, position: Tensor) -> None:
         """Begin a new token in each slot."""
-        self.ids[slot], self.position[slot], self.stage[slot] = ids, position, 0
-        self.took_SR[slot] = False
+        # Numbers from the host are filled in by kernels: assigned through an index they would be
+        # copied, which a CUDA graph cannot hold.
+        self.ids[slot], self.position[slot] = ids, position
+        self.stage.index_fill_(0, slot, 0)
+        self.took_SR.index_fill_(0, slot, False)
         tokens, own = self._tokens(slot), torch.zeros_like(slot)
         lanes = self.kv.append(slot, own, position, own == 0, kind=0, longest=self.longest)
         x_MD = self.model.embedding(ids)
@@ -116,7 +119,7 @@ class Runner:
         """One pass of the shared stack: slots at any recursions, all at these layers of it."""
         recursion = self.recursion[self.stage[slot]]
         tokens, new = self._tokens(slot), ~self.took_SR[slot, recursion]
-        self.took_SR[slot, recursion] = True
+        self.took_SR[slot, recursion] = torch.ones_like(new)
         lanes = self.kv.append(
             slot, recursion + 1, tokens.position, new, kind=1, longest=self.longest
         )

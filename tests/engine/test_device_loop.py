@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mor.engine import Engine, EngineConfig, SamplingParams
 from mor.generation import generate
+from mor.model.config import RouterConfig
 from tests.conftest import tiny
 from tests.engine.requests import KV, all_memory_is_back, draw_requests, same, small_pool
 
@@ -62,6 +64,73 @@ def test_device_loop_stops_where_it_should():
         Engine(tiny("fixed", sharing="sequence"), config=EngineConfig(loop="device"))
     with pytest.raises(ValueError, match="made for batching='depth_wise'"):
         EngineConfig(loop="device", batching="static")
+
+
+FROM_THE_HOST = {"lift_fresh"}  # a tensor was made of numbers of Python
+TO_THE_HOST = {"item", "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
+
+
+class StaysOnTheDevice(TorchDispatchMode):
+    """Fails at what no CUDA graph can hold: copies from the host, and shapes or numbers that the
+    host must wait for."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation._schema.name.removeprefix("aten::")
+        indices = args[1] if name.startswith("index") and isinstance(args[1], list) else []
+        by_mask = any(i is not None and i.dtype == torch.bool for i in indices)
+        assert name not in FROM_THE_HOST | TO_THE_HOST and not by_mask, name
+        assert (kwargs or {}).get("device") in (None, torch.device("cpu"))
+        return operation(*args, **(kwargs or {}))
+
+
+def test_the_check_of_what_a_graph_can_hold():
+    x, index = torch.zeros(4), torch.tensor([1, 2])
+    for wrong in (
+        lambda: x.__setitem__(index, 1),
+        lambda: x[x > 0],
+        lambda: x.nonzero(),
+        lambda: float(x[0]),
+        lambda: torch.tensor([1]),
+    ):
+        with torch.inference_mode(), StaysOnTheDevice(), pytest.raises(AssertionError):
+            wrong()
+
+
+@pytest.mark.parametrize(
+    "router", ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
+)
+@pytest.mark.parametrize("kv_strategy", KV)
+def test_a_launch_needs_nothing_from_the_host(router, kv_strategy):
+    """So CUDA can record it. Greedy and sampled; fp32 and bf16 take the same operations but for the
+    linear layers, so each stands with one of them."""
+    for temperature, dtype in ((0, torch.float32), (1.0, torch.bfloat16)):
+        model = tiny(router, kv_strategy=kv_strategy).to(dtype)
+        params = SamplingParams(max_new_tokens=9, temperature=temperature)
+        engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=3))
+        for prompt in ([1], [2], [3]):
+            engine.add_request(prompt, params)
+        record = engine.strategy.steps._run
+
+        def run(*args, record=record):
+            with StaysOnTheDevice():
+                record(*args)
+
+        engine.strategy.steps._run = run
+        assert len(engine.step()) >= 3
+
+
+@torch.inference_mode()
+def test_the_idle_slot_never_overflows():
+    """It goes through the block again and again, and with the paper's gate every pass adds to its
+    state; no coda resets it while tokens keep all lanes of the coda busy."""
+    model = tiny(RouterConfig(kind="random", alpha=1.0, gate="paper"))
+    engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=1))
+    engine.strategy.steps._coda(0, 1, True)  # an idle lane embeds some token
+    for _ in range(140):
+        engine.strategy.steps._block(1)
+    assert engine.runner.h_SD.isfinite().all()
+    logits_MV = engine.runner.head(engine.runner.coda(torch.tensor([engine.kv.idle])))
+    assert logits_MV.isfinite().all()
 
 
 @pytest.mark.gpu
