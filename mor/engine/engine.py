@@ -21,7 +21,7 @@ from mor.engine.attention import AttentionBackend, decode_attention
 from mor.engine.depth_wise import DepthWise
 from mor.engine.device_loop import DeviceLoop
 from mor.engine.lock_step import LockStep, StaticBatches
-from mor.engine.paged_kv import PagedKV
+from mor.engine.paged_kv import PagedKV, default_memory
 from mor.engine.prefix_cache import PrefixCache
 from mor.engine.request import Phase, Request, RequestOutput
 from mor.engine.runner import Runner
@@ -53,12 +53,14 @@ class EngineConfig(Settings):
     """Most tokens in one pass of the shared block. None: as many as there are slots. With fewer
     lanes than slots, tokens that are done wait for coda and head until the others no longer fill
     the lanes."""
-    prefill_chunk: PositiveInt = 256
-    """Most prompt tokens read in one step, so that running requests never wait long."""
+    prefill_chunk: PositiveInt | None = None
+    """Most prompt tokens read in one step, so that running requests never wait long. None: 2048 on
+    CUDA, 256 elsewhere."""
     page_size: PositiveInt = 16
     """Tokens in a page of keys and values."""
-    kv_cache_memory: PositiveInt = 1 << 30
-    """Bytes for keys and values."""
+    kv_cache_memory: PositiveInt | None = None
+    """Bytes for keys and values at most. None: on CUDA, 80% of what is free beside the model;
+    elsewhere 1 GiB."""
     max_len: PositiveInt | None = None
     """Longest prompt and continuation together. None: what the model holds."""
     max_depth: PositiveInt | None = None
@@ -143,7 +145,7 @@ class Engine:
             num_slots=config.max_num_seqs,
             max_len=self.max_len,
             page_size=config.page_size,
-            num_bytes=config.kv_cache_memory,
+            num_bytes=config.kv_cache_memory or default_memory(weight.device),
             decode_attention=decode_attention(config.attention, weight.device, weight.dtype),
             device=weight.device,
             dtype=weight.dtype,
@@ -343,7 +345,8 @@ class Engine:
     def _next_chunk(self) -> dict[str, list[int]]:
         """The ids that each request reads now, by request. The last token of a prompt is not among
         them: it is decoded like a new one, since its logits are needed."""
-        budget, chunk = self.config.prefill_chunk, dict[str, list[int]]()
+        on_cuda, chunk = self.kv.device.type == "cuda", dict[str, list[int]]()
+        budget = self.config.prefill_chunk or (2048 if on_cuda else 256)
         for request in self._work.in_phase(Phase.READ):
             if budget:
                 part = request.known_ids[request.num_read : -1][:budget]

@@ -115,13 +115,16 @@ class Runner:
             self.memory[name][slot] = value
         self._route(slot, x_MD, tokens, entering=True)
 
-    def block(self, slot: Tensor, layers: Sequence[int]) -> None:
-        """One pass of the shared stack: slots at any recursions, all at these layers of it."""
+    def block(self, slot: Tensor, layers: Sequence[int], *, writes: bool = True) -> None:
+        """One pass of the shared stack: slots at any recursions, all at these layers of it.
+
+        writes: False if it is known that no token is at a recursion that writes keys and values.
+        """
         recursion = self.recursion[self.stage[slot]]
         tokens, new = self._tokens(slot), ~self.took_SR[slot, recursion]
         self.took_SR[slot, recursion] = torch.ones_like(new)
         lanes = self.kv.append(
-            slot, recursion + 1, tokens.position, new, kind=1, longest=self.longest
+            slot, recursion + 1, tokens.position, new, kind=1, longest=self.longest, writes=writes
         )
         h_MD = self.h_SD[slot]
         angles = self._angles(tokens)

@@ -49,22 +49,47 @@ class SamplingRows:
             getattr(self, f.name)[index] = getattr(rows, f.name)
 
 
-def sample_rows(logits_MV: Tensor, rows: SamplingRows) -> Tensor:
-    """One token of each row of logits, (M,)."""
+def sample_rows(logits_MV: Tensor, rows: SamplingRows, best: int | None = None) -> Tensor:
+    """One token of each row of logits, (M,).
+
+    best: at least the largest top_k, if every row that is not greedy has one: then only so many
+    logits are put in order, not the whole vocabulary.
+    """
     greedy = rows.temperature == 0
-    scaled_MV = logits_MV.double() / torch.where(greedy, 1.0, rows.temperature)[:, None]
-    sorted_MV, id_MV = scaled_MV.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits_MV.shape[1], device=logits_MV.device)
-    cut_MV = (rows.top_k[:, None] > 0) & (rank >= rows.top_k[:, None])
-    probability_MV = sorted_MV.masked_fill(cut_MV, float("-inf")).softmax(-1)
-    below_MV = probability_MV.cumsum(-1) - probability_MV
+    logits_MK, id_MK = _in_order(logits_MV, best)
+    sorted_MK = logits_MK.double() / torch.where(greedy, 1.0, rows.temperature)[:, None]
+    rank = torch.arange(sorted_MK.shape[1], device=logits_MV.device)
+    cut_MK = (rows.top_k[:, None] > 0) & (rank >= rows.top_k[:, None])
+    probability_MK = sorted_MK.masked_fill(cut_MK, float("-inf")).softmax(-1)
+    below_MK = probability_MK.cumsum(-1) - probability_MK
     # Keep the fewest best tokens that reach top_p.
-    kept_MV = probability_MV * (below_MV < rows.top_p[:, None])
-    cumulative_MV = kept_MV.cumsum(-1)
-    draw = hash_uniform(rows.seed, rows.counter) * cumulative_MV[:, -1]
-    rank_M1 = torch.searchsorted(cumulative_MV, draw[:, None], right=True)
-    rank_M1 = torch.minimum(rank_M1, (kept_MV > 0).sum(-1, keepdim=True) - 1)
-    return torch.where(greedy, logits_MV.argmax(-1), id_MV.gather(1, rank_M1)[:, 0])
+    kept_MK = probability_MK * (below_MK < rows.top_p[:, None])
+    cumulative_MK = kept_MK.cumsum(-1)
+    draw = hash_uniform(rows.seed, rows.counter) * cumulative_MK[:, -1]
+    rank_M1 = torch.searchsorted(cumulative_MK, draw[:, None], right=True)
+    rank_M1 = torch.minimum(rank_M1, (kept_MK > 0).sum(-1, keepdim=True) - 1)
+    return torch.where(greedy, logits_MV.argmax(-1), id_MK.gather(1, rank_M1)[:, 0])
+
+
+def _in_order(logits_MV: Tensor, best: int | None) -> tuple[Tensor, Tensor]:
+    """The largest logits of each row and their ids, both (M, K); of equal ones the lower id comes
+    first. They are put in order as they are: a temperature does not change it."""
+    vocab_size = logits_MV.shape[1]
+    if best is None or best >= vocab_size or logits_MV.dtype == torch.float64:
+        return logits_MV.sort(dim=-1, descending=True, stable=True)
+    # Of equal values topk returns any. So it is given integers that are all different: above, the
+    # bits of the logit, which are ordered as integers once those of negative numbers are turned
+    # round; below, the place from the end of the vocabulary.
+    bits_MV = (logits_MV.float() + 0.0).view(torch.int32)  # + 0.0: minus zero becomes zero
+    ordered_MV = (bits_MV ^ ((bits_MV >> 31) & 0x7FFFFFFF)).long()
+    from_end = torch.arange(vocab_size - 1, -1, -1, device=logits_MV.device)
+    id_MK = ((ordered_MV << 32) + from_end).topk(best, dim=-1).indices
+    return logits_MV.gather(1, id_MK), id_MK
+
+
+def most_needed(params: SamplingParams) -> int | None:
+    """How many of the largest logits a draw looks at: 0 if it is greedy, None for all of them."""
+    return 0 if params.temperature == 0 else params.top_k or None
 
 
 def logprob_rows(logits_MV: Tensor, token: Tensor) -> Tensor:
@@ -80,10 +105,13 @@ def next_tokens(
 
     counters: tokens that each request has drawn before.
     """
-    if all(p.temperature == 0 for p in params):  # sorting the vocabulary is slow
+    needed = [most_needed(p) for p in params]
+    if not any(n != 0 for n in needed):
         token = logits_MV.argmax(-1)
     else:
-        token = sample_rows(logits_MV, SamplingRows.of(params, counters, logits_MV.device))
+        rows = SamplingRows.of(params, counters, logits_MV.device)
+        best = None if None in needed else max(n or 0 for n in needed)
+        token = sample_rows(logits_MV, rows, best)
     if not any(p.logprobs for p in params):
         return token.tolist(), [None] * len(params)
     return token.tolist(), logprob_rows(logits_MV, token).tolist()

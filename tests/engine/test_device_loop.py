@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mor.engine import Engine, EngineConfig, SamplingParams
+from mor.engine.device_loop import Variant
 from mor.generation import generate
 from mor.model.config import RouterConfig
 from tests.conftest import tiny
@@ -125,12 +126,60 @@ def test_the_idle_slot_never_overflows():
     state; no coda resets it while tokens keep all lanes of the coda busy."""
     model = tiny(RouterConfig(kind="random", alpha=1.0, gate="paper"))
     engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=1))
-    engine.strategy.steps._coda(0, 1, True)  # an idle lane embeds some token
+    steps = engine.strategy.steps
+    steps._coda(0, Variant(lanes=1, best=0, logprobs=False))  # an idle lane embeds some token
     for _ in range(140):
-        engine.strategy.steps._block(1)
+        steps._block(1, steps.blocks[0])
     assert engine.runner.h_SD.isfinite().all()
     logits_MV = engine.runner.head(engine.runner.coda(torch.tensor([engine.kv.idle])))
     assert logits_MV.isfinite().all()
+
+
+def test_a_launch_does_no_more_than_its_requests_ask_for(monkeypatch):
+    """Greedy ones draw nothing, top-k orders few logits, and who leaves takes its wishes along."""
+    model = tiny(vocab_size=100)
+    engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=4))
+    steps, seen = engine.strategy.steps, []
+    run = steps._run
+    monkeypatch.setattr(steps, "_run", lambda variant: (seen.append(variant), run(variant)))
+
+    def serve(*params):
+        seen.clear()
+        prompts = [[i + 1] for i in range(len(params))]
+        same(engine.generate(prompts, params), generate(model, prompts, params))
+        return set(seen)
+
+    greedy = SamplingParams(max_new_tokens=3, temperature=0)
+    few = SamplingParams(max_new_tokens=3, top_k=5, logprobs=True)
+    assert serve(greedy, few) == {Variant(2, best=16, logprobs=True)}
+    assert serve(few, SamplingParams(max_new_tokens=3)) == {Variant(2, best=None, logprobs=True)}
+    assert serve(greedy, greedy, greedy) == {Variant(4, best=0, logprobs=False)}
+
+
+@pytest.mark.parametrize(
+    ("num_recursions", "router", "split"),
+    [(2, "expert_choice", True), (3, "expert_choice", True), (3, "fixed", False)],
+)
+def test_later_recursions_write_nothing_where_nothing_reads_it(num_recursions, router, split):
+    """As long as the later steps have room for the passes to be expected; the tokens are equal in
+    any case."""
+    model = tiny(router, kv_strategy="shared", num_recursions=num_recursions)
+    engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=6, lanes=3))
+    assert [block.writes for block in engine.strategy.steps.blocks] == [True, not split]
+    block, passes = engine.runner.block, []
+
+    def watch(slot, layers, *, writes):
+        passes.extend(
+            (stage, writes) for stage in engine.runner.stage[slot[slot != engine.kv.idle]].tolist()
+        )
+        block(slot, layers, writes=writes)
+
+    engine.runner.block = watch
+    prompts, params = draw_requests(9, seed=2)
+    same(engine.generate(prompts, params), generate(model, prompts, params))
+    assert {stage for stage, _ in passes} == set(range(num_recursions))
+    if split:
+        assert all(writes == (stage == 0) for stage, writes in passes)
 
 
 @pytest.mark.gpu
