@@ -70,9 +70,10 @@ class DeviceLoop(Strategy):
             work.take(request, token.token_id, depth=token.depth, logprob=token.logprob)
 
     def _reserve(self, requests: list[Request]) -> None:
+        entries = self._entries(requests)
         slots = np.array([request.slot for request in requests])
-        for stream, entries in enumerate(self._entries(requests).T):
-            self.work.kv.reserve(slots, np.full(len(slots), stream), entries)
+        slot, stream = np.broadcast_arrays(slots[:, None], np.arange(entries.shape[1]))
+        self.work.kv.reserve(slot.ravel(), stream.ravel(), entries.ravel())
 
     def _pages(self, requests: list[Request]) -> list[int]:
         return self.work.kv.pages_for(self._entries(requests), [r.slot for r in requests])

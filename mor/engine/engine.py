@@ -79,6 +79,9 @@ class EngineConfig(Settings):
     """The kernel for decoding. auto: the fastest that works here."""
     quantize: Literal["int8"] | None = None
     """int8: weights of layers and head in 8 bits, activations quantized on the fly (CPU)."""
+    compile: bool | None = None
+    """Compile what stands before and after attention: the first launches take a minute, the others
+    have fewer kernels. None: on CUDA where Triton is installed."""
 
     def __post_init__(self) -> None:
         if self.loop == "device" and self.batching != "depth_wise":
@@ -125,7 +128,7 @@ class Engine:
         strategy = _choose_strategy(config, model)
         self.kv = self._make_cache(model)
         self.runner = Runner(
-            for_decoding(model.eval(), config.quantize),
+            for_decoding(model.eval(), config.quantize, config.compile),
             self.kv,
             max_depth=config.max_depth,
             longest=self.max_len if strategy.static_shapes else None,

@@ -58,9 +58,10 @@ class Runner:
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(3)
         )
         self.took_SR = torch.zeros(slots, config.num_recursions, dtype=torch.bool, device=device)
-        self.angles = rotary_angles(
+        angles = rotary_angles(
             torch.arange(kv.max_len, device=device), config.head_dim, config.rope_theta
         )
+        self.angles = tuple(a.to(self.h_SD.dtype) for a in angles)  # once, not in every layer
         # Started on nothing, the router shows what it will want to remember of each token.
         tokens = self._tokens(torch.arange(slots, device=device))
         with torch.no_grad():

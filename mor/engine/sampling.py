@@ -29,13 +29,11 @@ class SamplingRows:
     def of(
         cls, params: Sequence[SamplingParams], counters: Sequence[int], device: torch.device
     ) -> SamplingRows:
-        return cls(
-            torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device),
-            torch.tensor([p.top_k for p in params], device=device),
-            torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
-            torch.tensor([p.seed for p in params], device=device),
-            torch.tensor(counters, device=device),
-        )
+        exact = [(p.temperature, p.top_p) for p in params]
+        whole = [(p.top_k, p.seed, n) for p, n in zip(params, counters, strict=True)]
+        temperature, top_p = torch.tensor(exact, dtype=torch.float64).to(device).unbind(1)
+        top_k, seed, counter = torch.tensor(whole).to(device).unbind(1)
+        return cls(temperature, top_k, top_p, seed, counter)
 
     @classmethod
     def greedy(cls, num_rows: int, device: torch.device) -> SamplingRows:

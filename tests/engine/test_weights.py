@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from mor.engine import Engine, EngineConfig
-from mor.engine.weights import FewRowsLinear, for_decoding
+from mor.engine import Engine, EngineConfig, weights
+from mor.engine.weights import FewRowsLinear, for_decoding, fused
+from mor.generation import generate
 from tests.conftest import random_tokens, tiny
-from tests.engine.requests import draw_requests
+from tests.engine.requests import KV, draw_requests, same
 
 
 def test_int8_weights_stay_close_and_rows_apart():
@@ -51,3 +52,58 @@ def test_few_rows_is_the_same_model_on_the_same_memory():
         tensor.mul_(1.1)
     torch.testing.assert_close(fast(tokens).logits_BTV, model(tokens).logits_BTV)
     assert not any(parameter.requires_grad for parameter in fast.parameters())
+
+
+@pytest.mark.parametrize("kv_strategy", KV)
+def test_fused_layers_are_the_same_model(kv_strategy):
+    """In a forward of their own, and in the engine: with the host's loop and the device's."""
+    model, tokens = tiny(kv_strategy=kv_strategy), random_tokens(3, 10)
+    joined = fused(model)
+    torch.testing.assert_close(joined(tokens).logits_BTV, model(tokens).logits_BTV)
+    types = {type(m) for m in (*model.modules(), *joined.modules())}
+    assert {weights.FusedAttention, weights.FusedFeedForward} <= types
+    assert not any(isinstance(m, weights.FusedAttention) for m in model.modules())
+
+
+@pytest.mark.parametrize("loop", ["host", "device"])
+def test_an_engine_decodes_the_same_with_fused_layers(loop, monkeypatch):
+    monkeypatch.setattr("mor.engine.engine.for_decoding", lambda model, *_: fused(model))
+    model = tiny(kv_strategy="shared")
+    prompts, params = draw_requests(6, seed=4)
+    engine = Engine(model, config=EngineConfig(loop=loop, max_num_seqs=4))
+    same(engine.generate(prompts, params), generate(model, prompts, params))
+
+
+@pytest.mark.slow
+def test_fused_layers_compile_into_two_graphs():
+    """``enter`` and ``leave``, whatever the layer, the recursion and the number of tokens."""
+    graphs = []
+
+    def note(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = tiny("fixed")
+    compiled = fused(model).compile_blocks(backend=note)
+    with torch.no_grad():
+        for batch in ((3, 10), (2, 7)):
+            tokens = random_tokens(*batch)
+            torch.testing.assert_close(compiled(tokens).logits_BTV, model(tokens).logits_BTV)
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("compiled", [None, True])
+def test_weights_in_8_bits_are_for_the_cpu_and_are_not_compiled(compiled):
+    model = tiny("fixed", dim=32, head_dim=8).to(torch.bfloat16 if compiled is None else None)
+    with pytest.raises(ValueError, match="int8 weights need a float32 model on the CPU"):
+        for_decoding(model, "int8", compiled)
+
+
+@pytest.mark.slow
+def test_an_engine_with_compiled_layers_decodes_the_same():
+    """By Inductor for the CPU; on CUDA it does so by itself."""
+    model = tiny()
+    prompts, params = draw_requests(6, seed=4)
+    engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=4, compile=True))
+    same(engine.generate(prompts, params), generate(model, prompts, params))
