@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mor.engine.request import Phase, Request
-from mor.engine.runner import Runner
+from mor.engine.runner import Runner, compile_methods
 from mor.engine.sampling import SamplingRows, logprob_rows, most_needed, sample_rows
 from mor.engine.strategy import Strategy, Work
 from mor.generation import SamplingParams
@@ -143,6 +143,8 @@ class DeviceSteps:
         self.params: dict[int, SamplingParams] = {}  # of the request in each slot
         self.graphs: dict[Variant, torch.cuda.CUDAGraph] = {}
         self.graph_memory: Any = None
+        if runner.compiled:
+            compile_methods(self, "_wanting", "_done", "_follow")
 
     def _pattern(self, count: int) -> list[Passes]:
         """The block steps before each coda step.
@@ -167,7 +169,8 @@ class DeviceSteps:
             (r.slot, r.newest_id, r.num_read, r.number, p.max_new_tokens - n, *_stops(p))
             for r, p, n in zip(requests, params, drawn, strict=True)
         ]
-        slot, ids, position, age, remaining, *stops = torch.tensor(known).to(device).unbind(1)
+        columns = torch.tensor(known).t().contiguous().to(device)
+        slot, ids, position, age, remaining, *stops = columns
         self.runner.enter(slot, ids, position)
         self.live.index_fill_(0, slot, True)
         self.age[slot], self.remaining[slot] = age, remaining
@@ -229,6 +232,22 @@ class DeviceSteps:
             self._coda(k, variant)
 
     def _block(self, lanes: int, step: Passes) -> None:
+        slot = self._wanting(lanes, step)
+        self.runner.block(slot, self.layers, writes=step.writes)
+
+    def _coda(self, k: int, variant: Variant) -> None:
+        runner = self.runner
+        slot = self._done(variant.lanes)
+        logits_MV = runner.head(runner.coda(slot))
+        token = logits_MV.argmax(-1)
+        if variant.best != 0:
+            token = sample_rows(logits_MV, self.sampling.at(slot), variant.best)
+        logprob = logprob_rows(logits_MV, token) if variant.logprobs else torch.zeros_like(slot)
+        out_M4 = self.out_KM4[k, : variant.lanes]
+        runner.enter(*self._follow(slot, token, logprob, out_M4))
+
+    def _wanting(self, lanes: int, step: Passes) -> Tensor:
+        """The slots that a block step takes."""
         # The idle slot is always at the first pass, with the same state: passes add up, and a token
         # that never ends would overflow.
         stage = self.runner.stage
@@ -237,27 +256,26 @@ class DeviceSteps:
         wanted = self.live & (stage < step.end)
         if step.first:
             wanted &= stage >= step.first
-        slot = self._oldest(wanted, lanes)
-        self.runner.block(slot, self.layers, writes=step.writes)
+        return self._oldest(wanted, lanes)
 
-    def _coda(self, k: int, variant: Variant) -> None:
-        runner = self.runner
-        slot = self._oldest(self.live & (runner.stage == self.end), variant.lanes)
-        logits_MV = runner.head(runner.coda(slot))
-        token = logits_MV.argmax(-1)
-        if variant.best != 0:
-            token = sample_rows(logits_MV, self.sampling.at(slot), variant.best)
-        depth = runner.took_SR[slot].sum(1)
-        logprob = logprob_rows(logits_MV, token) if variant.logprobs else torch.zeros_like(slot)
-        found = (slot, token, depth, logprob)
-        self.out_KM4[k, : variant.lanes] = torch.stack([x.double() for x in found], dim=-1)
+    def _done(self, lanes: int) -> Tensor:
+        """The slots that a coda step takes."""
+        return self._oldest(self.live & (self.runner.stage == self.end), lanes)
+
+    def _follow(
+        self, slot: Tensor, token: Tensor, logprob: Tensor, out_M4: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Note new tokens; slot, id and position of those that are read next. The idle slot stands
+        for what has stopped."""
+        found = (slot, token, self.runner.took_SR[slot].sum(1), logprob)
+        out_M4.copy_(torch.stack([x.double() for x in found], dim=-1))
         self.remaining[slot] -= 1
         self.sampling.counter[slot] += 1
         stopped = (token[:, None] == self.stop_SJ[slot]).any(1)
         goes_on = (slot != self.idle) & ~stopped & (self.remaining[slot] > 0)
         self.live[slot] = goes_on
-        following = torch.where(goes_on, slot, self.idle)
-        runner.enter(following, token, torch.where(goes_on, runner.position[slot] + 1, 0))
+        position = torch.where(goes_on, self.runner.position[slot] + 1, 0)
+        return torch.where(goes_on, slot, self.idle), token, position
 
     def _oldest(self, wanted: Tensor, count: int) -> Tensor:
         """The oldest wanted slots, filled up with the idle one."""

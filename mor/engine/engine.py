@@ -27,7 +27,7 @@ from mor.engine.request import Phase, Request, RequestOutput
 from mor.engine.runner import Runner
 from mor.engine.scheduler import Scheduler
 from mor.engine.strategy import Strategy, Work
-from mor.engine.weights import for_decoding
+from mor.engine.weights import compiles, for_decoding
 from mor.generation import SamplingParams
 from mor.model.transformer import Output, Transformer
 from mor.settings import PositiveInt, Settings
@@ -80,7 +80,7 @@ class EngineConfig(Settings):
     quantize: Literal["int8"] | None = None
     """int8: weights of layers and head in 8 bits, activations quantized on the fly (CPU)."""
     compile: bool | None = None
-    """Compile what stands before and after attention: the first launches take a minute, the others
+    """Compile all but attention and sampling: the first launches take a minute or two, the others
     have fewer kernels. None: on CUDA where Triton is installed."""
 
     def __post_init__(self) -> None:
@@ -127,9 +127,11 @@ class Engine:
             raise ValueError(f"max_depth must lie in 1..{num_recursions}, got {depth}")
         strategy = _choose_strategy(config, model)
         self.kv = self._make_cache(model)
+        compiled = compiles(self.kv.device, config.compile)
         self.runner = Runner(
-            for_decoding(model.eval(), config.quantize, config.compile),
+            for_decoding(model.eval(), config.quantize, compiled=compiled),
             self.kv,
+            compiled=compiled,
             max_depth=config.max_depth,
             longest=self.max_len if strategy.static_shapes else None,
         )

@@ -141,14 +141,20 @@ def _blocks(model: Transformer) -> list[Block]:
     return [*model.prelude, *model.recursions.shared_blocks, *model.coda]
 
 
+def compiles(device: torch.device, wish: bool | None) -> bool:
+    """Whether an engine compiles. None: on CUDA, where Triton is installed."""
+    if wish is None:
+        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return wish
+
+
 def for_decoding(
-    model: Transformer, quantize: str | None, compiled: bool | None = None
+    model: Transformer, quantize: str | None, *, compiled: bool = False
 ) -> Transformer:
     """The model as an engine runs it.
 
-    compiled: compile what stands before and after attention; None: on CUDA, where Triton is
-    installed. Raises ValueError if int8 is asked for and the model is not in fp32 on the CPU, or is
-    to be compiled.
+    compiled: compile what stands before and after attention. Raises ValueError if int8 is asked for
+    and the model is not in fp32 on the CPU, or is to be compiled.
     """
     weight = model.embedding.weight
     fp32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
@@ -156,14 +162,14 @@ def for_decoding(
         if not fp32_on_cpu or compiled:
             raise ValueError(
                 f"int8 weights need a float32 model on the CPU, got {weight.dtype} on "
-                f"{weight.device}" + ", compiled" * bool(compiled)
+                f"{weight.device}" + ", compiled" * compiled
             )
         return with_linear(model, Int8Linear)
-    on_cuda = weight.device.type == "cuda"
-    if compiled is None:
-        compiled = on_cuda and importlib.util.find_spec("triton") is not None
     if compiled:
+        # Each engine of a process may need graphs of its own; past the limit, PyTorch would fail.
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 64)
         return fused(model).compile_blocks()
     if fp32_on_cpu:
         return with_linear(model, FewRowsLinear)
-    return fused(model) if on_cuda else model
+    return fused(model) if weight.device.type == "cuda" else model

@@ -67,7 +67,7 @@ def test_fused_layers_are_the_same_model(kv_strategy):
 
 @pytest.mark.parametrize("loop", ["host", "device"])
 def test_an_engine_decodes_the_same_with_fused_layers(loop, monkeypatch):
-    monkeypatch.setattr("mor.engine.engine.for_decoding", lambda model, *_: fused(model))
+    monkeypatch.setattr("mor.engine.engine.for_decoding", lambda model, *_, **__: fused(model))
     model = tiny(kv_strategy="shared")
     prompts, params = draw_requests(6, seed=4)
     engine = Engine(model, config=EngineConfig(loop=loop, max_num_seqs=4))
@@ -93,17 +93,20 @@ def test_fused_layers_compile_into_two_graphs():
     assert len(graphs) == 2
 
 
-@pytest.mark.parametrize("compiled", [None, True])
+@pytest.mark.parametrize("compiled", [False, True])
 def test_weights_in_8_bits_are_for_the_cpu_and_are_not_compiled(compiled):
-    model = tiny("fixed", dim=32, head_dim=8).to(torch.bfloat16 if compiled is None else None)
+    model = tiny("fixed", dim=32, head_dim=8).to(torch.float32 if compiled else torch.bfloat16)
     with pytest.raises(ValueError, match="int8 weights need a float32 model on the CPU"):
-        for_decoding(model, "int8", compiled)
+        for_decoding(model, "int8", compiled=compiled)
 
 
 @pytest.mark.slow
-def test_an_engine_with_compiled_layers_decodes_the_same():
+@pytest.mark.parametrize("kv_strategy", ["shared", "hybrid"])
+def test_a_compiled_engine_decodes_the_same(kv_strategy):
     """By Inductor for the CPU; on CUDA it does so by itself."""
-    model = tiny()
-    prompts, params = draw_requests(6, seed=4)
+    torch._dynamo.reset()
+    model = tiny(kv_strategy=kv_strategy)
+    prompts, params = draw_requests(6, seed=4, temperature=1.0)
     engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=4, compile=True))
+    assert type(engine.strategy.steps._done).__name__ == "function"  # no longer a method
     same(engine.generate(prompts, params), generate(model, prompts, params))
