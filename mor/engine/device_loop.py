@@ -7,7 +7,7 @@ prelude of the next token. Lanes without a token work for the idle slot. On CUDA
 CUDA graph, of which there is one for each :class:`Variant`; elsewhere the same steps run one by
 one, which is what the tests compare with the plain decoder.
 
-J stop tokens · K coda steps of a launch · M lanes · R recursions · S slots · V vocab
+D model · J stop tokens · K coda steps of a launch · M lanes · R recursions · S slots · V vocab
 """
 
 from __future__ import annotations

@@ -119,10 +119,10 @@ class Runner:
 
         writes: False if it is known that no token is at a recursion that writes keys and values.
         """
-        recursion, h_MD, angles, lanes = self._begin_pass(slot, writes)
+        recursion, position, h_MD, angles, lanes = self._begin_pass(slot, writes)
         with self._in_model():
             out_MD = self.model.recursions.stack(h_MD, angles, lanes, layers).contiguous()
-        self._end_pass(slot, recursion, h_MD, out_MD)
+        self._end_pass(slot, recursion, position, h_MD, out_MD)
 
     def coda(self, slot: Tensor) -> Tensor:
         """States after the coda, (M, D), of tokens that took their last pass; input of the head."""
@@ -164,21 +164,25 @@ class Runner:
             self.memory[name][slot] = value
         self._route(slot, x_MD, tokens, self._memory(slot), entering=True)
 
-    def _begin_pass(self, slot: Tensor, writes: bool) -> tuple[Tensor, Tensor, Angles, LanePass]:
+    def _begin_pass(
+        self, slot: Tensor, writes: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Angles, LanePass]:
         recursion, position = self.recursion[self.stage[slot]], self.position[slot]
         new = ~self.took_SR[slot, recursion]
         self.took_SR[slot, recursion] = torch.ones_like(new)
         lanes = self.kv.append(
             slot, recursion + 1, position, new, kind=1, longest=self.longest, writes=writes
         )
-        return recursion, self.h_SD[slot], self._angles(position), lanes
+        return recursion, position, self.h_SD[slot], self._angles(position), lanes
 
-    def _end_pass(self, slot: Tensor, recursion: Tensor, h_MD: Tensor, out_MD: Tensor) -> None:
+    def _end_pass(
+        self, slot: Tensor, recursion: Tensor, position: Tensor, h_MD: Tensor, out_MD: Tensor
+    ) -> None:
         memory = self._memory(slot)
         h_MD = self.router.combine(recursion, h_MD, out_MD, self.gate[slot], memory)
         self.h_SD[slot] = h_MD
         self.stage[slot] += 1
-        tokens = _tokens(self.ids[slot], self.position[slot])
+        tokens = _tokens(self.ids[slot], position)
         self._route(slot, h_MD, tokens, memory, entering=False)
 
     def _route(

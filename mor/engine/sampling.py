@@ -1,6 +1,6 @@
 """Sampling for many requests at once; draws what ``mor.generation.sample`` draws for each alone.
 
-M rows · V vocab
+K largest logits · M rows · V vocab
 """
 
 from __future__ import annotations

@@ -133,13 +133,13 @@ def triton_attention(
     parts = num_parts(M * groups, longest, _processors(device))
     dim_padded = max(16, triton.next_power_of_2(H))
     out_MNH = q_MNH.new_empty(M, N, H)
-    result, top, total = out_MNH, out_MNH, out_MNH  # the last two unused
+    result = top_MNP = total_MNP = out_MNH  # the last two unused
     if parts > 1:
         result = torch.empty(M, N, parts, H, dtype=torch.float32, device=device)
-        top, total = result.new_empty(2, M, N, parts)
+        top_MNP, total_MNP = result.new_empty(2, M, N, parts)
     with torch.cuda.device_of(q_MNH):  # Triton launches on the current device
         _attend[(M, groups, parts)](
-            q_MNH, k_EGH, v_EGH, table_RL, row, seen, result, top, total,
+            q_MNH, k_EGH, v_EGH, table_RL, row, seen, result, top_MNP, total_MNP,
             H**-0.5, table_RL.stride(0), q_MNH.stride(0),
             HEADS=N, GROUPS=groups, DIM=H,
             HEADS_PADDED=max(16, triton.next_power_of_2(N // groups)),
@@ -147,7 +147,7 @@ def triton_attention(
         )  # fmt: skip
         if parts > 1:
             _combine[(M * N,)](
-                result, top, total, out_MNH, DIM=H, DIM_PADDED=dim_padded,
+                result, top_MNP, total_MNP, out_MNH, DIM=H, DIM_PADDED=dim_padded,
                 PARTS=parts, PARTS_PADDED=triton.next_power_of_2(parts),
             )  # fmt: skip
     return out_MNH
