@@ -65,6 +65,10 @@ class PlainLinear(nn.Module):
         return F.linear(x_MD, self.weight)
 
 
+def _joined(weights: list[Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.cat([w.detach() for w in weights]), requires_grad=False)
+
+
 class FusedAttention(nn.Module):
     """:class:`mor.model.transformer.Attention` with one product, and one rotation of queries and
     keys. Holds a copy of the weights."""
@@ -73,7 +77,7 @@ class FusedAttention(nn.Module):
         super().__init__()
         self.head_dim, self.o_proj = attention.head_dim, attention.o_proj
         parts = [layer.weight for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        self.weight = nn.Parameter(torch.cat(parts).detach(), requires_grad=False)
+        self.weight = _joined(parts)
         self.heads, self.kv_heads = (len(part) // self.head_dim for part in parts[:2])
 
     def project(
@@ -96,7 +100,7 @@ class FusedFeedForward(nn.Module):
         super().__init__()
         self.down_proj = feed_forward.down_proj
         parts = [feed_forward.gate_proj.weight, feed_forward.up_proj.weight]
-        self.weight = nn.Parameter(torch.cat(parts).detach(), requires_grad=False)
+        self.weight = _joined(parts)
 
     def forward(self, x_MD: Tensor) -> Tensor:
         gate_MF, up_MF = F.linear(x_MD, self.weight).chunk(2, dim=-1)
