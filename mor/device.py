@@ -6,7 +6,8 @@ import torch
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU.
+    """``auto`` is CUDA where there is one, else the CPU. A GPU named by its number becomes the
+    current one, since Triton's kernels and CUDA graphs run on that.
 
     Raises ValueError for a device that PyTorch does not know or that this machine does not have.
     """
@@ -21,6 +22,8 @@ def pick_device(name: str = "auto") -> torch.device:
             f"there is no device {name!r} for PyTorch {torch.__version__} on this machine; it has "
             f"{', '.join(here)}"
         ) from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

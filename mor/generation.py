@@ -57,11 +57,11 @@ def sample(logits: Tensor, params: SamplingParams, counter: int) -> int:
     check_finite(logits)
     if params.temperature == 0:
         return int(logits.argmax())
-    scaled = (logits.double() - logits.max()) / params.temperature  # never overflows upwards
-    ordered, ids = scaled.sort(descending=True, stable=True)
+    ordered, ids = logits.sort(descending=True, stable=True)
     if params.top_k:
         ordered, ids = ordered[: params.top_k], ids[: params.top_k]
-    probability = ordered.softmax(0)
+    # With the largest at 0, the smallest temperature overflows to minus infinity alone.
+    probability = ((ordered.double() - ordered[0]) / params.temperature).softmax(0)
     below = probability.cumsum(0) - probability
     kept = probability * (below < params.top_p)  # the fewest best tokens that reach top_p
     cumulative = kept.cumsum(0)

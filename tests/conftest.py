@@ -30,13 +30,13 @@ CHROMIUM = next(
 def pytest_collection_modifyitems(config, items):
     browser = CHROMIUM and importlib.util.find_spec("playwright")
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(
                 pytest.mark.skip(reason="a cross product or a long run; make test-all runs it")
             )
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if "browser" in item.keywords and not browser:
+        if item.get_closest_marker("browser") and not browser:
             missing = "Playwright (pip install playwright)" if CHROMIUM else "an installed Chromium"
             item.add_marker(pytest.mark.skip(reason=f"needs {missing}"))
 

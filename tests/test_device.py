@@ -31,3 +31,14 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are(monkeypatch):
             device.pick_device(name)
     assert device.pick_device("cpu") == torch.device("cpu")
     assert device.pick_device() == torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_gpu_named_by_its_number_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(
+        torch, "empty", lambda *_, **__: torch.zeros(1)
+    )  # as if the machine had them
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        assert device.pick_device(name) == torch.device(name)
+    assert current == [torch.device("cuda", 1)]

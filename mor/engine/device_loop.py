@@ -4,25 +4,33 @@ with the tokens of each step chosen on the device.
 A launch runs ``codas`` times [block x blocks_per_coda, coda]. A block step takes the oldest tokens
 that want a pass, a coda step the oldest that are done: head, sampling, stop test, and embedding and
 prelude of the next token. Lanes without a token work for the idle slot. On CUDA a launch is one
-CUDA graph for each number of lanes; elsewhere the same steps run one by one, which is what the
-tests compare with the plain decoder.
+CUDA graph, of which there is one for each :class:`Variant`; elsewhere the same steps run one by
+one, which is what the tests compare with the plain decoder.
 
-J stop tokens · K coda steps of a launch · M lanes · R recursions · S slots · V vocab
+D model · J stop tokens · K coda steps of a launch · M lanes · R recursions · S slots · V vocab
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mor.engine.request import Phase, Request
-from mor.engine.runner import Runner
-from mor.engine.sampling import SamplingRows, finite_rows, logprob_rows, sample_rows
+from mor.engine.runner import Runner, compile_methods
+from mor.engine.sampling import (
+    SamplingRows,
+    finite_rows,
+    logprob_rows,
+    most_needed,
+    sample_rows,
+)
 from mor.engine.strategy import Strategy, Work
+from mor.generation import SamplingParams
 from mor.model.transformer import Transformer, passes
 
 MAX_STOP_TOKENS = 16
@@ -68,9 +76,10 @@ class DeviceLoop(Strategy):
             work.take(request, token.token_id, depth=token.depth, logprob=token.logprob)
 
     def _reserve(self, requests: list[Request]) -> None:
+        entries = self._entries(requests)
         slots = np.array([request.slot for request in requests])
-        for stream, entries in enumerate(self._entries(requests).T):
-            self.work.kv.reserve(slots, np.full(len(slots), stream), entries)
+        slot, stream = np.broadcast_arrays(slots[:, None], np.arange(entries.shape[1]))
+        self.work.kv.reserve(slot.ravel(), stream.ravel(), entries.ravel())
 
     def _pages(self, requests: list[Request]) -> list[int]:
         return self.work.kv.pages_for(self._entries(requests), [r.slot for r in requests])
@@ -96,6 +105,25 @@ class NewToken:
     logprob: float
 
 
+class Variant(NamedTuple):
+    """What is fixed in a launch. best: how many of the largest logits sampling looks at (0: it is
+    greedy; None: all). logprobs: whether they are wanted."""
+
+    lanes: int
+    best: int | None
+    logprobs: bool
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a block step does: tokens at passes ``first`` <= stage < ``end``, and whether any of
+    these passes writes keys and values."""
+
+    first: int
+    end: int
+    writes: bool
+
+
 class DeviceSteps:
     """Runs what it was given with :meth:`start` until it stops, all state on the device. One launch
     gives a request at most ``codas`` tokens.
@@ -108,8 +136,8 @@ class DeviceSteps:
     ) -> None:
         assert runner.longest is not None
         self.runner, self.lanes, self.codas = runner, min(lanes, runner.kv.num_slots), codas
-        self.blocks_per_coda = min(blocks_per_coda, len(runner.passes))
         self.layers, self.end, self.idle = runner.passes[0][1], len(runner.passes), runner.kv.idle
+        self.blocks = self._pattern(min(blocks_per_coda, self.end))
         slots, device = runner.kv.num_slots + 1, runner.kv.device
         self.live = torch.zeros(slots, dtype=torch.bool, device=device)
         self.age, self.remaining = (
@@ -119,90 +147,155 @@ class DeviceSteps:
         self.sampling = SamplingRows.greedy(slots, device)
         # Slot, token, depth and log-probability that each coda step found in each lane.
         self.out_KM4 = torch.zeros(codas, self.lanes, 4, dtype=torch.float64, device=device)
-        self.sampled: set[int] = set()  # slots whose request is not greedy
-        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self.params: dict[int, SamplingParams] = {}  # of the request in each slot
+        self.graphs: dict[Variant, torch.cuda.CUDAGraph] = {}
+        self.graph_memory: Any = None
+        if runner.compiled:
+            compile_methods(self, "_wanting", "_done", "_follow")
+
+    def _pattern(self, count: int) -> list[Passes]:
+        """The block steps before each coda step.
+
+        Where later recursions read what the first one wrote (``shared``), the first step is for
+        first passes and the others, for the later ones, make no keys and values. But a step that
+        takes any token fills its lanes better, so that is done only if the later steps have room
+        for the passes to be expected.
+        """
+        config, writes = self.runner.model.config, self.runner.kv.writes[1:]
+        expected = sum(config.capacities[1 : self.end])
+        if self.end == 1 or writes[1 : self.end].any() or expected > count - 1:
+            return [Passes(0, self.end, writes=True)] * count
+        later = Passes(1, self.end, writes=False)
+        return [Passes(0, 1, writes=True), *[later] * (count - 1)]
 
     def start(self, requests: Sequence[Request]) -> None:
         """Begin the newest token of each request; its earlier ones are cached."""
-        device = self.live.device
-        known = torch.tensor([(r.slot, r.newest_id, r.num_read, r.number) for r in requests])
-        slot, ids, position, age = known.to(device).unbind(1)
-        self.runner.enter(slot, ids, position)
-        params, drawn = [r.params for r in requests], [len(r.token_ids) for r in requests]
-        remaining = [p.max_new_tokens - n for p, n in zip(params, drawn, strict=True)]
-        stops = [
-            [*p.stop_token_ids, *[-1] * (MAX_STOP_TOKENS - len(p.stop_token_ids))] for p in params
+        device, params = self.live.device, [r.params for r in requests]
+        drawn = [len(r.token_ids) for r in requests]
+        known = [
+            (r.slot, r.newest_id, r.num_read, r.number, p.max_new_tokens - n, *_stops(p))
+            for r, p, n in zip(requests, params, drawn, strict=True)
         ]
-        self.live[slot], self.age[slot] = True, age
-        self.remaining[slot] = torch.tensor(remaining).to(device)
-        self.stop_SJ[slot] = torch.tensor(stops).to(device)
+        columns = torch.tensor(known).t().contiguous().to(device)
+        slot, ids, position, age, remaining, *stops = columns
+        self.runner.enter(slot, ids, position)
+        self.live.index_fill_(0, slot, True)
+        self.age[slot], self.remaining[slot] = age, remaining
+        self.stop_SJ[slot] = torch.stack(stops, dim=1)
         self.sampling.put(slot, SamplingRows.of(params, drawn, device))
-        for request in requests:
-            (self.sampled.add if request.params.temperature else self.sampled.discard)(request.slot)
+        self.params |= {request.slot: request.params for request in requests}
 
     def launch(self, slots: Sequence[int]) -> list[NewToken]:
         """One pattern of steps for the requests in these slots; their new tokens in order."""
         keep = torch.zeros(len(self.live), dtype=torch.bool)
         keep[list(slots)] = True
         self.live &= keep.to(self.live.device)
-        lanes = min(self.lanes, 1 << (len(slots) - 1).bit_length())
-        greedy = self.sampled.isdisjoint(slots)
+        variant = self._variant(slots)
         if self.live.device.type == "cuda":
-            self._graph(lanes, greedy).replay()
+            with torch.cuda.device(self.live.device):
+                self._graph(variant).replay()
         else:
-            self._run(lanes, greedy)
-        rows = self.out_KM4[:, :lanes].reshape(-1, 4).tolist()
+            self._run(variant)
+        rows = self.out_KM4[:, : variant.lanes].reshape(-1, 4).tolist()
         return [
             NewToken(int(s), int(t) if t >= 0 else None, int(d), p)
             for s, t, d, p in rows
             if int(s) != self.idle
         ]
 
-    def _graph(self, lanes: int, greedy: bool) -> torch.cuda.CUDAGraph:
-        if (lanes, greedy) not in self.graphs:
+    def _variant(self, slots: Sequence[int]) -> Variant:
+        """The smallest that serves these slots. Sizes are powers of two, and of four for ``best``,
+        so that there are few."""
+        lanes = min(self.lanes, 1 << (len(slots) - 1).bit_length())
+        params = [self.params[slot] for slot in slots]
+        needed = [most_needed(p) for p in params]
+        best = None if None in needed else max(n or 0 for n in needed)
+        if best:
+            best = 4 ** -(-(best - 1).bit_length() // 2)
+        return Variant(lanes, best, any(p.logprobs for p in params))
+
+    def _graph(self, variant: Variant) -> torch.cuda.CUDAGraph:
+        if variant not in self.graphs:
             live = self.live.clone()
             self.live.zero_()  # all lanes idle while the steps are tried and recorded
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self._run(lanes, greedy)
+                self._run(variant)
             torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._run(lanes, greedy)
+            self.graphs[variant] = self._record(variant)
             self.live.copy_(live)
-            self.graphs[lanes, greedy] = graph
-        return self.graphs[lanes, greedy]
+        return self.graphs[variant]
 
-    def _run(self, lanes: int, greedy: bool) -> None:
+    def _record(self, variant: Variant) -> torch.cuda.CUDAGraph:
+        """Graphs share their memory: no launch needs what an earlier one left there. Other threads
+        may use the device meanwhile."""
+        self.graph_memory = self.graph_memory or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self.graph_memory, capture_error_mode="thread_local"):
+            self._run(variant)
+        return graph
+
+    def _run(self, variant: Variant) -> None:
         for k in range(self.codas):
-            for _ in range(self.blocks_per_coda):
-                self._block(lanes)
-            self._coda(k, lanes, greedy)
+            for block in self.blocks:
+                self._block(variant.lanes, block)
+            self._coda(k, variant)
 
-    def _block(self, lanes: int) -> None:
-        stage = self.runner.stage
-        stage[self.idle :].zero_()  # the idle slot is always at the first pass
-        self.runner.block(self._oldest(self.live & (stage < self.end), lanes), self.layers)
+    def _block(self, lanes: int, step: Passes) -> None:
+        slot = self._wanting(lanes, step)
+        self.runner.block(slot, self.layers, writes=step.writes)
 
-    def _coda(self, k: int, lanes: int, greedy: bool) -> None:
+    def _coda(self, k: int, variant: Variant) -> None:
         runner = self.runner
-        slot = self._oldest(self.live & (runner.stage == self.end), lanes)
+        slot = self._done(variant.lanes)
         logits_MV = runner.head(runner.coda(slot))
-        token = logits_MV.argmax(-1) if greedy else sample_rows(logits_MV, self.sampling.at(slot))
-        depth = runner.took_SR[slot].sum(1)
+        token = logits_MV.argmax(-1)
+        if variant.best != 0:
+            token = sample_rows(logits_MV, self.sampling.at(slot), variant.best)
         finite = finite_rows(logits_MV)
-        found = (slot, token.where(finite, -1), depth, logprob_rows(logits_MV, token))
-        self.out_KM4[k, :lanes] = torch.stack([x.double() for x in found], dim=-1)
+        logprob = logprob_rows(logits_MV, token) if variant.logprobs else torch.zeros_like(slot)
+        out_M4 = self.out_KM4[k, : variant.lanes]
+        runner.enter(*self._follow(slot, token, finite, logprob, out_M4))
+
+    def _wanting(self, lanes: int, step: Passes) -> Tensor:
+        """The slots that a block step takes."""
+        # The idle slot is always at the first pass, with the same state: passes add up, and a token
+        # that never ends would overflow.
+        stage = self.runner.stage
+        stage[self.idle :].zero_()
+        self.runner.h_SD[self.idle :].zero_()
+        wanted = self.live & (stage < step.end)
+        if step.first:
+            wanted &= stage >= step.first
+        return self._oldest(wanted, lanes)
+
+    def _done(self, lanes: int) -> Tensor:
+        """The slots that a coda step takes."""
+        return self._oldest(self.live & (self.runner.stage == self.end), lanes)
+
+    def _follow(
+        self, slot: Tensor, token: Tensor, finite: Tensor, logprob: Tensor, out_M4: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Note new tokens; slot, id and position of those that are read next. The idle slot stands
+        for what has stopped."""
+        depth = self.runner.took_SR[slot].sum(1)
+        found = (slot, token.where(finite, -1), depth, logprob)
+        out_M4.copy_(torch.stack([x.double() for x in found], dim=-1))
         self.remaining[slot] -= 1
         self.sampling.counter[slot] += 1
         stopped = (token[:, None] == self.stop_SJ[slot]).any(1)
         goes_on = (slot != self.idle) & finite & ~stopped & (self.remaining[slot] > 0)
         self.live[slot] = goes_on
-        following = torch.where(goes_on, slot, self.idle)
-        runner.enter(following, token, torch.where(goes_on, runner.position[slot] + 1, 0))
+        position = torch.where(goes_on, self.runner.position[slot] + 1, 0)
+        return torch.where(goes_on, slot, self.idle), token, position
 
     def _oldest(self, wanted: Tensor, count: int) -> Tensor:
         """The oldest wanted slots, filled up with the idle one."""
         slot = torch.where(wanted, self.age, _NEVER).argsort()[:count]
         return torch.where(wanted[slot], slot, self.idle)
+
+
+def _stops(params: SamplingParams) -> list[int]:
+    """Its stop tokens, filled up with what no token is."""
+    return [*params.stop_token_ids, *[-1] * (MAX_STOP_TOKENS - len(params.stop_token_ids))]

@@ -26,14 +26,14 @@ from mor.engine.attention import AttentionBackend, decode_attention
 from mor.engine.depth_wise import DepthWise
 from mor.engine.device_loop import DeviceLoop
 from mor.engine.lock_step import LockStep, StaticBatches
-from mor.engine.paged_kv import PagedKV
+from mor.engine.paged_kv import PagedKV, default_memory
 from mor.engine.pages import SHARED
 from mor.engine.prefix_cache import PrefixCache
 from mor.engine.request import Phase, Request, RequestOutput, Status
 from mor.engine.runner import Runner
 from mor.engine.scheduler import Scheduler
 from mor.engine.strategy import Strategy, Work
-from mor.engine.weights import Watch, for_decoding
+from mor.engine.weights import Watch, compiles, for_decoding
 from mor.files import naming
 from mor.generation import SamplingParams, check_prompt, per_prompt
 from mor.model.transformer import Output, Transformer
@@ -60,12 +60,14 @@ class EngineConfig(Settings):
     """Most tokens in one pass of the shared block. None: as many as there are slots. With fewer
     lanes than slots, tokens that are done wait for coda and head until the others no longer fill
     the lanes."""
-    prefill_chunk: PositiveInt = 256
-    """Most prompt tokens read in one step, so that running requests never wait long."""
+    prefill_chunk: PositiveInt | None = None
+    """Most prompt tokens read in one step, so that running requests never wait long. None: 2048 on
+    CUDA, 256 elsewhere."""
     page_size: PositiveInt = 16
     """Tokens in a page of keys and values."""
-    kv_cache_memory: PositiveInt = 1 << 30
-    """Bytes for keys and values."""
+    kv_cache_memory: PositiveInt | None = None
+    """Bytes for keys and values at most. None: on CUDA, 80% of what is free beside the model;
+    elsewhere 1 GiB."""
     max_len: PositiveInt | None = None
     """Longest prompt and continuation together. None: what the model holds."""
     max_depth: PositiveInt | None = None
@@ -84,6 +86,9 @@ class EngineConfig(Settings):
     """The kernel for decoding. auto: the fastest that works here."""
     quantize: Literal["int8"] | None = None
     """int8: weights of layers and head in 8 bits, activations quantized on the fly (CPU)."""
+    compile: bool | None = None
+    """Compile all but attention and sampling: the first launches take a minute or two, the others
+    have fewer kernels. None: on CUDA where Triton is installed."""
 
     def __post_init__(self) -> None:
         if self.loop == "device" and self.batching != "depth_wise":
@@ -170,9 +175,11 @@ class Engine:
         return self._work.runner
 
     def _make_runner(self) -> Runner:
+        compiled = compiles(self.kv.device, self.config.compile)
         return Runner(
-            for_decoding(self.model, self.config.quantize),
+            for_decoding(self.model, self.config.quantize, compiled=compiled),
             self.kv,
+            compiled=compiled,
             max_depth=self.config.max_depth,
             longest=self.max_len if self._strategy.static_shapes else None,
         )
@@ -184,7 +191,7 @@ class Engine:
             num_slots=config.max_num_seqs,
             max_len=self.max_len,
             page_size=config.page_size,
-            num_bytes=config.kv_cache_memory,
+            num_bytes=config.kv_cache_memory or default_memory(weight.device),
             decode_attention=decode_attention(config.attention, weight.device, weight.dtype),
             device=weight.device,
             dtype=weight.dtype,
@@ -463,7 +470,8 @@ class Engine:
     def _next_chunk(self) -> dict[str, list[int]]:
         """The ids that each request reads now, by request. The last token of a prompt is not among
         them: it is decoded like a new one, since its logits are needed."""
-        budget, chunk = self.config.prefill_chunk, dict[str, list[int]]()
+        on_cuda, chunk = self.kv.device.type == "cuda", dict[str, list[int]]()
+        budget = self.config.prefill_chunk or (2048 if on_cuda else 256)
         for request in self._work.in_phase(Phase.READ):
             if budget:
                 part = request.known_ids[request.num_read : -1][:budget]

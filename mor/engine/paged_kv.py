@@ -39,6 +39,17 @@ from mor.model.kv_cache import READS
 from mor.model.packing import PackedTokens
 
 
+def default_memory(device: torch.device) -> int:
+    """Bytes for keys and values where nobody says how many: 80% of a GPU's free memory, which
+    leaves room for activations and logits; on a CPU, which others use too, 1 GiB."""
+    if device.type != "cuda":
+        return 1 << 30
+    free, _ = torch.cuda.mem_get_info(device)
+    # What the allocator holds and nobody uses is free as well.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(0.8 * (free + unused))
+
+
 class PagedKV:
     """Pools, tables and counts for ``num_slots`` running sequences of up to ``max_len`` tokens.
 
@@ -98,14 +109,10 @@ class PagedKV:
             most_pages=[pages_per_stream, pages_per_stream * int(self.writes[1:].sum())],
         )
         self.pools = [PagePool(n) for n in num_pages]
-        # One page more than the pool has: its places are for entries that are never read.
-        unread = [n * self.page_size for n in num_pages]
-        self.unread = torch.tensor(
-            [unread[kind_of(stream)] for stream in range(self.num_streams)], device=self.device
-        )
 
         def storage() -> list[list[Tensor]]:
             # Zeros, not empty: what a query must not see is multiplied by zero, and NaN would stay.
+            # One page more than the pool has: its places are for entries that are never read.
             shapes = [
                 ((n + 1) * self.page_size, config.num_kv_heads, config.head_dim) for n in num_pages
             ]
@@ -118,10 +125,15 @@ class PagedKV:
 
     def _make_tables(self, *, with_view: bool) -> None:
         rows, width = (self.num_slots + 1) * self.num_streams, self.max_len + self.page_size
-        self.table_RL = torch.zeros(rows, width, dtype=torch.int32, device=self.device)
+        self.host_table_RL = np.zeros((rows, width), dtype=np.int32)
+        """Whatever is in the table, the host has entered; so it is never read back."""
+        pools = [self.pools[kind_of(stream)] for stream in range(self.num_streams)]
+        unread = np.array([pool.num_pages * self.page_size for pool in pools])
+        self.unread = torch.from_numpy(unread).to(self.device)
+        self.host_table_RL[self.idle * self.num_streams :] = unread[:, None]
+        self.table_RL = torch.from_numpy(self.host_table_RL).to(self.device)  # on the CPU: the same
         # Without hybrid reading, what is read is what was written.
         self.view_RL = self.table_RL.clone() if with_view else self.table_RL
-        self.table_RL.view(-1, self.num_streams, width)[self.idle] = self.unread[:, None].int()
         self.count = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.host_count = np.zeros((self.num_slots + 1, self.num_streams), dtype=np.int64)
         self.reserved = np.zeros_like(self.host_count)
@@ -170,7 +182,8 @@ class PagedKV:
                 self.pools[kind_of(stream)].release(page)
             pages.clear()
         self.reserved[slot] = 0
-        self._set_count(slot, np.zeros(self.num_streams, dtype=np.int64))
+        self.host_count[slot] = 0
+        self.count.view(self.host_count.shape)[slot].zero_()
 
     def clear(self) -> None:
         """Forget every sequence and segment, whatever state they are in."""
@@ -201,20 +214,33 @@ class PagedKV:
         """Places for this many more entries of virtual sequences; callers make room first."""
         wanted = self.host_count[slot, stream] + entries
         missing = (wanted - self.reserved[slot, stream]) * self.writes[stream]
-        for i in np.flatnonzero(missing > 0):
-            for _ in range(-(-int(missing[i]) // self.page_size)):
-                self._add_page(int(slot[i]), int(stream[i]))
+        new = [
+            self._add_page(int(slot[i]), int(stream[i]))
+            for i in np.flatnonzero(missing > 0)
+            for _ in range(-(-int(missing[i]) // self.page_size))
+        ]
+        if new:
+            row, start, first = np.array(new).T[..., None]
+            within = np.arange(self.page_size)
+            self._fill_table(row, start + within, first + within)
 
-    def _add_page(self, slot: int, stream: int) -> None:
+    def _add_page(self, slot: int, stream: int) -> tuple[int, int, int]:
+        """Take a page for a virtual sequence: its row of the table, where in it the page's places
+        stand, and the first of them."""
         kind, start, page = kind_of(stream), int(self.reserved[slot, stream]), 0
         if self.page_bytes[kind]:
             page = self.pools[kind].allocate()
             self.pages[slot][stream].append(page)
-        first = page * self.page_size
-        places = torch.arange(first, first + self.page_size, dtype=torch.int32)
-        row = slot * self.num_streams + stream
-        self.table_RL[row, start : start + self.page_size] = places.to(self.device)
         self.reserved[slot, stream] += self.page_size
+        return slot * self.num_streams + stream, start, page * self.page_size
+
+    def _fill_table(self, row: np.ndarray, column: np.ndarray, place: np.ndarray) -> None:
+        """Enter places into the table, in one copy to the device."""
+        self.host_table_RL[row, column] = place
+        if self.device.type != "cpu":
+            changed = np.stack(np.broadcast_arrays(row, column, place))
+            on_device = torch.from_numpy(changed).to(self.device)
+            self.table_RL[on_device[0], on_device[1]] = on_device[2].int()
 
     def append(
         self,
@@ -225,19 +251,23 @@ class PagedKV:
         *,
         kind: int,
         longest: int | None = None,
+        writes: bool = True,
     ) -> LanePass:
         """Open a pass over one token of each of several sequences, at any mixture of depths; their
         places are reserved.
 
         new: whether the token gets an entry now; if not, it has one from an earlier pass of the
         same recursion. kind: of the layers that the pass runs through. longest: entries that any
-        token sees at most; if it is given, no value is looked up on the device.
+        token sees at most; if it is given, no value is looked up on the device. writes: False if
+        it is known that none of these streams is written.
         """
         row = slot * self.num_streams + stream
-        counted, writes = new & (slot != self.idle), True
+        counted = new & (slot != self.idle)
         if not self.all_write:
             may_write = self.writes_on_device[stream]
-            counted, writes = counted & may_write, longest is not None or bool(may_write.any())
+            counted &= may_write
+            if longest is None:
+                writes = bool(may_write.any())
         self.count.index_add_(0, row, counted.long())
         # A token's entry is the last of its row, whether it is new or not. The idle slot has none.
         index = (self.count[row] - 1).clamp(min=0)
@@ -300,9 +330,9 @@ class PagedKV:
         """
         first_entries = np.array([start, *taken_before])
         entries_per_stream = np.array([len(taken), *taken.sum(0)]) * self.writes
-        table_VL = self.table_RL.view(*self.host_count.shape, -1)[slot]
+        table_VL = self.host_table_RL.reshape(*self.host_count.shape, -1)[slot]
         entries = [
-            table_VL[stream, first : first + n].cpu().numpy().copy()
+            table_VL[stream, first : first + n].copy()
             for stream, (first, n) in enumerate(zip(first_entries, entries_per_stream, strict=True))
         ]
         pages = {
@@ -318,12 +348,12 @@ class PagedKV:
     def attach(self, slot: int, segments: Sequence[Segment]) -> None:
         """Begin a sequence with cached segments. What follows goes to new pages: the last page of a
         segment may have room left, but its first owner goes on writing there."""
-        position = 0
-        for segment in segments:
-            for stream, places in enumerate(segment.entries):
-                place = torch.from_numpy(places).to(self.device)
-                self._adopt(slot, stream, place, segment.taken, position)
-            position += len(segment.taken)
+        if not segments:
+            return
+        taken = np.concatenate([segment.taken for segment in segments])
+        for stream in range(self.num_streams):
+            place = np.concatenate([segment.entries[stream] for segment in segments])
+            self._adopt(slot, stream, place, taken)
         self._set_count(slot, self.reserved[slot])
         for kind, page in sorted({page for segment in segments for page in segment.pages}):
             self.pools[kind].share(page)
@@ -331,18 +361,16 @@ class PagedKV:
             # the first of a kind has its number.
             self.pages[slot][kind].append(page)
 
-    def _adopt(
-        self, slot: int, stream: int, place: Tensor, taken: np.ndarray, position: int
-    ) -> None:
-        """Append a segment's entries of one stream, those of tokens from ``position`` on."""
-        start, row = int(self.reserved[slot, stream]), slot * self.num_streams + stream
-        self.table_RL[row, start : start + len(place)] = place
-        self.reserved[slot, stream] += len(place)
+    def _adopt(self, slot: int, stream: int, place: np.ndarray, taken: np.ndarray) -> None:
+        """Begin a stream with the entries of segments, which lie in these places."""
+        row = np.array(slot * self.num_streams + stream)
+        self._fill_table(row, np.arange(len(place)), place)
+        self.reserved[slot, stream] = len(place)
         if self.view_RL is not self.table_RL:
             took = np.ones(len(taken), dtype=bool) if stream == 0 else taken[:, stream - 1]
-            positions = torch.from_numpy(np.flatnonzero(took) + position).to(self.device)
-            slots = torch.full_like(positions, slot)
-            self._update_view(slots, torch.full_like(slots, stream), positions, place)
+            entries = torch.from_numpy(np.stack([np.flatnonzero(took), place])).to(self.device)
+            slots = torch.full_like(entries[0], slot)
+            self._update_view(slots, torch.full_like(slots, stream), entries[0], entries[1])
 
     def release(self, segment: Segment) -> None:
         """The prefix cache has forgotten a segment: it owns its pages no more."""

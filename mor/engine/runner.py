@@ -16,12 +16,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mor.engine.kv_passes import PagedBatch
+from mor.engine.kv_passes import LanePass, PagedBatch
 from mor.engine.paged_kv import PagedKV
 from mor.model.packing import PackedTokens
 from mor.model.routers import at_least_fp32
 from mor.model.routing import Memory
-from mor.model.transformer import Logits, Output, Transformer, passes, rotary_angles
+from mor.model.transformer import Angles, Logits, Output, Transformer, passes, rotary_angles
 
 
 class Runner:
@@ -29,7 +29,8 @@ class Runner:
     skipped ones included.
 
     max_depth: caps the recursions of every token. longest: if given, attention is sized for so many
-    entries and nothing is looked up on the device. ``model_s`` adds up the seconds inside the
+    entries and nothing is looked up on the device; then, what stands between the layers can be
+    compiled too. ``model_s`` adds up the seconds inside the
     model's layers, router and head.
     """
 
@@ -40,6 +41,7 @@ class Runner:
         *,
         max_depth: int | None = None,
         longest: int | None = None,
+        compiled: bool = False,
     ) -> None:
         config, device = model.config, model.embedding.weight.device
         self.model, self.kv, self.router, self.longest = model, kv, model.router, longest
@@ -58,18 +60,28 @@ class Runner:
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(3)
         )
         self.took_SR = torch.zeros(slots, config.num_recursions, dtype=torch.bool, device=device)
-        self.angles = rotary_angles(
+        angles = rotary_angles(
             torch.arange(kv.max_len, device=device), config.head_dim, config.rope_theta
         )
+        # Converted once, not in every layer.
+        self.angles = angles[0].to(self.h_SD.dtype), angles[1].to(self.h_SD.dtype)
         # Started on nothing, the router shows what it will want to remember of each token.
-        tokens = self._tokens(torch.arange(slots, device=device))
+        tokens = _tokens(self.ids, self.position)
         with torch.no_grad():
             memory = self.router.start(self.h_SD, tokens, self.max_depth)
         self.memory: Memory = {name: value.clone() for name, value in memory.items()}
         self.model_s = 0.0
+        self.compiled = compiled and longest is not None
+        if self.compiled:
+            compile_methods(
+                self, "_open_own", "_begin_token", "_settle", "_begin_pass", "_end_pass"
+            )
 
     @contextmanager
     def _in_model(self) -> Iterator[None]:
+        if torch.compiler.is_compiling():
+            yield
+            return
         start = time.perf_counter()
         yield
         self.model_s += time.perf_counter() - start
@@ -95,49 +107,28 @@ class Runner:
 
     def enter(self, slot: Tensor, ids: Tensor, position: Tensor) -> None:
         """Begin a new token in each slot."""
-        self.ids[slot], self.position[slot], self.stage[slot] = ids, position, 0
-        self.took_SR[slot] = False
-        tokens, own = self._tokens(slot), torch.zeros_like(slot)
-        lanes = self.kv.append(slot, own, position, own == 0, kind=0, longest=self.longest)
+        angles, lanes = self._begin_token(slot, ids, position)
         x_MD = self.model.embedding(ids)
-        if self.model.prelude:
-            angles = self._angles(tokens)
-            with self._in_model():
-                for layer, block in enumerate(self.model.prelude):
-                    x_MD = block(x_MD, angles, lanes, layer)
-        self.h_SD[slot] = x_MD
         with self._in_model():
-            memory = self.router.start(x_MD, tokens, self.max_depth)
-        for name, value in memory.items():
-            self.memory[name][slot] = value
-        self._route(slot, x_MD, tokens, entering=True)
+            for layer, block in enumerate(self.model.prelude):
+                x_MD = block(x_MD, angles, lanes, layer)
+        self._settle(slot, ids, position, x_MD)
 
-    def block(self, slot: Tensor, layers: Sequence[int]) -> None:
-        """One pass of the shared stack: slots at any recursions, all at these layers of it."""
-        recursion = self.recursion[self.stage[slot]]
-        tokens, new = self._tokens(slot), ~self.took_SR[slot, recursion]
-        self.took_SR[slot, recursion] = True
-        lanes = self.kv.append(
-            slot, recursion + 1, tokens.position, new, kind=1, longest=self.longest
-        )
-        h_MD = self.h_SD[slot]
-        angles = self._angles(tokens)
+    def block(self, slot: Tensor, layers: Sequence[int], *, writes: bool = True) -> None:
+        """One pass of the shared stack: slots at any recursions, all at these layers of it.
+
+        writes: False if it is known that no token is at a recursion that writes keys and values.
+        """
+        recursion, position, h_MD, angles, lanes = self._begin_pass(slot, writes)
         with self._in_model():
             out_MD = self.model.recursions.stack(h_MD, angles, lanes, layers).contiguous()
-        h_MD = self.router.combine(recursion, h_MD, out_MD, self.gate[slot], self._memory(slot))
-        self.h_SD[slot] = h_MD
-        self.stage[slot] += 1
-        self._route(slot, h_MD, tokens, entering=False)
+        self._end_pass(slot, recursion, position, h_MD, out_MD)
 
     def coda(self, slot: Tensor) -> Tensor:
         """States after the coda, (M, D), of tokens that took their last pass; input of the head."""
         x_MD = self.h_SD[slot]
         if self.model.coda:
-            own, tokens = torch.zeros_like(slot), self._tokens(slot)
-            lanes = self.kv.append(
-                slot, own, tokens.position, own > 0, kind=0, longest=self.longest
-            )
-            angles = self._angles(tokens)
+            angles, lanes = self._open_own(slot, self.position[slot], new=False)
             with self._in_model():
                 for layer, block in enumerate(self.model.coda, start=len(self.model.prelude)):
                     x_MD = block(x_MD, angles, lanes, layer)
@@ -148,12 +139,59 @@ class Runner:
         with self._in_model():
             return self.model.predict(x_MD)
 
-    def _route(self, slot: Tensor, h_MD: Tensor, tokens: PackedTokens, *, entering: bool) -> None:
+    def _open_own(self, slot: Tensor, position: Tensor, *, new: bool) -> tuple[Angles, LanePass]:
+        """Of prelude and coda. new: whether the tokens have no entry yet."""
+        stream = torch.zeros_like(slot)
+        is_new = stream == (0 if new else 1)
+        lanes = self.kv.append(slot, stream, position, is_new, kind=0, longest=self.longest)
+        return self._angles(position), lanes
+
+    def _begin_token(self, slot: Tensor, ids: Tensor, position: Tensor) -> tuple[Angles, LanePass]:
+        # Numbers from the host are filled in by kernels: assigned through an index they would be
+        # copied, which a CUDA graph cannot hold.
+        self.ids[slot], self.position[slot] = ids, position
+        self.stage.index_fill_(0, slot, 0)
+        self.took_SR.index_fill_(0, slot, False)
+        return self._open_own(slot, position, new=True)
+
+    def _settle(self, slot: Tensor, ids: Tensor, position: Tensor, x_MD: Tensor) -> None:
+        """Tokens that took the prelude: where they go."""
+        self.h_SD[slot] = x_MD
+        tokens = _tokens(ids, position)
+        with self._in_model():
+            memory = self.router.start(x_MD, tokens, self.max_depth)
+        for name, value in memory.items():
+            self.memory[name][slot] = value
+        self._route(slot, x_MD, tokens, self._memory(slot), entering=True)
+
+    def _begin_pass(
+        self, slot: Tensor, writes: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Angles, LanePass]:
+        recursion, position = self.recursion[self.stage[slot]], self.position[slot]
+        new = ~self.took_SR[slot, recursion]
+        self.took_SR[slot, recursion] = torch.ones_like(new)
+        lanes = self.kv.append(
+            slot, recursion + 1, position, new, kind=1, longest=self.longest, writes=writes
+        )
+        return recursion, position, self.h_SD[slot], self._angles(position), lanes
+
+    def _end_pass(
+        self, slot: Tensor, recursion: Tensor, position: Tensor, h_MD: Tensor, out_MD: Tensor
+    ) -> None:
+        memory = self._memory(slot)
+        h_MD = self.router.combine(recursion, h_MD, out_MD, self.gate[slot], memory)
+        self.h_SD[slot] = h_MD
+        self.stage[slot] += 1
+        tokens = _tokens(self.ids[slot], position)
+        self._route(slot, h_MD, tokens, memory, entering=False)
+
+    def _route(
+        self, slot: Tensor, h_MD: Tensor, tokens: PackedTokens, memory: Memory, *, entering: bool
+    ) -> None:
         """Move every slot on to the next pass that its token takes, or past the last one. entering:
         all are at the first pass; else none is."""
-        memory, end = self._memory(slot), len(self.passes)
+        end, capacities = len(self.passes), self.model.config.capacities
         stages, gate = self.stage[slot], self.gate[slot]
-        capacities = self.model.config.capacities
         for stage, (recursion, _) in list(enumerate(self.passes))[0 if entering else 1 :]:
             with self._in_model():
                 decision = self.router.decide(
@@ -172,18 +210,27 @@ class Runner:
     def _memory(self, slot: Tensor) -> Memory:
         return {name: value[slot] for name, value in self.memory.items()}
 
-    def _tokens(self, slot: Tensor) -> PackedTokens:
-        every = torch.arange(len(slot), device=slot.device)
-        return PackedTokens(
-            ids=self.ids[slot],
-            row=every,
-            position=self.position[slot],
-            place=every,
-            num_rows=len(slot),
-            batch_shape=(len(slot), 1),
-            per_row=1,
-        )
-
-    def _angles(self, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+    def _angles(self, position: Tensor) -> Angles:
         cos, sin = self.angles
-        return cos[tokens.position], sin[tokens.position]
+        return cos[position], sin[position]
+
+
+def compile_methods(owner: object, *names: str) -> None:
+    """Compile methods, each into one graph for any number of slots."""
+    for name in names:
+        own = torch.compile(getattr(owner, name), fullgraph=True, dynamic=True)
+        setattr(owner, name, own)
+
+
+def _tokens(ids: Tensor, position: Tensor) -> PackedTokens:
+    """One of each sequence."""
+    every, count = torch.arange(len(ids), device=ids.device), len(ids)
+    return PackedTokens(
+        ids=ids,
+        row=every,
+        position=position,
+        place=every,
+        num_rows=count,
+        batch_shape=(count, 1),
+        per_row=1,
+    )

@@ -1,6 +1,6 @@
 """Sampling for many requests at once; draws what ``mor.generation.sample`` draws for each alone.
 
-M rows · V vocab
+K largest logits · M rows · V vocab
 """
 
 from __future__ import annotations
@@ -29,13 +29,11 @@ class SamplingRows:
     def of(
         cls, params: Sequence[SamplingParams], counters: Sequence[int], device: torch.device
     ) -> SamplingRows:
-        return cls(
-            torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device),
-            torch.tensor([p.top_k for p in params], device=device),
-            torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
-            torch.tensor([p.seed for p in params], device=device),
-            torch.tensor(counters, device=device),
-        )
+        exact = [(p.temperature, p.top_p) for p in params]
+        whole = [(p.top_k, p.seed, n) for p, n in zip(params, counters, strict=True)]
+        temperature, top_p = torch.tensor(exact, dtype=torch.float64).to(device).unbind(1)
+        top_k, seed, counter = torch.tensor(whole).to(device).unbind(1)
+        return cls(temperature, top_k, top_p, seed, counter)
 
     @classmethod
     def greedy(cls, num_rows: int, device: torch.device) -> SamplingRows:
@@ -49,25 +47,50 @@ class SamplingRows:
             getattr(self, f.name)[index] = getattr(rows, f.name)
 
 
-def sample_rows(logits_MV: Tensor, rows: SamplingRows) -> Tensor:
-    """One token of each row of logits, (M,); any where they are not finite."""
+def sample_rows(logits_MV: Tensor, rows: SamplingRows, best: int | None = None) -> Tensor:
+    """One token of each row of logits, (M,); any where they are not finite.
+
+    best: at least the largest top_k, if every row that is not greedy has one: then only so many
+    logits are put in order, not the whole vocabulary.
+    """
     greedy = rows.temperature == 0
+    logits_MK, id_MK = _in_order(logits_MV, best)
     # With the largest at 0, the smallest temperature overflows to minus infinity alone.
-    scaled_MV = logits_MV.double() - logits_MV.amax(1, keepdim=True)
-    scaled_MV = scaled_MV / torch.where(greedy, 1.0, rows.temperature)[:, None]
-    sorted_MV, id_MV = scaled_MV.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits_MV.shape[1], device=logits_MV.device)
-    cut_MV = (rows.top_k[:, None] > 0) & (rank >= rows.top_k[:, None])
-    probability_MV = sorted_MV.masked_fill(cut_MV, float("-inf")).softmax(-1)
-    below_MV = probability_MV.cumsum(-1) - probability_MV
+    scaled_MK = logits_MK.double() - logits_MK[:, :1]
+    sorted_MK = scaled_MK / torch.where(greedy, 1.0, rows.temperature)[:, None]
+    rank = torch.arange(sorted_MK.shape[1], device=logits_MV.device)
+    cut_MK = (rows.top_k[:, None] > 0) & (rank >= rows.top_k[:, None])
+    probability_MK = sorted_MK.masked_fill(cut_MK, float("-inf")).softmax(-1)
+    below_MK = probability_MK.cumsum(-1) - probability_MK
     # Keep the fewest best tokens that reach top_p.
-    kept_MV = probability_MV * (below_MV < rows.top_p[:, None])
-    cumulative_MV = kept_MV.cumsum(-1)
-    draw = hash_uniform(rows.seed, rows.counter) * cumulative_MV[:, -1]
-    rank_M1 = torch.searchsorted(cumulative_MV, draw[:, None], right=True)
-    rank_M1 = torch.minimum(rank_M1, (kept_MV > 0).sum(-1, keepdim=True) - 1)
+    kept_MK = probability_MK * (below_MK < rows.top_p[:, None])
+    cumulative_MK = kept_MK.cumsum(-1)
+    draw = hash_uniform(rows.seed, rows.counter) * cumulative_MK[:, -1]
+    rank_M1 = torch.searchsorted(cumulative_MK, draw[:, None], right=True)
+    rank_M1 = torch.minimum(rank_M1, (kept_MK > 0).sum(-1, keepdim=True) - 1)
     rank_M1 = rank_M1.clamp(min=0)  # of logits that are not finite none is kept
-    return torch.where(greedy, logits_MV.argmax(-1), id_MV.gather(1, rank_M1)[:, 0])
+    return torch.where(greedy, logits_MV.argmax(-1), id_MK.gather(1, rank_M1)[:, 0])
+
+
+def _in_order(logits_MV: Tensor, best: int | None) -> tuple[Tensor, Tensor]:
+    """The largest logits of each row and their ids, both (M, K); of equal ones the lower id comes
+    first. They are put in order as they are: a temperature does not change it."""
+    vocab_size = logits_MV.shape[1]
+    if best is None or best >= vocab_size or logits_MV.dtype == torch.float64:
+        return logits_MV.sort(dim=-1, descending=True, stable=True)
+    # Of equal values topk returns any. So it is given integers that are all different: above, the
+    # bits of the logit, which are ordered as integers once those of negative numbers are turned
+    # round; below, the place from the end of the vocabulary.
+    bits_MV = (logits_MV.float() + 0.0).view(torch.int32)  # + 0.0: minus zero becomes zero
+    ordered_MV = (bits_MV ^ ((bits_MV >> 31) & 0x7FFFFFFF)).long()
+    from_end = torch.arange(vocab_size - 1, -1, -1, device=logits_MV.device)
+    id_MK = ((ordered_MV << 32) + from_end).topk(best, dim=-1).indices
+    return logits_MV.gather(1, id_MK), id_MK
+
+
+def most_needed(params: SamplingParams) -> int | None:
+    """How many of the largest logits a draw looks at: 0 if it is greedy, None for all of them."""
+    return 0 if params.temperature == 0 else params.top_k or None
 
 
 def finite_rows(logits_MV: Tensor) -> Tensor:
@@ -89,10 +112,13 @@ def next_tokens(
 
     counters: tokens that each request has drawn before.
     """
-    if all(p.temperature == 0 for p in params):  # sorting the vocabulary is slow
+    needed = [most_needed(p) for p in params]
+    if not any(n != 0 for n in needed):
         token = logits_MV.argmax(-1)
     else:
-        token = sample_rows(logits_MV, SamplingRows.of(params, counters, logits_MV.device))
+        rows = SamplingRows.of(params, counters, logits_MV.device)
+        best = None if None in needed else max(n or 0 for n in needed)
+        token = sample_rows(logits_MV, rows, best)
     finite = finite_rows(logits_MV).tolist()
     tokens = [t if known else None for t, known in zip(token.tolist(), finite, strict=True)]
     if not any(p.logprobs for p in params):

@@ -1,11 +1,13 @@
-"""How an engine holds the weights of a model: as they are, in a form that suits few tokens, or in 8
-bits.
+"""How an engine holds the weights of a model: as they are, in a form that suits few tokens, in
+fewer and larger pieces, or in 8 bits.
 
-D inputs · M rows · N outputs
+D inputs · F width of the feed-forward layer · G key/value heads · H head dim · M rows · N outputs,
+or heads
 """
 
 from __future__ import annotations
 
+import importlib.util
 import operator
 from collections.abc import Callable
 
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mor.model.transformer import Block, Transformer
+from mor.model.transformer import Angles, Attention, Block, FeedForward, Transformer, rotate
 
 
 class FewRowsLinear(nn.Module):
@@ -106,6 +108,70 @@ def _content(tensors: list[Tensor]) -> Tensor:
     return torch.cat(numbers).nan_to_num()
 
 
+class PlainLinear(nn.Module):
+    """A linear layer on the weight of another."""
+
+    def __init__(self, weight_ND: Tensor) -> None:
+        super().__init__()
+        self.weight = weight_ND
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        return F.linear(x_MD, self.weight)
+
+
+def _joined(weights: list[Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.cat([w.detach() for w in weights]), requires_grad=False)
+
+
+class FusedAttention(nn.Module):
+    """:class:`mor.model.transformer.Attention` with one product, and one rotation of queries and
+    keys. Holds a copy of the weights."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.head_dim, self.o_proj = attention.head_dim, attention.o_proj
+        parts = [layer.weight for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self.weight = _joined(parts)
+        self.heads, self.kv_heads = (len(part) // self.head_dim for part in parts[:2])
+
+    def project(
+        self, x_MD: Tensor, angles: Angles, with_kv: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        weight = self.weight if with_kv else self.weight[: self.heads * self.head_dim]
+        x_MNH = F.linear(x_MD, weight).unflatten(-1, (-1, self.head_dim))
+        if not with_kv:
+            return rotate(x_MNH, angles), None, None
+        to_rotate_MNH, v_MGH = x_MNH.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        q_MNH, k_MGH = rotate(to_rotate_MNH, angles).split([self.heads, self.kv_heads], dim=1)
+        return q_MNH, k_MGH, v_MGH
+
+
+class FusedFeedForward(nn.Module):
+    """:class:`mor.model.transformer.FeedForward` with one product for gate and up-projection. Holds
+    a copy of their weights."""
+
+    def __init__(self, feed_forward: FeedForward) -> None:
+        super().__init__()
+        self.down_proj = feed_forward.down_proj
+        parts = [feed_forward.gate_proj.weight, feed_forward.up_proj.weight]
+        self.weight = _joined(parts)
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        gate_MF, up_MF = F.linear(x_MD, self.weight).chunk(2, dim=-1)
+        out_MD: Tensor = self.down_proj(F.silu(gate_MF) * up_MF)
+        return out_MD
+
+
+def fused(model: Transformer) -> Transformer:
+    """The model in fewer and larger products, as a GPU wants them: there, starting a kernel for a
+    few tokens takes about as long as running it."""
+    other = with_linear(model, PlainLinear)
+    for block in _blocks(other):
+        block.attention = FusedAttention(block.attention)  # type: ignore[assignment]
+        block.feed_forward = FusedFeedForward(block.feed_forward)  # type: ignore[assignment]
+    return other
+
+
 def with_linear(model: Transformer, make: Callable[[Tensor], nn.Module]) -> Transformer:
     """The model with other linear layers in its blocks and head. Everything else is the original's:
     the same modules, so a change of their weights shows in both.
@@ -133,16 +199,35 @@ def _blocks(model: Transformer) -> list[Block]:
     return [*model.prelude, *model.recursions.shared_blocks, *model.coda]
 
 
-def for_decoding(model: Transformer, quantize: str | None) -> Transformer:
-    """The model as an engine runs it. Raises ValueError if int8 is asked for and the model is not
-    in fp32 on the CPU."""
+def compiles(device: torch.device, wish: bool | None) -> bool:
+    """Whether an engine compiles. None: on CUDA, where Triton is installed."""
+    if wish is None:
+        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return wish
+
+
+def for_decoding(
+    model: Transformer, quantize: str | None, *, compiled: bool = False
+) -> Transformer:
+    """The model as an engine runs it.
+
+    compiled: compile what stands before and after attention. Raises ValueError if int8 is asked for
+    and the model is not in fp32 on the CPU, or is to be compiled.
+    """
     weight = model.embedding.weight
     fp32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     if quantize == "int8":
-        if not fp32_on_cpu:
+        if not fp32_on_cpu or compiled:
             raise ValueError(
                 f"int8 weights need a float32 model on the CPU, got {weight.dtype} on "
-                f"{weight.device}"
+                f"{weight.device}" + ", compiled" * compiled
             )
         return with_linear(model, Int8Linear)
-    return with_linear(model, FewRowsLinear) if fp32_on_cpu else model
+    if compiled:
+        # Each engine of a process may need graphs of its own; past the limit, PyTorch would fail.
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 64)
+        return fused(model).compile_blocks()
+    if fp32_on_cpu:
+        return with_linear(model, FewRowsLinear)
+    return fused(model) if weight.device.type == "cuda" else model

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mor.engine import Engine, EngineConfig, SamplingParams
+from mor.engine.device_loop import DeviceLoop, Variant
 from mor.generation import generate
+from mor.model.config import RouterConfig
 from tests.conftest import tiny
 from tests.engine.requests import KV, all_memory_is_back, draw_requests, same, small_pool
 
@@ -64,22 +67,238 @@ def test_device_loop_stops_where_it_should():
         EngineConfig(loop="device", batching="static")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("router", ["fixed", "expert_choice", "token_choice", "random"])
-@pytest.mark.parametrize("kv_strategy", ["recursion_wise", "shared", "hybrid"])
-def test_cuda_graphs_decode_as_the_plain_decoder(router, kv_strategy):
-    from mor.engine import Engine, EngineConfig, SamplingParams
-    from mor.engine.device_loop import DeviceLoop
-    from mor.generation import generate
-    from tests.conftest import tiny
+FROM_THE_HOST = {"lift_fresh"}  # a tensor was made of numbers of Python
+TO_THE_HOST = {"item", "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
 
+
+class StaysOnTheDevice(TorchDispatchMode):
+    """Fails at what no CUDA graph can hold: copies from the host, and shapes or numbers that the
+    host must wait for."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation._schema.name.removeprefix("aten::")
+        indices = args[1] if name.startswith("index") and isinstance(args[1], list) else []
+        by_mask = any(i is not None and i.dtype == torch.bool for i in indices)
+        assert name not in FROM_THE_HOST | TO_THE_HOST and not by_mask, name
+        assert (kwargs or {}).get("device") in (None, torch.device("cpu"))
+        return operation(*args, **(kwargs or {}))
+
+
+def test_the_check_of_what_a_graph_can_hold():
+    x, index = torch.zeros(4), torch.tensor([1, 2])
+    for wrong in (
+        lambda: x.__setitem__(index, 1),
+        lambda: x[x > 0],
+        lambda: x.nonzero(),
+        lambda: float(x[0]),
+        lambda: torch.tensor([1]),
+    ):
+        with torch.inference_mode(), StaysOnTheDevice(), pytest.raises(AssertionError):
+            wrong()
+
+
+@pytest.mark.parametrize(
+    "router", ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
+)
+@pytest.mark.parametrize("kv_strategy", KV)
+def test_a_launch_needs_nothing_from_the_host(router, kv_strategy):
+    """So CUDA can record it. Greedy and sampled; fp32 and bf16 take the same operations but for the
+    linear layers, so each stands with one of them."""
+    for temperature, dtype in ((0, torch.float32), (1.0, torch.bfloat16)):
+        model = tiny(router, kv_strategy=kv_strategy).to(dtype)
+        params = SamplingParams(max_new_tokens=9, temperature=temperature)
+        engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=3))
+        for prompt in ([1], [2], [3]):
+            engine.add_request(prompt, params)
+        record = engine.strategy.steps._run
+
+        def run(*args, record=record):
+            with StaysOnTheDevice():
+                record(*args)
+
+        engine.strategy.steps._run = run
+        assert len(engine.step()) >= 3
+
+
+@torch.inference_mode()
+def test_the_idle_slot_never_overflows():
+    """It goes through the block again and again, and with the paper's gate every pass adds to its
+    state; no coda resets it while tokens keep all lanes of the coda busy."""
+    model = tiny(RouterConfig(kind="random", alpha=1.0, gate="paper"))
+    engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=1))
+    steps = engine.strategy.steps
+    steps._coda(0, Variant(lanes=1, best=0, logprobs=False))  # an idle lane embeds some token
+    for _ in range(140):
+        steps._block(1, steps.blocks[0])
+    assert engine.runner.h_SD.isfinite().all()
+    logits_MV = engine.runner.head(engine.runner.coda(torch.tensor([engine.kv.idle])))
+    assert logits_MV.isfinite().all()
+
+
+def test_a_launch_does_no_more_than_its_requests_ask_for(monkeypatch):
+    """Greedy ones draw nothing, top-k orders few logits, and who leaves takes its wishes along."""
+    model = tiny(vocab_size=100)
+    engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=4))
+    steps, seen = engine.strategy.steps, []
+    run = steps._run
+    monkeypatch.setattr(steps, "_run", lambda variant: (seen.append(variant), run(variant)))
+
+    def serve(*params):
+        seen.clear()
+        prompts = [[i + 1] for i in range(len(params))]
+        same(engine.generate(prompts, params), generate(model, prompts, params))
+        return set(seen)
+
+    greedy = SamplingParams(max_new_tokens=3, temperature=0)
+    few = SamplingParams(max_new_tokens=3, top_k=5, logprobs=True)
+    assert serve(greedy, few) == {Variant(2, best=16, logprobs=True)}
+    assert serve(few, SamplingParams(max_new_tokens=3)) == {Variant(2, best=None, logprobs=True)}
+    assert serve(greedy, greedy, greedy) == {Variant(4, best=0, logprobs=False)}
+
+
+@pytest.mark.parametrize(
+    ("num_recursions", "router", "split"),
+    [(2, "expert_choice", True), (3, "expert_choice", True), (3, "fixed", False)],
+)
+def test_later_recursions_write_nothing_where_nothing_reads_it(num_recursions, router, split):
+    """As long as the later steps have room for the passes to be expected; the tokens are equal in
+    any case."""
+    model = tiny(router, kv_strategy="shared", num_recursions=num_recursions)
+    engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=6, lanes=3))
+    assert [block.writes for block in engine.strategy.steps.blocks] == [True, not split]
+    block, passes = engine.runner.block, []
+
+    def watch(slot, layers, *, writes):
+        passes.extend(
+            (stage, writes) for stage in engine.runner.stage[slot[slot != engine.kv.idle]].tolist()
+        )
+        block(slot, layers, writes=writes)
+
+    engine.runner.block = watch
+    prompts, params = draw_requests(9, seed=2)
+    same(engine.generate(prompts, params), generate(model, prompts, params))
+    assert {stage for stage, _ in passes} == set(range(num_recursions))
+    if split:
+        assert all(writes == (stage == 0) for stage, writes in passes)
+
+
+# What only a GPU shows: tokens and depths as of the plain decoder there, from recorded graphs.
+
+
+@pytest.fixture
+def exact_products():
+    before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
-    model = tiny(router, kv_strategy=kv_strategy, dim=64, head_dim=16).cuda()
-    prompts = [[i + 1, i + 2, i + 3] for i in range(12)]
-    params = SamplingParams(max_new_tokens=12, temperature=0)
-    engine = Engine(model, config=EngineConfig(max_num_seqs=8, lanes=4))
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def on_cuda(model, prompts, params, **settings):
+    """Requests served from graphs, and the engine."""
+    engine = Engine(model, config=EngineConfig(**settings))
     assert isinstance(engine.strategy, DeviceLoop)
-    got, want = engine.generate(prompts, params), generate(model, prompts, params)
+    got = engine.generate(prompts, params)
     assert engine.strategy.steps.graphs
-    assert [r.token_ids for r in got] == [w.token_ids for w in want]
-    assert [r.depths for r in got] == [w.depths for w in want]
+    return got, engine
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("router", ["fixed", "expert_choice", "token_choice", "random"])
+@pytest.mark.parametrize("kv_strategy", KV)
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_cuda_graphs_decode_as_the_plain_decoder(router, kv_strategy, temperature):
+    model = tiny(router, kv_strategy=kv_strategy, dim=64, head_dim=16).cuda()
+    prompts, params = draw_requests(12, temperature=temperature)
+    got, _ = on_cuda(model, prompts, params, max_num_seqs=8, lanes=4, compile=False)
+    same(got, generate(model, prompts, params))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("kv_strategy", KV)
+def test_compiled_graphs_decode_as_the_plain_decoder(kv_strategy):
+    model = tiny(kv_strategy=kv_strategy, dim=64, head_dim=16).cuda()
+    prompts, params = draw_requests(12, temperature=1.0)
+    got, engine = on_cuda(model, prompts, params, max_num_seqs=8, lanes=4)
+    assert engine.runner.compiled
+    same(got, generate(model, prompts, params))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("top_k", [5, 20])
+def test_cuda_graphs_draw_among_the_best(top_k):
+    model = tiny(vocab_size=500, dim=64, head_dim=16).cuda()
+    params = [
+        SamplingParams(max_new_tokens=9, top_k=top_k, top_p=0.9, seed=i, logprobs=True)
+        for i in range(8)
+    ]
+    prompts = [[i + 1, i + 2] for i in range(8)]
+    got, _ = on_cuda(model, prompts, params, max_num_seqs=8, compile=False)
+    want = generate(model, prompts, params)
+    same(got, want)
+    for request, generation in zip(got, want, strict=True):
+        assert request.logprobs == pytest.approx(generation.logprobs, abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("kv_strategy", KV)
+def test_long_contexts_on_cuda(kv_strategy):
+    """Few queries over thousands of entries: attention splits the context."""
+    model = tiny(kv_strategy=kv_strategy, dim=64, head_dim=16, max_seq_len=3000).cuda()
+    prompts = [[(i * j) % 37 for j in range(2500 + i)] for i in (1, 2)]
+    params = SamplingParams(max_new_tokens=12, temperature=0)
+    got, _ = on_cuda(model, prompts, params, max_num_seqs=2, compile=False)
+    same(got, generate(model, prompts, params))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("kv_strategy", KV)
+def test_preemption_and_cached_prefixes_on_cuda(kv_strategy):
+    model = tiny(kv_strategy=kv_strategy, dim=64, head_dim=16).cuda()
+    prompts, _ = draw_requests(9, seed=3, longest_prompt=8)
+    beginning = prompts[0] * 2
+    prompts = [beginning + prompt for prompt in prompts]
+    params = SamplingParams(max_new_tokens=15, temperature=0)
+    longest = max(map(len, prompts)) + 15
+    budget = small_pool(model, longest, page_size=2)
+    got, engine = on_cuda(
+        model,
+        prompts,
+        params,
+        max_num_seqs=8,
+        lanes=4,
+        page_size=2,
+        kv_cache_memory=budget,
+        compile=False,
+    )
+    same(got, generate(model, prompts, params))
+    assert engine.scheduler.preemptions > 0
+    again = engine.generate(prompts[:2], params)
+    assert engine.prefix_cache.hits > 0
+    same(again, generate(model, prompts[:2], params))
+    all_memory_is_back(engine)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_strategy", KV)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bfloat16_on_cuda_stays_close_to_the_plain_decoder(kv_strategy, compiled):
+    """Roundings differ, so single tokens may. Each token of the engine must be nearly the best of a
+    full forward over what it wrote."""
+    model = tiny(kv_strategy=kv_strategy, dim=64, head_dim=16).cuda().bfloat16()
+    prompts, _ = draw_requests(8)
+    params = SamplingParams(max_new_tokens=12, temperature=0)
+    got, _ = on_cuda(model, prompts, params, max_num_seqs=8, compile=compiled)
+    close = []
+    for request in got:
+        ids = torch.tensor([request.prompt_ids + request.token_ids], device="cuda")
+        with torch.no_grad():
+            logits_TV = model(ids).logits_BTV[0].float()
+        at = range(len(request.prompt_ids) - 1, ids.shape[1] - 1)
+        best = logits_TV[at].amax(-1) - logits_TV[at, request.token_ids]
+        close += (best < 0.02 * logits_TV[at].std(-1)).tolist()
+    assert sum(close) >= 0.9 * len(close)

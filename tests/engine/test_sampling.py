@@ -48,3 +48,33 @@ def test_rows_that_are_not_finite_leave_the_others_as_they_are():
         logits[row, 5] = value
         want[row] = None
     assert next_tokens(logits, params, [0] * 6)[0] == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_only_the_best_are_put_in_order_and_the_token_is_the_same(dtype):
+    """Among equal logits too, at the edge of the best and inside, and of either sign."""
+    generator = torch.Generator().manual_seed(1)
+    few = torch.tensor([-2.5, -1.0, -0.0, 0.0, 1.0, 1.5, 3.0, float("-inf")])
+    equal = few[torch.randint(0, len(few), (60, 97), generator=generator)]
+    logits = torch.cat([equal, torch.randn(60, 97, generator=generator) * 3]).to(dtype)
+    params = [
+        SamplingParams(
+            temperature=(0.0, 0.7, 1.5, 1e-3)[i % 4],
+            top_k=(1, 5, 16)[i % 3],
+            top_p=(1.0, 0.5)[i % 2],
+            seed=i,
+        )
+        for i in range(120)
+    ]
+    want = [sample(row, p, i) for i, (row, p) in enumerate(zip(logits, params, strict=True))]
+    rows = SamplingRows.of(params, list(range(120)), logits.device)
+    for best in (16, 64, 97, None):
+        assert sample_rows(logits, rows, best).tolist() == want
+    assert next_tokens(logits, params, list(range(120)))[0] == want
+
+
+def test_a_request_without_top_k_draws_from_the_whole_vocabulary_beside_others():
+    logits = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0)) * 0.01
+    params = [SamplingParams(top_k=2), SamplingParams(seed=3)]
+    drawn = {next_tokens(logits, params, [i, i])[0][1] for i in range(50)}
+    assert len(drawn) > 40

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from mor.engine import Engine, EngineConfig, SamplingParams
-from mor.engine.weights import FewRowsLinear, for_decoding
+from mor.engine import Engine, EngineConfig, SamplingParams, weights
+from mor.engine.weights import FewRowsLinear, for_decoding, fused
 from mor.generation import generate
 from tests.conftest import random_tokens, tiny
-from tests.engine.requests import all_memory_is_back, draw_requests, same
+from tests.engine.requests import KV, all_memory_is_back, draw_requests, same
 
 
 def test_int8_weights_stay_close_and_rows_apart():
@@ -135,3 +135,61 @@ def test_a_model_that_has_moved_away_is_refused_until_it_is_back():
         unwatched = tiny()
     with pytest.raises(ValueError, match="does not count changes"):
         Engine(unwatched)
+
+
+@pytest.mark.parametrize("kv_strategy", KV)
+def test_fused_layers_are_the_same_model(kv_strategy):
+    """In a forward of their own, and in the engine: with the host's loop and the device's."""
+    model, tokens = tiny(kv_strategy=kv_strategy), random_tokens(3, 10)
+    joined = fused(model)
+    torch.testing.assert_close(joined(tokens).logits_BTV, model(tokens).logits_BTV)
+    types = {type(m) for m in (*model.modules(), *joined.modules())}
+    assert {weights.FusedAttention, weights.FusedFeedForward} <= types
+    assert not any(isinstance(m, weights.FusedAttention) for m in model.modules())
+
+
+@pytest.mark.parametrize("loop", ["host", "device"])
+def test_an_engine_decodes_the_same_with_fused_layers(loop, monkeypatch):
+    monkeypatch.setattr("mor.engine.engine.for_decoding", lambda model, *_, **__: fused(model))
+    model = tiny(kv_strategy="shared")
+    prompts, params = draw_requests(6, seed=4)
+    engine = Engine(model, config=EngineConfig(loop=loop, max_num_seqs=4))
+    same(engine.generate(prompts, params), generate(model, prompts, params))
+
+
+@pytest.mark.slow
+def test_fused_layers_compile_into_two_graphs():
+    """``enter`` and ``leave``, whatever the layer, the recursion and the number of tokens."""
+    graphs = []
+
+    def note(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = tiny("fixed")
+    compiled = fused(model).compile_blocks(backend=note)
+    with torch.no_grad():
+        for batch in ((3, 10), (2, 7)):
+            tokens = random_tokens(*batch)
+            torch.testing.assert_close(compiled(tokens).logits_BTV, model(tokens).logits_BTV)
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_in_8_bits_are_for_the_cpu_and_are_not_compiled(compiled):
+    model = tiny("fixed", dim=32, head_dim=8).to(torch.float32 if compiled else torch.bfloat16)
+    with pytest.raises(ValueError, match="int8 weights need a float32 model on the CPU"):
+        for_decoding(model, "int8", compiled=compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_strategy", ["shared", "hybrid"])
+def test_a_compiled_engine_decodes_the_same(kv_strategy):
+    """By Inductor for the CPU; on CUDA it does so by itself."""
+    torch._dynamo.reset()
+    model = tiny(kv_strategy=kv_strategy)
+    prompts, params = draw_requests(6, seed=4, temperature=1.0)
+    engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=4, compile=True))
+    assert type(engine.strategy.steps._done).__name__ == "function"  # no longer a method
+    same(engine.generate(prompts, params), generate(model, prompts, params))
