@@ -35,6 +35,7 @@ from mor.device import peak_flops_per_s
 from mor.engine import Engine, EngineConfig, SamplingParams
 from mor.engine.attention import decode_attention, gathered_attention
 from mor.engine.bench import Lengths, decode_rows, load_for, measure_machine
+from mor.engine.device_loop import Variant
 from mor.files import remove_folder
 from mor.generation import generate
 from mor.model.attention import attention
@@ -469,10 +470,12 @@ def parts_of_a_launch(
     load.turn(0.05 if bench.tiny else 1.0)
     steps = load.engine.strategy.steps
     with torch.inference_mode():
-        block_s = seconds_of(bench, lambda: steps._block(batch))
+        block_s = seconds_of(bench, lambda: steps._block(batch, steps.blocks[0]))
         bench.figure(f"{name}: block alone", 1e6 * block_s, "us a pass")
         if bench.on_cuda:
-            launch_s = seconds_of(bench, steps._graph(batch, True).replay, graphed=True)
+            launch_s = seconds_of(
+                bench, steps._graph(Variant(batch, 0, False)).replay, graphed=True
+            )
             share = 1 - launch_s / load.step_s[-1]
             bench.at_most(f"{name}: host's share of a step", share, 0.03)
 

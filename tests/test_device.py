@@ -35,9 +35,8 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are(monkeypatch):
 
 def test_a_gpu_named_by_its_number_becomes_the_current_one(monkeypatch):
     current = []
-    monkeypatch.setattr(
-        torch, "empty", lambda *_, **__: torch.zeros(1)
-    )  # as if the machine had them
+    # As if the machine had them.
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     for name in ("cuda:1", "cuda", "cpu"):
         assert device.pick_device(name) == torch.device(name)

@@ -431,7 +431,7 @@ class Trainer:
         if not self._weights_are_finite():
             raise self._not_finite("its weights are not finite")
         if found is None:
-            raise self._not_finite("its loss or router on validation text is not finite")
+            raise self._not_finite("its values on validation text are not finite")
         self.evaluated_step = state.step
         return found
 
