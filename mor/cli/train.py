@@ -202,6 +202,7 @@ class Train(Command):
             line = header(settings)
             with showing(broken):
                 console.print(line, highlight=False, soft_wrap=True)
+        settings = replace(settings, data=settings.data.located())
         result = train(settings, resume=self.resume, console=console)
         with showing(broken):
             if result.state.ranks.is_first:

@@ -98,3 +98,13 @@ def test_an_interrupted_run_exits_with_130_and_says_how_to_go_on(
     assert f"checkpoint: {tmp_path / 'run' / 'checkpoints' / 'step-00000003'}" in printed
     main(["train", "--resume", "--out", str(tmp_path / "run")])
     assert "step-00000006" in capsys.readouterr().out
+
+
+def test_a_run_finds_its_data_from_another_folder(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(run)
+    common = ["--preset", "tiny", "--seq-len", "32", "--steps", "2", "--out", str(tmp_path / "run")]
+    main(["train", "--data.path", "a.jsonl", "--data.tokenizer", "bytes", *common])
+    monkeypatch.chdir(tmp_path)
+    main(["train", "--resume", "--steps", "3", "--out", "run"])
+    main(["eval", "run", "--max-windows", "1"])
+    assert "checkpoint: run/checkpoints/step-00000003" in capsys.readouterr().out
