@@ -1,16 +1,36 @@
-"""Which device to use, and what it can do at most."""
+"""Which device to use, how precisely it computes, how data get there, what it can do at most."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
 import torch
+from torch import Tensor
+
+Precision = Literal["auto", "float32", "tf32", "bfloat16"]
+"""Of the products of matrices with float32 weights. auto: bfloat16 on CUDA, float32 elsewhere."""
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def pick_device(name: str = "auto", precision: Precision = "auto") -> torch.device:
     """``auto`` is CUDA where there is one, else the CPU. A GPU named by its number becomes the
     current one, since Triton's kernels and CUDA graphs run on that.
 
-    Raises ValueError for a device that PyTorch does not know or that this machine does not have.
+    On CUDA this also says, for the whole process, what float32 means there: exact products, unless
+    ``tf32`` is asked for, whose factors have 10 bits after the point.
+
+    Raises ValueError for a device that PyTorch does not know or that this machine does not have,
+    and for ``tf32`` without CUDA.
     """
+    device = _find(name)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    elif precision == "tf32":
+        raise ValueError(f"precision='tf32' needs a CUDA device, not {device}; choose 'float32'")
+    return device
+
+
+def _find(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -25,6 +45,26 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
+
+
+def is_low(device: torch.device, precision: Precision) -> bool:
+    """Whether products are made in bfloat16."""
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+
+
+def autocast(device: torch.device, precision: Precision = "auto") -> AbstractContextManager[object]:
+    """Around forwards: their products in this precision, losses and decisions in float32."""
+    if is_low(device, precision):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on another device. From the host to CUDA it passes through pinned memory, so that
+    the host goes on meanwhile."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 PEAK_FLOPS_PER_S = {

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mor.data.stream import Windows
+from mor.device import autocast
 from mor.evaluation.finite import require_finite
 from mor.evaluation.nll import place_of, window_length
 from mor.model.loss import IGNORED
@@ -70,12 +71,10 @@ def _by_depth(
     length = window_length(model, seq_len)
     for some in data.scored(length, max_windows, documents=document_mask):
         device = model.embedding.weight.device
-        tokens_BT, targets_BT, documents_BT = (
-            None if x is None else x.to(device) for x in some.batch
-        )
-        assert tokens_BT is not None and targets_BT is not None
+        tokens_BT, targets_BT, documents_BT = some.batch.to(device)
         for place, depth in enumerate(depths):  # one depth at a time: logits are large
-            logits_BTV = all_to_depth(model, tokens_BT, depth, documents_BT)
+            with autocast(device):
+                logits_BTV = all_to_depth(model, tokens_BT, depth, documents_BT)
             require_finite(model, [logits_BTV], place_of(some))
             new_nll, new_confidence = _predictions(logits_BTV, targets_BT)
             nll[place].append(new_nll.double().cpu())

@@ -29,6 +29,7 @@ from mor.data.sources import Document, read_documents
 from mor.data.split import held_out, held_out_documents, utf8_bytes
 from mor.data.text_bytes import TextBytes
 from mor.data.tokenizer import Tokenizer, train_bpe
+from mor.device import moved
 from mor.files import naming
 
 
@@ -46,6 +47,10 @@ class Batch(NamedTuple):
     tokens_BT: Tensor
     targets_BT: Tensor
     documents_BT: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        documents_BT = None if self.documents_BT is None else moved(self.documents_BT, device)
+        return Batch(moved(self.tokens_BT, device), moved(self.targets_BT, device), documents_BT)
 
 
 class Scored(NamedTuple):

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from mor.model.transformer import Output
 
 
 class NotFiniteError(ValueError):
-    """A model gave NaN or infinity where a number was asked for."""
+    """A model that gives NaN or infinity; the message says where."""
 
 
 def require_finite(model: nn.Module, values: Iterable[Tensor | None], place: str) -> None:
     """Raise NotFiniteError if a value is NaN or infinite. place: what the model was reading."""
-    if all(value is None or bool(value.isfinite().all()) for value in values):
+    finite = [value.isfinite().all() for value in values if value is not None]
+    if torch.stack(finite).all():  # the host waits once
         return
     broken = [name for name, weight in model.named_parameters() if not _is_finite(weight)]
     cause = f"its weight {broken[0]} holds some" if broken else "its weights are all finite"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mor.checkpoint import check, resolve
 from mor.data.stream import evenly_spaced
-from mor.device import pick_device
+from mor.device import is_low, pick_device
 from mor.evaluation.finite import require_finite
 from mor.evaluation.quiet import quiet, without_bars
 from mor.files import extra
@@ -117,7 +117,8 @@ class _Finite(HFLM):  # type: ignore[misc]
     the first of several answers that cost NaN, and be right now and then."""
 
     def _model_call(self, inps: Tensor, *args: Any, **settings: Any) -> Tensor:
-        logits_BTV: Tensor = super()._model_call(inps, *args, **settings)
+        given: Tensor = super()._model_call(inps, *args, **settings)
+        logits_BTV = given.float()  # lm-eval takes the softmax in the precision of the logits
         broken = ~logits_BTV.isfinite().flatten(1).all(1)
         if broken.any():
             row = int(broken.nonzero()[0])
@@ -169,8 +170,12 @@ def evaluate_tasks(
         parts = [part for name in tasks for part in _BENCHMARKS[name].parts]
         loaded = {part: _load_tasks(manager, part, shots) for part in parts}
         samples = None if limit is None else _choose_documents(tasks, loaded, limit)
+        low = torch.bfloat16 if is_low(model.device, "auto") else None
+        scored = _Finite(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=low
+        )
         full = lm_eval.simple_evaluate(
-            model=_Finite(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            model=scored,
             tasks=[item for part in parts for item in _to_run(part, loaded[part], samples)],
             num_fewshot=shots,
             samples=samples,
@@ -312,7 +317,8 @@ def _to_run(
 
 def load_model(checkpoint: str | Path, *, device: str = "auto") -> tuple[Any, Any]:
     """A transformers model and tokenizer from a mor run or checkpoint, a transformers directory, a
-    hub name or a .gguf file. fp32 on CPUs, elsewhere the precision it was saved in."""
+    hub name or a .gguf file. Weights are fp32 on CPUs, elsewhere as they were saved; there forwards
+    make their products in bfloat16, and a router decides in the precision of its weights."""
     place = pick_device(device)
     name, given = _locate(str(checkpoint))
     settings: dict[str, Any] = given | {"trust_remote_code": False}  # and no question about it

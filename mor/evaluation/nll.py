@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mor.data.stream import Batch, Scored, TaskData, Windows
+from mor.device import Precision, autocast, moved
 from mor.evaluation.finite import require_finite, values_of
 from mor.evaluation.score import Score
 from mor.model.config import Selection
@@ -52,6 +53,7 @@ def evaluate(
     max_depth: int | None = None,
     router: Router | None = None,
     document_mask: bool = False,
+    precision: Precision = "auto",
 ) -> Evaluation:
     """Likelihood of all the data, or of ``max_windows`` windows spread evenly over it.
 
@@ -64,6 +66,7 @@ def evaluate(
     so.
     router: decides in place of the model's own.
     document_mask: documents do not see each other, as a model trained so expects.
+    precision: of the products; losses are made and added up in float32 and more.
 
     Raises ValueError for windows longer than the model's context, for data without a token to
     predict, and if the model gives NaN or infinity.
@@ -74,17 +77,18 @@ def evaluate(
     taken = torch.zeros(max_depth or router.num_recursions, dtype=torch.float64)
     device = model.embedding.weight.device
     for some in data.scored(length, max_windows, batch_size=batch_size, documents=document_mask):
-        batch = some.batch
-        output = model(
-            batch.tokens_BT.to(device),
-            targets_BT=batch.targets_BT.to(device),
-            documents_BT=None if batch.documents_BT is None else batch.documents_BT.to(device),
-            selection=selection,
-            max_depth=max_depth,
-            router=router,
-        )
+        batch = some.batch.to(device)
+        with autocast(device, precision):
+            output = model(
+                batch.tokens_BT,
+                targets_BT=batch.targets_BT,
+                documents_BT=batch.documents_BT,
+                selection=selection,
+                max_depth=max_depth,
+                router=router,
+            )
         require_finite(model, values_of(output), place_of(some))
-        score += _score(output, batch, data)
+        score += _score(output, some.batch, data)
         read += batch.tokens_BT.numel()
         taken += torch.tensor(output.routing.tokens_per_recursion())
     return Evaluation(
@@ -141,11 +145,12 @@ def by_hops(model: Transformer, data: TaskData, seq_len: int, max_windows: int) 
     mean_depth_by_hops begins with tokens without a question (0 hops). None for hops that do not
     occur.
     """
-    most = data.task.hops
+    most, device = data.task.hops, model.embedding.weight.device
     asked, right, depth = (torch.zeros(most + 1) for _ in range(3))
     for some in data.scored(window_length(model, seq_len), max_windows):
         batch = data.problems(some.windows, seq_len)
-        output = model(batch.tokens_BT.to(model.embedding.weight.device))
+        with autocast(device):
+            output = model(moved(batch.tokens_BT, device))
         require_finite(model, values_of(output), place_of(some))
         right_BT = (output.logits_BTV.argmax(-1).cpu() == batch.targets_BT).float()
         for total, value_BT in (

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mor import device
 from mor.analysis.early_exit import (
     POLICIES,
     all_to_depth,
@@ -138,8 +139,18 @@ def test_batches_go_where_the_model_is(measure, monkeypatch):
         measure(tiny(vocab_size=15).to("meta"), data, 16, 4)
 
 
+def test_exits_are_measured_in_bfloat16_where_that_is_the_devices_way(monkeypatch):
+    data = load_corpus(DataConfig(path="task:state-tracking")).validation
+    model = tiny(vocab_size=15)
+    exact = early_exits(model, data, 16, 8)["fixed"]
+    monkeypatch.setattr(device, "is_low", lambda *_: True)
+    low = early_exits(model, data, 16, 8)["fixed"]
+    assert low != exact and low == pytest.approx(exact, rel=0.05)
+
+
 @pytest.mark.gpu
-def test_cuda_gives_the_exits_and_hops_of_the_cpu():
+def test_cuda_gives_the_exits_and_hops_of_the_cpu(monkeypatch):
+    monkeypatch.setattr(device, "is_low", lambda *_: False)
     data = load_corpus(DataConfig(path="task:state-tracking")).validation
     for kind in ("expert_choice", "token_choice"):
         model = tiny(kind, vocab_size=15)

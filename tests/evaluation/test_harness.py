@@ -18,6 +18,7 @@ from mor import checkpoint
 from mor.cli import main
 from mor.data.stream import Part, TokenData
 from mor.data.tokenizer import byte_tokenizer
+from mor.evaluation import harness
 from mor.evaluation.harness import (
     STOCK_TASKS,
     TaskResult,
@@ -208,6 +209,16 @@ def test_a_model_that_gives_no_numbers_has_no_score(hub):
     words = r"not finite \(reading '.*'\): its weight .*embedding.weight holds some"
     with pytest.raises(ValueError, match=words):
         evaluate_tasks(model, tokenizer, ["piqa"], include_path=hub)
+
+
+def test_on_cuda_answers_are_read_in_bfloat16_and_added_up_in_float32(hub, monkeypatch):
+    exact = requests(evaluate_tasks(*wrapped(), ["piqa"], include_path=hub))
+    monkeypatch.setattr(harness, "is_low", lambda *_: True)
+    low = requests(evaluate_tasks(*wrapped(), ["piqa"], include_path=hub))
+    assert low.keys() == exact.keys() and low != exact
+    assert all(low[key] == pytest.approx(exact[key], rel=0.02) for key in exact)
+    in_bfloat16 = [torch.tensor(value).bfloat16().item() == value for value in low.values()]
+    assert not all(in_bfloat16)
 
 
 def test_lm_eval_finds_the_same_likelihood_of_a_text_in_the_same_windows():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mor import device
 from mor.data.problems import parse_task
 from mor.data.sources import Document
 from mor.data.stream import Part, TaskData, TokenData, tokenize
@@ -17,6 +18,7 @@ from mor.data.tokenizer import train_bpe
 from mor.evaluation.nll import by_hops, evaluate, leak
 from mor.evaluation.score import Score
 from mor.model.config import RouterConfig
+from mor.model.transformer import Transformer
 from mor.training.loop import train
 from tests.conftest import random_tokens, tiny
 from tests.training.small_run import quiet, settings
@@ -178,7 +180,41 @@ def test_a_model_that_gives_no_numbers_has_no_score():
 def test_cuda_gives_the_figures_of_the_cpu():
     model = tiny()
     expected = evaluate(model, DATA, seq_len=9)
-    assert evaluate(model.cuda(), DATA, seq_len=9).nll == pytest.approx(expected.nll, abs=1e-4)
+    found = evaluate(model.cuda(), DATA, seq_len=9, precision="float32")
+    assert found.nll == pytest.approx(expected.nll, abs=1e-4)
+    assert evaluate(model, DATA, seq_len=9).nll == pytest.approx(expected.nll, rel=0.03)
+
+
+def test_forwards_are_made_in_bfloat16_where_that_is_the_devices_way(monkeypatch):
+    """As on CUDA; the loss is float32 all the same, and the CPU stays as exact as it was."""
+    model, task = tiny(), TaskData(parse_task("task:state-tracking?hops=3"), 0, 8)
+    exact, hops = evaluate(model, DATA, seq_len=9), by_hops(tiny(vocab_size=15), task, 16, 4)
+    assert evaluate(model, DATA, seq_len=9, precision="float32") == exact
+    seen = []
+    monkeypatch.setattr(Transformer, "forward", watched(Transformer.forward, seen), raising=True)
+    monkeypatch.setattr(device, "is_low", lambda *_: True)
+    low = evaluate(model, DATA, seq_len=9)
+    assert seen and all(seen)
+    assert low.nll != exact.nll and low.nll == pytest.approx(exact.nll, rel=0.02)
+    seen.clear()
+    low_hops = by_hops(tiny(vocab_size=15), task, 16, 4)
+    for found, known in zip(
+        low_hops["mean_depth_by_hops"], hops["mean_depth_by_hops"], strict=True
+    ):
+        assert found == (known if known is None else pytest.approx(known, rel=0.1))
+    assert seen and all(seen)
+
+
+def watched(forward, seen):
+    """Notes whether products are made in bfloat16, and that losses are not."""
+
+    def inner(self, *arguments, **settings):
+        output = forward(self, *arguments, **settings)
+        low = torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_autocast_enabled("cpu")
+        seen.append(low and (output.nll is None or output.nll.dtype == torch.float32))
+        return output
+
+    return inner
 
 
 def test_evaluation_is_causal_unless_asked_and_says_so(squares, tmp_path):
