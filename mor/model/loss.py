@@ -38,7 +38,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (), device=x_MD.device, dtype=torch.promote_types(x_MD.dtype, torch.float32)
         )
         grad_MD = torch.empty_like(x_MD) if needs_x else None
-        grad_VD = torch.zeros_like(weight_VD) if needs_weight else None
+        sums = torch.promote_types(weight_VD.dtype, torch.float32)
+        grad_VD = torch.zeros_like(weight_VD, dtype=sums) if needs_weight else None
         low_VD = weight_VD.to(_precision(x_MD, weight_VD))  # once, not in every chunk
         most = CHUNK_LOGITS_CUDA if x_MD.device.type == "cuda" else CHUNK_LOGITS
         rows = max(1, most // len(weight_VD))
@@ -46,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             some = slice(start, start + rows)
             grad = None if grad_MD is None else grad_MD[some]
             total += _chunk(x_MD[some].to(low_VD.dtype), low_VD, target[some], count, grad, grad_VD)
-        ctx.save_for_backward(grad_MD, grad_VD)
+        ctx.save_for_backward(grad_MD, None if grad_VD is None else grad_VD.to(weight_VD.dtype))
         return total / count
 
     @staticmethod

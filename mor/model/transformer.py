@@ -28,6 +28,8 @@ from mor.model.routing import Routing, RoutingRule, RoutingStep, route
 from mor.model.scratch import Scratch
 
 Logits = Literal["all", "last", "none"]
+MOST_GRAPHS = 128
+"""Compilations of one method of a block in a process: a few for each shape of model."""
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines of rotary embedding."""
 
@@ -50,7 +52,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_MD: Tensor) -> Tensor:
-        return F.rms_norm(x_MD, self.weight.shape, self.weight, self.eps)
+        weight = self.weight.to(x_MD.dtype)  # gathered from shards it may be shorter
+        return F.rms_norm(x_MD, self.weight.shape, weight, self.eps)
 
 
 def rotary_angles(position: Tensor, head_dim: int, theta: float) -> Angles:
@@ -143,6 +146,9 @@ class Block(nn.Module):
         shape, layer or recursion asks for a compilation of its own. settings: as ``torch.compile``
         takes them.
         """
+        # PyTorch counts the graphs of all models of a process together, and fails past its limit.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
         for name in ("enter", "leave"):
             setattr(
                 self,

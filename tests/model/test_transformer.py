@@ -6,12 +6,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from mor.model.config import RouterConfig, preset
 from mor.model.kv_cache import KVCache
 from mor.model.transformer import Transformer
 from tests.conftest import cases, random_tokens, tiny
+from tests.waits import Waits
 
 WARM_UP = [(1.0, 1.0, 1.0), (1.0, 0.9, 0.8), (1.0, 0.8, 0.6), (1.0, 2 / 3, 1 / 3)]
 
@@ -53,31 +53,16 @@ def test_no_graph_breaks_and_no_recompiling_in_the_capacity_warm_up(router, kv):
     assert len(compiled) == parts, "nor for another batch size or length"
 
 
-class Waits(TorchFunctionMode):
-    """Operations whose result the host must have before it goes on."""
-
-    NAMES = frozenset(
-        [
-            "tolist",
-            "item",
-            "__bool__",
-            "__int__",
-            "__float__",
-            "__index__",
-            "nonzero",
-            "bincount",
-            "cpu",
-        ]
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in self.NAMES:
-            self.seen.append(function.__name__)
-        return function(*args, **(kwargs or {}))
+@torch._dynamo.config.patch(recompile_limit=4)
+def test_models_of_many_shapes_compile_in_one_process():
+    """PyTorch counts the graphs of all of them together, and would stop at a limit."""
+    torch._dynamo.reset()
+    tokens = random_tokens(2, 30)
+    for dim in (8, 12, 16):
+        shape = dict(dim=dim, kv_strategy="shared", num_recursions=2, num_layers=4)
+        model, plain = tiny(**shape).compile_blocks(backend="eager"), tiny(**shape)
+        found, expected = gradients(model, tokens, None), gradients(plain, tokens, None)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
