@@ -25,6 +25,7 @@ class RunFolder:
     train.json                   its settings
     metrics.jsonl                a JSON object for each step that was logged or validated
     checkpoints/step-00000500/   see checkpoint.py
+    trace.json.gz                what some steps did when, if it was asked for
     latest                       a link to the newest checkpoint
     config.json and the like     links to its files: the run is a model folder for transformers
     .lock                        held by the process that trains
@@ -49,6 +50,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def trace(self) -> Path:
+        return self.path / "trace.json.gz"
 
     @property
     def is_begun(self) -> bool:

@@ -30,6 +30,8 @@ class Facts:
     progress: dict[str, Any]
     validations: list[dict[str, Any]]
     checkpoints: list[Path]
+    mfu: float | None = None
+    """As last logged; None where the peak of the device is not known."""
 
     @property
     def total_steps(self) -> int | None:
@@ -92,6 +94,7 @@ def _of_run(run: RunFolder) -> Facts:
         progress=progress,
         validations=[row for row in rows if row.get("validation_nll") is not None],
         checkpoints=checkpoints,
+        mfu=next((row["mfu"] for row in reversed(rows) if "mfu" in row), None),
     )
 
 

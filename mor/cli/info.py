@@ -50,6 +50,7 @@ def describe(found: Any) -> dict[str, Any]:
             "train_flops": done.get("flops", 0.0),
             "train_s": done.get("train_s"),
         }
+        groups["training"] |= {} if found.mfu is None else {"mfu": found.mfu}
     for name in ("last", "best"):
         if row := getattr(found, name):
             groups[f"{name} validation"] = {

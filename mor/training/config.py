@@ -102,14 +102,17 @@ class TrainConfig(Settings):
     """Of weights and data order."""
     device: str = "auto"
     """auto, cpu, cuda or another PyTorch device. auto: a GPU if there is one."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on CUDA, float32 elsewhere."""
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    """Of the products; weights are float32. auto: bfloat16 autocast on CUDA, float32 elsewhere.
+    tf32: float32 with shorter factors in products, on CUDA."""
     parallel: Parallel = "ddp"
     """With torchrun: ddp keeps a copy of everything on each rank, fsdp a share."""
     recompute: bool = False
     """Keep no activations inside the layers; the backward pass makes them again."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the layers. auto: on CUDA; on a CPU it gains little."""
+    profile: NonNegativeInt = 0
+    """Steps traced after the first few, into trace.json.gz in the run's folder; 0: none."""
     tracker: TrackerName = "none"
     """Where metrics and routing histograms go besides metrics.jsonl; needs the extra [track]."""
 

@@ -4,8 +4,8 @@ Started by ``torchrun``, or alone. Two ways to hold the model:
 
 ddp   every rank holds everything; gradients are averaged once per step.
 fsdp  every rank holds a share of weights, gradients and optimizer state (FSDP2). The container of
-      the recursions is one unit, gathered once however often its layers are applied; the rest of
-      the model is the other unit.
+      the recursions is one unit, gathered once however often its layers are applied; a router that
+      learns is another, always in float32; the rest of the model is the third.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mor.device import pick_device
+from mor.device import Precision, is_low, moved, pick_device
 from mor.model.transformer import Transformer
 from mor.training.config import Parallel
 
@@ -49,6 +49,13 @@ class Ranks:
 
     def max(self, x: Tensor) -> Tensor:
         return self._reduce(x, dist.ReduceOp.MAX)
+
+    def any(self, *asked: bool) -> list[bool]:
+        """Of each question, whether a rank says yes. One process alone asks no device."""
+        if self.size == 1:
+            return list(asked)
+        numbers = moved(torch.tensor(asked, dtype=torch.float32), self.device)
+        return [bool(x) for x in self.max(numbers).tolist()]
 
     def _reduce(self, x: Tensor, operation: Any) -> Tensor:
         if self.size == 1:
@@ -87,10 +94,10 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @contextmanager
-def ranks(device: str = "auto") -> Iterator[Ranks]:
+def ranks(device: str = "auto", precision: Precision = "auto") -> Iterator[Ranks]:
     """The ranks that torchrun's environment describes; without it this process alone. device:
-    ``auto``, or a torch device."""
-    place = pick_device(device)
+    ``auto``, or a torch device. precision: see :func:`mor.device.pick_device`."""
+    place = pick_device(device, precision)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks(0, 1, place)
@@ -105,7 +112,9 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def spread(model: Transformer, ranks: Ranks, how: Parallel) -> nn.Module:
+def spread(
+    model: Transformer, ranks: Ranks, how: Parallel, precision: Precision = "auto"
+) -> nn.Module:
     """What to call for a training forward; ``model`` stays the module that holds the weights."""
     model.router.processes = ranks
     if ranks.size == 1:
@@ -118,13 +127,33 @@ def spread(model: Transformer, ranks: Ranks, how: Parallel) -> nn.Module:
             return nn.parallel.DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+    shard(model, ranks, low=is_low(ranks.device, precision))
+    return model
+
+
+def shard(model: Transformer, ranks: Ranks, *, low: bool) -> None:
+    """low: gather weights in bfloat16, which halves what is sent and held; gradients are averaged
+    in float32 all the same."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
-    fully_shard(model.recursions, mesh=mesh, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    return model
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if low else None,
+        reduce_dtype=torch.float32 if low else None,
+        cast_forward_inputs=False,  # states between layers stay in float32, as under autocast
+    )
+    router = model.router
+    if any(True for _ in router.parameters()):
+        fully_shard(router, mesh=mesh, reshard_after_forward=False)
+        assert isinstance(router, FSDPModule)
+        # Its methods are called many times in a forward, itself never: so it is gathered here, and
+        # its gradients are averaged at the end of the backward pass.
+        model.recursions.register_forward_pre_hook(lambda *_: router.unshard())
+    if low:
+        model.embedding.register_forward_hook(lambda _module, _ids, states: states.float())
+    for unit in (model.recursions, model):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
 
 
 @contextmanager

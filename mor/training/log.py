@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mor.accessories import accessory
@@ -36,6 +37,31 @@ class MetricsLog:
         with accessory(f"{self.run.metrics} lacks rows", self.broken):
             self.run.add_metrics({"step": step} | finite)
         self.tracker.scalars(step, flat_scalars(values))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of a step, on all ranks. mfu: the share of what the devices can do in bfloat16 that the model
+    needs, None where that is not known; what is computed twice does not count twice."""
+
+    tokens_per_s: float
+    mfu: float | None = None
+
+    @classmethod
+    def of(
+        cls, tokens: int, flops: float, elapsed_s: float, devices: int, peak: float | None
+    ) -> Speed:
+        """tokens and flops: of all devices. peak: FLOP/s of one, if known."""
+        return cls(tokens / elapsed_s, flops / elapsed_s / (devices * peak) if peak else None)
+
+    @property
+    def known(self) -> dict[str, float]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @property
+    def in_words(self) -> str:
+        mfu = "" if self.mfu is None else f" · MFU {100 * self.mfu:.1f}%"
+        return f"{self.tokens_per_s:,.0f} tok/s{mfu}"
 
 
 def health_text(health: Mapping[str, Any]) -> str:

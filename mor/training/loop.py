@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from mor import checkpoint
 from mor.costs.flops import unique_params
 from mor.data.stream import Corpus, Fingerprint, load_corpus
+from mor.device import peak_flops_per_s
 from mor.evaluation.finite import NotFiniteError
 from mor.evaluation.nll import Evaluation, evaluate
 from mor.files import naming, remove_folder, verify, write_json
@@ -31,12 +32,13 @@ from mor.model.transformer import Transformer
 from mor.progress import ProgressBar
 from mor.run_folder import RunFolder
 from mor.training import distributed, sharded_state
-from mor.training.config import TrainConfig, total_steps
+from mor.training.config import TrainConfig, step_flops, total_steps
 from mor.training.distributed import Ranks, own_share, reshard, spread
-from mor.training.log import MetricsLog, health_text
+from mor.training.log import MetricsLog, Speed, health_text
 from mor.training.optim import build_optimizers, learning_rate
 from mor.training.resume import Saved, branched, continued, record
 from mor.training.step import StepResult, TrainState, train_step
+from mor.training.tracing import tracing
 from mor.training.trackers import TRACKERS, Tolerant, Tracker, routing_histograms
 from mor.training.validation import check_validation
 
@@ -75,7 +77,7 @@ def train(
     trains in ``config.out``.
     """
     run = RunFolder(Path(config.out))
-    with distributed.ranks(config.device) as ranks, _alone_in(run, ranks):
+    with distributed.ranks(config.device, config.precision) as ranks, _alone_in(run, ranks):
         shown = (console or Console()) if ranks.is_first else Console(quiet=True)
         return _prepare(config, run, ranks, resume, corpus, shown, label).train()
 
@@ -240,7 +242,7 @@ def _fresh_model(config: TrainConfig, corpus: Corpus) -> Transformer:
 def _on_ranks(config: TrainConfig, model: Transformer, ranks: Ranks) -> TrainState:
     if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
         model.compile_blocks()
-    forward = spread(model, ranks, config.parallel)
+    forward = spread(model, ranks, config.parallel, config.precision)
     return TrainState(model, build_optimizers(model, config.optim), ranks, forward)
 
 
@@ -323,41 +325,50 @@ class Trainer:
             world_size=state.ranks.size,
             documents=config.data.document_mask,
         )
-        while state.step < self.total:
-            started = time.perf_counter()
-            result = train_step(config, state, batches, self.total)
-            elapsed_s = time.perf_counter() - started
-            state.train_s += elapsed_s
-            self._after_step(result, result.tokens * state.ranks.size / elapsed_s)
-            if self._any_rank(interrupted):
-                return state.step >= self.total
+        traced_steps = config.profile if state.ranks.is_first else 0
+        with tracing(traced_steps, self.run.trace, self.progress.note) as traced:
+            while state.step < self.total:
+                started = time.perf_counter()
+                result = train_step(config, state, batches, self.total)
+                elapsed_s = time.perf_counter() - started
+                state.train_s += elapsed_s
+                self._after_step(result, self._speed(result, elapsed_s))
+                traced()
+                is_saved = self.saved_step == state.step
+                is_late = not is_saved and time.monotonic() >= self.next_save
+                stop, late = state.ranks.any(bool(interrupted), is_late)
+                if stop:
+                    return state.step >= self.total
+                if late and state.step < self.total:
+                    self.save(by_clock=True)
         return True
 
-    def _any_rank(self, asked: object) -> bool:
+    def _speed(self, result: StepResult, elapsed_s: float) -> Speed:
         ranks = self.state.ranks
-        return bool(ranks.max(torch.tensor(float(bool(asked)), device=ranks.device)))
+        flops = step_flops(self.config, self.state.step - 1, ranks.size)
+        peak = peak_flops_per_s(ranks.device)
+        return Speed.of(result.tokens * ranks.size, flops, elapsed_s, ranks.size, peak)
 
-    def _after_step(self, result: StepResult, tokens_per_s: float) -> None:
+    def _after_step(self, result: StepResult, speed: Speed) -> None:
+        """What is due now, but for what the clock asks."""
         config, step = self.config, self.state.step
         self.numbers = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}, "
         self._check_finite(result)
         if self._is_due(config.log_every):
-            self.health = self._log(result, tokens_per_s)
+            self.health = self._log(result, speed)
         shown = health_text(self.health) if self.health else f"depth {result.mean_depth:.2f}"
-        self.progress.update(step, f"loss {result.loss:.3f} · {tokens_per_s:,.0f} tok/s · {shown}")
+        self.progress.update(step, f"loss {result.loss:.3f} · {speed.in_words} · {shown}")
         if self._is_due(config.eval_every):
             found = self._validate()
             if not self.progress.is_shown:
                 self.progress.note(
                     f"{self.progress.label} {step}/{self.total} · loss {result.loss:.3f} · "
-                    f"{found.score.in_words} · {tokens_per_s:,.0f} tok/s · {shown}"
+                    f"{found.score.in_words} · {speed.in_words} · {shown}"
                 )
         if step == self.total:
             return  # saved after the last step in any case
         if step in config.keep_steps or (config.save_every and self._is_due(config.save_every)):
             self.save()
-        elif self._any_rank(time.monotonic() >= self.next_save):
-            self.save(by_clock=True)
 
     def _is_due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.total
@@ -380,7 +391,9 @@ class Trainer:
 
     def _weights_are_finite(self) -> bool:
         shares = map(own_share, self.state.model.parameters())
-        return not self._any_rank(not all(bool(share.isfinite().all()) for share in shares))
+        finite = torch.stack([share.isfinite().all() for share in shares]).all()
+        (broken,) = self.state.ranks.any(not bool(finite))
+        return not broken
 
     def _not_finite(self, what: str) -> TrainingError:
         step, lr = self.state.step, self.config.optim.lr
@@ -394,7 +407,7 @@ class Trainer:
         kept = self.run.checkpoints()
         return f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was saved"
 
-    def _log(self, result: StepResult, tokens_per_s: float) -> dict[str, Any]:
+    def _log(self, result: StepResult, speed: Speed) -> dict[str, Any]:
         """Write the step's row; returns its router health."""
         state = self.state
         health = state.model.router.health(result.routings, state.ranks)
@@ -408,7 +421,7 @@ class Trainer:
             grad_norm=result.grad_norm,
             lr=learning_rate(self.config.optim, state.step - 1, self.total),
             skipped=state.skipped,
-            tokens_per_s=tokens_per_s,
+            **speed.known,
             **health,
             **result.aux_losses(state.ranks),
         )
@@ -417,6 +430,8 @@ class Trainer:
     def _evaluate(self, max_windows: int) -> Evaluation:
         """Causal loss on validation text. Raises TrainingError if it or a weight is not finite."""
         config, state = self.config, self.state
+        if not self._weights_are_finite():
+            raise self._not_finite("its weights are not finite")
         try:
             found = evaluate(
                 state.model,
@@ -424,14 +439,11 @@ class Trainer:
                 seq_len=config.seq_len,
                 max_windows=max_windows,
                 document_mask=config.data.document_mask,
+                precision=config.precision,
             )
-        except NotFiniteError:
-            found = None
+        except NotFiniteError as error:
+            raise self._not_finite("the loss on validation text is not finite") from error
         reshard(state.model)
-        if not self._weights_are_finite():
-            raise self._not_finite("its weights are not finite")
-        if found is None:
-            raise self._not_finite("its values on validation text are not finite")
         self.evaluated_step = state.step
         return found
 

@@ -30,6 +30,7 @@ FREE = (
     "keep_steps",
     "max_skipped",
     "log_every",
+    "profile",
     "tracker",
 )
 # How it is computed, which moves numbers by rounding.

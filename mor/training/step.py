@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from mor import checkpoint
 from mor.data.stream import Batch, DataState
+from mor.device import autocast
 from mor.model.routing import Routing
 from mor.model.transformer import Output, Transformer
 from mor.training import sharded_state
@@ -132,8 +132,8 @@ def _backward(config: TrainConfig, state: TrainState, batches: Iterator[Any]) ->
     for i in range(config.accumulate):
         batch, state.data = next(batches)
         with reducing(state.forward, last=i == config.accumulate - 1):
-            with _autocast(config, device):
-                output = _forward(config, state.forward, batch, capacities, device)
+            with autocast(device, config.precision):
+                output = _forward(config, state.forward, batch.to(device), capacities)
                 loss = compute_loss(output)
             (loss / config.accumulate).backward()
         assert output.nll is not None
@@ -142,7 +142,8 @@ def _backward(config: TrainConfig, state: TrainState, batches: Iterator[Any]) ->
     parameters = state.model.parameters()
     grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip))
     loss = state.ranks.mean(torch.stack(losses).mean())
-    return StepResult(loss.item(), grad_norm.item(), routings)
+    on_host = torch.stack([loss, grad_norm]).tolist()  # the one time that a step waits
+    return StepResult(on_host[0], on_host[1], routings)
 
 
 def _forward(
@@ -150,19 +151,13 @@ def _forward(
     forward: nn.Module,
     batch: Batch,
     capacities: Sequence[float],
-    device: torch.device,
 ) -> Output:
     output: Output = forward(
-        batch.tokens_BT.to(device),
-        targets_BT=batch.targets_BT.to(device),
-        documents_BT=None if batch.documents_BT is None else batch.documents_BT.to(device),
+        batch.tokens_BT,
+        targets_BT=batch.targets_BT,
+        documents_BT=batch.documents_BT,
         selection="topk",
         capacities=capacities,
         recompute=config.recompute,
     )
     return output
-
-
-def _autocast(config: TrainConfig, device: torch.device) -> Any:
-    on = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16) if on else nullcontext()

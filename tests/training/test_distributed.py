@@ -15,16 +15,20 @@ import time
 import pytest
 import torch
 from rich.console import Console
-from torch.distributed import TCPStore
+from torch.distributed import HashStore, TCPStore
 
 from mor import checkpoint
 from mor.data.stream import DataConfig
+from mor.device import autocast
 from mor.files import remove_folder
 from mor.model.config import RouterConfig, preset
 from mor.run_folder import RunFolder
 from mor.training.config import TrainConfig, load_config
+from mor.training.distributed import ALONE, reducing, shard
 from mor.training.loop import train
 from mor.training.optim import OptimConfig
+from mor.training.step import compute_loss
+from tests.conftest import random_tokens, tiny
 
 ROUTERS = {
     "fixed": RouterConfig(),
@@ -239,9 +243,11 @@ def test_two_ranks_train_as_one(how, data, tmp_path, pair):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_accumulation_reduces_once_per_step_and_fsdp_gathers_twice(how, data, tmp_path, pair):
-    """The recursions are one unit: gathered once, not once per recursion; the rest of the model is
-    the other."""
+def test_accumulation_reduces_once_per_step_and_fsdp_gathers_each_unit_once(
+    how, data, tmp_path, pair
+):
+    """The recursions are one unit: gathered once, not once per recursion; the router is another,
+    the rest of the model the third."""
     common = dict(steps=3, eval_every=100, eval_windows=1, parallel=how)
     many, few = (
         settings(data, tmp_path / name, ROUTERS["expert"], accumulate=k, **common)
@@ -253,10 +259,10 @@ def test_accumulation_reduces_once_per_step_and_fsdp_gathers_twice(how, data, tm
         "nothing is reduced before the last forward of a step"
     )
     if how == "fsdp":
-        assert counts[1][reduced] == 3 * 2, "two units, once per step"
+        assert counts[1][reduced] == 3 * 3, "three units, once per step"
         gathered = [c["_allgather_base_"] for c in counts]
-        assert gathered[1] == 3 * 2 + 2, (
-            "two units per training step and in the evaluation at the end"
+        assert gathered[1] == 3 * 3 + 3, (
+            "three units per training step and in the evaluation at the end"
         )
         assert gathered[0] == gathered[1], "once per step, however many forwards it has"
     one = alone(
@@ -273,6 +279,65 @@ def test_accumulation_reduces_once_per_step_and_fsdp_gathers_twice(how, data, tm
         torch.tensor(curve(tmp_path / n, "tokens", "loss")).double() for n in ("a", "one")
     )
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield ALONE
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("router", ["expert", "token", "fixed"])
+def test_fsdp_gathers_bfloat16_but_routes_averages_and_keeps_float32(router, one_rank):
+    model, plain = (tiny(ROUTERS[router], dim=32, head_dim=8, ffn_dim=64) for _ in range(2))
+    tokens, seen = random_tokens(2, 30), {}
+
+    def see(name):
+        def hook(module, arguments, output):
+            seen[name] = (module.weight.dtype, arguments[0].dtype)
+
+        return hook
+
+    parts = {
+        "block": model.coda[0].attention.q_proj,
+        "norm": model.recursions.shared_blocks[0].attention_norm,
+    }
+    if router != "fixed":
+        parts["router"] = model.router.nets[1] if router == "expert" else model.router.net
+    for name, module in parts.items():
+        module.register_forward_hook(see(name))
+    shard(model, one_rank, low=True)
+    for last in (False, True):  # as with two batches in a step
+        with reducing(model, last), autocast(torch.device("cpu"), "bfloat16"):
+            loss = compute_loss(model(tokens, targets_BT=tokens, selection="topk"))
+        loss.backward()
+        with autocast(torch.device("cpu"), "bfloat16"):
+            expected = compute_loss(plain(tokens, targets_BT=tokens, selection="topk"))
+        expected.backward()
+    low, full = torch.bfloat16, torch.float32
+    assert seen["block"][0] == low and seen["norm"] == (low, full)
+    assert seen.get("router", (full, full)) == (full, full)
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert p.dtype == p.grad.dtype == full
+        difference = (p.grad.full_tensor() - q.grad).norm() / q.grad.norm()
+        assert difference < 0.2, (name, difference)
+
+
+def test_fsdp_in_bfloat16_learns_as_one_process_does_and_saves_float32(data, tmp_path, pair):
+    low = dict(precision="bfloat16", parallel="fsdp")
+    pair(settings(data, tmp_path / "two", ROUTERS["expert"], **low))
+    alone(settings(data, tmp_path / "one", ROUTERS["expert"], batch_size=4, precision="bfloat16"))
+    alone(settings(data, tmp_path / "exact", ROUTERS["expert"], batch_size=4))
+    two, one, exact = (
+        torch.tensor(curve(tmp_path / name, "loss")) for name in ("two", "one", "exact")
+    )
+    torch.testing.assert_close(two, one, atol=0.02, rtol=0)
+    assert not torch.equal(one, exact) and two[-1] < two[0] - 0.05
+    for tensor in checkpoint.load(tmp_path / "two", dtype=None).model.state_dict().values():
+        assert tensor.dtype == torch.float32
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

@@ -2,8 +2,10 @@
 
 import math
 
+import pytest
+
 from mor.run_folder import RunFolder
-from mor.training.log import MetricsLog, health_text
+from mor.training.log import MetricsLog, Speed, health_text
 
 
 def test_rows_after_the_step_come_again_and_what_json_does_not_have_is_null(tmp_path):
@@ -35,3 +37,11 @@ def test_health_is_shown_as_far_as_it_is_known():
     assert health_text(routed | dict(agreement=None, max_violation=0.1)).endswith(
         "dead 25% · MaxVio 0.10"
     )
+
+
+def test_the_share_of_the_peak_is_that_of_each_device():
+    known = Speed.of(tokens=1000, flops=4e12, elapsed_s=0.5, devices=2, peak=10e12)
+    assert known.known == {"tokens_per_s": 2000, "mfu": pytest.approx(0.4)}
+    assert known.in_words == "2,000 tok/s · MFU 40.0%"
+    unknown = Speed.of(tokens=1000, flops=4e12, elapsed_s=0.5, devices=2, peak=None)
+    assert unknown.known == {"tokens_per_s": 2000} and unknown.in_words == "2,000 tok/s"

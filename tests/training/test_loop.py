@@ -14,10 +14,13 @@ import pytest
 import torch
 from filelock import FileLock
 
+from mor.cli.describe import facts
+from mor.cli.info import describe
+from mor.costs.flops import train_flops
 from mor.files import remove_folder
 from mor.model.config import RouterConfig
 from mor.run_folder import RunFolder
-from mor.training.config import TrainConfig
+from mor.training.config import TrainConfig, load_config
 from mor.training.loop import TrainingError, collapse_message, train
 from mor.training.optim import OptimConfig
 from tests.training.small_run import LOSS_FREE, metrics, poisoned, quiet, settings
@@ -226,6 +229,10 @@ def test_a_run_that_is_killed_goes_on_from_the_last_checkpoint_by_the_clock(squa
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        (
+            dict(data={"validation_path": "empty.jsonl"}),
+            r"empty.jsonl holds no text",
+        ),
         (dict(data={"path": "short.jsonl"}), r"training text is too short.*window of 33"),
         (dict(data={"path": "none.jsonl"}), r"none.jsonl"),
         (dict(flops=1e3), r"less than the .* of a single step"),
@@ -238,6 +245,7 @@ def test_what_can_be_known_before_step_1_is_found_then_and_leaves_the_folder_fre
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
     (tmp_path / "short.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     data = replace(squares, **wrong.pop("data", {}))
     with pytest.raises((ValueError, ImportError), match=message):
@@ -371,6 +379,24 @@ def test_advice_against_a_collapse_is_for_the_router_at_hand(router, advice):
 @pytest.mark.parametrize("kind", ["fixed", "random", "position", "frequency"])
 def test_a_router_that_learns_nothing_cannot_collapse(kind):
     assert collapse_message([2], RouterConfig(kind=kind)) is None
+
+
+def test_where_the_peak_is_known_the_share_of_it_is_logged_and_shown(
+    squares, tmp_path, monkeypatch
+):
+    import mor.training.loop as module
+
+    monkeypatch.setattr(module, "peak_flops_per_s", lambda device: 1e12)
+    console, out = quiet(), tmp_path / "run"
+    train(settings(squares, out, steps=3, log_every=1, eval_every=3), console=console)
+    saved, rows = load_config(RunFolder(out).settings), [r for r in metrics(out) if "loss" in r]
+    for row in rows:
+        elapsed_s = saved.batch_size * saved.seq_len / row["tokens_per_s"]
+        done = train_flops(saved.model, saved.seq_len) * saved.batch_size
+        assert row["mfu"] == pytest.approx(done / elapsed_s / 1e12)
+    shown = f"MFU {100 * rows[-1]['mfu']:.1f}%"
+    assert len(rows) == 3 and shown in " ".join(console.file.getvalue().split())
+    assert describe(facts(out))["training"]["mfu"] == rows[-1]["mfu"]
 
 
 def test_two_processes_do_not_train_in_one_directory(squares, tmp_path):

@@ -1,12 +1,20 @@
-"""One step of training: accumulation, and values that are not finite."""
+"""One step of training: accumulation, waits for the device, and values that are not finite."""
 
 import math
 
 import pytest
 
 from mor import checkpoint
+from mor.data.stream import Batch, DataState
+from mor.model.config import RouterConfig
+from mor.training.config import TrainConfig
+from mor.training.distributed import ALONE
 from mor.training.loop import train
+from mor.training.optim import build_optimizers
+from mor.training.step import TrainState, train_step
+from tests.conftest import random_tokens, tiny
 from tests.training.small_run import LOSS_FREE, metrics, poisoned, quiet, settings
+from tests.waits import Waits
 
 
 @pytest.mark.parametrize("router", ["expert_choice", LOSS_FREE])
@@ -24,6 +32,23 @@ def test_accumulation_equals_one_large_batch(squares, tmp_path, router):
     for name, expected in theirs.items():
         assert (ours[name] - expected).abs().max() < 1e-4, name
     assert one.state.flops == two.state.flops
+
+
+@pytest.mark.parametrize("kv", ["recursion_wise", "shared", "hybrid"])
+@pytest.mark.parametrize("router", ["fixed", "expert_choice", "random"])
+def test_the_host_waits_once_in_a_step(router, kv):
+    """For loss and gradient norm together, however many forwards and recursions there are."""
+    if (router, kv) == ("fixed", "hybrid"):
+        pytest.skip("hybrid needs a router")
+    model = tiny(RouterConfig(kind=router), kv_strategy=kv)
+    config = TrainConfig(model=model.config, accumulate=2, batch_size=2, seq_len=30)
+    state = TrainState(model, build_optimizers(model, config.optim), ALONE, model)
+    tokens = random_tokens(2, 31)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    with Waits() as waits:
+        result = train_step(config, state, iter([(batch, DataState(1))] * 2), 10)
+    assert waits.seen == ["tolist"]
+    assert result.is_finite and result.grad_norm > 0
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(squares, tmp_path, monkeypatch):
