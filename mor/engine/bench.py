@@ -28,15 +28,30 @@ LAYERS = ("enter", "block", "coda", "token", "read")
 
 def measure_machine(device: torch.device, dtype: torch.dtype, *, repeats: int = 7) -> costs.Machine:
     """The device's speed in large matrix products and in reading memory, medians."""
-    a = torch.randn(1024, 2048, device=device).to(dtype)
-    memory = torch.zeros(1 << 26, device=device)
-    out, flops = torch.empty_like(a @ a.T), 2 * 1024 * 1024 * 2048
+    rows, inner, numbers = machine_sizes(device)
+    a = torch.randn(rows, inner, device=device).to(dtype)
+    memory = torch.zeros(numbers, device=device)
+    out, flops = torch.empty_like(a @ a.T), 2 * rows * rows * inner
     product_s = median(_timed(lambda: torch.mm(a, a.T, out=out), device) for _ in range(repeats))
     reading_s = median(_timed(memory.sum, device) for _ in range(repeats))
     return costs.Machine(flops_per_s=flops / product_s, bytes_per_s=memory.nbytes / reading_s)
 
 
+def machine_sizes(device: torch.device) -> tuple[int, int, int]:
+    """Rows and columns of a factor, and how many numbers are read: a millisecond's work or more, so
+    that beginning it does not count."""
+    return (8192, 8192, 1 << 30) if device.type == "cuda" else (1024, 2048, 1 << 26)
+
+
 def _timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds; on CUDA by the device's own clock, without the time that a launch takes."""
+    if device.type == "cuda":
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        work()
+        after.record()
+        after.synchronize()
+        return float(before.elapsed_time(after)) / 1e3
     wait(device)
     start = time.perf_counter()
     work()
@@ -79,7 +94,9 @@ class SteadyLoad:
     layers_s: list[float] = field(default_factory=list)
     """Seconds in layers per new token; 0 in the device loop, which does not time its parts."""
     host_s: list[float] = field(default_factory=list)
-    """Seconds per step outside layers, routers, head and sampling, such as scheduling."""
+    """Seconds per step outside layers, routers, head and sampling, such as scheduling. On CUDA,
+    outside the launches of the device loop, each of which waits for its tokens; with the loop on
+    the host, launching layers counts as layers."""
     step_s: list[float] = field(default_factory=list)
     depth: list[float] = field(default_factory=list)
     """Recursions per new token."""
@@ -107,9 +124,16 @@ class SteadyLoad:
         elapsed, new = time.perf_counter() - start, measured.tokens["sample"]
         self.tokens_per_s.append(new / elapsed)
         self.layers_s.append(sum(measured.seconds[part] for part in LAYERS) / new)
-        self.host_s.append((elapsed - engine.runner.model_s - measured.seconds["sample"]) / steps)
+        self.host_s.append((elapsed - self._away_s()) / steps)
         self.step_s.append(elapsed / steps)
         self.depth.append((measured.tokens["block"] or measured.tokens["token"]) / new)
+
+    def _away_s(self) -> float:
+        """Seconds of a turn in the model."""
+        seconds = self.engine.measured.seconds
+        if self.engine.kv.device.type == "cuda" and seconds["launch"]:
+            return seconds["launch"]  # a graph's replay knows no parts
+        return self.engine.runner.model_s + seconds["sample"]
 
     def _step(self) -> None:
         for output in self.engine.step():

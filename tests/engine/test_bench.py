@@ -1,8 +1,11 @@
 """Steady loads to measure."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from mor.engine import bench
 from mor.engine.bench import Lengths, load_for, shares
 from mor.model.config import RouterConfig, preset
 from tests.conftest import tiny
@@ -45,3 +48,48 @@ def test_a_model_whose_logits_are_not_finite_is_not_measured():
     torch.nn.init.constant_(model.final_norm.weight, float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         load_for("a", model, batch=2, slots=2, lengths=Lengths(mean=6)).turn(0.05)
+
+
+class Clock:
+    """An event of a device whose clock ticks once a millisecond with each thing that it does."""
+
+    ticks = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Clock.ticks
+
+    def synchronize(self): ...
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+def test_a_machine_with_cuda_is_timed_by_its_own_clock(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+
+    def work():
+        Clock.ticks += 3
+
+    assert bench._timed(work, torch.device("cuda")) == pytest.approx(0.003)
+
+
+def test_the_work_that_is_timed_takes_long_on_its_machine():
+    """A product of 5 us would time the launch. An H100 does 1e15 operations a second in bfloat16
+    and reads 3.4e12 bytes."""
+    rows, inner, numbers = bench.machine_sizes(torch.device("cuda"))
+    assert 2 * rows * rows * inner / 1e15 > 1e-3 and 4 * numbers / 3.4e12 > 1e-3
+    assert 2 * rows * inner + 4 * numbers < 5e9, "it fits beside a model"
+
+
+def test_the_hosts_time_in_the_device_loop_is_what_lies_outside_its_launches(monkeypatch):
+    load = load_for("", tiny(), batch=4, slots=4, lengths=Lengths(mean=6, deviation=3))
+    load.engine.runner.model_s, seconds = 1.0, load.engine.measured.seconds
+    seconds["sample"], seconds["launch"] = 0.5, 4.0
+    assert load._away_s() == 1.5
+    monkeypatch.setattr(load.engine, "kv", SimpleNamespace(device=torch.device("cuda")))
+    assert load._away_s() == 4.0
+    seconds["launch"] = 0.0
+    assert load._away_s() == 1.5
