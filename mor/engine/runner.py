@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mor.engine.kv_passes import LanePass, PagedBatch
 from mor.engine.paged_kv import PagedKV
+from mor.model.compiling import compiled
 from mor.model.packing import PackedTokens
 from mor.model.routers import at_least_fp32
 from mor.model.routing import Memory
@@ -218,8 +219,7 @@ class Runner:
 def compile_methods(owner: object, *names: str) -> None:
     """Compile methods, each into one graph for any number of slots."""
     for name in names:
-        own = torch.compile(getattr(owner, name), fullgraph=True, dynamic=True)
-        setattr(owner, name, own)
+        setattr(owner, name, compiled(getattr(owner, name), dynamic=True))
 
 
 def _tokens(ids: Tensor, position: Tensor) -> PackedTokens:

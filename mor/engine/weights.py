@@ -224,9 +224,6 @@ def for_decoding(
             )
         return with_linear(model, Int8Linear)
     if compiled:
-        # Each engine of a process may need graphs of its own; past the limit, PyTorch would fail.
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, 64)
         return fused(model).compile_blocks()
     if fp32_on_cpu:
         return with_linear(model, FewRowsLinear)

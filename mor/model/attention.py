@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mor.model.compiling import compiled
 from mor.model.packing import PackedTokens
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def _causal_varlen(q_MNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, ends: Tensor, mo
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return compiled(flex_attention)
 
 
 def positions_mask(position_AK: Tensor, num_keys: int) -> BlockMask:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mor.model.compiling import compiled
 from mor.model.config import ModelConfig, Selection
 from mor.model.kv_cache import READS, AttentionPass, Cache, KVStore, check_fits
 from mor.model.loss import IGNORED, linear_cross_entropy
@@ -28,8 +29,6 @@ from mor.model.routing import Routing, RoutingRule, RoutingStep, route
 from mor.model.scratch import Scratch
 
 Logits = Literal["all", "last", "none"]
-MOST_GRAPHS = 128
-"""Compilations of one method of a block in a process: a few for each shape of model."""
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines of rotary embedding."""
 
@@ -146,15 +145,8 @@ class Block(nn.Module):
         shape, layer or recursion asks for a compilation of its own. settings: as ``torch.compile``
         takes them.
         """
-        # PyTorch counts the graphs of all models of a process together, and fails past its limit.
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
         for name in ("enter", "leave"):
-            setattr(
-                self,
-                name,
-                torch.compile(getattr(self, name), fullgraph=True, dynamic=True, **settings),
-            )
+            setattr(self, name, compiled(getattr(self, name), dynamic=True, **settings))
 
 
 def checkpointed(function: Callable[..., Tensor], *args: object, recompute: bool) -> Tensor:

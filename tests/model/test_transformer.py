@@ -53,18 +53,6 @@ def test_no_graph_breaks_and_no_recompiling_in_the_capacity_warm_up(router, kv):
     assert len(compiled) == parts, "nor for another batch size or length"
 
 
-@torch._dynamo.config.patch(recompile_limit=4)
-def test_models_of_many_shapes_compile_in_one_process():
-    """PyTorch counts the graphs of all of them together, and would stop at a limit."""
-    torch._dynamo.reset()
-    tokens = random_tokens(2, 30)
-    for dim in (8, 12, 16):
-        shape = dict(dim=dim, kv_strategy="shared", num_recursions=2, num_layers=4)
-        model, plain = tiny(**shape).compile_blocks(backend="eager"), tiny(**shape)
-        found, expected = gradients(model, tokens, None), gradients(plain, tokens, None)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("router", "kv", "expected"),
     [
