@@ -29,13 +29,15 @@ from rich.console import Console
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from mor import checkpoint
 from mor.costs import flops as costs
 from mor.data.config import DataConfig
-from mor.device import peak_flops_per_s
+from mor.device import peak_flops_per_s, pick_device
 from mor.engine import Engine, EngineConfig, SamplingParams
 from mor.engine.attention import decode_attention, gathered_attention
 from mor.engine.bench import Lengths, decode_rows, load_for, measure_machine
 from mor.engine.device_loop import Variant
+from mor.evaluation.nll import evaluate
 from mor.files import remove_folder
 from mor.generation import generate
 from mor.model.attention import attention
@@ -345,7 +347,8 @@ def scarce(model: Transformer) -> int:
 
 
 def training(bench: Bench) -> None:
-    """Train as by default on this device (on CUDA bfloat16, compiled), save, resume."""
+    """Train as by default on this device (on CUDA bfloat16, compiled), trace, save, resume, and
+    evaluate."""
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.jsonl"
         rows = [{"text": f"The square of {i} is {i * i}. " * 6} for i in range(120)]
@@ -369,17 +372,26 @@ def train_and_resume(bench: Bench, router: str, text: Path, out: Path) -> None:
         log_every=1,
         eval_every=8 if bench.tiny else 20,
         device=str(bench.device),
+        profile=2,
     )
     run = RunFolder(out)
     train(config, console=Console(file=io.StringIO()))
     first = losses(run)
     fell = first[-1] / first[0]
     bench.promise(f"{router}: loss falls", fell < 0.95, fell, "last over first: below 0.95")
+    bench.promise(f"{router}: traced", run.trace.is_file(), str(run.trace.name), "written")
     remove_folder(run.checkpoints()[-1])  # as if killed after the one before
-    train(config, resume=True, console=Console(file=io.StringIO()))
+    again = train(config, resume=True, console=Console(file=io.StringIO()))
     difference = max(abs(a - b) for a, b in zip(first, losses(run), strict=True))
     most = 2e-2 if bench.on_cuda else 0.0
     bench.promise(f"{router}: resumed", difference <= most, difference, f"nats, at most {most}")
+    here, exact = (
+        evaluate(model, again.corpus.validation, seq_len=64).nll
+        for model in (again.state.model, checkpoint.load(out).model)
+    )
+    difference = abs(here - exact)
+    promise = f"nats from float32 on the CPU, at most {most}"
+    bench.promise(f"{router}: evaluated", difference <= most, difference, promise)
 
 
 def losses(run: RunFolder) -> list[float]:
@@ -555,7 +567,4 @@ STAGES = {
 def run(name: str, device: str, *, tiny: bool) -> None:
     torch.set_num_threads(1 if tiny else min(8, os.cpu_count() or 1))
     torch.manual_seed(0)
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    STAGES[name].run(Bench(name, torch.device(device), tiny))
+    STAGES[name].run(Bench(name, pick_device(device), tiny))  # float32 is exact
