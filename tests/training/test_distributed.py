@@ -24,11 +24,12 @@ from mor.files import remove_folder
 from mor.model.config import RouterConfig, preset
 from mor.run_folder import RunFolder
 from mor.training.config import TrainConfig, load_config
-from mor.training.distributed import ALONE, reducing, shard
+from mor.training.distributed import ALONE, Ranks, reducing, shard
 from mor.training.loop import train
 from mor.training.optim import OptimConfig
 from mor.training.step import compute_loss
 from tests.conftest import random_tokens, tiny
+from tests.waits import Waits
 
 ROUTERS = {
     "fixed": RouterConfig(),
@@ -279,6 +280,20 @@ def test_accumulation_reduces_once_per_step_and_fsdp_gathers_each_unit_once(
         torch.tensor(curve(tmp_path / n, "tokens", "loss")).double() for n in ("a", "one")
     )
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_questions_to_all_ranks_are_one_wait_and_none_for_a_process_alone(monkeypatch):
+    other = torch.tensor([0.0, 1.0, 0.0])
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda x, _: x.copy_(torch.maximum(x, other))
+    )
+    with Waits() as waits:
+        assert ALONE.any(True, False, False) == [True, False, False]
+    assert waits.seen == []
+    with Waits() as waits:
+        two = Ranks(0, 2, torch.device("cpu"))
+        assert two.any(True, False, False) == [True, True, False]
+    assert waits.seen == ["tolist"]
 
 
 @pytest.fixture
