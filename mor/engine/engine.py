@@ -141,9 +141,13 @@ class Engine:
     finite, or a step that fails with it. Only when the engine cannot go on (the device is lost) do
     all requests end, and every later call raises RuntimeError with the reason.
 
-    A change of the model's weights is noticed by the next step. Cached prefixes are dropped, and
-    requests without a new token start over; those that have some end with an error, since the rest
-    would come from another model.
+    A change of the model drops cached prefixes, and requests without a new token start over; those
+    that have some end with an error, since the rest would come from another model. The next step
+    notices modules, parameters and forward hooks that were replaced, added or removed, and changes
+    in place that PyTorch counts. Changes that it does not count, such as those of
+    ``parameter.data``, are noticed before any further request runs, and while the same requests run
+    after about 20 times as long as it takes to read all weights (see
+    :class:`mor.engine.weights.Watch`).
     """
 
     def __init__(
@@ -275,11 +279,15 @@ class Engine:
                         self.abort(request)
             return self._work.collect()
 
-    @torch.inference_mode()
     def _work_on(self) -> None:
+        running = len(self.scheduler.running)
         self.strategy.admit()
-        self._read_prompts()
-        self.strategy.step()
+        admitted = len(self.scheduler.running) > running
+        if admitted and self._follow_model(thorough=True):
+            return  # they wait again; nothing was computed with them
+        with torch.inference_mode():
+            self._read_prompts()
+            self.strategy.step()
 
     def stream(
         self,
@@ -398,11 +406,11 @@ class Engine:
         if self._stopped:
             raise RuntimeError(f"this engine has stopped ({self._stopped}); make a new one")
 
-    def _follow_model(self) -> None:
-        """If the weights have changed, use nothing again that was computed with the old ones.
-        Raises ValueError if the model has moved away from the cache."""
-        if not self._watch.changed(thorough=not self.scheduler.running):
-            return
+    def _follow_model(self, *, thorough: bool = False) -> bool:
+        """If the model has changed, use nothing again that was computed before, and return True.
+        Raises ValueError if it has moved away from the cache."""
+        if not self._watch.changed(thorough=thorough):
+            return False
         weight, cached = self.model.embedding.weight, self.kv.k[SHARED][0]
         if (weight.device, weight.dtype) != (cached.device, cached.dtype):
             raise ValueError(
@@ -411,11 +419,14 @@ class Engine:
             )
         for request in list(self.requests.values()):
             if request.token_ids:
-                self._work.fail(request, "the weights of the model changed while it was answered")
+                self._work.fail(
+                    request, "the model changed (weights, modules or hooks) while it was answered"
+                )
         self.scheduler.restart(self.requests.values())
         self._work.runner = self._make_runner()
         self.strategy = self._strategy(self._work)
         self._watch.note()
+        return True
 
     def _recover(self, error: Exception) -> None:
         """After a step that failed halfway, all requests wait again: they are computed again. Those
