@@ -8,19 +8,21 @@ A rows that hold tokens · B rows of the batch · R recursions · T columns
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import traceback
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import count
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from mor.costs import flops as costs
 from mor.data.tokenizer import Tokenizer
 from mor.engine.attention import AttentionBackend, decode_attention
 from mor.engine.depth_wise import DepthWise
@@ -128,6 +130,10 @@ def _check_parts(model: Transformer, tokenizer: Tokenizer | None, config: Engine
             raise ValueError(f"{name} must lie in 1..{most} for this model, got {value}")
 
 
+def _bytes_of_machine() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 class Engine:
     """Serves a model to any number of requests, from any number of threads.
 
@@ -145,9 +151,12 @@ class Engine:
     that have some end with an error, since the rest would come from another model. The next step
     notices modules, parameters and forward hooks that were replaced, added or removed, and changes
     in place that PyTorch counts. Changes that it does not count, such as those of
-    ``parameter.data``, are noticed before any further request runs, and while the same requests run
-    after about 20 times as long as it takes to read all weights (see
-    :class:`mor.engine.weights.Watch`).
+    ``parameter.data``, are noticed before any further request runs. While the same requests run,
+    they are looked for about 20 times the time it takes to read all weights after the last look
+    (see :class:`mor.engine.weights.Watch`); a request that ends earlier may be of both models.
+
+    Modules with hooks, parametrizations or adapters are called as they are. Hooks on the whole
+    model are refused, and so is int8 with any of them.
     """
 
     def __init__(
@@ -162,11 +171,13 @@ class Engine:
         self.max_len = config.max_len or model.config.max_seq_len
         self._strategy = _choose_strategy(config, model)
         self._watch = Watch(model)
-        self.kv = self._make_cache()
+        with self._naming_memory():
+            self.kv = self._make_cache()
         self.prefix_cache = PrefixCache(config.page_size) if config.prefix_caching else None
         self.scheduler = Scheduler(self.kv, self.prefix_cache)
         lanes = config.lanes or config.max_num_seqs
-        self._work = Work(self._make_runner(), self.scheduler, lanes=lanes)
+        with self._naming_memory():
+            self._work = Work(self._make_runner(), self.scheduler, lanes=lanes)
         self.requests, self.measured = self._work.requests, self._work.measured
         self.strategy = self._strategy(self._work)
         self._next_number = 0
@@ -187,6 +198,40 @@ class Engine:
             max_depth=self.config.max_depth,
             longest=self.max_len if self._strategy.static_shapes else None,
         )
+
+    @contextmanager
+    def _naming_memory(self) -> Iterator[None]:
+        """Say what makes an engine too large for the memory."""
+        config = self.config
+        sizes = f"max_num_seqs={config.max_num_seqs}, max_len={self.max_len}, "
+        sizes += f"page_size={config.page_size}, kv_cache_memory={config.kv_cache_memory}"
+        advice = "; lower them in EngineConfig (max_len is the model's max_seq_len unless given)"
+        machine, needed = _bytes_of_machine(), self._bytes_on_host()
+        if needed > machine:
+            raise ValueError(
+                f"{sizes} need {needed / 1e9:,.1f} GB, but the machine has {machine / 1e9:,.1f} GB"
+                f"{advice}"
+            )
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not is_memory and "allocate memory" not in str(error):
+                raise
+            raise ValueError(f"{sizes} need more memory than there is{advice}") from error
+
+    def _bytes_on_host(self) -> int:
+        """About what the tables of slots and positions take, and keys and values on the CPU."""
+        config, slots = self.model.config, self.config.max_num_seqs + 1
+        weight, length = self.model.embedding.weight, self.max_len + self.config.page_size
+        row = 4 * length * (1 + (config.kv_strategy == "hybrid")) + 64  # and lists of pages
+        tables = slots * ((config.num_recursions + 1) * row + 4 * config.dim)
+        angles = 3 * 4 * config.head_dim * self.max_len
+        everything = [length] * config.num_recursions
+        full = slots * costs.kv_bytes(config, length, everything, weight.dtype.itemsize)
+        on_cpu = weight.device.type == "cpu"
+        memory = min(self.config.kv_cache_memory or default_memory(weight.device), int(full))
+        return tables + angles + memory * on_cpu
 
     def _make_cache(self) -> PagedKV:
         config, weight = self.config, self.model.embedding.weight
@@ -209,7 +254,10 @@ class Engine:
         request_id: str | None = None,
     ) -> Request:
         """Queue a prompt: text, or token ids. Raises ValueError for one that the model or its cache
-        can never hold (see :func:`mor.generation.check_prompt`), and for an id that is in use."""
+        can never hold (see :func:`mor.generation.check_prompt`), and for an id that is in use.
+
+        request_id: None: the engine gives "#0", "#1" and so on; other ids may not begin so.
+        """
         params = SamplingParams() if params is None else params
         return self._queue(self._check(prompt, params), params, request_id)
 
@@ -220,9 +268,12 @@ class Engine:
             self._check_open()
             number = self._next_number
             if request_id is None:
-                request_id = next(i for i in map(str, count(number)) if i not in self.requests)
-            if not isinstance(request_id, str):
-                raise ValueError(f"request_id must be text, got {request_id!r}")
+                request_id = f"#{number}"
+            elif not isinstance(request_id, str) or request_id.startswith("#"):
+                raise ValueError(
+                    "request_id must be text that does not begin with # (such ids are the "
+                    f"engine's own), got {request_id!r}"
+                )
             if request_id in self.requests:
                 raise ValueError(
                     f"a request with id {request_id!r} is still unfinished; choose another id"

@@ -12,7 +12,7 @@ import importlib.util
 import math
 import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import TypeVar, cast
 
@@ -260,7 +260,7 @@ def with_linear(model: Transformer, make: Callable[[Tensor], nn.Module]) -> Tran
         if type(part) not in (Attention, FeedForward):
             return part
         plain = {n: m for n, m in part.named_children() if not own_way(m, nn.Linear)}
-        return _copy(part, {name: make(layer.weight) for name, layer in plain.items()})
+        return _copy(part, {n: make(cast(Tensor, m.weight)) for n, m in plain.items()})
 
     def blocks_with(blocks: nn.ModuleList) -> nn.ModuleList:
         new = {
@@ -271,7 +271,7 @@ def with_linear(model: Transformer, make: Callable[[Tensor], nn.Module]) -> Tran
         return _copy(blocks, new)
 
     shared = {"shared_blocks": blocks_with(model.recursions.shared_blocks)}
-    parts = {
+    parts: dict[str, nn.Module] = {
         "prelude": blocks_with(model.prelude),
         "recursions": _copy(model.recursions, shared),
         "coda": blocks_with(model.coda),
@@ -281,7 +281,7 @@ def with_linear(model: Transformer, make: Callable[[Tensor], nn.Module]) -> Tran
     return _copy(model, parts)
 
 
-def _copy(module: Module, parts: dict[str, nn.Module]) -> Module:
+def _copy(module: Module, parts: Mapping[str, nn.Module]) -> Module:
     """A module like this one with other parts, which shares whatever else it has."""
     other = copy.copy(module)
     other._modules = dict(module._modules)

@@ -45,3 +45,8 @@ def test_a_model_whose_logits_are_not_finite_is_not_measured():
     torch.nn.init.constant_(model.final_norm.weight, float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         load_for("a", model, batch=2, slots=2, lengths=Lengths(mean=6)).turn(0.05)
+
+
+def test_batches_beyond_the_memory_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"a at batch 1000000000 with 9.*max_num_seqs=9"):
+        load_for("a", tiny(), batch=10**9, slots=9 * 10**9, lengths=Lengths(mean=6))
