@@ -132,7 +132,8 @@ def test_abort_in_the_middle_leaves_the_others_alone():
 def test_bad_requests_are_refused_while_others_go_on():
     model = tiny()
     engine = Engine(model, config=EngineConfig(kv_cache_memory=30_000, page_size=2))
-    good = engine.add_request([1, 2, 3], SamplingParams(max_new_tokens=5, temperature=0))
+    five = SamplingParams(max_new_tokens=5, temperature=0)
+    good = engine.add_request([1, 2, 3], five, request_id="good")
     engine.step()
     for prompt, params, message in [
         ([], SamplingParams(), "empty"),
@@ -153,7 +154,7 @@ def test_bad_requests_are_refused_while_others_go_on():
             SamplingParams(**settings_)
     while engine.has_unfinished:
         engine.step()
-    same([good], generate(model, [[1, 2, 3]], SamplingParams(max_new_tokens=5, temperature=0)))
+    same([good], generate(model, [[1, 2, 3]], five))
     with pytest.raises(ValueError, match="page of each kind"):
         Engine(model, config=EngineConfig(kv_cache_memory=10))
     with pytest.raises(ValueError, match="lanes"):
