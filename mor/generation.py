@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from mor.files import naming
 from mor.model.config import ModelConfig
 from mor.model.kv_cache import KVCache
 from mor.model.random import hash_uniform
-from mor.model.transformer import Output, Transformer, check_finite
+from mor.model.transformer import Output, Transformer, check_depth, check_finite
 from mor.settings import (
     Listed,
     NonNegativeFloat,
@@ -33,19 +33,30 @@ from mor.settings import (
 )
 
 
+def _plain(value: Any) -> Any:
+    """Numbers of NumPy and of tensors as Python's, alone and in lists."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+_Plain = BeforeValidator(_plain)
+
+
 class SamplingParams(Settings):
     """How one request samples. temperature=0 is greedy; top_k=0 and top_p=1 keep every token.
+    Numbers and lists may be NumPy's or tensors.
 
     logprobs: also give the log-probability of each new token (of the model, before temperature and
     cuts).
     """
 
-    max_new_tokens: PositiveInt = 128
-    temperature: NonNegativeFloat = 1.0
-    top_k: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    top_p: Share = 1.0
-    seed: Seed = 0
-    stop_token_ids: Listed[tuple[NonNegativeInt, ...]] = ()
+    max_new_tokens: Annotated[PositiveInt, _Plain] = 128
+    temperature: Annotated[NonNegativeFloat, _Plain] = 1.0
+    top_k: Annotated[int, Field(ge=0, lt=2**63), _Plain] = 0
+    top_p: Annotated[Share, _Plain] = 1.0
+    seed: Annotated[Seed, _Plain] = 0
+    stop_token_ids: Annotated[Listed[tuple[NonNegativeInt, ...]], _Plain] = ()
     logprobs: bool = False
 
 
@@ -141,7 +152,7 @@ def stream(
     max_depth: int | None = None,
 ) -> Iterator[TokenEvent]:
     """Every new token as soon as it is known. Arguments and errors as in :func:`generate`."""
-    return _decode(model, *_checked(model, prompts, params), max_depth)
+    return _decode(model, *_checked(model, prompts, params, max_depth), max_depth)
 
 
 def generate(
@@ -155,9 +166,10 @@ def generate(
 
     prompts: a list of lists (or tensors) of token ids. params: one for all, or one per prompt.
     max_depth caps the recursions of every token. Raises ValueError, before anything runs, for what
-    :func:`check_prompt` refuses, and for a model whose logits are not finite.
+    :func:`check_prompt` refuses, and for a max_depth beyond the model; and for a model whose logits
+    are not finite.
     """
-    results, settings = _checked(model, prompts, params)
+    results, settings = _checked(model, prompts, params, max_depth)
     for _ in _decode(model, results, settings, max_depth):
         pass
     return results
@@ -199,8 +211,9 @@ def _decode(
 
 
 def _checked(
-    model: Transformer, prompts: Any, params: Any
+    model: Transformer, prompts: Any, params: Any, max_depth: Any
 ) -> tuple[list[Generation], list[SamplingParams]]:
+    check_depth(max_depth, model.config.num_recursions)
     if isinstance(prompts, str):
         prompts = [prompts]  # not only the list is missing, but the token ids
     results, (listed, settings) = list[Generation](), per_prompt(prompts, params)

@@ -230,3 +230,27 @@ def test_stop_tokens_outside_the_vocabulary_are_refused():
 def test_the_smallest_temperature_is_greedy():
     logits = torch.tensor([1.0, 3.0, 2.0, -5.0])
     assert sample(logits, SamplingParams(temperature=5e-324), 0) == 1
+
+
+@pytest.mark.parametrize("max_depth", [0, 4, True, 2.0, "2"])
+def test_a_depth_beyond_the_model_is_refused_before_the_first_token(max_depth):
+    for decode in (generate, stream):
+        with pytest.raises(ValueError, match=r"max_depth must be a whole number in 1\.\.3"):
+            decode(tiny(), [[1]], GREEDY, max_depth=max_depth)
+
+
+def test_settings_may_be_numbers_of_numpy_and_tensors():
+    plain = SamplingParams(max_new_tokens=5, top_k=3, seed=4, top_p=0.5, stop_token_ids=(1, 2))
+    given = SamplingParams(
+        max_new_tokens=np.int32(5),
+        top_k=torch.tensor(3),
+        seed=np.int64(4),
+        top_p=np.float32(0.5),
+        stop_token_ids=np.array([1, 2]),
+    )
+    assert given == plain and type(given.seed) is int
+    for stops in (torch.tensor([1, 2]), [np.int64(1), 2], (1, torch.tensor(2))):
+        assert SamplingParams(stop_token_ids=stops).stop_token_ids == (1, 2)
+    for wrong in (np.array([1.0]), np.array([True]), np.array(1), [[1]]):
+        with pytest.raises(ValueError, match="stop_token_ids"):
+            SamplingParams(stop_token_ids=wrong)

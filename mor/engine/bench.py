@@ -17,6 +17,7 @@ from pydantic import Field
 
 from mor.costs import flops as costs
 from mor.engine.engine import Engine, EngineConfig
+from mor.files import naming
 from mor.generation import SamplingParams
 from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
@@ -212,7 +213,8 @@ def load_for(
         prefix_caching=False,
         **settings,
     )
-    return SteadyLoad(name, Engine(model, config=engine_config), lengths, prompt)
+    with naming(f"{name} at batch {batch} with {slots} slots"):
+        return SteadyLoad(name, Engine(model, config=engine_config), lengths, prompt)
 
 
 def decode_rows(

@@ -8,19 +8,21 @@ A rows that hold tokens · B rows of the batch · R recursions · T columns
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import traceback
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import count
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from mor.costs import flops as costs
 from mor.data.tokenizer import Tokenizer
 from mor.engine.attention import AttentionBackend, decode_attention
 from mor.engine.depth_wise import DepthWise
@@ -128,6 +130,10 @@ def _check_parts(model: Transformer, tokenizer: Tokenizer | None, config: Engine
             raise ValueError(f"{name} must lie in 1..{most} for this model, got {value}")
 
 
+def _bytes_of_machine() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 class Engine:
     """Serves a model to any number of requests, from any number of threads.
 
@@ -141,9 +147,16 @@ class Engine:
     finite, or a step that fails with it. Only when the engine cannot go on (the device is lost) do
     all requests end, and every later call raises RuntimeError with the reason.
 
-    A change of the model's weights is noticed by the next step. Cached prefixes are dropped, and
-    requests without a new token start over; those that have some end with an error, since the rest
-    would come from another model.
+    A change of the model drops cached prefixes, and requests without a new token start over; those
+    that have some end with an error, since the rest would come from another model. The next step
+    notices modules, parameters and forward hooks that were replaced, added or removed, and changes
+    in place that PyTorch counts. Changes that it does not count, such as those of
+    ``parameter.data``, are noticed before an idle engine computes anything. While it is busy they
+    are looked for now and then, in at most 2% of the time (see
+    :class:`mor.engine.weights.Watch`); a request that ends earlier may be of both models.
+
+    Modules with hooks, parametrizations or adapters are called as they are. Hooks on the whole
+    model are refused, and so is int8 with any of them.
     """
 
     def __init__(
@@ -158,11 +171,13 @@ class Engine:
         self.max_len = config.max_len or model.config.max_seq_len
         self._strategy = _choose_strategy(config, model)
         self._watch = Watch(model)
-        self.kv = self._make_cache()
+        with self._naming_memory():
+            self.kv = self._make_cache()
         self.prefix_cache = PrefixCache(config.page_size) if config.prefix_caching else None
         self.scheduler = Scheduler(self.kv, self.prefix_cache)
         lanes = config.lanes or config.max_num_seqs
-        self._work = Work(self._make_runner(), self.scheduler, lanes=lanes)
+        with self._naming_memory():
+            self._work = Work(self._make_runner(), self.scheduler, lanes=lanes)
         self.requests, self.measured = self._work.requests, self._work.measured
         self.strategy = self._strategy(self._work)
         self._next_number = 0
@@ -183,6 +198,40 @@ class Engine:
             max_depth=self.config.max_depth,
             longest=self.max_len if self._strategy.static_shapes else None,
         )
+
+    @contextmanager
+    def _naming_memory(self) -> Iterator[None]:
+        """Say what makes an engine too large for the memory."""
+        config = self.config
+        sizes = f"max_num_seqs={config.max_num_seqs}, max_len={self.max_len}, "
+        sizes += f"page_size={config.page_size}, kv_cache_memory={config.kv_cache_memory}"
+        advice = "; lower them in EngineConfig (max_len is the model's max_seq_len unless given)"
+        machine, needed = _bytes_of_machine(), self._bytes_on_host()
+        if needed > machine:
+            raise ValueError(
+                f"{sizes} need {needed / 1e9:,.1f} GB, but the machine has {machine / 1e9:,.1f} GB"
+                f"{advice}"
+            )
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not is_memory and "allocate memory" not in str(error):
+                raise
+            raise ValueError(f"{sizes} need more memory than there is{advice}") from error
+
+    def _bytes_on_host(self) -> int:
+        """About what the tables of slots and positions take, and keys and values on the CPU."""
+        config, slots = self.model.config, self.config.max_num_seqs + 1
+        weight, length = self.model.embedding.weight, self.max_len + self.config.page_size
+        row = 4 * length * (1 + (config.kv_strategy == "hybrid")) + 64  # and lists of pages
+        tables = slots * ((config.num_recursions + 1) * row + 4 * config.dim)
+        angles = 3 * 4 * config.head_dim * self.max_len
+        everything = [length] * config.num_recursions
+        full = slots * costs.kv_bytes(config, length, everything, weight.dtype.itemsize)
+        on_cpu = weight.device.type == "cpu"
+        memory = min(self.config.kv_cache_memory or default_memory(weight.device), int(full))
+        return tables + angles + memory * on_cpu
 
     def _make_cache(self) -> PagedKV:
         config, weight = self.config, self.model.embedding.weight
@@ -205,7 +254,10 @@ class Engine:
         request_id: str | None = None,
     ) -> Request:
         """Queue a prompt: text, or token ids. Raises ValueError for one that the model or its cache
-        can never hold (see :func:`mor.generation.check_prompt`), and for an id that is in use."""
+        can never hold (see :func:`mor.generation.check_prompt`), and for an id that is in use.
+
+        request_id: None: the engine gives "#0", "#1" and so on; other ids may not begin so.
+        """
         params = SamplingParams() if params is None else params
         return self._queue(self._check(prompt, params), params, request_id)
 
@@ -216,9 +268,12 @@ class Engine:
             self._check_open()
             number = self._next_number
             if request_id is None:
-                request_id = next(i for i in map(str, count(number)) if i not in self.requests)
-            if not isinstance(request_id, str):
-                raise ValueError(f"request_id must be text, got {request_id!r}")
+                request_id = f"#{number}"
+            elif not isinstance(request_id, str) or request_id.startswith("#"):
+                raise ValueError(
+                    "request_id must be text that does not begin with # (such ids are the "
+                    f"engine's own), got {request_id!r}"
+                )
             if request_id in self.requests:
                 raise ValueError(
                     f"a request with id {request_id!r} is still unfinished; choose another id"
@@ -275,11 +330,14 @@ class Engine:
                         self.abort(request)
             return self._work.collect()
 
-    @torch.inference_mode()
     def _work_on(self) -> None:
+        was_idle = not self.scheduler.running
         self.strategy.admit()
-        self._read_prompts()
-        self.strategy.step()
+        if was_idle and self._follow_model(thorough=True):
+            return  # they wait again; nothing was computed with them
+        with torch.inference_mode():
+            self._read_prompts()
+            self.strategy.step()
 
     def stream(
         self,
@@ -398,11 +456,11 @@ class Engine:
         if self._stopped:
             raise RuntimeError(f"this engine has stopped ({self._stopped}); make a new one")
 
-    def _follow_model(self) -> None:
-        """If the weights have changed, use nothing again that was computed with the old ones.
-        Raises ValueError if the model has moved away from the cache."""
-        if not self._watch.changed(thorough=not self.scheduler.running):
-            return
+    def _follow_model(self, *, thorough: bool = False) -> bool:
+        """If the model has changed, use nothing again that was computed before, and return True.
+        Raises ValueError if it has moved away from the cache."""
+        if not self._watch.changed(thorough=thorough):
+            return False
         weight, cached = self.model.embedding.weight, self.kv.k[SHARED][0]
         if (weight.device, weight.dtype) != (cached.device, cached.dtype):
             raise ValueError(
@@ -411,11 +469,14 @@ class Engine:
             )
         for request in list(self.requests.values()):
             if request.token_ids:
-                self._work.fail(request, "the weights of the model changed while it was answered")
+                self._work.fail(
+                    request, "the model changed (weights, modules or hooks) while it was answered"
+                )
         self.scheduler.restart(self.requests.values())
         self._work.runner = self._make_runner()
         self.strategy = self._strategy(self._work)
         self._watch.note()
+        return True
 
     def _recover(self, error: Exception) -> None:
         """After a step that failed halfway, all requests wait again: they are computed again. Those

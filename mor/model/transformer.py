@@ -407,8 +407,7 @@ class Transformer(nn.Module):
         max_depth: int | None,
     ) -> RoutingRule:
         trained, R = self.config.num_recursions, router.num_recursions
-        if max_depth is not None and not (type(max_depth) is int and 1 <= max_depth <= R):
-            raise ValueError(f"max_depth must be a whole number in 1..{R}, got {max_depth}")
+        check_depth(max_depth, R)
         expected = self.config.capacities
         if capacities is not None and tuple(capacities) != expected:
             expected = self.config.with_capacities(capacities).capacities
@@ -447,6 +446,12 @@ class Transformer(nn.Module):
         if missed:
             raise RuntimeError(f"init_weights has no rule for {sorted(missed)}")
         return self
+
+
+def check_depth(max_depth: Any, most: int) -> None:
+    """Raise ValueError for a cap that is neither None nor a whole number in 1..most."""
+    if max_depth is not None and not (type(max_depth) is int and 1 <= max_depth <= most):
+        raise ValueError(f"max_depth must be a whole number in 1..{most}, got {max_depth!r}")
 
 
 def check_finite(logits: Tensor) -> None:

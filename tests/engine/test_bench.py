@@ -93,3 +93,8 @@ def test_the_hosts_time_in_the_device_loop_is_what_lies_outside_its_launches(mon
     assert load._away_s() == 4.0
     seconds["launch"] = 0.0
     assert load._away_s() == 1.5
+
+
+def test_batches_beyond_the_memory_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"a at batch 1000000000 with 9.*max_num_seqs=9"):
+        load_for("a", tiny(), batch=10**9, slots=9 * 10**9, lengths=Lengths(mean=6))

@@ -99,7 +99,7 @@ def test_stop_tokens_and_stream():
     engine = Engine(model)
     outputs = list(engine.stream(prompts, params))
     for i, generation in enumerate(generate(model, prompts, params)):
-        own = [output for output in outputs if output.request.request_id == str(i)]
+        own = [output for output in outputs if output.request.request_id == f"#{i}"]
         assert [output.token_id for output in own] == generation.token_ids
         assert [output.finish_reason for output in own] == [None] * (len(own) - 1) + [
             generation.finish_reason
@@ -132,7 +132,8 @@ def test_abort_in_the_middle_leaves_the_others_alone():
 def test_bad_requests_are_refused_while_others_go_on():
     model = tiny()
     engine = Engine(model, config=EngineConfig(kv_cache_memory=30_000, page_size=2))
-    good = engine.add_request([1, 2, 3], SamplingParams(max_new_tokens=5, temperature=0))
+    five = SamplingParams(max_new_tokens=5, temperature=0)
+    good = engine.add_request([1, 2, 3], five, request_id="good")
     engine.step()
     for prompt, params, message in [
         ([], SamplingParams(), "empty"),
@@ -153,7 +154,7 @@ def test_bad_requests_are_refused_while_others_go_on():
             SamplingParams(**settings_)
     while engine.has_unfinished:
         engine.step()
-    same([good], generate(model, [[1, 2, 3]], SamplingParams(max_new_tokens=5, temperature=0)))
+    same([good], generate(model, [[1, 2, 3]], five))
     with pytest.raises(ValueError, match="page of each kind"):
         Engine(model, config=EngineConfig(kv_cache_memory=10))
     with pytest.raises(ValueError, match="lanes"):
@@ -346,7 +347,11 @@ def test_own_and_given_ids_do_not_collide():
     engine = Engine(tiny())
     params = SamplingParams(max_new_tokens=3, temperature=0)
     engine.add_request([1], params, request_id="1")
-    assert [engine.add_request([1], params).request_id for _ in range(2)] == ["2", "3"]
+    assert [engine.add_request([1], params).request_id for _ in range(2)] == ["#1", "#2"]
+    given = [engine.add_request([1], params, request_id=i).request_id for i in ("2", "3", "a#4")]
+    assert given == ["2", "3", "a#4"]
+    with pytest.raises(ValueError, match=r"does not begin with #.*got '#9'"):
+        engine.add_request([1], params, request_id="#9")
 
 
 def test_a_bad_prompt_of_several_leaves_nothing_behind():
@@ -555,3 +560,30 @@ def test_what_is_no_list_of_prompts_is_refused_at_once(prompts):
 def test_an_engine_is_made_of_what_belongs_to_it(settings_, words):
     with pytest.raises(ValueError, match=words):
         Engine(**dict(model=tiny()) | settings_)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        (dict(), "max_len=1000000000000,.*need .* GB.*lower them in EngineConfig"),
+        (dict(max_len=64, max_num_seqs=10**12), "max_num_seqs=1000000000000, max_len=64"),
+        (dict(max_len=64, page_size=10**12), "page_size=1000000000000"),
+        (dict(max_len=10**9, kv_cache_memory=10**15), "kv_cache_memory=1000000000000000"),
+    ],
+)
+def test_an_engine_beyond_the_memory_names_its_sizes(sizes, words):
+    model, short = tiny(max_seq_len=10**12), SamplingParams(max_new_tokens=3, temperature=0)
+    with pytest.raises(ValueError, match=words):
+        Engine(model, config=EngineConfig(**sizes))
+    engine = Engine(model, config=EngineConfig(max_len=64, kv_cache_memory=10**15))
+    same(engine.generate([[1]], short), generate(model, [[1]], short))
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError("can't allocate memory")])
+def test_memory_that_is_refused_later_is_named_too(error, monkeypatch):
+    def refused(*_, **__):
+        raise error
+
+    monkeypatch.setattr("mor.engine.engine.PagedKV", refused)
+    with pytest.raises(ValueError, match=r"max_num_seqs=64.*more memory than there is"):
+        Engine(tiny())

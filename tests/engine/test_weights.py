@@ -137,6 +137,151 @@ def test_a_model_that_has_moved_away_is_refused_until_it_is_back():
         Engine(unwatched)
 
 
+def replace_a_block(model):
+    model.prelude[0] = tiny(seed=9).prelude[0]
+
+
+def replace_a_parameter(model):
+    model.embedding.weight = torch.nn.Parameter(-2 * model.embedding.weight.detach())
+
+
+def flip_by_a_hook(model):
+    model.recursions.shared_blocks[0].feed_forward.register_forward_hook(lambda m, i, o: -o)
+
+
+def set_eps(model):
+    model.final_norm.eps = 30.0
+
+
+UNCOUNTED = [set_data, set_eps]
+AT_ONCE = [add, replace_a_layer, replace_a_block, replace_a_parameter, flip_by_a_hook]
+
+
+@pytest.mark.parametrize("settings", [{}, dict(loop="device")])
+@pytest.mark.parametrize("change", [*AT_ONCE, *UNCOUNTED])
+def test_a_busy_engine_never_mixes_two_models(change, settings, monkeypatch):
+    """A further request is the new model's; the one that is half answered ends with an error."""
+    monkeypatch.setattr(weights.Watch, "share", 1e9)  # a thorough look in every step
+    model, prompt = tiny(), [5, 6, 7, 8, 9, 10, 6, 5]
+    params = SamplingParams(max_new_tokens=4, temperature=0)
+    engine = Engine(model, config=EngineConfig(page_size=2, **settings))
+    engine.generate([prompt], params)
+    half = engine.add_request([1], SamplingParams(max_new_tokens=60, temperature=0))
+    while len(half.token_ids) < 2:
+        engine.step()
+    before = list(half.token_ids)
+    change(model)
+    (request,) = engine.generate([prompt], params)
+    assert request.num_cached == 0
+    same([request], generate(model, [prompt], params))
+    assert half.finish_reason == "error" and "the model changed" in half.error
+    assert half.token_ids == before
+    all_memory_is_back(engine)
+
+
+@pytest.mark.parametrize("change", [*AT_ONCE, *UNCOUNTED])
+def test_a_change_is_noticed_while_the_same_requests_run(change, monkeypatch):
+    monkeypatch.setattr(weights.Watch, "share", 1e9 if change in UNCOUNTED else 0)
+    model = tiny()
+    engine = Engine(model)
+    request = engine.add_request([1], SamplingParams(max_new_tokens=60, temperature=0))
+    while len(request.token_ids) < 2:
+        engine.step()
+    change(model)
+    (output,) = engine.step()
+    assert output.finish_reason == "error" and len(request.token_ids) == 2
+
+
+def negate(module):
+    module.register_forward_hook(lambda m, inputs, output: -output)
+
+
+def scale_first(module):
+    module.register_forward_pre_hook(lambda m, inputs: (-3 * inputs[0], *inputs[1:]))
+
+
+def parametrize_weight(module):
+    torch.nn.utils.parametrizations.weight_norm(module)
+    module.parametrizations.weight.original0.data.mul_(-5)
+
+
+def give_bias(module):
+    module.bias = torch.nn.Parameter(torch.linspace(-1, 1, module.out_features))
+
+
+def override(module):
+    forward = module.forward
+    module.forward = lambda *inputs: -forward(*inputs)
+
+
+Q = "recursions.shared_blocks.0.attention.q_proj"
+OWN_WAYS = [
+    *((way, Q) for way in (negate, scale_first, parametrize_weight, give_bias, override)),
+    (negate, "prelude.0.attention.o_proj"),
+    (scale_first, "coda.0.feed_forward.down_proj"),
+    (negate, "recursions.shared_blocks.1.feed_forward"),
+    (override, "recursions.shared_blocks.1.feed_forward"),
+    (negate, "recursions.shared_blocks.1.attention_norm"),
+    (negate, "prelude.0"),
+    (override, "coda.0"),
+    (negate, "head"),
+    (negate, "embedding"),
+    (negate, "final_norm"),
+]
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize(("change", "name"), OWN_WAYS)
+def test_modules_with_a_way_of_their_own_are_served_as_they_are(change, name, fuse, monkeypatch):
+    if fuse:
+        monkeypatch.setattr("mor.engine.engine.for_decoding", lambda model, *_, **__: fused(model))
+    model = tiny(tie_embeddings=name != "head").eval()
+    prompts, params = draw_requests(3, seed=4, temperature=1.0)
+    without = generate(model, prompts, params)
+    change(model.get_submodule(name))
+    want = generate(model, prompts, params)
+    assert [w.token_ids for w in want] != [w.token_ids for w in without]
+    same(Engine(model).generate(prompts, params), want)
+
+
+@pytest.mark.parametrize(("change", "name"), [*OWN_WAYS[:8], OWN_WAYS[12]])
+def test_weights_in_8_bits_name_what_they_cannot_stand_in_for(change, name):
+    model = tiny(tie_embeddings=name != "head")
+    change(model.get_submodule(name))
+    with pytest.raises(ValueError, match=f"but {name} (is a|has a) .*; merge the adapter or"):
+        Engine(model, config=EngineConfig(quantize="int8"))
+
+
+@pytest.mark.parametrize("name", ["", "recursions"])
+@pytest.mark.parametrize("change", [negate, override])
+def test_hooks_on_a_whole_forward_are_refused(change, name):
+    model = tiny()
+    change(model.get_submodule(name))
+    with pytest.raises(ValueError, match=r"does not call the forward of .* has a"):
+        Engine(model)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_an_adapter_is_served_and_watched(fuse, monkeypatch):
+    peft = pytest.importorskip("peft")
+    if fuse:
+        monkeypatch.setattr("mor.engine.engine.for_decoding", lambda model, *_, **__: fused(model))
+    model, params = tiny().eval(), SamplingParams(max_new_tokens=8, temperature=0)
+    plain = generate(model, [[1, 2, 3]], params)[0].token_ids
+    names = ["q_proj", "o_proj", "up_proj", "embedding"]
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=names), model)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    engine, want = Engine(model), generate(model, [[1, 2, 3]], params)
+    assert want[0].token_ids != plain
+    same(engine.generate([[1, 2, 3]], params), want)
+    for layer in model.modules():
+        if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
+            layer.enable_adapters(False)
+    assert engine.generate([[1, 2, 3]], params)[0].token_ids == plain
+
+
 @pytest.mark.parametrize("kv_strategy", KV)
 def test_fused_layers_are_the_same_model(kv_strategy):
     """In a forward of their own, and in the engine: with the host's loop and the device's."""
