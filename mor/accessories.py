@@ -23,9 +23,14 @@ def accessory(lost: str, broken: set[str]) -> Iterator[None]:
 
 
 def plain_warnings() -> None:
-    """Show each warning of this process in one line, without the place in the code."""
+    """Show each warning of this process once, in one line, without the place in the code: it may
+    come from several places."""
+    shown = set[str]()
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
+        if str(message) in shown:
+            return
+        shown.add(str(message))
         with suppress(OSError, ValueError):  # the reader is gone
             print(f"warning: {message}", file=sys.stderr)
 

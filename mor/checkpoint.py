@@ -264,10 +264,15 @@ def read_config(folder: Path) -> ModelConfig:
     return config
 
 
+def has_progress(folder: Path) -> bool:
+    """Whether a checkpoint has training state, so that a run can continue from it."""
+    return (folder / _PROGRESS).is_file()
+
+
 def load_progress(path: str | Path) -> dict[str, Any]:
     """What was saved as progress. Raises ValueError if the checkpoint has none."""
     folder = resolve(path)
-    if not (folder / _PROGRESS).is_file():
+    if not has_progress(folder):
         raise ValueError(f"{folder} was saved without training state and cannot be continued")
     _check(folder, lambda name: name == _PROGRESS)
     return read_json(folder / _PROGRESS)

@@ -14,6 +14,7 @@ from typing import Any
 from mor.files import alone_in, link, naming, remove_folder, replacing, tidy, verify
 
 _SETTINGS = "train.json"
+_CHECKPOINTS = "checkpoints"
 _STEP = "step-"
 _NEWEST = "latest"
 
@@ -41,7 +42,9 @@ class RunFolder:
     @classmethod
     def below(cls, folder: Path) -> list[RunFolder]:
         """The runs in a folder and its subfolders, by name."""
-        return [cls(file.parent) for file in sorted(folder.rglob(_SETTINGS))]
+        found = {file.parent for file in folder.rglob(_SETTINGS)}
+        found |= {path.parent.parent for path in folder.rglob(f"{_CHECKPOINTS}/{_STEP}[0-9]*[0-9]")}
+        return [cls(path) for path in sorted(found)]
 
     @property
     def settings(self) -> Path:
@@ -99,7 +102,7 @@ class RunFolder:
 
     @property
     def _checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / _CHECKPOINTS
 
     def checkpoint(self, step: int) -> Path:
         """Path of the checkpoint after ``step`` steps, whether it exists or not."""

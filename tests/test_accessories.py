@@ -23,7 +23,8 @@ def test_a_failure_is_a_warning_that_comes_once():
 def test_warnings_are_one_line_and_need_no_reader(monkeypatch, capsys):
     monkeypatch.setattr(warnings, "showwarning", None)
     plain_warnings()
-    warnings.showwarning(UserWarning("less memory"), UserWarning, "file.py", 3)
+    for line in (3, 4):
+        warnings.showwarning(UserWarning("less memory"), UserWarning, "file.py", line)
     assert capsys.readouterr().err == "warning: less memory\n"
 
     class Gone:

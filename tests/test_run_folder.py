@@ -129,7 +129,7 @@ def test_a_copy_that_followed_the_links_shows_its_own_newest_checkpoint(tmp_path
     with_checkpoints(copy.path, 20)
     copy.link_newest()
     assert shown(copy) == "20" and shown(run) == "10"
-    assert RunFolder.below(tmp_path) == []
+    assert RunFolder.below(tmp_path) == [copy, run]
 
 
 def test_the_newest_checkpoint_is_meant_even_where_the_links_are_older(tmp_path):

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from mor.model.config import KVStrategyName, ModelConfig, Recipe, RouterKind, Sharing, preset
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import get_args
+
+from mor.model.config import (
+    KVStrategyName,
+    ModelConfig,
+    NoEffect,
+    Recipe,
+    RouterKind,
+    Sharing,
+    preset,
+)
 from mor.settings import PositiveInt, Settings
 
 
@@ -26,13 +40,25 @@ class ModelChoice(Settings):
     num_layers: PositiveInt | None = None
     """Effective depth. Default: the preset's, rounded up to one that the sharing scheme allows."""
 
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Names of these flags that change nothing of the model, and why."""
+        model = self.build()
+        yield from model.without_effect()
+        for name, choices in (("recipe", Recipe), ("sharing", Sharing)):
+            others = (replace(self, **{name: other}) for other in get_args(choices))
+            with suppress(ValueError):  # of a depth that fits this one only
+                if all(other.build() == model for other in others):
+                    yield name, f"on {model.layout_name} with router={model.router.kind!r}"
+
     def build(self) -> ModelConfig:
-        return preset(
-            self.preset,
-            num_recursions=self.num_recursions,
-            sharing=self.sharing,
-            num_layers=self.num_layers,
-            recipe=self.recipe,
-            router=self.router,
-            kv_strategy=self.kv_strategy,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoEffect)  # without_effect knows what was given
+            return preset(
+                self.preset,
+                num_recursions=self.num_recursions,
+                sharing=self.sharing,
+                num_layers=self.num_layers,
+                recipe=self.recipe,
+                router=self.router,
+                kv_strategy=self.kv_strategy,
+            )

@@ -56,6 +56,7 @@ class Costs(Command):
     json: bool = False
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
+        yield from self.choice.without_effect()
         if self.train.batch_size is None:
             names = ("precision", "recompute", "ranks", "parallel")
             yield " ".join(f"train.{name}" for name in names), "without --train.batch-size"

@@ -14,7 +14,7 @@ from mor.data.problems import PREFIX
 from mor.model.config import ModelConfig
 from mor.run_folder import RunFolder
 from mor.settings import flat
-from mor.training.config import TrainConfig, load_config, total_steps
+from mor.training.config import TrainConfig, load_config, settings_of, total_steps
 
 KV_DTYPE_BYTES = 2  # bfloat16
 
@@ -65,10 +65,12 @@ def facts(path: Path) -> Facts:
     """Raises ValueError for a path that is neither a run nor a checkpoint."""
     run = RunFolder(path)
     if run.settings.is_file():
-        return _of_run(run)
+        return _of_run(run, load_config(run.settings))
+    if run.checkpoints() and (settings := settings_of(path)):
+        return _of_run(run, settings)
     folder = checkpoint.resolve(path)
-    run = RunFolder.of(folder)
-    of_run = _of_run(run) if run.settings.is_file() else None
+    settings = settings_of(folder)
+    of_run = _of_run(RunFolder.of(folder), settings) if settings else None
     progress = _progress(folder)
     rows = of_run.validations if of_run else []
     return Facts(
@@ -81,8 +83,8 @@ def facts(path: Path) -> Facts:
     )
 
 
-def _of_run(run: RunFolder) -> Facts:
-    settings, checkpoints, rows = load_config(run.settings), run.checkpoints(), run.read_metrics()
+def _of_run(run: RunFolder, settings: TrainConfig) -> Facts:
+    checkpoints, rows = run.checkpoints(), run.read_metrics()
     progress: dict[str, Any] = _progress(checkpoints[-1]) if checkpoints else {}
     if rows and rows[-1]["step"] > progress.get("step", 0):
         counters = ("step", "tokens", "flops")

@@ -25,7 +25,8 @@ class Info(Command):
     def run(self, console: Console) -> None:
         from mor.cli.describe import Facts, facts
 
-        if RunFolder.below(self.path) and not RunFolder(self.path).settings.is_file():
+        here = RunFolder(self.path)
+        if (below := RunFolder.below(self.path)) and here not in below:
             raise ValueError(f"{self.path} is a folder of runs; mor runs {self.path} lists them")
         found: Facts = facts(self.path)
         print_facts(describe(found), self.json, console, title=str(self.path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -79,28 +79,26 @@ class Sweep(Command):
             _show_plan(chosen, out, console)
             return
         outcomes = [] if self.report else run_study(chosen, out, self.workers, console)
-        report(study, out, console, resamples=self.resamples)
-        console.print(
-            f"written: {out}/results.sqlite, tables/, figures/", highlight=False, soft_wrap=True
-        )
+        found = report(study, out, console, resamples=self.resamples)
+        console.print(f"written: {found}", highlight=False, soft_wrap=True)
         if any(outcome.status == "failed" for outcome in outcomes):
             raise SystemExit(1)
 
     def _fit(self, source: str, console: Console) -> None:
         from mor.studies.published import PAPER, load_published
-        from mor.studies.report import report_scaling, write_summary
+        from mor.studies.report import Output, report_scaling
 
         path = PAPER if source == "paper" else Path(source)
         found = load_published(path)
         out = self.out or Path("runs/studies") / f"fit-{path.stem}"
         what = f"{len(found.points)} losses, noise {found.noise:g} nats"
         console.print(f"{found.title}: {what}", highlight=False)
-        write_summary(out, {"fit": found.title, "points": what})
-        size = "unique parameters without embeddings"
-        report_scaling(
-            found.points, out, console, size_name=size, noise=found.noise, resamples=self.resamples
-        )
-        console.print(f"written: {out}/tables/, figures/", highlight=False, soft_wrap=True)
+        fitted: dict[str, Any] = dict(noise=found.noise, resamples=self.resamples)
+        with Output(out) as written:
+            written.summary({"fit": found.title, "points": what})
+            size = "unique parameters without embeddings"
+            report_scaling(found.points, written, console, size_name=size, **fitted)
+        console.print(f"written: {written}", highlight=False, soft_wrap=True)
 
 
 def _show_plan(study: Study, out: Path, console: Console) -> None:

@@ -20,11 +20,11 @@ from mor.data.config import BPE
 from mor.data.manifest import is_prepared
 from mor.files import naming, read_json, read_toml
 from mor.interruption import EXIT_CODE
+from mor.model.config import NoEffect, RouterKind
 from mor.progress import showing
-from mor.run_folder import RunFolder
 from mor.settings import PositiveInt, Settings
-from mor.training.config import TrainConfig, load_config, total_flops, total_steps
-from mor.training.resume import RESUMABLE, branch
+from mor.training.config import TrainConfig, total_flops, total_steps
+from mor.training.resume import RESUMABLE, branch, settings_to_resume
 
 USUAL = (
     "preset",
@@ -101,6 +101,12 @@ class Start(Settings):
         return replace(found, model=choice.build())
 
 
+class Refined(Settings):
+    """A flag below --model that the recipe depends on."""
+
+    kind: Annotated[RouterKind | None, arg(name="model.router.kind")] = None
+
+
 def _names(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Dotted names of the settings in a file."""
     for name, value in values.items():
@@ -131,6 +137,7 @@ class Train(Command):
 
     @classmethod
     def read(cls, arguments: list[str], program: str, *, default: Self | None = None) -> Self:
+        warnings.simplefilter("ignore", NoEffect)  # without_effect knows what was given
         if "--help-all" in arguments:
             arguments = ["--help"]
         elif {"-h", "--help"} & set(arguments):
@@ -140,8 +147,11 @@ class Train(Command):
         named = tuple(super().given(arguments))
         if "--help" not in arguments:
             start.refuse(named)
-        choice, _ = parse(ModelChoice, rest, program, return_unknown_args=True, add_help=False)
+        choice, rest = parse(ModelChoice, rest, program, return_unknown_args=True, add_help=False)
+        refined, _ = parse(Refined, rest, program, return_unknown_args=True, add_help=False)
         given = cls.given(arguments)
+        if refined.kind is not None and choice.router is None:
+            choice = replace(choice, router=refined.kind)  # so that the recipe is that router's
         chosen = [given[name] for name in ModelChoice.__dataclass_fields__ if name in given]
         settings = start.settings(choice, chosen)
         default = default or cls(config=start.config, choice=choice, settings=settings, named=named)
@@ -164,6 +174,10 @@ class Train(Command):
             yield "parallel", "without torchrun"
         if self.resume or settings.branch_from:
             return  # the other settings are those of the run, which are not read yet
+        for name, reason in settings.model.without_effect():
+            yield f"{name} model.{name}", reason
+        if self.config is None:
+            yield from self.choice.without_effect()
         if settings.flops is not None:
             yield "steps", "with flops, which decide how many there are"
         if settings.optim.schedule == "cosine":
@@ -197,14 +211,10 @@ class Train(Command):
     def run(self, console: Console) -> None:
         from mor.training.loop import train
 
-        settings, broken = self._settings(), set[str]()
-        if int(os.environ.get("RANK", "0")) == 0:
-            line = header(settings)
-            with showing(broken):
-                console.print(line, highlight=False, soft_wrap=True)
+        settings = self._settings()
         settings = replace(settings, data=settings.data.located())
-        result = train(settings, resume=self.resume, console=console)
-        with showing(broken):
+        result = train(settings, resume=self.resume, console=console, announce=header)
+        with showing(set()):
             if result.state.ranks.is_first:
                 console.print(f"checkpoint: {result.path}", highlight=False, soft_wrap=True)
         if not result.finished:
@@ -213,12 +223,9 @@ class Train(Command):
     def _settings(self) -> TrainConfig:
         given, named = self.settings, set(self.named)
         if self.resume:
-            saved = RunFolder(Path(given.out)).settings
-            if not saved.is_file():
-                raise ValueError(f"{given.out} holds no run to resume (no {saved.name})")
             anew: dict[str, Any] = {"flops": None} if "steps" in named else {}
             anew |= {name: getattr(given, name) for name in named & set(RESUMABLE)}
-            return replace(load_config(saved), **anew | {"out": given.out})
+            return replace(settings_to_resume(given.out), **anew | {"out": given.out})
         if given.branch_from is not None and named & {"steps", "cooldown_steps"}:
             return branch(
                 given.branch_from,
@@ -230,15 +237,13 @@ class Train(Command):
         return given
 
 
-def header(settings: TrainConfig) -> str:
-    """What is about to be trained, on what and for how long, in one line."""
+def header(settings: TrainConfig, ranks: int = 1) -> str:
+    """What is about to be trained, on what and for how long, in one line. settings: with the
+    vocabulary of the data, as they will be trained."""
     from mor.cli.describe import corpus_name
     from mor.costs.flops import unique_params
-    from mor.data.stream import vocab_size
 
-    model = settings.model.replace(vocab_size=vocab_size(settings.data))
-    settings = replace(settings, model=model)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    model = settings.model
     steps = total_steps(settings, ranks)
     tokens = settings.batch_size * settings.accumulate * settings.seq_len * ranks
     return (

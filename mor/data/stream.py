@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from rich.filesize import decimal as in_bytes
 from torch import Tensor
 
 from mor.data.config import BPE, BPE_VOCAB_SIZE, DataConfig
@@ -261,9 +262,7 @@ class TokenData(Windows):
         return self.bytes_by_token.of(batch.tokens_BT, batch.targets_BT)
 
     def describe(self) -> str:
-        return (
-            f"{self.num_documents:,} documents, {self.num_bytes / 1e6:.1f} MB, {len(self):,} tokens"
-        )
+        return f"{self.num_documents:,} documents, {in_bytes(self.num_bytes)}, {len(self):,} tokens"
 
     def fingerprint(self) -> Fingerprint:
         sums = "".join(part.checksum() for part in self.parts)

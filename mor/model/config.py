@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal, Self
 
@@ -67,6 +67,11 @@ _READ_BY: dict[str, tuple[RouterKind, ...]] = {
     "combination": ("token_choice",),
     "seed": ("random",),
 }
+_BALANCING = {"balancing_weight": "loss", "bias_update_rate": "loss_free"}
+
+
+class NoEffect(UserWarning):
+    """A setting that was changed and that nothing reads beside the others."""
 
 
 class RouterConfig(Settings, prefix="router"):
@@ -101,11 +106,9 @@ class RouterConfig(Settings, prefix="router"):
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for name, kinds in _READ_BY.items():
-            if self._changed(name) and self.kind not in kinds:
-                warnings.warn(
-                    f"router.{name} has no effect with router.kind={self.kind!r}", stacklevel=4
-                )
+        for name, reason in self.without_effect():
+            if self._changed(name):
+                warnings.warn(f"router.{name} has no effect {reason}", NoEffect, stacklevel=4)
         if self.kind == "expert_choice" and self.score == "softmax":
             raise ValueError(
                 "router.score='softmax' compares depths and needs router.kind='token_choice'; "
@@ -121,15 +124,16 @@ class RouterConfig(Settings, prefix="router"):
                 "router.combination='every' adds h_1 at the last pass and has no residual form; "
                 "use router.gate='paper' or router.combination='last'"
             )
-        if (
-            self.kind == "token_choice"
-            and self.balancing == "loss_free"
-            and self._changed("balancing_weight")
-        ):
-            warnings.warn(
-                "router.balancing_weight has no effect with router.balancing='loss_free'",
-                stacklevel=4,
-            )
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Names of settings that nothing reads, whatever their value, and why."""
+        for name, kinds in _READ_BY.items():
+            if self.kind not in kinds:
+                yield name, f"with router.kind={self.kind!r}"
+        if self.kind == "token_choice":
+            for name, balancing in _BALANCING.items():
+                if self.balancing != balancing:
+                    yield name, f"with router.balancing={self.balancing!r}"
 
     def _changed(self, name: str) -> bool:
         return bool(getattr(self, name) != self.__dataclass_fields__[name].default)
@@ -206,16 +210,26 @@ class ModelConfig(Settings):
                     f"router.capacities={given} must not grow with depth when tokens drop out for "
                     "good; sort them or set router.hierarchical=False"
                 )
-        if self.kv_strategy != "recursion_wise":
-            if self.capacities[0] < 1:
-                raise ValueError(
-                    f"kv_strategy={self.kv_strategy!r} reads the first recursion's keys of every "
-                    f"token; the first capacity must be 1, got {self.capacities[0]}"
-                )
-            if self.num_recursions == 1 or (self.kv_strategy == "hybrid" and kind == "fixed"):
-                warnings.warn(
-                    f"kv_strategy={self.kv_strategy!r} has no effect on this model", stacklevel=5
-                )
+        if self.kv_strategy != "recursion_wise" and self.capacities[0] < 1:
+            raise ValueError(
+                f"kv_strategy={self.kv_strategy!r} reads the first recursion's keys of every "
+                f"token; the first capacity must be 1, got {self.capacities[0]}"
+            )
+        for name, reason in self._without_effect():
+            if (value := getattr(self, name)) != self.__dataclass_fields__[name].default:
+                warnings.warn(f"{name}={value!r} has no effect {reason}", NoEffect, stacklevel=5)
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Dotted names of settings that nothing reads, whatever their value, and why."""
+        yield from self._without_effect()
+        yield from ((f"router.{name}", reason) for name, reason in self.router.without_effect())
+
+    def _without_effect(self) -> Iterator[tuple[str, str]]:
+        if self.num_recursions == 1:
+            yield "kv_strategy", "with one recursion"
+            yield "shared_order", "with one recursion"
+        elif self.kv_strategy == "hybrid" and self.router.kind == "fixed":
+            yield "kv_strategy", "with router.kind='fixed', where no token leaves"
 
     @property
     def num_layers(self) -> int:

@@ -52,9 +52,11 @@ class Outcome:
 
 def run_study(study: Study, out: Path, workers: Workers, console: Console) -> list[Outcome]:
     """Run everything of a study that is not finished. A stage waits for the one before it: tuning,
-    then the runs that count, then those that branch off them."""
-    stages = main_runs(study, out, {})  # settings that do not fit are refused before anything runs
+    then the runs that count, then those that branch off them. Raises ValueError, before anything is
+    run or written, for settings that do not fit and for a folder that holds another run."""
+    stages = main_runs(study, out, {})
     tuning = tuning_runs(study, out)
+    _refuse_other_runs([tuning] if tuning else stages)  # the rates of the others are known later
     outcomes = launch(tuning, workers, console, folder=out)
     if tuning:
         if untried := dict.fromkeys(
@@ -70,11 +72,17 @@ def run_study(study: Study, out: Path, workers: Workers, console: Console) -> li
                 f"of {', '.join(failed)} every learning rate failed; see tuning/*/*/{ERROR}"
             )
         stages = main_runs(study, out, rates)
+        _refuse_other_runs(stages)
     for runs in stages:
         outcomes += launch(runs, workers, console, folder=out)
         if interrupted(outcomes):
             raise ValueError("the study was interrupted; start it again to continue")
     return outcomes
+
+
+def _refuse_other_runs(stages: Sequence[Sequence[Run]]) -> None:
+    for run in (run for stage in stages for run in stage):
+        is_done(Path(run.config.out), run.config)
 
 
 def was_tried(path: Path) -> bool:
@@ -100,9 +108,9 @@ def run_one(run: Run, threads: int) -> Outcome:
 
 
 def _run_alone(run: Run, path: Path) -> Status:
+    done = is_done(path, run.config)  # if it is another run, its folder stays as it is
     (path / ERROR).unlink(missing_ok=True)
     try:
-        done = is_done(path, run.config)
         write_json(path / ABOUT, {k: v for k, v in asdict(run).items() if k != "config"})
         if done:
             return "kept"

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from mor.analysis import report as analysis
 from mor.analysis.report import SUMMARY
 from mor.analysis.style import save
+from mor.files import write_json
 from mor.statistics import paired
 from mor.studies import compare, figures, scaling
 from mor.studies.captions import CAPTIONS
@@ -36,27 +37,85 @@ class Exit:
     difference_high: float | None
 
 
-def report(study: Study, folder: Path, console: Console, *, resamples: int = 1000) -> None:
-    """Write FOLDER/results.sqlite, summary.json, tables/*.csv, figures/*.png and *.svg, and print
-    what they say."""
+class Output:
+    """Files of a report. Those of an earlier one go only when all of these are there.
+
+    Within the block they are written; an error in it leaves every file of the earlier report.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: list[Path] = []
+
+    def __enter__(self) -> Output:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        if failed is not None:
+            return
+        for name in CAPTIONS:
+            for old in (
+                *self.folder.glob(f"tables/{name}.csv"),
+                *self.folder.glob(f"figures/{name}.*"),
+            ):
+                if old not in self.files:
+                    old.unlink()
+
+    def __str__(self) -> str:
+        """What was written, files in folders by their folder."""
+        parts = (file.relative_to(self.folder).parts for file in self.files)
+        names = dict.fromkeys(first + "/" * bool(more) for first, *more in parts)
+        return f"{self.folder}/{', '.join(names)}"
+
+    def runs(self, rows: Sequence[dict[str, Any]]) -> None:
+        write_table(rows, self._new(TABLE))
+
+    def summary(self, texts: dict[str, str]) -> None:
+        """The top of ``mor report``'s page."""
+        write_json(self._new(SUMMARY), {name: text for name, text in texts.items() if text})
+
+    def table(self, name: str, found: Sequence[Any]) -> None:
+        """Dataclasses of one kind."""
+        analysis.write_table([asdict(line) for line in found], self._new(f"tables/{name}.csv"))
+
+    def figure(self, name: str, drawn: Figure) -> None:
+        save(drawn, self.folder / "figures", name)
+        for ending in ("png", "svg"):
+            self._new(f"figures/{name}.{ending}")
+
+    def _new(self, name: str) -> Path:
+        self.files.append(self.folder / name)
+        return self.files[-1]
+
+
+def report(study: Study, folder: Path, console: Console, *, resamples: int = 1000) -> Output:
+    """Write FOLDER/results.sqlite, summary.json, tables/*.csv, figures/*.png and *.svg, as far as
+    the finished runs have something for them, and print what they say."""
     rows = collect(folder)
     if not rows:
         raise ValueError(f"{folder} holds no runs yet; start the study without --report")
-    write_table(rows, folder / TABLE)
     runs = finished(rows, "main", "branch")
     verdict = compare.depth_verdict(study, runs)
-    write_summary(
-        folder, {"study": study.title, "question": study.question, "does depth pay?": verdict}
-    )
-    console.print(verdict, highlight=False, soft_wrap=True)
-    _report_rows(study, runs, folder, console)
-    if found := exits(runs):
-        _write_csv(found, folder / "tables" / "exits.csv")
-        console.print(_table(found, "Exits chosen after training, against random ones"))
-    if study.budgets:
-        size = "unique parameters without embeddings"
-        points = scaling.points_of(runs, lambda run: run["params"])
-        report_scaling(points, folder, console, size_name=size, resamples=resamples)
+    with Output(folder) as out:
+        out.runs(rows)
+        about = {"study": study.title, "question": study.question, "does depth pay?": verdict}
+        out.summary(about)
+        console.print(verdict, highlight=False, soft_wrap=True)
+        _report_rows(study, runs, out, console)
+        if found := exits(runs):
+            out.table("exits", found)
+            console.print(_table(found, "Exits chosen after training, against random ones"))
+        if study.budgets:
+            size = "unique parameters without embeddings"
+            points = scaling.points_of(runs, lambda run: run["params"])
+            report_scaling(points, out, console, size_name=size, resamples=resamples)
+    _print_left_out(rows, console)
+    _print_edges(study, rows, console)
+    return out
+
+
+def _print_left_out(rows: Sequence[dict[str, Any]], console: Console) -> None:
     for row in rows:
         if row["status"] == "failed":
             console.print(
@@ -66,28 +125,16 @@ def report(study: Study, folder: Path, console: Console, *, resamples: int = 100
             console.print(
                 f"left out, its NLL is not a number: {row['path']}", highlight=False, soft_wrap=True
             )
-    _print_edges(study, rows, console)
-
-
-def write_summary(folder: Path, texts: dict[str, str]) -> None:
-    """The top of ``mor report``'s page. Removes the tables and figures of an earlier report."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in CAPTIONS:
-        for old in (*folder.glob(f"tables/{name}.csv"), *folder.glob(f"figures/{name}.*")):
-            old.unlink()
-    (folder / SUMMARY).write_text(
-        json.dumps({name: text for name, text in texts.items() if text}, indent=2)
-    )
 
 
 def _report_rows(
-    study: Study, runs: Sequence[dict[str, Any]], folder: Path, console: Console
+    study: Study, runs: Sequence[dict[str, Any]], out: Output, console: Console
 ) -> None:
     """The table of rows with what is measured on their routers, and its figures."""
     lines = compare.lines(study, runs)
     if not lines:
         return
-    _write_csv(lines, folder / "tables" / "rows.csv")
+    out.table("rows", lines)
     console.print(lines_table(study, lines))
     if any(line.agreement is not None or line.max_violation is not None for line in lines):
         console.print(_health_table(lines))
@@ -95,11 +142,11 @@ def _report_rows(
         "Parameters, tokens, FLOPs, times and learning rates: tables/rows.csv", highlight=False
     )
     if not study.budgets:  # with budgets: see isoflop
-        _draw_rows(study, lines, compare.by_row(runs), folder / "figures")
+        _draw_rows(study, lines, compare.by_row(runs), out)
 
 
 def _draw_rows(
-    study: Study, lines: Sequence[compare.Line], runs: figures.Runs, folder: Path
+    study: Study, lines: Sequence[compare.Line], runs: figures.Runs, out: Output
 ) -> None:
     control = study.depth_pays
     apart = {study.reference, control.deep, control.shallow}
@@ -111,16 +158,11 @@ def _draw_rows(
         reference=study.reference,
         controls=[name for name, variant in names.items() if variant in apart],
     )
-    save(drawn, folder, "rows")
+    out.figure("rows", drawn)
     compared = study.reference or control.deep
     hops = figures.hops_figure(lines, runs, title=study.title, compared=compared)
     if hops is not None:
-        save(hops, folder, "hops")
-
-
-def _write_csv(found: Sequence[Any], path: Path) -> None:
-    """Dataclasses of one kind as a table."""
-    analysis.write_table([asdict(line) for line in found], path)
+        out.figure("hops", hops)
 
 
 def _print_edges(study: Study, rows: Sequence[dict[str, Any]], console: Console) -> None:
@@ -216,7 +258,7 @@ def exits(runs: Sequence[dict[str, Any]]) -> list[Exit]:
 
 def report_scaling(
     points: Sequence[scaling.Point],
-    folder: Path,
+    out: Output,
     console: Console,
     *,
     size_name: str,
@@ -234,14 +276,12 @@ def report_scaling(
     titles |= {"recurrence_law": "Recurrence law"}
     for name, found in (("optima", best), ("paths", slopes), ("recurrence_law", laws)):
         if found:
-            _write_csv(found, folder / "tables" / f"{name}.csv")
+            out.table(name, found)
             console.print(_table(found, titles[name]))
     if points:
-        save(
-            figures.isoflop_figure(points, best, size_name=size_name), folder / "figures", "isoflop"
-        )
+        out.figure("isoflop", figures.isoflop_figure(points, best, size_name=size_name))
     if best:
-        save(figures.paths_figure(best, size_name=size_name), folder / "figures", "optimal_paths")
+        out.figure("optimal_paths", figures.paths_figure(best, size_name=size_name))
 
 
 def _laws(

@@ -188,8 +188,24 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def settings_of(path: str | Path) -> TrainConfig | None:
-    """Settings of the run at ``path``, or of a checkpoint's run; None if it belongs to none."""
+    """Settings of the run at ``path``, or of a checkpoint's run; None if it belongs to none. Where
+    the run's file is missing they are those that the checkpoint keeps."""
     from mor import checkpoint
 
-    saved = RunFolder.of(checkpoint.resolve(path)).settings
-    return load_config(saved) if saved.is_file() else None
+    folder = checkpoint.resolve(path)
+    run = RunFolder.of(folder)
+    if run.settings.is_file():
+        return load_config(run.settings)
+    return settings_in(folder) if folder in run.checkpoints() else None
+
+
+def settings_in(folder: Path) -> TrainConfig | None:
+    """Settings that a checkpoint keeps; None if it has none: mor 0.1.0 wrote none, and neither does
+    a checkpoint without training state."""
+    from mor import checkpoint
+
+    if not checkpoint.has_progress(folder):
+        return None
+    with naming(folder):
+        settings = checkpoint.load_progress(folder).get("settings")
+        return TrainConfig.from_dict(settings) if settings else None

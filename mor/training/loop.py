@@ -6,17 +6,20 @@ text -> batches -> steps -> metrics, validation, checkpoints in the run's folder
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
+import resource
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal as in_bytes
 from safetensors import SafetensorError
 
 from mor import checkpoint
@@ -36,7 +39,7 @@ from mor.training.config import TrainConfig, step_flops, total_steps
 from mor.training.distributed import Ranks, own_share, reshard, spread
 from mor.training.log import MetricsLog, Speed, health_text
 from mor.training.optim import build_optimizers, learning_rate
-from mor.training.resume import Saved, branched, continued, record
+from mor.training.resume import Saved, branched, can_branch, continued, record
 from mor.training.step import StepResult, TrainState, train_step
 from mor.training.tracing import tracing
 from mor.training.trackers import TRACKERS, Tolerant, Tracker, routing_histograms
@@ -66,11 +69,14 @@ def train(
     corpus: Corpus | None = None,
     console: Console | None = None,
     label: str = "train",
+    announce: Callable[[TrainConfig, int], str] | None = None,
 ) -> TrainResult:
     """Train a model as configured and save it under ``config.out``.
 
     resume: continue the run in ``config.out`` from its newest checkpoint, or start it if there is
-    none yet; a longer ``steps`` or ``flops`` lengthens it (see :mod:`mor.training.resume`). Ctrl-C
+    none yet; a longer ``steps`` or ``flops`` lengthens it (see :mod:`mor.training.resume`).
+    announce: a line about the run, of its settings and number of processes, which is printed once
+    all of that is known to fit. Ctrl-C
     or SIGTERM finishes the step, saves and returns with ``finished=False``; a second one raises
     KeyboardInterrupt. Raises TrainingError if loss or weights are not finite or the last checkpoint
     cannot be written; ValueError if the newest one is damaged or of another run, or another process
@@ -79,7 +85,8 @@ def train(
     run = RunFolder(Path(config.out))
     with distributed.ranks(config.device, config.precision) as ranks, _alone_in(run, ranks):
         shown = (console or Console()) if ranks.is_first else Console(quiet=True)
-        return _prepare(config, run, ranks, resume, corpus, shown, label).train()
+        trainer = _prepare(config, run, ranks, resume, corpus, shown, label, announce)
+        return trainer.train()
 
 
 @contextmanager
@@ -105,6 +112,7 @@ def _prepare(
     corpus: Corpus | None,
     console: Console,
     label: str,
+    announce: Callable[[TrainConfig, int], str] | None,
 ) -> Trainer:
     """Everything that a run needs, to start or to continue where it was interrupted.
 
@@ -124,8 +132,11 @@ def _prepare(
     kept = state.step if found.is_own else 0
     log = MetricsLog(run, step=kept, active=ranks.is_first, tracker=tracker)
     earlier = saved.schedules if saved and found.is_own else []
-    facts = record(config, found.data, ranks.size, earlier)
+    facts = record(found.chosen, found.data, ranks.size, earlier, config.optim)
+    for line in [*([announce(config, ranks.size)] if announce else []), *found.notes]:
+        progress.note(line)
     trainer = Trainer(config, state, found.corpus, run, log, progress, total, facts)
+    trainer.skipped_in_a_row = saved.skipped_in_a_row if saved and found.is_own else 0
     if saved and found.is_own and saved.total_steps == total:
         trainer.saved_step = state.step
         if ranks.is_first:
@@ -133,20 +144,26 @@ def _prepare(
     elif found.is_own:
         trainer.save()  # under its new length, so that a crash does not forget it
     if ranks.is_first:
-        write_json(run.settings, dataclasses.asdict(config))
+        write_json(run.settings, dataclasses.asdict(found.chosen))
     return trainer
 
 
 @dataclass(frozen=True)
 class _Beginning:
-    """Where a run starts from: fresh weights, or a checkpoint of it (own) or of another run."""
+    """Where a run starts from: fresh weights, or a checkpoint of it (own) or of another run.
+
+    config: with the schedule in force. chosen: with the one that was asked for; they differ where a
+    run was lengthened. notes: what is other than it was.
+    """
 
     config: TrainConfig
+    chosen: TrainConfig
     corpus: Corpus
     data: Fingerprint
     saved: Saved | None
     model: Transformer | None
     is_own: bool
+    notes: Sequence[str] = ()
 
 
 def _beginning(
@@ -166,15 +183,13 @@ def _beginning(
     _check_length(corpus, config)
     data = corpus.fingerprint()
     if start is None or loaded is None:
-        return _Beginning(config, corpus, data, None, None, is_own=False)
+        return _Beginning(config, config, corpus, data, None, None, is_own=False)
     saved, is_own = Saved.of(start), start in run.checkpoints()
     if not is_own:  # the path itself: what is newest in another run may change
         config = dataclasses.replace(config, branch_from=str(start))
     fit = continued if is_own else branched
-    config, notes = fit(config, saved, loaded.config, data, ranks.size)
-    for note in notes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
-    return _Beginning(config, corpus, data, saved, loaded.model, is_own)
+    found, notes = fit(config, saved, loaded.config, data, ranks.size)
+    return _Beginning(found, config, corpus, data, saved, loaded.model, is_own, notes)
 
 
 def _start(config: TrainConfig, run: RunFolder, resume: bool, console: Console) -> Path | None:
@@ -214,13 +229,13 @@ def _check_room(config: TrainConfig, run: RunFolder, console: Console) -> None:
     wanted = config.keep + 1  # a new one is complete before the oldest goes
     if free < size:
         raise ValueError(
-            f"the disk of {run.path} has {free / 1e9:.2f} GB free, a checkpoint takes "
-            f"{size / 1e9:.2f} GB; make room or choose another --out"
+            f"the disk of {run.path} has {in_bytes(free)} free, a checkpoint takes about "
+            f"{in_bytes(size)}; make room or choose another --out"
         )
     if free < size * (wanted - held):
         console.print(
-            f"warning: the disk of {run.path} has {free / 1e9:.2f} GB free; up to {wanted} "
-            f"checkpoints of {size / 1e9:.2f} GB each are held at a time: lower --keep or make "
+            f"warning: the disk of {run.path} has {in_bytes(free)} free; up to {wanted} "
+            f"checkpoints of about {in_bytes(size)} each are held at a time: lower --keep or make "
             "room",
             highlight=False,
             soft_wrap=True,
@@ -367,7 +382,11 @@ class Trainer:
                 )
         if step == self.total:
             return  # saved after the last step in any case
-        if step in config.keep_steps or (config.save_every and self._is_due(config.save_every)):
+        if step in config.keep_steps:
+            self.save()
+        elif self.skipped_in_a_row:
+            return  # the weights may be what the steps fail of: those before are the better ones
+        elif config.save_every and self._is_due(config.save_every):
             self.save()
 
     def _is_due(self, every: int) -> bool:
@@ -396,16 +415,25 @@ class Trainer:
         return not broken
 
     def _not_finite(self, what: str) -> TrainingError:
-        step, lr = self.state.step, self.config.optim.lr
-        rate = learning_rate(self.config.optim, step - 1, self.total)
+        step, optim = self.state.step, self.config.optim
+        rate = learning_rate(optim, step - 1, self.total)
+        good, where = self._last_good(), "in a new run"
+        if good and can_branch(good):
+            where += f", or from that one on with --branch-from {good} --steps N --optim.lr X "
+            where += "--out FOLDER"
         return TrainingError(
-            f"step {step}: {what} ({self.numbers}learning rate {rate:g}); lower optim.lr (now "
-            f"{lr:g}) or lengthen optim.warmup. {self._last_good()}"
+            f"step {step}: {what} ({self.numbers}learning rate {rate:g}). {_called_good(good)}. "
+            f"Lower optim.lr (now {optim.lr:g}) or lengthen optim.warmup {where}"
         )
 
-    def _last_good(self) -> str:
-        kept = self.run.checkpoints()
-        return f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was saved"
+    def _last_good(self) -> Path | None:
+        """The newest checkpoint that was not written between skipped steps; for a branch without
+        one, where it began."""
+        for path in reversed(self.run.checkpoints()):
+            with suppress(ValueError):  # a damaged one is no good one
+                if not Saved.of(path).skipped_in_a_row:
+                    return path
+        return Path(self.config.branch_from) if self.config.branch_from else None
 
     def _log(self, result: StepResult, speed: Speed) -> dict[str, Any]:
         """Write the step's row; returns its router health."""
@@ -486,14 +514,14 @@ class Trainer:
                 state.model,
                 self.corpus.tokenizer,
                 state.optimizers,
-                progress=state.progress | self.facts,
+                progress=state.progress | self.facts | {"skipped_in_a_row": self.skipped_in_a_row},
                 ranks=state.ranks,
             )
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # by library
-            room = "" if isinstance(error, ValueError) else "make room and "
+            good = self._last_good()
             raise TrainingError(
-                f"could not write {path}: {error}. {self._last_good()}; {room}continue with "
-                "--resume"
+                f"could not write {path}: {why_not_written(error, self.config.model, path)}. "
+                f"{_called_good(good)}; mend that and continue with --resume"
             ) from error
         self.saved_step = state.step
         if state.ranks.is_first:
@@ -515,10 +543,35 @@ class Trainer:
                     f"give the checkpoint's folder, such as {self.run.checkpoint(self.state.step)}"
                 )
             self.cannot_link = True
+        if self.skipped_in_a_row:
+            return  # those before are the better ones
         self.run.prune(config.keep, config.keep_steps)
         if not config.keep and self.passing:
             remove_folder(self.passing)
         self.passing = passing
+
+
+def _called_good(good: Path | None) -> str:
+    return f"The last good checkpoint is {good}" if good else "No checkpoint was saved"
+
+
+def why_not_written(error: Exception, model: ModelConfig, path: Path) -> str:
+    """In plain words: the libraries that write say only where in their code they stopped."""
+    if isinstance(error, ValueError):
+        return str(error)
+    number, words = getattr(error, "errno", None), getattr(error, "strerror", None)
+    if words and number not in (errno.EFBIG, errno.ENOSPC):
+        return str(error)
+    size, free = checkpoint_bytes(model), shutil.disk_usage(path.parent.parent).free
+    most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if most != resource.RLIM_INFINITY and most < size:
+        return (
+            f"a file may have at most {in_bytes(most)} here (ulimit -f), the files of a checkpoint "
+            f"have about {in_bytes(size)} together"
+        )
+    if free < size:
+        return f"the disk has {in_bytes(free)} free, a checkpoint takes about {in_bytes(size)}"
+    return words or f"not all of a file was written; is the disk full or its quota? ({error})"
 
 
 _AGAINST_COLLAPSE = {

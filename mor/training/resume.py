@@ -16,7 +16,14 @@ from mor.files import naming
 from mor.model.config import ModelConfig
 from mor.run_folder import RunFolder
 from mor.settings import PositiveFloat, PositiveInt, checked, flat
-from mor.training.config import OptimConfig, TrainConfig, load_config, total_steps
+from mor.training.config import (
+    OptimConfig,
+    TrainConfig,
+    load_config,
+    settings_in,
+    settings_of,
+    total_steps,
+)
 
 # What changes nothing of what a run learns.
 FREE = (
@@ -45,8 +52,9 @@ RESUMABLE = (*LENGTH, *SHARED_OUT, *MACHINE, *(name for name in FREE if name != 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What a checkpoint says of its run. schedules: (warmup, cooldown) of every length it had.
-    settings, ranks and data are None where mor 0.1.0 wrote it."""
+    """What a checkpoint says of its run. settings: as they were chosen. schedules: (warmup,
+    cooldown) of every length it had, the one in force last. settings, ranks and data are None where
+    mor 0.1.0 wrote it."""
 
     folder: Path
     step: int
@@ -55,13 +63,14 @@ class Saved:
     settings: TrainConfig | None
     data: Mapping[str, str | int] | None
     schedules: list[list[float]]
+    skipped_in_a_row: int = 0
+    """Steps just before it that were skipped: the run may be spoilt already."""
 
     @classmethod
     def of(cls, folder: Path) -> Saved:
         from mor import checkpoint
 
         found = checkpoint.load_progress(folder)
-        settings = found.get("settings")
         if lacking := {"step", "total_steps"} - found.keys():
             raise ValueError(
                 f"{folder} is no checkpoint of a training run: its progress.json has no "
@@ -73,10 +82,23 @@ class Saved:
                 step=found["step"],
                 total_steps=found["total_steps"],
                 ranks=found.get("ranks"),
-                settings=TrainConfig.from_dict(settings) if settings else None,
+                settings=settings_in(folder),
                 data=found.get("data"),
                 schedules=found.get("schedules", []),
+                skipped_in_a_row=found.get("skipped_in_a_row", 0),
             )
+
+    @property
+    def in_force(self) -> TrainConfig | None:
+        """The settings with the schedule that the run follows at its present length."""
+        if self.settings is None or not self.schedules:
+            return self.settings
+        warmup, cooldown = self.schedules[-1]
+        return with_schedule(self.settings, warmup, cooldown)
+
+
+def with_schedule(config: TrainConfig, warmup: float, cooldown: float) -> TrainConfig:
+    return replace(config, optim=replace(config.optim, warmup=warmup, cooldown=cooldown))
 
 
 def record(
@@ -84,10 +106,11 @@ def record(
     data: Mapping[str, str | int],
     num_ranks: int,
     schedules: list[list[float]],
+    optim: OptimConfig,
 ) -> dict[str, Any]:
-    """What :class:`Saved` reads, for progress.json. data: the corpus's fingerprint. schedules:
-    earlier ones of this run."""
-    schedule = _schedule(config.optim)
+    """What :class:`Saved` reads, for progress.json. config: as chosen. data: the corpus's
+    fingerprint. schedules: earlier ones of this run. optim: with the schedule in force."""
+    schedule = _schedule(optim)
     return {
         "total_steps": total_steps(config, num_ranks),
         "ranks": num_ranks,
@@ -102,7 +125,7 @@ def _schedule(optim: OptimConfig) -> list[float]:
 
 
 class Continued(NamedTuple):
-    """notes: what is other than it was, and why it may be."""
+    """config: with the schedule in force. notes: what is other than it was, and why it may be."""
 
     config: TrainConfig
     notes: list[str]
@@ -121,6 +144,7 @@ def continued(
     that names each difference which would make it another run, and for a run that is too short.
     """
     before = saved.settings or replace(config, model=model)
+    was = (saved.in_force or before).optim
     known = _schedule(config.optim) in [_schedule(before.optim), *saved.schedules]
     _refuse_another_run(config, before, saved, data, num_ranks, SCHEDULE if known else ())
     total = total_steps(config, num_ranks)
@@ -129,13 +153,16 @@ def continued(
             f"{saved.folder} has taken {saved.step} steps already, more than the {total} of the "
             "whole run; raise steps"
         )
-    optim = lengthened(before.optim, saved.step, saved.total_steps, total)
-    config = replace(
-        config, optim=replace(config.optim, warmup=optim.warmup, cooldown=optim.cooldown)
-    )
+    optim = was
+    if (
+        total != saved.total_steps
+    ):  # the cool-down as it was chosen, not what a short run left of it
+        optim = replace(was, cooldown=before.optim.cooldown)
+        optim = lengthened(optim, saved.step, saved.total_steps, total)
+    config = with_schedule(config, optim.warmup, optim.cooldown)
     notes = list(_notes(config, before, saved, num_ranks))
     if total != saved.total_steps:
-        notes.append(_of_length(before.optim, optim, saved, total))
+        notes.append(_of_length(was, optim, saved, total))
     return Continued(config, notes)
 
 
@@ -148,13 +175,18 @@ def branched(
 ) -> Continued:
     """The same for a run that branches off: its schedule and peak rate are its own."""
     before, total = saved.settings or replace(config, model=model), total_steps(config, num_ranks)
+    _check_something_left(saved, total)
+    _refuse_another_run(config, before, saved, data, num_ranks, (*SCHEDULE, "optim.lr"))
+    return Continued(config, list(_notes(config, before, saved, num_ranks)))
+
+
+def _check_something_left(saved: Saved, total: int) -> None:
+    """Raise ValueError for a branch that ends where it starts, or before."""
     if total <= saved.step:
         raise ValueError(
             f"{saved.folder} has taken {saved.step} steps already; a branch of {total} steps in "
             "all has nothing left to do: raise steps"
         )
-    _refuse_another_run(config, before, saved, data, num_ranks, (*SCHEDULE, "optim.lr"))
-    return Continued(config, list(_notes(config, before, saved, num_ranks)))
 
 
 def _refuse_another_run(
@@ -260,6 +292,33 @@ def lengthened(optim: OptimConfig, step: int, before: int, total: int) -> OptimC
     return replace(optim, warmup=warm / total, cooldown=min(optim.cooldown, left))
 
 
+def can_branch(folder: Path) -> bool:
+    """Whether :func:`branch` with ``steps`` takes this checkpoint."""
+    saved = Saved.of(folder)
+    return (config := saved.in_force) is not None and _is_stable(config.optim, saved)
+
+
+def _is_stable(optim: OptimConfig, saved: Saved, first: int = 0) -> bool:
+    last = last_stable(optim, saved.total_steps)
+    return optim.schedule == "trapezoid" and first <= saved.step <= last
+
+
+def settings_to_resume(path: str) -> TrainConfig:
+    """Of the run at ``path``: those in its folder, or else those that its newest checkpoint keeps.
+    Raises ValueError if it has neither."""
+    run = RunFolder(Path(path))
+    if run.settings.is_file():
+        return load_config(run.settings)
+    if (newest := run.newest_intact()) is None:
+        raise ValueError(f"{path} holds no run to resume (no {run.settings.name}, no checkpoint)")
+    if (found := settings_in(newest)) is None:
+        raise ValueError(
+            f"{path} has no {run.settings.name}, and its checkpoints are of mor 0.1.0, which did "
+            "not keep the settings with them; restore a copy of that file"
+        )
+    return found
+
+
 @checked
 def branch(
     start: str | Path,
@@ -282,14 +341,15 @@ def branch(
         raise ValueError("a branch takes either cooldown_steps or steps")
     folder = checkpoint.resolve(start)
     saved, run = Saved.of(folder), RunFolder.of(folder)
-    if saved.settings is None and not run.settings.is_file():
+    if (config := saved.in_force or settings_of(folder)) is None:
         raise ValueError(f"{folder} does not belong to a run (there is no {run.settings})")
-    config = saved.settings or load_config(run.settings)
     if lr is not None:
         config = replace(config, optim=replace(config.optim, lr=lr))
+    if steps is not None:
+        _check_something_left(saved, steps)
     first = math.ceil(saved.total_steps * config.optim.warmup) if cooldown_steps else 0
-    last = last_stable(config.optim, saved.total_steps)
-    if config.optim.schedule != "trapezoid" or not first <= saved.step <= last:
+    if not _is_stable(config.optim, saved, first):
+        last = last_stable(config.optim, saved.total_steps)
         raise ValueError(
             f"{folder} is at step {saved.step}; a branch needs a checkpoint of the stable phase of "
             f"a trapezoid schedule, here steps {first} to {last} (keep them with --save-every and "

@@ -45,6 +45,16 @@ def test_flags_win_over_the_model_of_a_file_also_where_they_are_the_defaults(tmp
         ("train --router random --model.router.kind position", "--router random and .* position"),
         ("train --kv-strategy shared --model.kv-strategy hybrid", "--kv-strategy shared and"),
         ("train --num-layers 8 --model.coda-layers 3", "--num-layers 8 and .* it is 10"),
+        ("train --num-recursions 1 --kv-strategy hybrid", "--kv-strategy has no effect with one"),
+        ("costs --num-recursions 1 --kv-strategy shared", "--kv-strategy has no effect with one"),
+        (
+            "train --num-recursions 1 --recipe paper",
+            "--recipe has no effect on 0.8x1.0 with router",
+        ),
+        ("train --router token_choice --recipe paper --kv-strategy shared", "--recipe has no eff"),
+        ("train --model.router.kind fixed --model.router.alpha .5", "--model.router.alpha has no "),
+        ("train --router fixed --model.kv-strategy hybrid", "--model.kv-strategy has no effect wi"),
+        ("train --model.router.balancing loss", "--model.router.balancing has no effect with rout"),
         ("train --steps 3 --flops 1e9", "--steps has no effect with flops"),
         ("train --optim.schedule cosine --optim.cooldown 0.1", "--optim.cooldown has no effect"),
         ("train --parallel fsdp", "--parallel has no effect without torchrun"),
@@ -74,6 +84,32 @@ def test_flags_that_contradict_or_do_nothing_are_named(arguments, words, capsys)
         main(arguments.split())
     printed = capsys.readouterr().err
     assert stopped.value.code == 2 and re.search(words, printed) and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [
+        ("--model.router.kind fixed", ("fixed", "paper", None, "recursion_wise")),
+        ("--model.router.kind random", ("random", "residual", 1.0, "hybrid")),
+        ("--model.router.kind token_choice", ("token_choice", "paper", None, "hybrid")),
+        ("--router random --recipe paper", ("random", "paper", None, "recursion_wise")),
+        ("--num-recursions 1", ("fixed", "paper", None, "recursion_wise")),
+    ],
+)
+def test_what_a_recipe_sets_is_that_of_the_router_and_nobody_is_blamed(flags, chosen, recwarn):
+    model = Train.read(flags.split(), "mor train").settings.model
+    kind, gate, alpha, kv_strategy = chosen
+    assert (model.router.kind, model.router.gate, model.router.alpha) == (kind, gate, alpha)
+    assert model.kv_strategy.startswith(kv_strategy) and not recwarn.list
+
+
+def test_a_setting_of_a_file_without_effect_is_one_warning(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text("[model]\nnum_recursions = 2\n[model.router]\nalpha = 0.5\n")
+    with pytest.warns(UserWarning) as said:
+        Train.read(["--config", str(file)], "mor train")
+    named = f"model.router.alpha in {file} has no effect with router.kind='fixed'"
+    assert [str(warning.message) for warning in said] == [named]
 
 
 def test_a_file_and_flags_that_contradict_it(tmp_path, capsys):

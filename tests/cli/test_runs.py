@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from mor.cli import main
+from mor.cli.runs import _count
 from tests.cli.printed import found_json
 
 
@@ -18,6 +19,50 @@ def test_runs_lists_every_run_below_a_folder(some_runs, capsys):
     main(["runs", str(some_runs)])
     shown = capsys.readouterr().out
     assert "deep/other" in shown and "0/8" in shown and "unfinished" in shown
+
+
+def test_names_stay_whole_on_a_narrow_terminal(some_runs, tmp_path, capsys, monkeypatch):
+    name = "state-tracking-with-expert-choice/seed-0"
+    shutil.copytree(some_runs / "one", tmp_path / name)
+    for width, left_out in ((200, ""), (100, "best NLL"), (80, "layout, tokens, best NLL")):
+        monkeypatch.setenv("COLUMNS", str(width))
+        main(["runs", str(tmp_path)])
+        shown = capsys.readouterr().out
+        assert name in shown and "8/8" in shown and "finished" in shown and "mor" in shown
+        assert (f"for want of room without {left_out}: see --json" in shown) == bool(left_out)
+        assert ("best NLL" in shown.splitlines()[1]) == (width == 200)
+    assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+def test_tokens_have_a_unit_that_fits():
+    shown = {0: "0", 512: "512", 1024: "1.02k", 98_304: "98.3k", 999_999: "1.00M", 2e9: "2.00B"}
+    assert {number: _count(number) for number in shown} == shown
+
+
+def test_a_run_that_failed_says_so_and_why(some_runs, tmp_path, capsys):
+    """Also one that failed before it had settings."""
+    shutil.copytree(some_runs / "begun", tmp_path / "late")
+    (tmp_path / "early").mkdir()
+    for name in ("late", "early"):
+        (tmp_path / name / "error.txt").write_text(f"no room for [{name}]\n\nTraceback")
+    early, late = found_json(capsys, "runs", tmp_path)
+    assert (early["run"], early["failed"]) == ("early", "no room for [early]")
+    assert (late["failed"], late["total_steps"], late["problem"]) == ("no room for [late]", 8, None)
+    main(["runs", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert shown.count("failed") == 2 and "unfinished" not in shown
+    assert "late: no room for [late]\n" in shown and "early: no room for [early]\n" in shown
+
+
+def test_a_run_without_its_settings_file_is_the_same_run(some_runs, tmp_path, capsys):
+    shutil.copytree(some_runs / "one", tmp_path / "runs" / "one", symlinks=True)
+    paths = ("runs", tmp_path / "runs"), ("info", tmp_path / "runs" / "one")
+    before = [found_json(capsys, *path) for path in paths]
+    (tmp_path / "runs" / "one" / "train.json").unlink()
+    after = [found_json(capsys, *path) for path in paths]
+    for values in (before[1], after[1]):
+        values.pop("checkpoints", None)  # with the size of the folder
+    assert after == before
 
 
 def test_a_damaged_run_hides_no_other(some_runs, tmp_path, capsys):

@@ -38,6 +38,44 @@ def test_training_says_first_what_it_will_do(run, capsys):
     assert float(two.split()[-3]) == pytest.approx(2 * float(one.split()[-3]), rel=1e-2)
 
 
+def test_the_first_line_comes_when_all_is_checked_and_counts_what_is_there(run, tmp_path, capsys):
+    shutil.copytree(run / "run", tmp_path / "run", symlinks=True)
+    main(["info", str(tmp_path / "run"), "--json"])
+    params = json.loads(capsys.readouterr().out)["model"]["params"]
+    resume = ["train", "--resume", "--out", str(tmp_path / "run")]
+    main(resume)
+    assert capsys.readouterr().out.startswith(f"mor: {params:,} parameters, ")
+    kept = json.loads((tmp_path / "run" / "train.json").read_text())
+    kept["data"]["path"] = str(tmp_path / "moved.jsonl")
+    (tmp_path / "run" / "train.json").write_text(json.dumps(kept))
+    common = ["train", "--config", str(run / "run.toml")]
+    for wrong in (
+        resume,
+        [*common, "--out", str(run / "run")],
+        [*common, "--out", str(tmp_path / "a"), "--device", "nonsense"],
+        [*common, "--out", str(tmp_path / "a"), "--data.path", str(tmp_path / "none.jsonl")],
+        [*common, "--out", str(tmp_path / "a"), "--branch-from", str(tmp_path)],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(wrong)
+        said = capsys.readouterr()
+        assert stopped.value.code == 2 and said.out == "" and said.err.count("\n") == 1
+
+
+def test_a_run_whose_settings_file_is_missing_is_resumed_by_its_checkpoint(run, tmp_path, capsys):
+    shutil.copytree(run / "run", tmp_path / "run", symlinks=True)
+    file = tmp_path / "run" / "train.json"
+    before = json.loads(file.read_text())
+    file.unlink()
+    main(["train", "--resume", "--out", str(tmp_path / "run")])
+    assert "is finished: it has taken all of its 8 steps" in capsys.readouterr().out
+    assert json.loads(file.read_text()) == before | {"out": str(tmp_path / "run")}
+    with pytest.raises(SystemExit):
+        main(["train", "--resume", "--out", str(tmp_path / "none")])
+    assert "holds no run to resume (no train.json, no checkpoint)" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_finished_run_is_trained_longer_and_nothing_else_is_changed(run, tmp_path, capsys):
     shutil.copytree(run / "run", tmp_path / "run", symlinks=True)
     resume = ["train", "--resume", "--out", str(tmp_path / "run")]

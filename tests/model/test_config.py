@@ -131,6 +131,8 @@ def test_unknown_preset_or_sharing_names_the_known_ones():
         dict(num_recursions=2, router=dict(kind="token_choice", hierarchical=False)),
         dict(num_recursions=2, kv_strategy="hybrid"),
         dict(kv_strategy="shared"),
+        dict(shared_order="sequence"),
+        dict(num_recursions=2, router=dict(kind="token_choice", bias_update_rate=0.1)),
     ],
 )
 def test_a_setting_without_effect_is_a_warning(settings):

@@ -1,5 +1,7 @@
 """Tables of a study."""
 
+import re
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from mor.cli import main
 from mor.studies import compare
 from mor.studies.launch import run_one
-from mor.studies.report import _cell, exits
+from mor.studies.report import Output, _cell, exits
 from mor.studies.results import finished
 from mor.studies.study import load_study, main_runs
 from tests.studies.small_study import BASE, study_file
@@ -31,6 +33,49 @@ def test_nothing_to_report_is_said_and_old_tables_go(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["sweep", "--fit", "paper", "--out", str(tmp_path / "fit"), "--resamples", "0"])
     assert capsys.readouterr().err == "error: resamples must be at least 1, got 0\n"
+
+
+def contents(folder):
+    return {
+        file.relative_to(folder): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != ".lock"
+    }
+
+
+@pytest.mark.parametrize("changed", ["steps = 5", "steps = 4\noptim.lr = 1e-4"])
+def test_a_changed_study_leaves_a_finished_one_as_it_is(tmp_path, capsys, changed):
+    path, out = study_file(tmp_path), tmp_path / "out"
+    for run in main_runs(load_study(path), out, {})[0]:
+        assert run_one(run, 1).status == "finished"
+    main(["sweep", str(path), "--out", str(out)])
+    written = "results.sqlite, summary.json, tables/, figures/"
+    assert capsys.readouterr().out.splitlines()[-1] == f"written: {out}/{written}"
+    before = contents(out)
+    assert {"tables", "figures"} < {file.parts[0] for file in before}
+    path.write_text(BASE.replace("\nsteps = 4\n", f"\n{changed}\n"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", str(path), "--out", str(out)])
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and "written" not in said.out
+    assert re.search(
+        r"seed-0 holds a run with other settings \((steps 4, now 5|optim.lr)", said.err
+    )
+    assert contents(out) == before
+
+
+def test_an_error_in_a_report_leaves_the_earlier_one(tmp_path):
+    for name in ("tables/rows.csv", "figures/rows.svg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("old")
+    before = contents(tmp_path)
+    with pytest.raises(OSError, match="disk"), Output(tmp_path) as out:
+        raise OSError("no room on the disk")
+    assert contents(tmp_path) == before and out.files == []
+    with Output(tmp_path) as out:
+        out.summary({"a": "b", "empty": ""})
+    assert contents(tmp_path) == {Path("summary.json"): b'{\n  "a": "b"\n}'}
+    assert str(out) == f"{tmp_path}/summary.json"
 
 
 def test_brackets_in_names_are_shown_as_they_are(tmp_path, capsys):

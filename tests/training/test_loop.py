@@ -23,6 +23,7 @@ from mor.run_folder import RunFolder
 from mor.training.config import TrainConfig, load_config
 from mor.training.loop import TrainingError, collapse_message, train
 from mor.training.optim import OptimConfig
+from mor.training.resume import Saved, branch
 from tests.training.small_run import LOSS_FREE, metrics, poisoned, quiet, settings
 
 
@@ -108,7 +109,9 @@ def test_steps_that_stay_not_finite_stop_the_run_with_the_last_good_checkpoint(
     with pytest.raises(
         TrainingError,
         match=r"step 8: its loss is not finite, and 3 steps in a row were skipped \(loss nan, "
-        r"gradient norm .*, learning rate 0.003\); lower optim.lr .*step-00000004$",
+        r"gradient norm .*, learning rate 0.003\). The last good checkpoint is .*step-00000004. "
+        r"Lower optim.lr \(now 0.003\) or lengthen optim.warmup in a new run, or from that one on "
+        r"with --branch-from .*step-00000004 --steps N --optim.lr X --out FOLDER$",
     ):
         train(settings(squares, tmp_path / "run", save_every=4, max_skipped=3), console=quiet())
     assert RunFolder(tmp_path / "run").newest_intact().name == "step-00000004"
@@ -117,9 +120,10 @@ def test_steps_that_stay_not_finite_stop_the_run_with_the_last_good_checkpoint(
 @pytest.mark.parametrize("steps", [1, 12])
 def test_weights_that_explode_are_never_saved_and_the_rate_is_to_blame(squares, tmp_path, steps):
     explosive = OptimConfig(lr=1e30, warmup=0.0, cooldown=0.0)
-    with pytest.raises(TrainingError, match=r"learning rate 1e\+30\); lower optim.lr .*") as error:
+    with pytest.raises(TrainingError, match=r"learning rate 1e\+30\). .*Lower optim.lr") as error:
         train(settings(squares, tmp_path / "run", optim=explosive, steps=steps), console=quiet())
-    assert "No checkpoint was saved" in str(error.value) and "router" not in str(error.value)
+    said = str(error.value)
+    assert "No checkpoint was saved" in said and "router" not in said and "branch" not in said
     assert RunFolder(tmp_path / "run").checkpoints() == []
     train(settings(squares, tmp_path / "run", steps=1), console=quiet())  # the corrected command
 
@@ -137,16 +141,114 @@ def test_weights_that_are_not_finite_stop_the_run_at_once(squares, tmp_path, mon
 
     monkeypatch.setattr(module, "train_step", spoilt)
     config = settings(squares, tmp_path / "run", save_every=3, eval_every=100)
-    with pytest.raises(TrainingError, match=r"step 6: its weights are not .*step-00000003$"):
+    with pytest.raises(
+        TrainingError, match=r"step 6: its weights are not .* is .*step-00000003\. "
+    ):
         train(config, console=quiet())
     config = settings(squares, tmp_path / "late", save_every=5, eval_every=100)
     with pytest.raises(
-        TrainingError, match=r"step 7: its weights are not finite \(loss nan, .*step-00000005$"
+        TrainingError,
+        match=r"step 7: its weights are not finite \(loss nan, .* is .*step-00000005\. ",
     ):
         train(config, console=quiet())
     monkeypatch.undo()
     assert [p.name for p in RunFolder(tmp_path / "late").checkpoints()] == ["step-00000005"]
     assert train(config, resume=True, console=quiet()).finished
+
+
+@pytest.fixture
+def saved_before(squares, tmp_path, monkeypatch):
+    """Train while these steps fail; returns the run's folder and its error, if any."""
+
+    def trained(steps, **settings_):
+        run = RunFolder(tmp_path / "run")
+        with monkeypatch.context() as patch:
+            poisoned(patch, steps)
+            try:
+                train(settings(squares, run.path, **settings_), console=quiet())
+            except TrainingError as error:
+                return run, str(error)
+        return run, ""
+
+    return trained
+
+
+def test_nothing_is_saved_between_steps_that_are_skipped(saved_before, monkeypatch):
+    clock(monkeypatch, step_s=1000.0)  # one is due at every step
+    run, said = saved_before(range(5, 10), save_every=2, keep=2, max_skipped=5)
+    assert run.checkpoints() == [run.checkpoint(3), run.checkpoint(4)]
+    assert f"The last good checkpoint is {run.checkpoint(4)}. " in said
+
+
+def test_a_checkpoint_between_skipped_steps_is_not_called_good_and_costs_no_other(
+    saved_before, squares
+):
+    """One that was promised, and the one at an end."""
+    run, _ = saved_before([7, 11, 12], save_every=2, keep=1, keep_steps=(7,), max_skipped=3)
+    steps = {path.name[-2:]: Saved.of(path).skipped_in_a_row for path in run.checkpoints()}
+    assert steps == {"07": 1, "10": 0, "12": 2}
+    config = settings(squares, run.path, steps=20, max_skipped=3)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError) as error:
+        poisoned(patch, [1])
+        train(config, resume=True, console=quiet())
+    assert "step 13: its loss is not finite, and 3 steps in a row" in str(error.value)
+    assert f"The last good checkpoint is {run.checkpoint(10)}. " in str(error.value)
+
+
+def test_a_branch_without_a_checkpoint_of_its_own_goes_back_to_where_it_began(
+    saved_before, squares
+):
+    run, _ = saved_before([], save_every=6, keep=0)
+    start = run.checkpoint(6)
+    config = branch(start, steps=20, lr=1e9, out=str(run.path.parent / "branch"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError) as error:
+        poisoned(patch, range(1, 9))
+        train(config, console=quiet())
+    assert f"checkpoint is {start}. Lower optim.lr (now 1e+09)" in str(error.value)
+    assert f"--branch-from {start} --steps N --optim.lr X --out FOLDER" in str(error.value)
+
+
+def test_a_file_that_may_not_be_so_large_is_named_in_plain_words(squares, tmp_path):
+    """A process of its own: a limit of files cannot be raised again."""
+    config = settings(squares, tmp_path / "run", steps=2, save_every=1)
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=limited_to, args=(100_000, config, theirs))
+    process.start()
+    said = ours.recv()
+    process.join()
+    assert said.startswith(f"could not write {tmp_path / 'run/checkpoints/step-00000001'}: a file ")
+    assert "at most 100.0 kB here (ulimit -f), the files of a checkpoint have about 1.9 MB" in said
+    assert said.endswith("No checkpoint was saved; mend that and continue with --resume")
+
+
+@pytest.mark.parametrize(
+    ("error", "free", "words"),
+    [
+        (ValueError("3 tensors differ"), 0, "3 tensors differ"),
+        (PermissionError(13, "Permission denied", "a"), 0, "[Errno 13] Permission denied: 'a'"),
+        (OSError("rank 0: unexpected pos 704"), 9_000, "the disk has 9.0 kB free, a checkpoint ta"),
+        (OSError(28, "No space left on device"), 10**12, "No space left on device"),
+        (OSError("rank 0: pos 704"), 10**12, "is the disk full or its quota? (rank 0: pos 704)"),
+    ],
+)
+def test_why_a_checkpoint_could_not_be_written(tmp_path, monkeypatch, error, free, words):
+    import mor.training.loop as module
+
+    usage = SimpleNamespace(free=free)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    path = RunFolder(tmp_path).checkpoint(3)
+    assert words in module.why_not_written(error, TrainConfig().model, path)
+
+
+def limited_to(size, config, answer):
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    try:
+        train(config, console=quiet())
+    except TrainingError as error:
+        answer.send(str(error))
 
 
 def clock(monkeypatch, step_s, save_s=0.0):
@@ -281,11 +383,13 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk_are_found_at_the_start(
         usage = SimpleNamespace(free=free)
         monkeypatch.setattr(module.shutil, "disk_usage", lambda path, usage=usage: usage)
         if free < size:
-            with pytest.raises(ValueError, match=r"GB free, a checkpoint takes"):
+            with pytest.raises(
+                ValueError, match=r"has 1\.\d MB free, a checkpoint takes about 1\.\d"
+            ):
                 train(config, console=console)
         else:
             assert train(config, console=console).finished
-            assert "up to 3 checkpoints" in console.file.getvalue()
+            assert "up to 3 checkpoints of about 1." in console.file.getvalue()
 
 
 def test_a_finished_run_says_so_and_how_to_train_it_longer(squares, tmp_path):

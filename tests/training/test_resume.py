@@ -10,10 +10,10 @@ import torch
 
 from mor.files import remove_folder, write_checksums
 from mor.run_folder import RunFolder
-from mor.training.config import load_config
+from mor.training.config import load_config, settings_of
 from mor.training.loop import train
 from mor.training.optim import OptimConfig
-from mor.training.resume import branch, lengthened
+from mor.training.resume import Saved, branch, lengthened, settings_to_resume
 from tests.training.small_run import metrics, quiet, settings
 
 STEADY = OptimConfig(cooldown=0.25)
@@ -188,7 +188,9 @@ def test_a_lengthened_run_that_is_killed_at_once_stays_lengthened(halfway, tmp_p
         train(replace(config, steps=20), resume=True, console=quiet())
     monkeypatch.undo()
     kept = load_config(RunFolder(tmp_path / "run").settings)
-    assert kept.steps == 20 and kept.optim.warmup == pytest.approx(0.03)
+    assert kept.steps == 20 and kept.optim == STEADY, "what was chosen, whatever is in force"
+    saved = Saved.of(RunFolder(tmp_path / "run").checkpoint(6))
+    assert saved.schedules == [[0.05, 0.25], [pytest.approx(0.03), 0.25]]
     assert train(replace(config, steps=16), resume=True, console=quiet()).state.step == 16
 
 
@@ -206,6 +208,43 @@ def test_lengths_that_cannot_be(halfway, tmp_path):
     assert short.warmup * 55 == pytest.approx(10) and short.cooldown * 55 == pytest.approx(5)
 
 
+def test_a_lengthened_run_starts_anew_with_the_schedule_that_was_chosen(halfway, tmp_path):
+    """From its file, or at its beginning when its checkpoints are gone."""
+    config = replace(copied(halfway, tmp_path), steps=20, log_every=1)
+    train(config, resume=True, console=quiet())
+    run = RunFolder(tmp_path / "run")
+    kept = load_config(run.settings)
+    assert (kept.steps, kept.optim) == (20, STEADY)
+    for path in run.checkpoints():
+        remove_folder(path)
+    train(replace(kept, steps=20), resume=True, console=quiet())
+    whole = replace(halfway, steps=20, out=str(tmp_path / "whole"), log_every=1)
+    train(whole, console=quiet())
+    assert rates(run.path) == rates(tmp_path / "whole")
+
+
+def test_a_cool_down_that_a_short_end_cut_is_whole_again_in_a_longer_run(halfway, tmp_path):
+    config = copied(halfway, tmp_path)
+    train(replace(config, steps=7), resume=True, console=quiet())
+    saved = Saved.of(RunFolder(tmp_path / "run").checkpoint(7))
+    assert saved.in_force.optim.cooldown == pytest.approx(1 / 7)
+    train(replace(config, steps=16), resume=True, console=quiet())
+    saved = Saved.of(RunFolder(tmp_path / "run").checkpoint(16))
+    assert saved.in_force.optim.cooldown == 0.25 and saved.settings.optim == STEADY
+
+
+def test_settings_come_from_the_checkpoint_where_the_file_of_the_run_is_missing(halfway, tmp_path):
+    config = copied(halfway, tmp_path)
+    run = RunFolder(tmp_path / "run")
+    run.settings.unlink()
+    found = settings_to_resume(config.out)
+    assert found == load_config(RunFolder(Path(halfway.out)).settings)
+    assert settings_of(run.path) == found
+    run.checkpoint(6).rename(tmp_path / "away")
+    with pytest.raises(ValueError, match=r"run holds no run to resume \(no train.json, no check"):
+        settings_to_resume(config.out)
+
+
 def test_a_branch_to_more_steps_is_what_a_run_planned_so_would_be(halfway, tmp_path):
     start = RunFolder(Path(halfway.out)).checkpoint(6)
     config = branch(start, steps=20, out=str(tmp_path / "branch"))
@@ -215,6 +254,9 @@ def test_a_branch_to_more_steps_is_what_a_run_planned_so_would_be(halfway, tmp_p
     assert equal_weights(train(config, console=quiet()), train(whole, console=quiet()))
     lower = branch(start, steps=20, lr=1e-3, out=str(tmp_path / "lower"))
     assert lower.optim.lr == 1e-3 and train(lower, console=quiet()).finished
+    for steps in (5, 6):
+        with pytest.raises(ValueError, match=f"taken 6 steps already; a branch of {steps} steps"):
+            branch(start, steps=steps, out="x")
     with pytest.raises(ValueError, match="either cooldown_steps or steps"):
         branch(start, steps=20, cooldown_steps=3, out="x")
 
