@@ -16,6 +16,8 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()
+        if device.type == "cpu" and device.index:  # PyTorch takes any number for its only CPU
+            raise RuntimeError
     except (RuntimeError, AssertionError, NotImplementedError):
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise ValueError(

@@ -164,6 +164,12 @@ class Train(Command):
             yield "parallel", "without torchrun"
         if self.resume or settings.branch_from:
             return  # the other settings are those of the run, which are not read yet
+        if self.config or "model.vocab_size" in self.named:
+            used = with_vocabulary(settings).model.vocab_size
+            if settings.model.vocab_size != used:
+                yield "model.vocab_size", f"beside the tokenizer, which has {used:,} tokens"
+        if reason := _too_late(settings):
+            yield "keep_steps", reason
         if settings.flops is not None:
             yield "steps", "with flops, which decide how many there are"
         if settings.optim.schedule == "cosine":
@@ -198,6 +204,8 @@ class Train(Command):
         from mor.training.loop import train
 
         settings, broken = self._settings(), set[str]()
+        if self.resume and "keep_steps" in self.named and (reason := _too_late(settings)):
+            raise ValueError(f"--keep-steps has no effect {reason}")
         if int(os.environ.get("RANK", "0")) == 0:
             line = header(settings)
             with showing(broken):
@@ -230,17 +238,33 @@ class Train(Command):
         return given
 
 
+def with_vocabulary(settings: TrainConfig) -> TrainConfig:
+    """The same with a model as large as the tokenizer makes it."""
+    from mor.data.stream import vocab_size
+
+    model = settings.model.replace(vocab_size=vocab_size(settings.data))
+    return replace(settings, model=model)
+
+
+def _too_late(settings: TrainConfig) -> str:
+    """Why some of the steps to keep have no effect; empty if they all have."""
+    if not settings.keep_steps:
+        return ""
+    last = total_steps(with_vocabulary(settings), int(os.environ.get("WORLD_SIZE", "1")))
+    late = max(settings.keep_steps)
+    return "" if late <= last else f"for step {late:,}, as the run ends at step {last:,}"
+
+
 def header(settings: TrainConfig) -> str:
     """What is about to be trained, on what and for how long, in one line."""
     from mor.cli.describe import corpus_name
     from mor.costs.flops import unique_params
-    from mor.data.stream import vocab_size
 
-    model = settings.model.replace(vocab_size=vocab_size(settings.data))
-    settings = replace(settings, model=model)
+    settings = with_vocabulary(settings)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     steps = total_steps(settings, ranks)
     tokens = settings.batch_size * settings.accumulate * settings.seq_len * ranks
+    model = settings.model
     return (
         f"{model.family}: {unique_params(model):,} parameters, {model.layout_name} · "
         f"{corpus_name(settings.data)} · {steps:,} steps × {tokens:,} tokens = "
