@@ -78,7 +78,7 @@ def numbers_of(found: Facts) -> dict[str, Any]:
         "tokens": found.progress.get("tokens"),
         "train_flops": found.progress.get("flops"),
         "validation_nll": found.last.get("validation_nll"),
-        "bits_per_byte": found.last.get("validation_bits_per_byte"),
+        "bits_per_byte": _bits(found),
         "mean_depth": found.last.get("validation_mean_depth"),
         "kv_bytes_per_token": found.kv_bytes_per_token,
     }
@@ -95,10 +95,13 @@ def cautions(found: Sequence[Facts]) -> Iterator[str]:
         yield f"{', '.join(outside)} belongs to no run: its data and budget are unknown"
         return
     if other_tokens := differ(_tokenizer):
-        yield (
-            "the tokenizers differ: NLL per token is not comparable; bits per byte is, though "
-            "the windows hold different pieces of the text"
+        lacking = any(each.validations and not _bits(each) for each in found)
+        bits = (
+            "there are not bits per byte for all of them"
+            if lacking
+            else "bits per byte is, though the windows hold different pieces of the text"
         )
+        yield f"the tokenizers differ: NLL per token is not comparable; {bits}"
     recorded = all(each.progress.get("data") for each in found)
     text = partial(_fingerprint, of_tokens=not other_tokens) if recorded else _places
     if differ(text) or differ(_windows):
@@ -116,6 +119,11 @@ def cautions(found: Sequence[Facts]) -> Iterator[str]:
     if min(budgets) <= 0 or max(budgets) / min(budgets) > CLOSE_BUDGETS:
         shown = ", ".join(f"{budget:.3g}" for budget in budgets)
         yield f"the training FLOPs differ ({shown}): the budgets are unequal"
+
+
+def _bits(found: Facts) -> float | None:
+    bits: float | None = found.last.get("validation_bits_per_byte")
+    return bits
 
 
 def _bytes_of_all(row: Mapping[str, Any]) -> bool:

@@ -74,8 +74,6 @@ class Eval(Command):
                 yield "text_field split", "without --data"
             elif is_prepared(self.data):
                 yield "text_field", "with prepared data"
-            else:
-                yield "split", "with data that are not prepared"
         else:
             of_text = "data text_field split seq_len max_windows"
             of_routing = "selection routing by_depth max_depth device"

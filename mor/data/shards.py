@@ -424,6 +424,8 @@ def _finish(out: Path, settings: dict[str, Any], left_out: str) -> dict[str, Any
         }
         if shards:
             of_all = _spelling_of(shards)
+            if of_all:  # an error if next to nothing could be read
+                Spelling.from_dict(of_all).remark(f"the text of the {split} split")
             found["splits"][split] = {**totals, "shards": shards, "spelling": of_all}
     if not found["splits"]:
         empty, broken = (sum(row[name] for row in rows) for name in ("empty", "broken"))

@@ -140,6 +140,14 @@ def test_prepared_data_keep_what_was_lost(prepared):
         assert not load_tokens(out, Tokenizer.load(out)).is_spelt
 
 
+def test_text_of_another_kind_is_not_prepared(prepared, tmp_path):
+    (tmp_path / "a.txt").write_text("to be or not to be")
+    config = PrepareConfig(tokenizer=str(prepared[0]), workers=1)
+    with pytest.raises(ValueError, match="cannot read the text of the train split: .* 100.0% of"):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", config, console=Console(quiet=True))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 def test_of_data_that_mor_0_1_0_prepared_it_is_not_known(prepared):
     out, manifest, _ = prepared
     old = json.loads(json.dumps(manifest))
