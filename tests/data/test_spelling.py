@@ -143,7 +143,7 @@ def test_prepared_data_keep_what_was_lost(prepared):
 def test_text_of_another_kind_is_not_prepared(prepared, tmp_path):
     (tmp_path / "a.txt").write_text("to be or not to be")
     config = PrepareConfig(tokenizer=str(prepared[0]), workers=1)
-    with pytest.raises(ValueError, match="cannot read the text of the train split: .* 100.0% of"):
+    with pytest.raises(ValueError, match=r"cannot read the text of the train split: .* 100.0% of"):
         prepare([str(tmp_path / "a.txt")], tmp_path / "out", config, console=Console(quiet=True))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
