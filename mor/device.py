@@ -36,6 +36,8 @@ def _find(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()
+        if device.type == "cpu" and device.index:  # PyTorch takes any number for its only CPU
+            raise RuntimeError
     except (RuntimeError, AssertionError, NotImplementedError):
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise ValueError(

@@ -164,6 +164,8 @@ def _problem(place: tuple[Any, ...], errors: list[Any], cls: type | None, prefix
         return f"{name} is not a setting{suggestion(place[-1], _names_at(cls, place[:-1]))}"
     allowed = " or ".join(dict.fromkeys(map(_allowed, errors)))
     choices = re.findall(r"'([^']*)'", allowed)
+    if error["type"] in ("too_short", "too_long"):
+        return f"{name} must be {allowed}, got a list of {len(error['input'])}"
     return f"{name} must be {allowed}, got {error['input']!r}{suggestion(error['input'], choices)}"
 
 

@@ -28,7 +28,7 @@ def test_the_peak_of_a_gpu_goes_by_its_full_name(name, peak, monkeypatch):
 
 def test_a_device_that_is_not_here_is_refused_with_those_that_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name in ("tpu", "cuda:77", "meta", "", "cpu:x"):
+    for name in ("tpu", "cuda:77", "meta", "", "cpu:x", "cpu:5"):
         with pytest.raises(ValueError, match=rf"no device '{name}' .*; it has cpu, cuda:0, cuda:1"):
             device.pick_device(name)
     assert device.pick_device("cpu") == torch.device("cpu")

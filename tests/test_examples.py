@@ -47,7 +47,7 @@ def test_train_leaves_a_run_that_loads(tmp_path, capsys):
     example("train").main(str(tmp_path / "run"), steps=2)
     config = mor.load(tmp_path / "run").config
     assert (config.num_recursions, config.kv_strategy) == (4, "hybrid")
-    assert "nats per answer" in capsys.readouterr().out
+    assert "nats per token" in capsys.readouterr().out
 
 
 def test_depths_shows_what_generate_found(run, capsys):

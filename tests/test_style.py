@@ -23,6 +23,7 @@ WITHOUT_TESTS = {  # settings alone, names that moved, names passed on, and the 
 }
 OF_SEVERAL_MODULES = {
     "benchmarks",
+    "built_in",
     "causality",
     "data/same_ids",
     "docs",

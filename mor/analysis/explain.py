@@ -22,6 +22,7 @@ from torch import Tensor
 from mor.analysis.branches import exits
 from mor.analysis.classes import BLOCK, LEAST, depth_by_class, kinds
 from mor.data.problems import Task
+from mor.data.spelling import spells
 from mor.data.tokenizer import Tokenizer
 from mor.evaluation.score import Score
 from mor.model.kv_cache import KVCache
@@ -101,7 +102,8 @@ class TokenRecord:
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
     """What :func:`explain` found. model: its description. asked: what targets are. text_bytes: of
-    the targets; 0 for answers, which are no text."""
+    the targets; 0 for answers, which are no text, and for text that the tokenizer loses some
+    of."""
 
     name: str
     text: str
@@ -259,6 +261,7 @@ def explain(
                 "broken, take another checkpoint"
             )
     asked: Literal["next token", "answer"] = "next token" if answers is None else "answer"
+    is_spelt = answers is None and _is_spelt(tokenizer, ids, pieces)
     before, after = torch.tensor([ids[:-1], ids[1:]], dtype=torch.int64)
     return Explanation(
         name=name,
@@ -266,9 +269,16 @@ def explain(
         model=describe(model),
         asked=asked,
         window=window,
-        text_bytes=tokenizer.text_bytes.of(before, after) if answers is None else 0,
+        text_bytes=tokenizer.text_bytes.of(before, after) if is_spelt else 0,
         tokens=tokens,
     )
+
+
+def _is_spelt(tokenizer: Tokenizer, ids: Sequence[int], pieces: Sequence[str]) -> bool:
+    """Whether the tokens have the bytes of the text, markup aside. Raises ValueError for a text
+    that the tokenizer cannot read."""
+    read = [(i, p) for i, p in zip(ids, pieces, strict=True) if i not in tokenizer.markup_ids]
+    return spells(tokenizer, ["".join(p for _, p in read)], [[i for i, _ in read]], "the text")
 
 
 def _is_finite(token: TokenRecord) -> bool:

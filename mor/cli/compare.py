@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -26,9 +26,14 @@ class Compare(Command):
     """Runs or checkpoints side by side: the settings in which they differ, sizes, budgets and
     scores, and whether the scores can be compared."""
 
-    paths: Positional[Annotated[tuple[Path, ...], Field(min_length=2)]]
+    paths: Positional[tuple[Path, ...]]
     """Two or more runs or checkpoints."""
     json: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.paths) < 2:
+            only = f", got only {self.paths[0]}; mor info shows one" if self.paths else ""
+            raise ValueError(f"mor compare needs two or more runs or checkpoints{only}")
 
     def run(self, console: Console) -> None:
         from mor.cli.describe import facts
@@ -73,7 +78,7 @@ def numbers_of(found: Facts) -> dict[str, Any]:
         "tokens": found.progress.get("tokens"),
         "train_flops": found.progress.get("flops"),
         "validation_nll": found.last.get("validation_nll"),
-        "bits_per_byte": found.last.get("validation_bits_per_byte"),
+        "bits_per_byte": _bits(found),
         "mean_depth": found.last.get("validation_mean_depth"),
         "kv_bytes_per_token": found.kv_bytes_per_token,
     }
@@ -89,12 +94,17 @@ def cautions(found: Sequence[Facts]) -> Iterator[str]:
     if outside:
         yield f"{', '.join(outside)} belongs to no run: its data and budget are unknown"
         return
-    if differ(_tokenizer):
-        yield (
-            "the tokenizers differ: NLL per token is not comparable; bits per byte is, though "
-            "the windows hold different pieces of the text"
+    if other_tokens := differ(_tokenizer):
+        lacking = any(each.validations and not _bits(each) for each in found)
+        bits = (
+            "there are not bits per byte for all of them"
+            if lacking
+            else "bits per byte is, though the windows hold different pieces of the text"
         )
-    if differ(_validation_data):
+        yield f"the tokenizers differ: NLL per token is not comparable; {bits}"
+    recorded = all(each.progress.get("data") for each in found)
+    text = partial(_fingerprint, of_tokens=not other_tokens) if recorded else _places
+    if differ(text) or differ(_windows):
         yield "the validation data differ: neither NLL nor bits per byte is comparable"
     if 0 < len(old := [str(each.path) for each in found if _bytes_of_all(each.last)]) < len(found):
         yield (
@@ -111,25 +121,42 @@ def cautions(found: Sequence[Facts]) -> Iterator[str]:
         yield f"the training FLOPs differ ({shown}): the budgets are unequal"
 
 
+def _bits(found: Facts) -> float | None:
+    bits: float | None = found.last.get("validation_bits_per_byte")
+    return bits
+
+
 def _bytes_of_all(row: Mapping[str, Any]) -> bool:
     """Whether a validation was written before the bytes that were scored were."""
     return row.get("validation_bits_per_byte") is not None and "validation_bytes" not in row
 
 
-def _validation_data(found: Facts) -> Any:
-    """What the validation loss is measured on: text, split and windows."""
+def _windows(found: Facts) -> Any:
+    """How the validation text is read."""
+    run = found.settings
+    assert run is not None
+    return run.data.document_mask, run.seq_len, run.eval_windows
+
+
+def _fingerprint(found: Facts, *, of_tokens: bool) -> Any:
+    """What the run has recorded of its validation text, wherever it lies; or only what is the same
+    for any tokenizer."""
+    recorded: dict[str, Any] = found.progress["data"]
+    return {
+        name: value
+        for name, value in recorded.items()
+        if name.startswith("validation.")
+        and (of_tokens or not name.endswith((".tokens", ".sha256")))
+    }
+
+
+def _places(found: Facts) -> Any:
+    """Where the validation text was, in runs of mor 0.1.0, which recorded nothing else."""
     run = found.settings
     assert run is not None
     data = run.data
-    return (
-        data.path,
-        data.validation_path,
-        data.text_field,
-        None if data.validation_path else data.validation_share,
-        data.document_mask,
-        run.seq_len,
-        run.eval_windows,
-    )
+    share = None if data.validation_path else data.validation_share
+    return data.path, data.validation_path, data.text_field, share
 
 
 def _tokenizer(found: Facts) -> Any:

@@ -16,6 +16,7 @@ from tyro.conf import Positional, arg
 
 from mor.cli.command import Command
 from mor.cli.show import cell, print_json
+from mor.data.manifest import is_prepared
 from mor.model.config import Selection
 from mor.settings import NonNegativeInt, PositiveInt
 
@@ -71,6 +72,8 @@ class Eval(Command):
                 yield "max_depth", "with --by-depth, which has a row for each"
             if self.data is None:
                 yield "text_field split", "without --data"
+            elif is_prepared(self.data):
+                yield "text_field", "with prepared data"
         else:
             of_text = "data text_field split seq_len max_windows"
             of_routing = "selection routing by_depth max_depth device"

@@ -11,6 +11,7 @@ from tyro.conf import Positional
 
 from mor.cli.command import Command
 from mor.cli.show import print_facts
+from mor.data.manifest import is_prepared
 from mor.run_folder import RunFolder
 
 
@@ -25,6 +26,8 @@ class Info(Command):
     def run(self, console: Console) -> None:
         from mor.cli.describe import Facts, facts
 
+        if is_prepared(self.path):
+            raise ValueError(f"{self.path} is prepared data; mor data info {self.path} shows it")
         here = RunFolder(self.path)
         if (below := RunFolder.below(self.path)) and here not in below:
             raise ValueError(f"{self.path} is a folder of runs; mor runs {self.path} lists them")

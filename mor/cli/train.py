@@ -178,6 +178,12 @@ class Train(Command):
             yield f"{name} model.{name}", reason
         if self.config is None:
             yield from self.choice.without_effect()
+        if self.config or "model.vocab_size" in self.named:
+            used = with_vocabulary(settings).model.vocab_size
+            if settings.model.vocab_size != used:
+                yield "model.vocab_size", f"beside the tokenizer, which has {used:,} tokens"
+        if reason := _too_late(settings):
+            yield "keep_steps", reason
         if settings.flops is not None:
             yield "steps", "with flops, which decide how many there are"
         if settings.optim.schedule == "cosine":
@@ -212,6 +218,8 @@ class Train(Command):
         from mor.training.loop import train
 
         settings = self._settings()
+        if self.resume and "keep_steps" in self.named and (reason := _too_late(settings)):
+            raise ValueError(f"--keep-steps has no effect {reason}")
         settings = replace(settings, data=settings.data.located())
         result = train(settings, resume=self.resume, console=console, announce=header)
         with showing(set()):
@@ -235,6 +243,23 @@ class Train(Command):
                 out=given.out,
             )
         return given
+
+
+def with_vocabulary(settings: TrainConfig) -> TrainConfig:
+    """The same with a model as large as the tokenizer makes it."""
+    from mor.data.stream import vocab_size
+
+    model = settings.model.replace(vocab_size=vocab_size(settings.data))
+    return replace(settings, model=model)
+
+
+def _too_late(settings: TrainConfig) -> str:
+    """Why some of the steps to keep have no effect; empty if they all have."""
+    if not settings.keep_steps:
+        return ""
+    last = total_steps(with_vocabulary(settings), int(os.environ.get("WORLD_SIZE", "1")))
+    late = max(settings.keep_steps)
+    return "" if late <= last else f"for step {late:,}, as the run ends at step {last:,}"
 
 
 def header(settings: TrainConfig, ranks: int = 1) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from mor.data.spelling import Spelling
 from mor.files import naming, read_json
 from mor.settings import Listed, NonNegativeInt, PositiveInt, Settings
 
@@ -22,6 +23,8 @@ class ShardEntry(Settings):
     bytes: NonNegativeInt
     sha256: str = ""
     """Of tokens and ends; data that mor 0.1.0 prepared has none."""
+    spelling: Spelling | None = None
+    """How the tokens differ from the text; mor 0.1.0 did not record it."""
 
 
 class SplitEntry(Settings):
@@ -29,6 +32,7 @@ class SplitEntry(Settings):
     tokens: PositiveInt
     bytes: NonNegativeInt
     shards: Listed[tuple[ShardEntry, ...]]
+    spelling: Spelling | None = None
 
     def __post_init__(self) -> None:
         for name in ("documents", "tokens", "bytes"):

@@ -209,13 +209,15 @@ def parse_task(path: str) -> Task:
             f"{path!r}: no task {name!r}{suggestion(name, TASKS)}; choose from {', '.join(TASKS)}"
         )
     try:
-        values = {
-            key: int(value) for key, value in parse_qsl(settings, strict_parsing=bool(settings))
-        }
+        pairs = parse_qsl(settings, strict_parsing=bool(settings))
+        values = {key: int(value) for key, value in pairs}
     except ValueError:
         raise ValueError(
             f"{path!r}: settings look like ?hops=6&seed=1, with whole numbers"
         ) from None
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in values if keys.count(key) > 1]:
+        raise ValueError(f"{path!r}: {twice[0]} is given twice; which of them is meant?")
     with naming(repr(path)):
         return TASKS[name].from_dict(values)
 

@@ -39,6 +39,7 @@ from rich.console import Console
 from mor.data.manifest import FORMAT, JOURNAL, MANIFEST, SPLITS, SettingsEntry, read_manifest
 from mor.data.readers import Record
 from mor.data.sources import Document, Source, find_sources, in_words
+from mor.data.spelling import Spelling, spelling
 from mor.data.split import Divided, held_out, utf8_bytes
 from mor.data.tokenizer import COMPANIONS, Tokenizer, train_bpe
 from mor.files import LOCK, alone_in, naming, replacing, tidy
@@ -422,7 +423,10 @@ def _finish(out: Path, settings: dict[str, Any], left_out: str) -> dict[str, Any
             name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", "bytes")
         }
         if shards:
-            found["splits"][split] = {**totals, "shards": shards}
+            of_all = _spelling_of(shards)
+            if of_all:  # an error if next to nothing could be read
+                Spelling.from_dict(of_all).remark(f"the text of the {split} split")
+            found["splits"][split] = {**totals, "shards": shards, "spelling": of_all}
     if not found["splits"]:
         empty, broken = (sum(row[name] for row in rows) for name in ("empty", "broken"))
         problems = next((row["problems"] for row in rows if row["problems"]), [""])
@@ -438,12 +442,25 @@ def _finish(out: Path, settings: dict[str, Any], left_out: str) -> dict[str, Any
     return found
 
 
+def _spelling_of(shards: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """That of the shards together; None if mor 0.1.0 wrote one of them."""
+    found = [shard.get("spelling") for shard in shards]
+    if None in found:
+        return None
+    return sum((Spelling.from_dict(each) for each in found if each), Spelling()).plain()
+
+
 def _warn(manifest: dict[str, Any], tokenizer: Tokenizer, console: Console) -> None:
     """What became other than one may have expected."""
     sizes = {split: found["bytes"] for split, found in manifest["splits"].items()}
     divided = Divided(sum(sizes.values()), sizes.get("validation", 0))
     miss = divided.miss(manifest["settings"]["validation_share"])
-    for note in [*([miss] if miss else []), *tokenizer.remarks()]:
+    lost = [
+        Spelling.from_dict(found["spelling"]).remark(f"the {split} split")
+        for split, found in manifest["splits"].items()
+        if found["spelling"]
+    ]
+    for note in filter(None, [miss, *tokenizer.remarks(), *lost]):
         console.print(f"warning: {note}", highlight=False, soft_wrap=True)
 
 
@@ -479,9 +496,11 @@ def _write_shards(number: int, texts: dict[str, list[str]], dtype: str) -> dict[
 
 def _write_shard(name: str, texts: list[str], dtype: str) -> dict[str, Any]:
     end_of_text = [_tokenizer_of_worker.end_of_text_id]
-    parts, lengths = [], []
+    parts, lengths, found = [], [], Spelling()
     for batch in _batches(texts):
-        for ids in _tokenizer_of_worker.encode_documents(batch):
+        documents = _tokenizer_of_worker.encode_documents(batch)
+        found += spelling(_tokenizer_of_worker, batch, documents)
+        for ids in documents:
             parts.append(np.array(ids + end_of_text, dtype=dtype))
             lengths.append(len(ids) + 1)
     tokens, ends = np.concatenate(parts), np.cumsum(lengths, dtype=np.int64)
@@ -494,6 +513,7 @@ def _write_shard(name: str, texts: list[str], dtype: str) -> dict[str, Any]:
         "tokens": len(tokens),
         "bytes": num_bytes,
         "sha256": checksum(tokens, ends),
+        "spelling": found.plain(),
     }
 
 

@@ -27,6 +27,7 @@ from mor.data.problems import PREFIX, Problems, Task, parse_task, task_tokenizer
 from mor.data.python_docs import python_documents
 from mor.data.shards import checksum
 from mor.data.sources import Document, read_documents
+from mor.data.spelling import Spelling, spells
 from mor.data.split import held_out, held_out_documents, utf8_bytes
 from mor.data.text_bytes import TextBytes
 from mor.data.tokenizer import Tokenizer, train_bpe
@@ -146,7 +147,7 @@ class Windows:
 
     def text_bytes(self, batch: Batch) -> int:
         """UTF-8 bytes of the text that the targets of a batch spell, special tokens none; 0 where
-        they are no text."""
+        they are no text, or the tokenizer loses some of it (see :mod:`mor.data.spelling`)."""
         raise NotImplementedError
 
     def describe(self) -> str:
@@ -251,15 +252,16 @@ class Windows:
 @dataclass(frozen=True)
 class TokenData(Windows):
     """A token stream, every document closed by end-of-text. num_bytes: UTF-8 bytes of its text.
-    bytes_by_token: those of its tokens."""
+    bytes_by_token: those of its tokens. is_spelt: whether these are those of the text."""
 
     parts: Sequence[Part | Shard]
     num_documents: int
     num_bytes: int
     bytes_by_token: TextBytes
+    is_spelt: bool = True
 
     def text_bytes(self, batch: Batch) -> int:
-        return self.bytes_by_token.of(batch.tokens_BT, batch.targets_BT)
+        return self.bytes_by_token.of(batch.tokens_BT, batch.targets_BT) if self.is_spelt else 0
 
     def describe(self) -> str:
         return f"{self.num_documents:,} documents, {in_bytes(self.num_bytes)}, {len(self):,} tokens"
@@ -398,6 +400,13 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpu
     """
     if tokenizer is None:
         _check_effect(config)
+    found = _load_corpus(config, tokenizer)
+    if tokenizer is None and config.validation_path:
+        _check_apart(found, config)
+    return found
+
+
+def _load_corpus(config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
     if config.path and config.path.startswith(PREFIX):
         return _task_corpus(config.path)
     if config.path and is_prepared(config.path):
@@ -413,8 +422,53 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpu
         tokenizer = _make_tokenizer(config, train)
         for remark in tokenizer.remarks():
             warnings.warn(remark, stacklevel=2)
-    held_out = tokenize(validation, tokenizer) if validation else _validation(config, tokenizer)
-    return Corpus(tokenizer, tokenize(train, tokenizer), held_out)
+    if validation:
+        held_out = tokenize(validation, tokenizer, "the validation text")
+    else:
+        held_out = _validation(config, tokenizer)
+    return Corpus(tokenizer, tokenize(train, tokenizer, "the training text"), held_out)
+
+
+_COMPARED = 64  # validation documents; the longest, of whose lengths there are few
+
+
+def _check_apart(corpus: Corpus, config: DataConfig) -> None:
+    """Raise ValueError if the validation text is training text; warn if some of it is."""
+    train, held_out = corpus.train, corpus.validation
+    assert isinstance(train, TokenData) and isinstance(held_out, TokenData)
+    longest = sorted(_document_spans(held_out), key=lambda span: span[2] - span[1])[-_COMPARED:]
+    texts = {_document(*span) for span in longest}
+    lengths = {stop - start for _, start, stop in longest}
+    both = {_document(*span) for span in _document_spans(train, lengths)} & texts
+    if len(both) == len(texts):
+        raise ValueError(
+            f"all documents of {config.validation_path} are in the training text, "
+            f"{config.path or 'the default corpus'}, too: a loss on them says nothing of other "
+            "text. Leave out data.validation_path to hold out a share, or give other text"
+        )
+    if both:
+        text = (
+            f"{len(both)} of the {len(texts)} longest documents of {config.validation_path} are in "
+            "the training text, too: the validation loss is too low by what was learned by heart"
+        )
+        warnings.warn(text, stacklevel=3)
+
+
+def _document_spans(
+    data: TokenData, lengths: set[int] | None = None
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Tokens of a part, and where each document begins and ends in them. lengths: only of these."""
+    for part in data.parts:
+        # Not opened: that would read every shard, to check it.
+        tokens, ends = _map(part) if isinstance(part, Shard) else part
+        starts = np.concatenate([[0], ends[:-1]])
+        wanted = np.isin(ends - starts, list(lengths)) if lengths else np.ones(len(ends), bool)
+        for place in np.flatnonzero(wanted):
+            yield tokens, int(starts[place]), int(ends[place])
+
+
+def _document(tokens: np.ndarray, start: int, stop: int) -> bytes:
+    return tokens[start:stop].astype(np.uint32).tobytes()
 
 
 def vocab_size(config: DataConfig) -> int:
@@ -514,7 +568,7 @@ def load_tokens(
         return open_shards(path, split or held_out_split(path), tokenizer)
     if split:
         raise ValueError(f"{path} is not prepared data, so it has no split {split!r}")
-    return tokenize(read_documents(path, text_field), tokenizer)
+    return tokenize(read_documents(path, text_field), tokenizer, str(path))
 
 
 def held_out_split(path: str | Path) -> str:
@@ -544,7 +598,26 @@ def open_shards(folder: str | Path, split: str, tokenizer: Tokenizer) -> TokenDa
         if unread > 0:
             shard.check()
         unread -= shard.num_tokens
-    return TokenData(shards, found["documents"], found["bytes"], tokenizer.text_bytes)
+    is_spelt = _is_spelt(found.get("spelling"), tokenizer, f"the {split} split of {folder}")
+    counts = found["documents"], found["bytes"]
+    return TokenData(shards, *counts, tokenizer.text_bytes, is_spelt)
+
+
+def _is_spelt(recorded: dict[str, Any] | None, tokenizer: Tokenizer, name: str) -> bool:
+    """Whether prepared tokens spell their text, with a warning if they do not."""
+    if recorded is not None:
+        found = Spelling.from_dict(recorded)
+        remark, is_spelt = found.remark(name), found.is_exact
+    elif is_spelt := tokenizer.has_tokens_for_all:
+        remark = ""
+    else:
+        remark = (
+            f"{name} was prepared by mor 0.1.0, which did not count the text that a tokenizer has "
+            "no tokens for; prepare it again to have bits per byte"
+        )
+    if remark:
+        warnings.warn(remark, stacklevel=4)
+    return is_spelt
 
 
 CHECKED_AT_ONCE = 1 << 27  # tokens; the shards after these are checked when they are first read
@@ -570,13 +643,18 @@ def _make_tokenizer(config: DataConfig, train: list[Document]) -> Tokenizer:
     return Tokenizer.find(config.tokenizer or BPE)
 
 
-def tokenize(documents: list[Document], tokenizer: Tokenizer) -> TokenData:
-    ids = tokenizer.encode_documents([d.text for d in documents])
+def tokenize(documents: list[Document], tokenizer: Tokenizer, name: str = "the text") -> TokenData:
+    """name: what the documents are, in words. Raises ValueError if the tokenizer cannot read them,
+    and warns of what it loses."""
+    texts = [d.text for d in documents]
+    ids = tokenizer.encode_documents(texts)
+    is_spelt = spells(tokenizer, texts, ids, name)
     end = [tokenizer.end_of_text_id]
     tokens = np.concatenate([np.array(document + end, dtype=np.uint32) for document in ids])
     ends = np.cumsum([len(document) + 1 for document in ids], dtype=np.int64)
     num_bytes = sum(utf8_bytes(d.text) for d in documents)
-    return TokenData([Part(tokens, ends)], len(documents), num_bytes, tokenizer.text_bytes)
+    parts = [Part(tokens, ends)]
+    return TokenData(parts, len(documents), num_bytes, tokenizer.text_bytes, is_spelt)
 
 
 def split_documents(

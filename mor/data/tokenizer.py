@@ -22,7 +22,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mor.data.long_pieces import in_short_pieces
-from mor.data.text_bytes import TextBytes, text_bytes
+from mor.data.spelling import spelling
+from mor.data.text_bytes import TextBytes, text_bytes, unknown_ids
 from mor.files import extra, naming, parse_json
 from mor.hub_access import asking_the_hub
 from mor.run_folder import RunFolder
@@ -103,12 +104,15 @@ class Tokenizer:
         return found
 
     def _has_tokens_for(self, text: str) -> bool:
-        unknown = getattr(self.backend.model, "unk_token", None)
         try:
-            (ids,) = self.encode_documents([text])
+            return not spelling(self, [text], self.encode_documents([text])).lost
         except ValueError:
             return False
-        return bool(ids) and (unknown is None or ids != [self.backend.token_to_id(unknown)])
+
+    @property
+    def has_tokens_for_all(self) -> bool:
+        """Whether it loses no text, by examples of what others lose."""
+        return all(map(self._has_tokens_for, _UNUSUAL))
 
     @property
     def fingerprint(self) -> str:
@@ -130,6 +134,12 @@ class Tokenizer:
     def text_bytes(self) -> TextBytes:
         """Bytes of text that each token stands for."""
         return text_bytes(self.backend, self.end_of_text_id)
+
+    @cached_property
+    def markup_ids(self) -> set[int]:
+        """Tokens that are no text where a text is marked up; what is unknown is text."""
+        added = self.backend.get_added_tokens_decoder()
+        return {i for i, token in added.items() if token.special} - unknown_ids(self.backend)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that may be marked up, as a chat template does. Raises ValueError if the

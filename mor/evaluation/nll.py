@@ -23,9 +23,10 @@ from mor.model.transformer import Output, Transformer
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """nll: nats per predicted token. bits_per_byte: None for the answers of a task, which are no
-    text. tokens: that were read. score: the sums behind these figures. causal: no token could see
-    later ones. share_per_recursion: of all tokens read, those that took each recursion. leak_nats:
-    by how much selection that sees the future lowers the NLL on the same text (see :func:`leak`).
+    text, and for text that the tokenizer loses some of. tokens: that were read. score: the sums
+    behind these figures. causal: no token could see later ones. share_per_recursion: of all tokens
+    read, those that took each recursion. leak_nats: by how much selection that sees the future
+    lowers the NLL on the same text (see :func:`leak`).
     """
 
     selection: Selection

@@ -11,7 +11,8 @@ class Score:
     """Sums over the tokens that were predicted, and no others.
 
     nats: their negative log-likelihood. tokens: how many. bytes: UTF-8 bytes of the text that they
-    spell, special tokens none; 0 for the answers of a task, which are no text.
+    spell, special tokens none; 0 for the answers of a task, which are no text, and for text that
+    the tokenizer loses some of.
     """
 
     nats: float = 0.0
@@ -42,11 +43,11 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """None where there is no text."""
+        """None where there is no text, or not all of it."""
         return self.nats / math.log(2) / self.bytes if self.bytes else None
 
     @property
     def in_words(self) -> str:
         if self.bits_per_byte is None:
-            return f"{self.nll:.3f} nats per answer"
+            return f"{self.nll:.3f} nats per token"
         return f"{self.bits_per_byte:.3f} bits/byte"

@@ -288,7 +288,13 @@ def train_config(settings: Mapping[str, Any]) -> TrainConfig:
         values["model"] = _model(values["model"])
     config = TrainConfig.from_dict(values)
     # What a budget buys depends on the vocabulary, which the data brings along.
-    return replace(config, model=config.model.replace(vocab_size=vocab_size(config.data)))
+    model = config.model.replace(vocab_size=vocab_size(config.data))
+    if "vocab_size" in (settings.get("model") or {}) and model != config.model:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} has no effect beside the tokenizer, which "
+            f"has {model.vocab_size:,} tokens; leave it out"
+        )
+    return replace(config, model=model)
 
 
 def _model(table: Mapping[str, Any]) -> ModelConfig:

@@ -42,3 +42,21 @@ def test_comparing_says_why_scores_are_not_comparable(some_runs, tmp_path, capsy
     shutil.copytree(some_runs / "one" / "checkpoints" / "step-00000008", alone)
     notes = found_json(capsys, "compare", some_runs / "one", alone)["cautions"]
     assert len(notes) == 1 and "alone belongs to no run" in notes[0]
+
+
+def test_validation_text_is_known_by_what_it_was_and_not_by_its_place(some_runs, tmp_path, capsys):
+    """The same text elsewhere is the same; another text in the same place is another."""
+    shutil.copytree(some_runs / "two", tmp_path / "two")
+    settings = tmp_path / "two" / "train.json"
+    values = json.loads(settings.read_text())
+    values["data"]["path"] = "elsewhere.jsonl"
+    settings.write_text(json.dumps(values))
+    assert found_json(capsys, "compare", some_runs / "one", tmp_path / "two")["cautions"] == []
+    for folder in (tmp_path / "two" / "checkpoints").iterdir():
+        (folder / "checksums.json").unlink()
+        progress = folder / "training_state" / "progress.json"
+        recorded = json.loads(progress.read_text())
+        recorded["data"]["validation.sha256"] = "another"
+        progress.write_text(json.dumps(recorded))
+    (caution,) = found_json(capsys, "compare", some_runs / "one", tmp_path / "two")["cautions"]
+    assert caution.startswith("the validation data differ")

@@ -84,14 +84,19 @@ def test_a_damaged_run_hides_no_other(some_runs, tmp_path, capsys):
         (["info", "nowhere"], "neither a checkpoint"),
         (["info", "."], ". is a folder of runs; mor runs . lists them"),
         (["runs", "nowhere"], "not a folder"),
+        (["compare"], "needs two or more runs or checkpoints\n"),
+        (["info", "prepared"], "prepared is prepared data; mor data info prepared shows it"),
         (["compare", "nowhere", "nowhere"], "neither a checkpoint"),
-        (["compare", "nowhere"], "paths must be a list of at least 2"),
+        (["compare", "nowhere"], "needs two or more runs or checkpoints, got only nowhere"),
     ],
 )
 def test_mistakes_are_explained(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train.json").write_text("{}")
+    (tmp_path / "prepared").mkdir()
+    for name in ("manifest.json", "tokenizer.json"):
+        (tmp_path / "prepared" / name).write_text("{}")
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2

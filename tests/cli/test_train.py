@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+import mor
 from mor.cli import main
-from mor.cli.train import header
+from mor.cli.train import Train, header
 from mor.training import loop
 from mor.training.config import TrainConfig
 from tests.cli.printed import found_json
@@ -146,3 +147,29 @@ def test_a_run_finds_its_data_from_another_folder(run, tmp_path, monkeypatch, ca
     main(["train", "--resume", "--steps", "3", "--out", "run"])
     main(["eval", "run", "--max-windows", "1"])
     assert "checkpoint: run/checkpoints/step-00000003" in capsys.readouterr().out
+
+
+def test_settings_that_the_data_or_the_length_decide_are_named(run, tmp_path, capsys):
+    common = ["train", "--data.path", str(run / "a.jsonl"), "--data.tokenizer", "bytes"]
+    common += ["--preset", "tiny", "--seq-len", "32", "--out", str(tmp_path / "run")]
+    for flags, said in (
+        ("--model.vocab-size 300", "--model.vocab-size has no effect beside the tokenizer, which"),
+        ("--steps 3 --keep-steps 2 100", "--keep-steps has no effect for step 100, as the run end"),
+        ("--flops 1 --keep-steps 2", "flops=1 is less than"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*common, *flags.split()])
+        assert said in capsys.readouterr().err
+    main([*common, "--model.vocab-size", "257", "--steps", "2", "--keep-steps", "2"])
+    assert mor.load(tmp_path / "run").config.vocab_size == 257
+    with pytest.raises(SystemExit):
+        main(["train", "--resume", "--out", str(tmp_path / "run"), "--keep-steps", "3"])
+    assert "--keep-steps has no effect for step 3, as the run ends at step 2" in (
+        capsys.readouterr().err
+    )
+    file = tmp_path / "run.toml"
+    file.write_text("keep_steps = [9]\n[model]\nvocab_size = 300\n")
+    with pytest.warns(UserWarning) as warned:
+        Train.read([*common[1:5], "--steps", "3", "--config", str(file)], "mor train")
+    said = sorted(str(each.message).partition(" in ")[0] for each in warned)
+    assert said == ["keep_steps", "model.vocab_size"]

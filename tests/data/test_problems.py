@@ -181,3 +181,9 @@ def test_runs_of_moves_are_of_all_lengths_equally_often():
     ends = problems.hops_BT[:, 1:] == 1  # the next word sets the state anew
     share = torch.bincount(hops[ends], minlength=5)[1:] / ends.sum()
     assert share.tolist() == pytest.approx([0.25] * 4, abs=0.03)
+
+
+def test_a_setting_is_given_once():
+    with pytest.raises(ValueError, match="hops is given twice"):
+        parse_task("task:state-tracking?hops=16&moves=2&hops=3")
+    assert parse_task("task:state-tracking?hops=3&moves=2") == StateTracking(hops=3, moves=2)

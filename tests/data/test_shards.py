@@ -311,7 +311,7 @@ def test_masked_training_on_shards_equals_each_document_alone(prepared):
 
 
 def test_training_reads_prepared_data_and_names_what_does_not_fit(prepared, tmp_path):
-    _, out, _ = prepared
+    first, out, _ = prepared
     corpus = load_corpus(DataConfig(path=str(out)))
     assert corpus.train.num_documents + corpus.validation.num_documents == 150
     assert (
@@ -321,13 +321,13 @@ def test_training_reads_prepared_data_and_names_what_does_not_fit(prepared, tmp_
         ValueError, match=r"was prepared with the tokenizer 'bytes' \(\w+\), not with .*\(\w+\)"
     ):
         load_corpus(DataConfig(path=str(out)), train_bpe(TEXTS, 300))
-    source = write_jsonl(tmp_path / "a.jsonl")
+    source = write_jsonl(tmp_path / "a.jsonl", [text.upper() for text in TEXTS])
     prepare([source], tmp_path / "all", PrepareConfig(tokenizer="bytes", workers=1))
     with pytest.raises(ValueError, match=r"has no validation split; set data.validation_path"):
         load_corpus(DataConfig(path=str(tmp_path / "all")))
     both = load_corpus(DataConfig(path=str(tmp_path / "all"), validation_path=str(out)))
     assert both.train.num_documents == 150 and len(both.validation) == len(corpus.validation)
-    texts = load_corpus(DataConfig(path=source, validation_path=source, tokenizer="bytes"))
+    texts = load_corpus(DataConfig(path=source, validation_path=first, tokenizer="bytes"))
     assert len(texts.train) == len(texts.validation) == len(both.train)
     assert len(load_tokens(tmp_path / "all", byte_tokenizer())) == len(both.train)
     shard = next((tmp_path / "all").glob("*.bin"))

@@ -266,3 +266,31 @@ def test_shards_beyond_the_first_are_checked_when_they_are_read(tmp_path, monkey
     assert len(data.tokens(0, first)) == first
     with pytest.raises(ValueError, match=r"train-00001.bin is damaged.*65535"):
         data.tokens(0, first + 1)
+
+
+def test_validation_text_is_not_training_text(tmp_path):
+    texts = [f"Text {i} is this one. " * (i % 7 + 1) for i in range(60)]
+    (tmp_path / "all").mkdir()
+    for name, some in {"all/a": texts, "all/b": texts[:9], "c": texts[:9], "d": texts[20:]}.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", some)
+    others = [*texts[:10], *(text.upper() for text in texts[10:40])]
+    write_jsonl(tmp_path / "others.jsonl", others)
+    prepare([str(tmp_path / "d.jsonl")], tmp_path / "e", PrepareConfig(tokenizer="bytes"))
+
+    def load(path, validation_path):
+        places = {"path": str(tmp_path / path), "validation_path": str(tmp_path / validation_path)}
+        return load_corpus(DataConfig(**places, tokenizer="bytes"))
+
+    for same in (
+        ("d.jsonl", "d.jsonl"),
+        ("all", "all/b.jsonl"),
+        ("all", "c.jsonl"),
+        ("all", "e"),
+        ("e", "d.jsonl"),
+        ("e", "e"),
+    ):
+        with pytest.raises(ValueError, match=f"all documents of .*{same[1]} are in the training"):
+            load(*same)
+    with pytest.warns(UserWarning, match="10 of the 40 longest documents of .*others.jsonl are in"):
+        load("all", "others.jsonl")
+    assert load("c.jsonl", "d.jsonl").validation.num_documents == 40

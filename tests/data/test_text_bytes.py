@@ -86,3 +86,20 @@ def test_ids_with_gaps_have_a_place_each():
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     found = text_bytes(backend, 2)
     assert len(found.inside) == 10 and np.flatnonzero(found.inside).tolist() == [9]
+
+
+def test_the_unknown_token_has_no_bytes_whether_it_is_marked_special_or_not():
+    words = models.WordLevel({"<unk>": 0, "the": 1}, unk_token="<unk>")
+    pieces = models.Unigram([("<unk>", 0.0), ("the", -1.0)], unk_id=0)
+    for model in (words, pieces):
+        found = finished(tokenizers.Tokenizer(model)).text_bytes
+        assert found.first[:2].tolist() == found.visible[:2].tolist() == [0, 3]
+
+
+def test_white_space_is_told_from_the_rest():
+    tokenizer = byte_tokenizer()
+    text = " a\tb\u00a0日\n"
+    seen = len("ab\u00a0日".encode())
+    assert tokenizer.text_bytes.of_document(tokenizer.encode(text)) == (seen, 3)
+    piece = sentence_piece(True)
+    assert piece.text_bytes.of_document(piece.encode(" ab x\n")) == (3, 3)

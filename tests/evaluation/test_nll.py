@@ -25,7 +25,9 @@ from tests.training.small_run import quiet, settings
 
 TOKENS = random_tokens(104)
 SIZES = np.random.default_rng(0).integers(0, 13, (2, 37))
-DATA = TokenData([Part(TOKENS.numpy(), np.array([30, 71, 104]))], 3, 250, TextBytes(*SIZES, 36))
+DATA = TokenData(
+    [Part(TOKENS.numpy(), np.array([30, 71, 104]))], 3, 250, TextBytes(*SIZES, SIZES[1], 36)
+)
 WINDOW = 9  # 11 windows, then one of 4 tokens
 
 

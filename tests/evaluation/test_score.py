@@ -18,7 +18,7 @@ def test_parts_of_different_sizes_add_up_to_the_whole():
 
 def test_what_has_no_meaning_is_not_a_number_made_up():
     answers = Score(nats=3.0, tokens=2)
-    assert answers.bits_per_byte is None and answers.in_words == "1.500 nats per answer"
+    assert answers.bits_per_byte is None and answers.in_words == "1.500 nats per token"
     assert Score(nats=3.0, tokens=2, bytes=4).in_words == "1.082 bits/byte"
     assert Score(nats=1e6, tokens=1).perplexity == math.inf
     with pytest.raises(ValueError, match="no token was predicted"):
