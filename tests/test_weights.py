@@ -62,7 +62,10 @@ def test_shards_are_read_as_one_and_compared_with_their_index(tmp_path):
     for weight_map, words in [
         (names | {"c": first}, "differ in: c"),
         ({"layer.a": names["b"], "b": first}, "differ in: b, layer.a"),
-        ({"layer.a": first}, "does not name these files beside it: model-00002-of-00002"),
+        (
+            {"layer.a": first},
+            "does not name these files of weights beside it: model-00002-of-00002",
+        ),
         (names | {"c": "model-00003-of-00002.safetensors"}, "missing: model-00003-of-00002"),
         (names | {"b": "../b.safetensors"}, "outside its folder: ../b.safetensors"),
         ({}, "it has no weight_map"),
@@ -71,7 +74,7 @@ def test_shards_are_read_as_one_and_compared_with_their_index(tmp_path):
         with pytest.raises(ValueError, match=words):
             open_weights(tmp_path)
     save_file({"b": B}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="holds both"):
+    with pytest.raises(ValueError, match="does not name these files of weights beside it"):
         open_weights(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds an adapter; merge it"):

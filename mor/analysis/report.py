@@ -27,6 +27,7 @@ from mor.analysis.classes import LEAST
 from mor.analysis.style import save
 from mor.checkpoint import Checkpoint
 from mor.data.stream import TaskData, Windows
+from mor.files import read_json
 from mor.run_folder import RunFolder
 
 Rows = list[dict[str, Any]]
@@ -251,7 +252,7 @@ def report_page(
         )
     known = {n: entries.get(n) or Entry(title=_as_title(n), note="") for n in names}
     parts = [_section(n, entry, drawn.get(n), listed.get(n)) for n, entry in known.items()]
-    summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}
+    summary = read_json(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
     own = files("mor.analysis.page")
     return Template((own / "report.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(folder.resolve().name),
