@@ -7,6 +7,7 @@ left out by name, or named as left over.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -99,7 +100,8 @@ def _read_safetensors(file: Path) -> Weights:
 
 def _read_pickled(file: Path) -> Weights:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)  # tensors, never code
+        with warnings.catch_warnings(action="ignore"):  # on the way to the error
+            state = torch.load(file, map_location="cpu", weights_only=True)  # tensors, never code
     except Exception:  # bytes of any kind make it raise errors of any kind
         raise ValueError(
             f"{file} is damaged or holds more than tensors, which mor does not read"

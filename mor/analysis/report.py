@@ -12,6 +12,7 @@ import base64
 import csv
 import html
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ def analyses(
     say are left out.
 
     document_mask: for the NLL by depth, as the model was trained; all else reads documents that see
-    each other.
+    each other. Raises ValueError if a number is not finite.
     """
     reading = corpus.read(loaded.model, data, seq_len=seq_len, max_windows=max_windows)
     found: dict[str, Rows] = {}
@@ -187,7 +188,20 @@ def analyses(
         found["dead_tokens"] = corpus.dead_tokens(reading)
     found["drift"] = corpus.drift(reading)
     found["kv_similarity"] = corpus.kv_similarity(reading)
+    for name, rows in found.items():
+        _require_finite(name, rows)
     return {name: rows for name, rows in found.items() if rows}
+
+
+def _require_finite(table: str, rows: Rows) -> None:
+    """Raise ValueError for a number that no figure could show."""
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(
+                    f"{name} of {table} is {value}: the states of the model grow too large for "
+                    "its numbers; take another checkpoint"
+                )
 
 
 def collapse(tables: dict[str, Rows]) -> str | None:

@@ -281,7 +281,7 @@ def special_ids(
     found: dict[str, int | list[int] | None] = {}
     for name in SPECIAL:
         given = values.get(name)
-        if name == "pad_token_id" and type(given) is int and given == -1:
+        if (name, given) in (("pad_token_id", -1), ("eos_token_id", [])):
             given = None
         ids = given if isinstance(given, list) and name == "eos_token_id" else [given]
         if given is not None and not all(
