@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mor.files import alone_in, link, naming, remove_folder, replacing, tidy
+from mor.files import alone_in, link, naming, parse_json, remove_folder, replacing, tidy
 
 _SETTINGS = "train.json"
 _STEP = "step-"
@@ -73,7 +73,7 @@ class RunFolder:
             return []
         lines = self.metrics.read_text().splitlines(keepends=True)
         with naming(self.metrics):
-            return [json.loads(line) for line in lines if line.endswith("\n")]
+            return [parse_json(line, "a row") for line in lines if line.endswith("\n")]
 
     def keep_metrics(self, up_to: int) -> None:
         """Drop the rows after a step, which the run is about to write again."""

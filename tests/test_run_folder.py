@@ -95,9 +95,10 @@ def test_a_killed_process_leaves_nothing_in_view(tmp_path):
 
 def test_metrics_that_are_damaged_name_their_file(tmp_path):
     run = RunFolder(tmp_path)
-    run.metrics.write_text("half\n")
-    with pytest.raises(ValueError, match=r"metrics.jsonl: "):
-        run.read_metrics()
+    for row in ("half", "null", "[" * 100_000):
+        run.metrics.write_text(f"{row}\n")
+        with pytest.raises(ValueError, match=r"metrics.jsonl: a row is damaged"):
+            run.read_metrics()
 
 
 # Links
