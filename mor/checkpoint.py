@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mor.data.tokenizer import Tokenizer
+from mor.data.tokenizer import COMPANIONS, Tokenizer
 from mor.files import CHECKSUMS, naming, read_json, replacing, verify, write_checksums
 from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
 from mor.run_folder import RunFolder
 from mor.weights import (
+    WEIGHT_FILES,
     WEIGHTS,
     Shape,
     Weights,
@@ -40,6 +41,8 @@ _STATE = "training_state"
 OPTIMIZER = Path(_STATE) / "optimizer"
 """Where training puts the state of its optimizers."""
 _PROGRESS = f"{_STATE}/progress.json"
+_READ = (_CONFIG, "adapter_config.json", *WEIGHT_FILES, "tokenizer.json", *COMPANIONS)
+_READ_TO_CONTINUE = (f"{_STATE}/*", f"{_STATE}/*/*")
 _PREFIX = "model."  # MoRForCausalLM holds the Transformer under this name
 # Entries of config.json that are not settings of ModelConfig.
 _OUR_EXTRAS = {"model_type", "architectures", "eos_token_id", "auto_map"}
@@ -123,18 +126,25 @@ def resolve(path: str | Path) -> Path:
 
 def check(folder: Path) -> None:
     """Compare all files that :func:`load` reads with their checksums, where the folder has some
-    (transformers writes none). Raises ValueError naming the first that is missing or has changed.
+    (transformers writes none). Raises ValueError naming the first that is missing, has changed or
+    has no checksum.
 
-    What training alone reads is left to whoever resumes.
+    What training alone reads is left to :func:`check_to_continue`.
     """
-    _check(folder, lambda name: Path(name).parts[0] != _STATE)
+    _check(folder, _READ)
 
 
-def _check(folder: Path, only: Callable[[str], bool]) -> None:
+def check_to_continue(folder: Path) -> None:
+    """Compare all files that a run goes on from with their checksums, which training always writes.
+    Raises ValueError as :func:`check` does."""
+    verify(folder, (*_READ, *_READ_TO_CONTINUE))
+
+
+def _check(folder: Path, read: Sequence[str]) -> None:
     if not (folder / CHECKSUMS).is_file():
         return
     try:
-        verify(folder, only=only)
+        verify(folder, read)
     except ValueError as error:
         raise ValueError(
             f"{error}. If you changed the folder on purpose, delete {CHECKSUMS} in it"
@@ -248,7 +258,7 @@ def read_config(folder: Path) -> ModelConfig:
     """The settings of a checkpoint's model. Raises ValueError if the file is damaged or does not
     describe a mor model."""
     file = folder / _CONFIG
-    _check(folder, lambda name: name == _CONFIG)
+    _check(folder, [_CONFIG])
     values = read_json(file)
     if values.get("model_type") != "mor":
         raise ValueError(
@@ -274,5 +284,5 @@ def load_progress(path: str | Path) -> dict[str, Any]:
     folder = resolve(path)
     if not has_progress(folder):
         raise ValueError(f"{folder} was saved without training state and cannot be continued")
-    _check(folder, lambda name: name == _PROGRESS)
+    _check(folder, [_PROGRESS])
     return read_json(folder / _PROGRESS)

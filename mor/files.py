@@ -13,8 +13,9 @@ import stat
 import tempfile
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -128,18 +129,40 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2))
 
 
-def verify(folder: Path, *, only: Callable[[str], bool] | None = None) -> None:
-    """Raise ValueError naming the first file of a folder that is missing or has changed since its
-    checksum was written. only: whether to look at a file, by its path in the folder."""
+def verify(folder: Path, read: Sequence[str]) -> None:
+    """Raise ValueError naming the first file that is missing, has changed since its checksum was
+    written, or has none. read: patterns of the files that somebody is about to read, by their paths
+    in the folder; what else others put there does not matter."""
     if not (folder / CHECKSUMS).is_file():
         raise ValueError(f"{folder} has no {CHECKSUMS}: mor did not write it, or did not finish it")
-    for name, expected in read_json(folder / CHECKSUMS).items():
-        if only is not None and not only(name):
-            continue
-        if not (folder / name).is_file():
+    sums = read_json(folder / CHECKSUMS)
+    there = {
+        str(file.relative_to(folder))
+        for pattern in read
+        for file in folder.glob(pattern)
+        if file.is_file() and file.name != CHECKSUMS
+    }
+    listed = {name for name in sums if any(fnmatch(name, pattern) for pattern in read)}
+    for name in sorted(there | listed):
+        if name not in there:
             raise ValueError(f"{folder / name} is missing")
-        if _checksum(folder / name) != expected:
+        if name not in listed:
+            raise ValueError(
+                f"{folder / name} has no checksum in {CHECKSUMS}: one of the two is damaged or new"
+            )
+        if _checksum(folder / name) != sums[name]:
             raise ValueError(f"{folder / name} is damaged: its checksum has changed")
+
+
+def check_links(folder: Path) -> None:
+    """Raise ValueError for a link that leads nowhere: a reader would take the file for one that was
+    never there."""
+    for path in sorted(folder.glob("[!.]*")):
+        if path.is_symlink() and not path.exists():
+            raise ValueError(
+                f"{path} is a link to {os.readlink(path)}, which is not there; restore the file "
+                "or delete the link"
+            )
 
 
 def _checksum(file: Path) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mor.files import alone_in, link, naming, remove_folder, replacing, tidy, verify
+from mor.files import alone_in, link, naming, parse_json, remove_folder, replacing, tidy
 
 _SETTINGS = "train.json"
 _CHECKPOINTS = "checkpoints"
@@ -81,7 +81,7 @@ class RunFolder:
             return []
         lines = self.metrics.read_text().splitlines(keepends=True)
         with naming(self.metrics):
-            return [json.loads(line) for line in lines if line.endswith("\n")]
+            return [parse_json(line, "a row") for line in lines if line.endswith("\n")]
 
     def keep_metrics(self, up_to: int) -> None:
         """Drop the rows after a step, which the run is about to write again."""
@@ -112,15 +112,16 @@ class RunFolder:
         """The checkpoints that exist, oldest first."""
         return sorted(self._checkpoints.glob(f"{_STEP}[0-9]*[0-9]"))
 
-    def newest_intact(self) -> Path | None:
-        """The newest checkpoint, None if there is none yet.
+    def newest_intact(self, check: Callable[[Path], None]) -> Path | None:
+        """The newest checkpoint, None if there is none yet. check: raises ValueError for a damaged
+        one.
 
         Raises ValueError if that one is damaged, naming the newest one that is not.
         """
         problems: dict[Path, ValueError] = {}
         for path in reversed(self.checkpoints()):
             try:
-                verify(path)
+                check(path)
             except ValueError as error:
                 problems[path] = error
                 continue

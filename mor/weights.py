@@ -7,7 +7,7 @@ left out by name, or named as left over.
 from __future__ import annotations
 
 import functools
-import pickle
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -18,10 +18,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mor.files import read_json
+from mor.files import check_links, read_json
 
 Shape = tuple[int, ...]
 WEIGHTS = "model.safetensors"
+_PICKLED = "pytorch_model.bin"
+WEIGHT_FILES = tuple(
+    pattern
+    for stem, suffix in (WEIGHTS.split("."), _PICKLED.split("."))
+    for pattern in (
+        f"{stem}.{suffix}",
+        f"{stem}.{suffix}.index.json",
+        f"{stem}-*-of-*.{suffix}",
+    )
+)
+"""Patterns of the names that weights have in a folder."""
 # What wrappers put before every name: DDP, torch.compile, PEFT, FSDP, Lightning and transformers.
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "_fsdp_wrapped_module.", "model.")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -47,23 +58,35 @@ def open_weights(folder: Path) -> Weights:
     """The weights of a directory: ``model.safetensors``, or the files that its index names; else
     the same of ``pytorch_model.bin``.
 
-    Raises ValueError if there are none, for a damaged file, if index and files differ, and for an
-    adapter beside them, which would be left out.
+    Raises ValueError if there are none, for a damaged file, if index and files differ, and for
+    other weights or an adapter beside them, which would be left out.
     """
+    check_links(folder)
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{folder} holds an adapter; merge it into the weights first, with PEFT's "
             "merge_and_unload()"
         )
-    for name, read_file in ((WEIGHTS, _read_safetensors), ("pytorch_model.bin", _read_pickled)):
+    there = {file.name for pattern in WEIGHT_FILES for file in folder.glob(pattern)}
+    for name, read_file in ((WEIGHTS, _read_safetensors), (_PICKLED, _read_pickled)):
         whole, index = folder / name, folder / f"{name}.index.json"
-        if whole.is_file() and index.is_file():
-            raise ValueError(f"{folder} holds both {whole.name} and {index.name}; delete one")
-        if whole.is_file():
+        if whole.name in there:
+            _check_alone(whole, there - {whole.name})
             return read_file(whole)
-        if index.is_file():
-            return _sharded(index, read_file)
+        if index.name in there:
+            place_of = _weight_map(index)
+            _check_alone(index, there - {index.name, *place_of.values()})
+            return _sharded(index, place_of, read_file)
     raise ValueError(f"{folder} holds no weights (no {WEIGHTS} and no {WEIGHTS}.index.json)")
+
+
+def _check_alone(read: Path, others: Iterable[str]) -> None:
+    """Raise ValueError if there are weights that nobody would read."""
+    if strays := sorted(others):
+        raise ValueError(
+            f"{read} does not name these files of weights beside it: {_listed(strays)}; keep only "
+            "what belongs to the model"
+        )
 
 
 def _read_safetensors(file: Path) -> Weights:
@@ -77,31 +100,39 @@ def _read_safetensors(file: Path) -> Weights:
 
 def _read_pickled(file: Path) -> Weights:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)  # tensors, never code
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{file} is damaged or holds more than tensors: {first}") from None
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        with warnings.catch_warnings(action="ignore"):  # on the way to the error
+            state = torch.load(file, map_location="cpu", weights_only=True)  # tensors, never code
+    except Exception:  # bytes of any kind make it raise errors of any kind
+        raise ValueError(
+            f"{file} is damaged or holds more than tensors, which mor does not read"
+        ) from None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
         raise ValueError(f"{file} holds more than tensors by name")
     return of_state(str(file), state)
 
 
-def _sharded(index: Path, read_file: Callable[[Path], Weights]) -> Weights:
-    """Several files as one. Every tensor of the index is in the file it names, and the files hold
-    no others."""
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor; all of them are there."""
     place_of = read_json(index).get("weight_map")
     if not isinstance(place_of, dict) or not place_of:
         raise ValueError(f"{index} is damaged: it has no weight_map")
-    names = sorted({str(name) for name in place_of.values()})
+    place_of = {tensor: str(name) for tensor, name in place_of.items()}
+    names = sorted(set(place_of.values()))
     if outside := [name for name in names if Path(name).name != name]:
         raise ValueError(f"{index} names files outside its folder: {_listed(outside)}")
     if absent := [name for name in names if not (index.parent / name).is_file()]:
         raise ValueError(f"{index} names files that are missing: {_listed(absent)}")
-    stem, _, suffix = index.name.removesuffix(".index.json").rpartition(".")
-    there = {file.name for file in index.parent.glob(f"{stem}-*-of-*.{suffix}")}
-    if strays := sorted(there - set(names)):
-        raise ValueError(f"{index} does not name these files beside it: {_listed(strays)}")
-    parts = {name: read_file(index.parent / name) for name in names}
+    return place_of
+
+
+def _sharded(
+    index: Path, place_of: Mapping[str, str], read_file: Callable[[Path], Weights]
+) -> Weights:
+    """Several files as one. Every tensor of the index is in the file it names, and the files hold
+    no others."""
+    parts = {name: read_file(index.parent / name) for name in sorted(set(place_of.values()))}
     found = {(tensor, name) for name, part in parts.items() for tensor in part.shapes}
     if differing := sorted({tensor for tensor, _ in found ^ set(place_of.items())}):
         raise ValueError(f"{index} and the files it names differ in: {_listed(differing)}")

@@ -131,6 +131,35 @@ def test_what_is_read_is_verified_and_what_is_not_read_is_left_to_its_reader(cop
         checkpoint.load(copied)
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_what_is_read_is_listed(name, copied):
+    (copied / "README.md").touch()
+    (copied / ".gitattributes").touch()
+    checkpoint.load(copied)
+    checkpoint.check_to_continue(copied)
+    file = copied / "checksums.json"
+    sums = json.loads(file.read_text())
+    del sums[name]
+    flip(copied / name)
+    for left in (sums, {}):
+        file.write_text(json.dumps(left))
+        with pytest.raises(ValueError, match=" has no checksum in "):
+            checkpoint.load(copied)
+
+
+def test_what_a_run_goes_on_from_is_listed(copied):
+    file = copied / "checksums.json"
+    sums = json.loads(file.read_text())
+    del sums["training_state/progress.json"]
+    file.write_text(json.dumps(sums))
+    checkpoint.load(copied)
+    for read in (checkpoint.check_to_continue, checkpoint.load_progress):
+        with pytest.raises(ValueError, match=r"progress\.json has no checksum"):
+            read(copied)
+
+
 def rewrite(folder, *, state=None, **settings):
     """Change a checkpoint as its owner would: without the checksums."""
     (folder / "checksums.json").unlink(missing_ok=True)

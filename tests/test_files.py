@@ -12,6 +12,7 @@ from mor.files import (
     LOCK,
     alone_in,
     cache_folder,
+    check_links,
     extra,
     read_json,
     replacing,
@@ -69,20 +70,44 @@ def test_what_a_killed_process_left_is_undone(tmp_path):
     tidy(tmp_path / "nowhere")
 
 
+READ = ("a", "inner/*")
+
+
 def test_a_changed_or_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="has no checksums"):
-        verify(tmp_path)
+        verify(tmp_path, READ)
     (tmp_path / "inner").mkdir()
     for name in ("a", "inner/b"):
         (tmp_path / name).write_text(name)
     write_checksums(tmp_path)
-    verify(tmp_path)
+    verify(tmp_path, READ)
     (tmp_path / "inner/b").write_text("c")
     with pytest.raises(ValueError, match="inner/b is damaged"):
-        verify(tmp_path)
+        verify(tmp_path, READ)
+    verify(tmp_path, ["a"])
     (tmp_path / "a").unlink()
     with pytest.raises(ValueError, match="a is missing"):
-        verify(tmp_path)
+        verify(tmp_path, READ)
+
+
+@pytest.mark.parametrize("sums", ["{}", '{"files": {}}', '{"inner/b": ""}'])
+def test_what_is_read_has_a_checksum_and_what_others_put_there_needs_none(sums, tmp_path):
+    (tmp_path / "a").write_text("a")
+    write_checksums(tmp_path)
+    (tmp_path / "README.md").touch()
+    verify(tmp_path, READ)
+    (tmp_path / "checksums.json").write_text(sums)
+    with pytest.raises(ValueError, match=r"/a has no checksum in checksums\.json"):
+        verify(tmp_path, ["a"])
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    (tmp_path / "there").touch()
+    (tmp_path / "link").symlink_to("there")
+    check_links(tmp_path)
+    (tmp_path / "there").unlink()
+    with pytest.raises(ValueError, match="link is a link to there, which is not there"):
+        check_links(tmp_path)
 
 
 def test_a_lock_is_for_one_process_and_leaves_no_empty_folder(tmp_path):

@@ -21,6 +21,10 @@ def with_checkpoints(path, *steps):
     return run
 
 
+def check(folder):
+    verify(folder, ["weights"])
+
+
 def steps(run):
     return [int(path.name.rpartition("-")[2]) for path in run.checkpoints()]
 
@@ -64,19 +68,19 @@ def test_the_newest_checkpoints_are_kept_and_those_asked_for(tmp_path, keep, spa
 
 
 def test_the_newest_intact_checkpoint_is_found_or_offered(tmp_path):
-    assert RunFolder(tmp_path / "none").newest_intact() is None
+    assert RunFolder(tmp_path / "none").newest_intact(check) is None
     run = with_checkpoints(tmp_path, 10, 20, 30)
-    assert run.newest_intact() == run.checkpoint(30)
+    assert run.newest_intact(check) == run.checkpoint(30)
     for step in (30, 20):
         (run.checkpoint(step) / "weights").write_text("damaged")
     with pytest.raises(
         ValueError,
         match=r"step-00000030/weights is damaged.*step-00000010 is intact.*rm -r .*30 .*20\)",
     ):
-        run.newest_intact()
+        run.newest_intact(check)
     (run.checkpoint(10) / "weights").unlink()
     with pytest.raises(ValueError, match=r"30/weights is damaged.*no checkpoint of .* is intact"):
-        run.newest_intact()
+        run.newest_intact(check)
 
 
 def test_a_killed_process_leaves_nothing_in_view(tmp_path):
@@ -91,9 +95,10 @@ def test_a_killed_process_leaves_nothing_in_view(tmp_path):
 
 def test_metrics_that_are_damaged_name_their_file(tmp_path):
     run = RunFolder(tmp_path)
-    run.metrics.write_text("half\n")
-    with pytest.raises(ValueError, match=r"metrics.jsonl: "):
-        run.read_metrics()
+    for row in ("half", "null", "[" * 100_000):
+        run.metrics.write_text(f"{row}\n")
+        with pytest.raises(ValueError, match=r"metrics.jsonl: a row is damaged"):
+            run.read_metrics()
 
 
 # Links
@@ -116,7 +121,7 @@ def test_the_run_shows_the_files_of_its_newest_checkpoint(tmp_path):
     assert shown(run) == "20" and steps(run) == [20]
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoints", "checksums.json", "latest", "weights"]
-    verify(tmp_path)
+    check(tmp_path)
     moved = RunFolder(tmp_path.rename(tmp_path.with_name("moved")))
     assert shown(moved) == "20"
 

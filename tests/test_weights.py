@@ -62,7 +62,10 @@ def test_shards_are_read_as_one_and_compared_with_their_index(tmp_path):
     for weight_map, words in [
         (names | {"c": first}, "differ in: c"),
         ({"layer.a": names["b"], "b": first}, "differ in: b, layer.a"),
-        ({"layer.a": first}, "does not name these files beside it: model-00002-of-00002"),
+        (
+            {"layer.a": first},
+            "does not name these files of weights beside it: model-00002-of-00002",
+        ),
         (names | {"c": "model-00003-of-00002.safetensors"}, "missing: model-00003-of-00002"),
         (names | {"b": "../b.safetensors"}, "outside its folder: ../b.safetensors"),
         ({}, "it has no weight_map"),
@@ -71,7 +74,7 @@ def test_shards_are_read_as_one_and_compared_with_their_index(tmp_path):
         with pytest.raises(ValueError, match=words):
             open_weights(tmp_path)
     save_file({"b": B}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="holds both"):
+    with pytest.raises(ValueError, match="does not name these files of weights beside it"):
         open_weights(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds an adapter; merge it"):
@@ -93,9 +96,41 @@ def test_pickled_tensors_are_read_and_pickled_code_does_not_run(tmp_path, capsys
         with pytest.raises(ValueError, match=r"pytorch_model\.bin .*holds more than"):
             open_weights(tmp_path)
     file.write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged") as error:
         open_weights(tmp_path)
+    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"junk" * 100,
+        b"PK\3\4" + b"\0" * 50,
+        b"\x80\2",
+        b"\x80\2J.",
+        b"\x80\2X\xff\xff\xff\xff",
+    ],
+)
+def test_pickled_junk_is_named_in_one_line(content, tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"pytorch_model\.bin is damaged or holds more than ten.*d$"
+    ):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("stray", ["model-00001-of-00017.safetensors", "pytorch_model.bin"])
+def test_weights_beside_those_that_are_read_are_named(stray, tmp_path):
+    save_file({"b": B}, tmp_path / "model.safetensors")
+    (tmp_path / "README.md").touch()
+    assert torch.equal(open_weights(tmp_path).read("b"), B)
+    (tmp_path / stray).touch()
+    with pytest.raises(
+        ValueError, match=rf"model\.safetensors does not name .* beside it: {stray}"
+    ):
+        open_weights(tmp_path)
 
 
 @pytest.mark.parametrize("length", [0, 5, 60])

@@ -12,6 +12,7 @@ import base64
 import csv
 import html
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from mor.analysis.classes import LEAST
 from mor.analysis.style import save
 from mor.checkpoint import Checkpoint
 from mor.data.stream import TaskData, Windows
+from mor.files import read_json
 from mor.run_folder import RunFolder
 
 Rows = list[dict[str, Any]]
@@ -161,7 +163,7 @@ def analyses(
     say are left out.
 
     document_mask: for the NLL by depth, as the model was trained; all else reads documents that see
-    each other.
+    each other. Raises ValueError if a number is not finite.
     """
     reading = corpus.read(loaded.model, data, seq_len=seq_len, max_windows=max_windows)
     found: dict[str, Rows] = {}
@@ -186,7 +188,20 @@ def analyses(
         found["dead_tokens"] = corpus.dead_tokens(reading)
     found["drift"] = corpus.drift(reading)
     found["kv_similarity"] = corpus.kv_similarity(reading)
+    for name, rows in found.items():
+        _require_finite(name, rows)
     return {name: rows for name, rows in found.items() if rows}
+
+
+def _require_finite(table: str, rows: Rows) -> None:
+    """Raise ValueError for a number that no figure could show."""
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(
+                    f"{name} of {table} is {value}: the states of the model grow too large for "
+                    "its numbers; take another checkpoint"
+                )
 
 
 def collapse(tables: dict[str, Rows]) -> str | None:
@@ -251,7 +266,7 @@ def report_page(
         )
     known = {n: entries.get(n) or Entry(title=_as_title(n), note="") for n in names}
     parts = [_section(n, entry, drawn.get(n), listed.get(n)) for n, entry in known.items()]
-    summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}
+    summary = read_json(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
     own = files("mor.analysis.page")
     return Template((own / "report.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(folder.resolve().name),

@@ -104,7 +104,10 @@ def name_lines(
     where names would overlap. Call it when the limits of the axes are final."""
     axes.autoscale_view()
     points = [np.asarray(line.get_xydata(), float) for line in lines]
-    ends = np.array([point[np.isfinite(point[:, 1])][-1] for point in points])
+    finite = [point[np.isfinite(point[:, 1])] for point in points]
+    if empty := [name for name, known in zip(names, finite, strict=True) if not len(known)]:
+        raise ValueError(f"nothing to draw for {empty[0]!r}: none of its numbers is finite")
+    ends = np.array([known[-1] for known in finite])
     lines_each = max(name.count("\n") + 1 for name in names)
     gap = 1.35 * lines_each * SMALL / 72 / _height(axes)
     places = apart((axes.transScale + axes.transLimits).transform(ends)[:, 1], gap)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mor import checkpoint
 from mor.checkpoint import Checkpoint
 from mor.conversion.llama import read_tokenizer
-from mor.data.tokenizer import Tokenizer
+from mor.data.tokenizer import Tokenizer, special_ids
 from mor.files import extra, naming
 from mor.model.config import ModelConfig
 from mor.weights import Weights
@@ -68,9 +68,11 @@ def read_gguf(path: Path) -> Checkpoint:
         for name in (*_ENDS, "bos_token_id", "padding_token_id")
         if (value := fields.get(f"tokenizer.ggml.{name}")) is not None
     }
+    with naming(path):
+        generation = special_ids(_generation(ids), config.vocab_size)
     found = read_tokenizer(
         config,
-        _generation(ids),
+        generation,
         path.parent,
         end_of_text=ids.get("eos_token_id"),  # some versions of transformers take the beginning
         gguf_file=path.name,
@@ -161,7 +163,10 @@ def _weights(path: Path, config: ModelConfig, tensors: dict[str, Any]) -> Weight
 
 def _generation(ids: dict[str, int]) -> dict[str, Any]:
     """The special tokens as generation_config.json has them."""
-    ends = list(dict.fromkeys(ids[name] for name in _ENDS if name in ids))
+    ends: list[Any] = []
+    for name in _ENDS:
+        if name in ids and ids[name] not in ends:
+            ends.append(ids[name])
     found = {"bos_token_id": ids.get("bos_token_id"), "pad_token_id": ids.get("padding_token_id")}
     if ends:
         found["eos_token_id"] = ends if len(ends) > 1 else ends[0]  # type: ignore[assignment]

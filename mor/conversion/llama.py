@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mor import checkpoint
 from mor.checkpoint import Checkpoint
 from mor.conversion.layers import count_parameters, unrolled_layers
-from mor.data.tokenizer import GENERATION, Tokenizer
+from mor.data.tokenizer import GENERATION, SPECIAL, Tokenizer, special_ids
 from mor.files import extra, naming, parse_json, read_json, replacing
 from mor.hub_access import asking_the_hub
 from mor.model.config import ModelConfig
@@ -32,7 +32,7 @@ _LAYER = {
     "feed_forward": "mlp",
 }
 _OUTER = {"embedding": "embed_tokens", "final_norm": "norm", "head": "lm_head"}
-_ANGLES = "layers.*.self_attn.rotary_emb.inv_freq"
+_ANGLES = ("rotary_emb.inv_freq", "layers.*.self_attn.rotary_emb.inv_freq")
 """What old versions of transformers stored beside the weights: it follows from rope_theta."""
 
 # Settings of a transformers config of which mor computes one form only.
@@ -59,9 +59,7 @@ def llama_config(theirs: Any) -> ModelConfig:
             raise ValueError(
                 f"the source has {name}={value!r}; mor computes with {name}={allowed[-1]!r} only"
             )
-    quantized = getattr(theirs, "quantization_config", None)
-    # transformers dequantizes GGUF files by itself.
-    if quantized is not None and "gguf" not in str(quantized):
+    if getattr(theirs, "quantization_config", None) is not None:
         raise ValueError(
             "the source's weights are quantized; convert the original model, or a GGUF file of it"
         )
@@ -101,7 +99,7 @@ def llama_model(config: ModelConfig, weights: Weights) -> Transformer:
 
     Raises ValueError unless every tensor is used, and for rotary angles that contradict the config.
     """
-    model = checkpoint.build(config, weights, names=llama_name, left_out=[_ANGLES])
+    model = checkpoint.build(config, weights, names=llama_name, left_out=_ANGLES)
     _check_angles(config, weights)
     return model
 
@@ -197,7 +195,12 @@ def read_llama(name: str) -> Checkpoint:
         config = llama_config(_their_config(folder / "config.json"))
     model = llama_model(config, open_weights(folder))
     file = folder / GENERATION
-    generation = read_json(file) if file.is_file() else _of_config(settings)
+    if file.is_file():
+        generation = read_json(file)
+    else:
+        file, generation = folder / "config.json", _of_config(settings)
+    with naming(file):
+        generation |= special_ids(generation, config.vocab_size)
     return Checkpoint(config, model, read_tokenizer(config, generation, folder))
 
 
@@ -219,8 +222,7 @@ def _in_one_line(error: Exception) -> str:
 
 def _of_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What old models say in config.json of beginning, end and padding."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: settings[name] for name in names if settings.get(name) is not None}
+    return {name: settings[name] for name in SPECIAL if settings.get(name) is not None}
 
 
 def read_tokenizer(
@@ -231,7 +233,8 @@ def read_tokenizer(
     end_of_text: int | None = None,
     **settings: Any,
 ) -> Tokenizer:
-    """The tokenizer of a directory with the generation settings of its model.
+    """The tokenizer of a directory with the generation settings of its model, whose special ids
+    are checked.
 
     end_of_text: the token that ends documents, where the tokenizer's own word is not to be taken.
     settings: for ``AutoTokenizer``. Raises ValueError if there is none that transformers can read,
@@ -253,6 +256,8 @@ def read_tokenizer(
             end_of_text = ends[0] if isinstance(ends, list) and ends else ends
         if end_of_text is not None:
             theirs.eos_token = theirs.convert_ids_to_tokens(end_of_text)
+            if theirs.eos_token is None:
+                raise ValueError(f"the tokenizer has no token {end_of_text}, the end of a text")
         found = Tokenizer.from_transformers(theirs)
         if generation:
             files = found.files | {GENERATION: json.dumps(dict(generation), indent=2)}
@@ -283,13 +288,13 @@ def save_llama(out: Path, model: Transformer, tokenizer: Tokenizer) -> int:
         check_finite(name, tensor, "the model to save")
     tokenizer.check_fits(model.config.vocab_size)
     ends = list(tokenizer.end_ids)
-    ids = {
+    ids: dict[str, Any] = {
         "bos_token_id": special.bos_token_id,
         "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": special.pad_token_id,
     }
     if GENERATION in tokenizer.files:
-        ids |= _of_config(parse_json(tokenizer.files[GENERATION], GENERATION))
+        ids |= special_ids(parse_json(tokenizer.files[GENERATION], GENERATION))
     for name, value in ids.items():
         setattr(theirs.config, name, value)
         setattr(theirs.generation_config, name, value)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mor
 from mor import checkpoint
+from mor.files import read_json
 
 _IMPORT = re.compile(r"^(\s*)from mor\.(?:\w+\.)?(\w+) import", re.MULTILINE)
 _AUTO_MAP = {
@@ -34,7 +35,7 @@ def export(source: str | Path, out: str | Path) -> Path:
         code = _IMPORT.sub(r"\1from .mor_\2 import", module.read_text(encoding="utf-8"))
         (out / f"mor_{module.name}").write_text(code, encoding="utf-8")
     file = out / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": _AUTO_MAP}, indent=2))
+    file.write_text(json.dumps(read_json(file) | {"auto_map": _AUTO_MAP}, indent=2))
     return out
 
 

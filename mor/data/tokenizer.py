@@ -24,7 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mor.data.long_pieces import in_short_pieces
 from mor.data.spelling import spelling
 from mor.data.text_bytes import TextBytes, text_bytes, unknown_ids
-from mor.files import extra, naming, parse_json
+from mor.files import check_links, extra, naming, parse_json
 from mor.hub_access import asking_the_hub
 from mor.run_folder import RunFolder
 
@@ -34,6 +34,7 @@ _SAMPLE = (
     + END_OF_TEXT
 )
 GENERATION = "generation_config.json"
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _UNUSUAL = ("日", "ж", "🛑")
 # Files beside tokenizer.json that transformers reads: special tokens, chat templates, limits, and
 # the tokens that end a text with the model's sampling defaults.
@@ -73,14 +74,15 @@ class Tokenizer:
         if GENERATION not in self.files:
             return (self.end_of_text_id,)
         values = parse_json(self.files[GENERATION], GENERATION)
-        given = values.get("eos_token_id")
+        with naming(GENERATION):
+            special = special_ids(values)
+        given = special.get("eos_token_id")
         ids = given if isinstance(given, list) else [] if given is None else [given]
-        if not all(type(i) is int and i >= 0 for i in ids):
-            raise ValueError(f"{GENERATION}: eos_token_id={given!r} are not token ids")
         ends = tuple(dict.fromkeys((*ids, self.end_of_text_id)))
         if ends != tuple(ids):
-            values["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
-            self.files[GENERATION] = json.dumps(values, indent=2)
+            special["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
+        if values != (settled := values | special):
+            self.files[GENERATION] = json.dumps(settled, indent=2)
         return ends
 
     @cached_property
@@ -122,13 +124,17 @@ class Tokenizer:
         return hashlib.sha256(known.encode()).hexdigest()[:16]
 
     def check_fits(self, vocab_size: int) -> None:
-        """Raise ValueError if a model with this many embeddings lacks one for some token."""
+        """Raise ValueError if a model with this many embeddings lacks one for some token, or for
+        one that its generation_config.json names."""
         if self.vocab_size > vocab_size:
             raise ValueError(
                 f"the tokenizer has ids up to {self.vocab_size - 1}, the model embeddings for "
                 f"0..{vocab_size - 1}: they do not belong together; give the model its own "
                 "tokenizer"
             )
+        if GENERATION in self.files:
+            with naming(GENERATION):
+                special_ids(parse_json(self.files[GENERATION], GENERATION), vocab_size)
 
     @cached_property
     def text_bytes(self) -> TextBytes:
@@ -210,6 +216,7 @@ class Tokenizer:
             values = parse_json(self.files[GENERATION], GENERATION)
             ids = {name: value for name, value in values.items() if name.endswith("token_id")}
             self.files[GENERATION] = json.dumps(ids, indent=2)
+        self.check_fits(self.vocab_size)
         return self
 
     def save(self, folder: Path) -> None:
@@ -222,6 +229,7 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> Tokenizer:
         """Read a Hugging Face tokenizer directory. Raises ValueError if it is none, or damaged."""
         folder = Path(folder)
+        check_links(folder)
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{folder} holds no tokenizer.json{_other_forms(folder)}")
         found = sorted(path for pattern in COMPANIONS for path in folder.glob(pattern))
@@ -272,6 +280,30 @@ class Tokenizer:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
+def special_ids(
+    values: Mapping[str, Any], vocab_size: int | None = None
+) -> dict[str, int | list[int] | None]:
+    """The tokens that begin, end and pad texts, as far as a model's settings name them.
+
+    vocab_size: that of the model, where it is known. Several tokens may end a text. Old models pad
+    with -1, which means none. Raises ValueError for what is no token.
+    """
+    found: dict[str, int | list[int] | None] = {}
+    for name in SPECIAL:
+        given = values.get(name)
+        if (name, given) in (("pad_token_id", -1), ("eos_token_id", [])):
+            given = None
+        ids = given if isinstance(given, list) and name == "eos_token_id" else [given]
+        if given is not None and not all(
+            type(i) is int and i >= 0 and (vocab_size is None or i < vocab_size) for i in ids
+        ):
+            ends = "" if vocab_size is None else str(vocab_size - 1)
+            raise ValueError(f"{name}={given!r} is not a token of the model: ids are 0..{ends}")
+        if name in values:
+            found[name] = given
+    return found
+
+
 def _for_documents(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """Without what a tokenizer.json may keep of the batches or the training it was used for."""
     backend.no_truncation()
@@ -315,18 +347,17 @@ def _other_forms(folder: Path) -> str:
 
 def _read(file: Path) -> str:
     with naming(file.name):
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"it cannot be read ({error.strerror})") from None
 
 
 def _end_of_text(files: Mapping[str, str]) -> str:
     """The end-of-text token that a tokenizer's other files name."""
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        with naming(f"{name} is damaged"):
-            found = json.loads(files.get(name, "{}"))
-            if not isinstance(found, dict):
-                raise ValueError("it holds no table")
-        settings |= found
+        settings |= parse_json(files.get(name, "{}"), name)
     end = settings.get("eos_token") or END_OF_TEXT
     end = end.get("content") if isinstance(end, dict) else end
     if not isinstance(end, str):

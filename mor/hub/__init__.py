@@ -7,11 +7,13 @@ from mor.files import extra
 with extra("hf", needed_for="mor.hub"):
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from mor import checkpoint
     from mor.hub.configuration import MoRConfig
     from mor.hub.modeling import MoRCache, MoRForCausalLM, MoROutput
 
 AutoConfig.register("mor", MoRConfig)
 AutoModelForCausalLM.register(MoRConfig, MoRForCausalLM)
+MoRForCausalLM.check_folder = checkpoint.check
 
 __all__ = ["LoadBalancing", "MoRCache", "MoRConfig", "MoRForCausalLM", "MoROutput"]
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +32,14 @@ from mor.model.config import Selection
 from mor.model.kv_cache import KVCache
 from mor.model.packing import pack
 from mor.model.routing import Routing
-from mor.model.transformer import Output, RMSNorm, Transformer, check_finite, check_targets
+from mor.model.transformer import (
+    Output,
+    RMSNorm,
+    Transformer,
+    check_finite,
+    check_targets,
+    check_tensors,
+)
 
 # generate() passes the cache as "cache" since transformers 5.24, earlier as "past_key_values".
 _GENERATE_ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -123,7 +132,8 @@ class MoRCache(Cache):
 
 @dataclass
 class MoROutput(ModelOutput):
-    """loss: language-model loss plus weighted auxiliary losses. aux_loss: the latter alone.
+    """loss: language-model loss, in training mode plus the weighted auxiliary losses. aux_loss:
+    the latter alone, in either mode.
     depths: recursions that each token took, (B, T); 0 at padding, as for tokens that took none, and
     the attention mask tells them apart."""
 
@@ -156,6 +166,29 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         self.gradient_checkpointing = False
         self.is_balanced = False
         self.post_init()  # type: ignore[no-untyped-call]
+
+    check_folder: ClassVar[Callable[[Path], None] | None] = None
+    """Compares a folder with its checksums; set by ``mor.hub``. An export has none to compare."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, **settings: Any
+    ) -> Any:
+        """As transformers does it, but every tensor is accounted for.
+
+        Raises ValueError for a local folder that differs from its checksums, and for tensors that
+        are missing, left over or not finite.
+        """
+        folder = Path(str(pretrained_model_name_or_path), settings.get("subfolder") or "")
+        if cls.check_folder is not None and folder.is_dir():
+            cls.check_folder(folder)
+        wanted = settings.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **settings
+        )
+        model, info = loaded
+        _account(model, info, pretrained_model_name_or_path)
+        return loaded if wanted else model
 
     @classmethod
     def from_transformer(cls, model: Transformer, **settings: Any) -> MoRForCausalLM:
@@ -201,6 +234,12 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         self._refuse_unsupported(inputs_embeds, output_hidden_states, output_attentions)
         if input_ids is None:
             raise ValueError("input_ids are needed")
+        check_tensors(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            position_ids=position_ids,
+        )
         self._tell_of_adapters()
         cache = _usable(past_key_values if cache is None else cache, use_cache)
         kv = cache.prepare(self.model, len(input_ids)) if cache is not None else None
@@ -232,7 +271,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     def _losses(
         self, output: Output, labels: Tensor, num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Tensor]:
-        """The sum of all losses, and that of the auxiliary ones."""
+        """What training minimizes, or in evaluation the language-model loss alone; and the sum of
+        the auxiliary losses."""
         batch_shape = output.routing.tokens.batch_shape
         check_targets(labels, batch_shape, self.model.config.vocab_size, name="labels")
         if self.training and self.balances_by_bias and not self.is_balanced:
@@ -248,7 +288,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         # The loss is a mean over this batch, one of several in a step.
         if num_items_in_batch is not None:
             aux_loss = aux_loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
-        return lm_loss + aux_loss, aux_loss
+        return lm_loss + aux_loss if self.training else lm_loss, aux_loss
 
     @property
     def balances_by_bias(self) -> bool:
@@ -277,6 +317,11 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         for name, given in wanted.items():
             if given or (given is None and getattr(self.config, name, False)):
                 raise ValueError(f"{name} is not supported by MoRForCausalLM")
+        if hasattr(self.model.embedding, "neftune_noise_alpha"):  # Trainer's hook hangs there
+            raise ValueError(
+                "NEFTune is not supported by MoRForCausalLM, which embeds the tokens of all rows "
+                "in one; leave out neftune_noise_alpha"
+            )
 
     def _tell_of_adapters(self) -> None:
         """PEFT warns of a tied layer by the names that layers have in other models."""
@@ -332,6 +377,33 @@ class FiniteLogits(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         check_finite(scores)
         return scores
+
+
+def _account(model: MoRForCausalLM, info: Mapping[str, Any], place: Any) -> None:
+    """Raise ValueError if a model is not what its files hold. info: transformers' record of
+    loading."""
+    broken = [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point()
+        and tensor.device.type != "meta"
+        and not tensor.isfinite().all()
+    ]
+    # Those of another shape: transformers refuses them, or was told to ignore them.
+    kinds: dict[str, Collection[str]] = {
+        "missing": info["missing_keys"],
+        "left over": info["unexpected_keys"],
+        "not finite (nan or infinity)": broken,
+    }
+    if problems := [
+        f"{kind}: {', '.join(sorted(each)[:6])}{' ..' if len(each) > 6 else ''}"
+        for kind, each in kinds.items()
+        if each
+    ]:
+        raise ValueError(
+            f"the tensors of {place} are not those of the model that its settings describe; "
+            f"{'; '.join(problems)}"
+        )
 
 
 def _usable(cache: Any, use_cache: bool | None) -> MoRCache | None:

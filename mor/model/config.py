@@ -266,7 +266,13 @@ class ModelConfig(Settings):
 
     def with_capacities(self, capacities: Sequence[float]) -> ModelConfig:
         """The same model with other capacities, which must fit as configured ones must."""
-        return self.replace(router=dataclasses.replace(self.router, capacities=tuple(capacities)))
+        try:
+            each = tuple(capacities)
+        except TypeError:
+            raise ValueError(
+                f"capacities must be a share for each recursion, got {capacities!r}"
+            ) from None
+        return self.replace(router=dataclasses.replace(self.router, capacities=each))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -355,9 +355,11 @@ class Transformer(nn.Module):
         try:
             x_MD: Tensor = self.embedding(ids)
         except IndexError:
+            low, high, most = int(ids.min()), int(ids.max()), self.config.vocab_size - 1
+            if low >= 0 and high <= most:  # a hook of the embedding, not the ids
+                raise
             raise ValueError(
-                f"token ids must lie in 0..{self.config.vocab_size - 1}, got ids from "
-                f"{int(ids.min())} to {int(ids.max())}"
+                f"token ids must lie in 0..{most}, got ids from {low} to {high}"
             ) from None
         return x_MD
 
@@ -371,6 +373,9 @@ class Transformer(nn.Module):
         selection: str,
         logits: Logits,
     ) -> None:
+        check_tensors(
+            tokens=tokens_BT, mask_BT=mask_BT, documents_BT=documents_BT, targets_BT=targets_BT
+        )
         if tokens_BT.ndim != 2 or tokens_BT.numel() == 0:
             raise ValueError(
                 "tokens must have shape (batch, length) and not be empty, got "
@@ -409,7 +414,7 @@ class Transformer(nn.Module):
         trained, R = self.config.num_recursions, router.num_recursions
         check_depth(max_depth, R)
         expected = self.config.capacities
-        if capacities is not None and tuple(capacities) != expected:
+        if capacities is not None and capacities != expected:
             expected = self.config.with_capacities(capacities).capacities
         further = expected[-1:] * (R - trained)  # beyond the trained ones, as the last
         return RoutingRule(selection, (*expected, *further), max_depth or R)
@@ -461,6 +466,15 @@ def check_finite(logits: Tensor) -> None:
             "the model gives logits that are not finite; its weights are broken (take another "
             f"checkpoint) or too large for {str(logits.dtype).removeprefix('torch.')}"
         )
+
+
+def check_tensors(**given: Any) -> None:
+    """Raise ValueError for what is there and no tensor, such as a list of lists."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} must be a tensor, got a {type(value).__name__}; make one with torch.tensor"
+            )
 
 
 def _check_mask(mask_BT: Tensor) -> None:

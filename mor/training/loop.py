@@ -28,7 +28,7 @@ from mor.data.stream import Corpus, Fingerprint, load_corpus
 from mor.device import peak_flops_per_s
 from mor.evaluation.finite import NotFiniteError
 from mor.evaluation.nll import Evaluation, evaluate
-from mor.files import naming, remove_folder, verify, write_json
+from mor.files import naming, remove_folder, write_json
 from mor.interruption import interruptible
 from mor.model.config import ModelConfig, RouterConfig
 from mor.model.transformer import Transformer
@@ -200,7 +200,7 @@ def _start(config: TrainConfig, run: RunFolder, resume: bool, console: Console) 
             f"{run.path} already holds a run; resume it with --resume, choose another --out, or "
             "delete it"
         )
-    if newest := run.newest_intact():
+    if newest := run.newest_intact(checkpoint.check_to_continue):
         return newest
     if resume or run.metrics.exists():
         console.print(
@@ -209,7 +209,7 @@ def _start(config: TrainConfig, run: RunFolder, resume: bool, console: Console) 
     if config.branch_from is None:
         return None
     start = checkpoint.resolve(config.branch_from)
-    verify(start)
+    checkpoint.check_to_continue(start)
     return start
 
 

@@ -40,6 +40,15 @@ def test_the_same_tables_give_the_same_files(data, tmp_path):
         ), file.name
 
 
+def test_states_that_overflow_end_a_report_with_their_table(data):
+    model = tiny("expert_choice", vocab_size=257)
+    with torch.no_grad():
+        model.recursions.shared_blocks[0].feed_forward.down_proj.weight.mul_(1e37)
+    broken = Checkpoint(model.config, model, byte_tokenizer())
+    with pytest.raises(ValueError, match=r"relative_change of drift is (inf|nan): the states"):
+        analyses(broken, data, seq_len=WINDOW, max_windows=1)
+
+
 def test_tables_keep_every_column_and_value(tmp_path):
     write_table([{"a": 1, "b": [0.5, 1]}, {"a": None, "c": "x,y"}], tmp_path / "t.csv")
     with (tmp_path / "t.csv").open(newline="") as file:

@@ -59,3 +59,10 @@ def test_names_at_the_ends_of_lines_keep_their_order_and_their_distance():
     assert np.diff(np.sort(moved)).min() == pytest.approx(0.1)
     assert moved[1] == 0.1 and moved[3] == 0.9, "only where names would overlap"
     assert moved[[0, 2, 4]].mean() == pytest.approx(0.51)
+
+
+def test_a_line_without_a_finite_number_is_named():
+    _, (axes,) = style.new_axes("a figure")
+    drawn = [axes.plot([0, 1], y)[0] for y in ([1.0, np.nan], [np.nan, np.inf])]
+    with pytest.raises(ValueError, match="nothing to draw for 'b': none of its numbers is finite"):
+        style.name_lines(axes, drawn, ["a", "b"])

@@ -157,13 +157,39 @@ def test_old_directories_name_their_ends_in_the_config(folder, tmp_path):
     assert checkpoint.load(tmp_path / "mor").tokenizer.end_ids == (258, 7)
 
 
-@pytest.mark.parametrize("given", ["</s>", [1.5], -1, [True], {"a": 1}])
-def test_ends_that_are_no_tokens_are_named(given, folder, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        *(
+            ("eos_token_id", each)
+            for each in ("</s>", [1.5], -1, [True], {"a": 1}, 2**70, [258, 259])
+        ),
+        *(("pad_token_id", each) for each in (9999, -2, [258])),
+        *(("bos_token_id", each) for each in ("x", 259, -1)),
+    ],
+)
+@pytest.mark.parametrize("to", ["mor", "llama"])
+def test_special_ids_that_are_no_tokens_are_named(name, given, to, folder, tmp_path):
     source = shutil.copytree(folder, tmp_path / "source")
-    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
-    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id="):
-        convert(str(source), tmp_path / "mor")
-    assert not (tmp_path / "mor").exists()
+    (source / "generation_config.json").write_text(json.dumps({name: given}))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    del settings["eos_token"]  # then the model's settings decide
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    words = rf"generation_config\.json: {name}=.* is not a token of the model: ids are 0\.\.258$"
+    with pytest.raises(ValueError, match=words):
+        convert(str(source), tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()
+
+
+def test_padding_of_minus_one_is_none_in_both_directions(folder, tmp_path):
+    source = shutil.copytree(folder, tmp_path / "source")
+    values = {"eos_token_id": 258, "pad_token_id": -1}
+    (source / "generation_config.json").write_text(json.dumps(values))
+    for to in ("mor", "llama"):
+        convert(str(source), tmp_path / to, to=to)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / to)
+        assert theirs.generation_config.pad_token_id is None
+        assert theirs.generation_config.eos_token_id == 258
 
 
 def test_every_decoder_stops_at_every_end(folder, tmp_path, capsys):

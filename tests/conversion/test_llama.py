@@ -151,6 +151,7 @@ ANGLES = 1 / 777.0 ** (torch.arange(0, 8, 2) / 8)
             lambda s: s | {"lm_head.weight": s["model.embed_tokens.weight"].clone()}, id="head"
         ),
         pytest.param(lambda s: s | {LAYER + "rotary_emb.inv_freq": ANGLES.bfloat16()}, id="angles"),
+        pytest.param(lambda s: s | {"model.rotary_emb.inv_freq": ANGLES}, id="angles of the model"),
     ],
 )
 def test_every_accepted_form_of_a_directory_gives_the_same_logits(change, source, tmp_path):
@@ -202,6 +203,8 @@ def test_shards_and_an_untied_head_are_read_and_written(tmp_path):
         (None, {"rope_interleaved": True}, "rope_interleaved=True"),
         (None, {"rope_parameters": {"rope_theta": 5.0, "rope_type": "yarn", "factor": 2}}, "rope_"),
         (adding(LAYER + "rotary_emb.inv_freq", 4), {}, "other rotary angles than rope_theta=777"),
+        (adding("model.rotary_emb.inv_freq", 4), {}, "other rotary angles than rope_theta=777"),
+        (None, {"quantization_config": {"quant_method": "not gguf"}}, "weights are quantized"),
         (adding("model.norm.weight", 30, 2), {}, r"norm\.weight is \(30, 2\), should be \(30,\)"),
         (lambda s: s | {"model.norm.weight": torch.full((30,), torch.nan)}, {}, "not finite"),
         (lambda s: s | {"model.norm.weight": torch.ones(30).char()}, {}, r"stored as torch\.int8"),

@@ -168,6 +168,8 @@ def test_a_tokenizer_that_cannot_write_every_text_says_so():
         ("tokenizer.json", "[1]", "tokenizer.json is damaged"),
         ("tokenizer_config.json", "{", "tokenizer_config.json is damaged"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json is damaged.*holds no table"),
+        ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json is damaged: maximum rec"),
+        ("generation_config.json", '{"pad_token_id": -3}', "pad_token_id=-3 is not a token"),
         ("tokenizer_config.json", '{"eos_token": 7}', "eos_token is not text but 7"),
         ("tokenizer_config.json", '{"eos_token": "</s>"}', "has no token '</s>'"),
         ("special_tokens_map.json", "x", "special_tokens_map.json is damaged"),
@@ -178,6 +180,26 @@ def test_a_damaged_file_is_named_with_its_folder(name, text, named, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"{tmp_path}.*{named}"):
         Tokenizer.load(tmp_path)
+
+
+def test_what_stands_for_a_file_and_cannot_be_read_is_named(tmp_path):
+    byte_tokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is a link to nowhere, which"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").mkdir()
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: it cannot be read"):
+        Tokenizer.load(tmp_path)
+
+
+def test_special_ids_of_a_tokenizer_for_another_model_are_its_own_tokens(tmp_path):
+    byte_tokenizer().save(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [256, 257]}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id=\[256, 257\] is"):
+        Tokenizer.find(str(tmp_path))
 
 
 def test_a_tokenizer_without_tokens_for_text_is_damaged(tmp_path):

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mor import checkpoint
@@ -48,6 +49,66 @@ def test_save_and_load_are_bit_exact_in_both_directions(tied, tmp_path):
     assert final.generation_config.eos_token_id == ours.tokenizer.end_of_text_id
     tokens = random_tokens(2, 11)
     assert torch.equal(final(tokens).logits, model.model(tokens).logits_BTV)
+
+
+def rewrite(folder, change):
+    """Change the tensors of a folder. change: of the dictionary of tensors."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def without(name):
+    return lambda state: {n: t for n, t in state.items() if not n.endswith(name)}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without("shared_blocks.0.attention.q_proj.weight"), r"; missing: \S*q_proj\.weight$"),
+        (
+            lambda s: s | {"model.head.weight": torch.zeros(37, 24)},
+            r"; left over: \S*head\.weight$",
+        ),
+        (lambda s: {f"module.{n}": t for n, t in s.items()}, r"missing: .*; left over: module\."),
+        (
+            lambda s: s | {"model.final_norm.weight": torch.full((24,), torch.nan)},
+            r"; not finite \(nan or infinity\): model\.final_norm\.weight$",
+        ),
+    ],
+)
+def test_every_tensor_is_accounted_for_by_transformers_too(change, words, tmp_path):
+    wrapped().save_pretrained(tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises(ValueError, match=words):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_transformers_compares_a_folder_with_its_checksums(tmp_path):
+    checkpoint.save(tmp_path / "c", tiny(vocab_size=257), byte_tokenizer())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "c")
+    rewrite(
+        tmp_path / "c",
+        lambda s: s | {"model.final_norm.weight": 2 * s["model.final_norm.weight"]},
+    )
+    for folder, settings in ((tmp_path / "c", {}), (tmp_path, {"subfolder": "c"})):
+        with pytest.raises(ValueError, match=r"c/model\.safetensors is damaged: its checksum"):
+            MoRForCausalLM.from_pretrained(folder, **settings)
+
+
+def test_what_loading_tells_is_still_told(tmp_path):
+    model = wrapped()
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not any(info.values()) and again.dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, vocab_size=41)
+    other, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, vocab_size=41, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert [name for name, *_ in info["mismatched_keys"]] == ["model.embedding.weight"]
+    assert torch.equal(other.model.final_norm.weight, model.model.final_norm.weight)
 
 
 def test_no_tensor_is_stored_twice(tmp_path):
@@ -358,7 +419,8 @@ def test_the_loss_is_ours_with_auxiliary_losses_and_topk_only_in_training_steps(
             tokens, mask_BT=mask.bool(), selection="topk" if training else "threshold"
         )
         nll = F.cross_entropy(expected.logits_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        torch.testing.assert_close(found.loss, nll + expected.routing.weighted_loss)
+        aux_loss = expected.routing.weighted_loss if training else 0
+        torch.testing.assert_close(found.loss, nll + aux_loss)
         torch.testing.assert_close(found.aux_loss, expected.routing.weighted_loss)
         assert torch.equal(found.depths, expected.routing.depth_BT)
     model.train()
@@ -591,6 +653,8 @@ def test_one_setting_by_two_names_has_one_value(tmp_path):
         (dict(max_depth=0), r"1\.\.3, got 0"),
         (dict(past_key_values=((1, 2),)), "must be a MoRCache, as forward returns it, not a tuple"),
         (dict(output_attentions=True), "output_attentions is not supported"),
+        (dict(attention_mask=[[1] * 9] * 2), "attention_mask must be a tensor, got a list"),
+        (dict(labels=[[1] * 9] * 2), "labels must be a tensor, got a list"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(settings, words):

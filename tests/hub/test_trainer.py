@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments
 
 from mor.hub.trainer import LoadBalancing
@@ -66,9 +67,26 @@ def test_trainer_takes_the_steps_that_a_plain_loop_takes(router, accumulate, tmp
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4, msg=name)
     assert losses[-1] < losses[0] - 0.1
     evaluated = trainer.evaluate(Sequences(8))["eval_loss"]
+    tokens = Sequences(8).tokens
     with torch.no_grad():
-        expected_eval = model.eval()(Sequences(8).tokens, labels=Sequences(8).tokens).loss.item()
+        logits = model.eval()(tokens).logits[:, :-1]
+        expected_eval = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
     assert evaluated == pytest.approx(expected_eval, abs=1e-4)
+
+
+def test_noise_on_embeddings_is_refused_by_its_name(tmp_path):
+    model = wrapped()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        neftune_noise_alpha=5.0,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    with pytest.raises(ValueError, match="NEFTune is not supported"):
+        Trainer(model=model, args=arguments, train_dataset=Sequences(4)).train()
 
 
 def test_loss_free_balancing_follows_the_load_of_each_step(tmp_path):

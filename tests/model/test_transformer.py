@@ -273,11 +273,34 @@ TOKENS = torch.tensor([[1, 2, 3]])
         (TOKENS, dict(max_depth=0), r"whole number in 1\.\.3, got 0"),
         (TOKENS, dict(max_depth=True), r"whole number in 1\.\.3, got True"),
         (TOKENS, dict(max_depth=1.5), r"whole number in 1\.\.3, got 1.5"),
+        ([[1, 2, 3]], {}, "tokens must be a tensor, got a list; make one with torch.tensor"),
+        (TOKENS, dict(mask_BT=[[1, 1, 1]]), "mask_BT must be a tensor, got a list"),
+        (TOKENS, dict(documents_BT=[[1, 1, 1]]), "documents_BT must be a tensor, got a list"),
+        (TOKENS, dict(targets_BT=[[1, 1, 1]]), "targets_BT must be a tensor, got a list"),
+        (TOKENS, dict(capacities=5), "capacities must be a share for each recursion, got 5"),
+        (TOKENS, dict(capacities=torch.tensor(1.0)), "a share for each recursion, got tensor"),
+        (TOKENS, dict(capacities="abc"), "capacities"),
     ],
 )
 def test_tokens_masks_and_targets_that_mean_nothing_are_refused(tokens, settings, words):
     with pytest.raises(ValueError, match=words):
         tiny("expert_choice")(tokens, **settings)
+
+
+def test_capacities_in_a_list_are_those_in_a_tuple():
+    model = tiny("expert_choice")
+    found = [
+        model(TOKENS, selection="topk", capacities=each).logits_BTV
+        for each in ((1, 0.7, 0.4), [1, 0.7, 0.4])
+    ]
+    assert torch.equal(*found)
+
+
+def test_an_error_of_a_hook_is_not_taken_for_a_bad_id():
+    model = tiny()
+    model.embedding.register_forward_hook(lambda module, given, out: out.size(2))
+    with pytest.raises(IndexError, match="Dimension out of range"):
+        model(TOKENS)
 
 
 def test_masks_of_numbers_and_ids_of_32_bits_mean_the_same():

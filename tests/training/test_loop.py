@@ -14,6 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from mor import checkpoint
 from mor.cli.describe import facts
 from mor.cli.info import describe
 from mor.costs.flops import train_flops
@@ -114,7 +115,10 @@ def test_steps_that_stay_not_finite_stop_the_run_with_the_last_good_checkpoint(
         r"with --branch-from .*step-00000004 --steps N --optim.lr X --out FOLDER$",
     ):
         train(settings(squares, tmp_path / "run", save_every=4, max_skipped=3), console=quiet())
-    assert RunFolder(tmp_path / "run").newest_intact().name == "step-00000004"
+    assert (
+        RunFolder(tmp_path / "run").newest_intact(checkpoint.check_to_continue).name
+        == "step-00000004"
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 12])
