@@ -306,10 +306,12 @@ def _is_stable(optim: OptimConfig, saved: Saved, first: int = 0) -> bool:
 def settings_to_resume(path: str) -> TrainConfig:
     """Of the run at ``path``: those in its folder, or else those that its newest checkpoint keeps.
     Raises ValueError if it has neither."""
+    from mor import checkpoint
+
     run = RunFolder(Path(path))
     if run.settings.is_file():
         return load_config(run.settings)
-    if (newest := run.newest_intact()) is None:
+    if (newest := run.newest_intact(checkpoint.check_to_continue)) is None:
         raise ValueError(f"{path} holds no run to resume (no {run.settings.name}, no checkpoint)")
     if (found := settings_in(newest)) is None:
         raise ValueError(
