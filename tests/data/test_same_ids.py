@@ -92,10 +92,11 @@ def test_prepared_data_have_the_same_ids_in_any_chunks(tokenizer_folder, tmp_pat
     once = load_tokens(tmp_path / "a.jsonl", tokenizer)
     expected = once.tokens(0, len(once)).tolist() * len(names)
     assert data.tokens(0, len(data)).tolist() == expected
+    (tmp_path / "other.txt").write_text("Other text.")
     corpus = load_corpus(
         DataConfig(
             path=str(tmp_path / "out"),
-            validation_path=str(tmp_path / "a.jsonl"),
+            validation_path=str(tmp_path / "other.txt"),
             tokenizer=str(tokenizer_folder),
         )
     )
