@@ -55,6 +55,9 @@ def _rounded(x_MD: Tensor) -> tuple[Tensor, Tensor]:
     return scale, (x_MD / scale[:, None]).round().to(torch.int8)
 
 
+_VERSION = operator.attrgetter("_version")
+
+
 class Watch:
     """Notices that the weights of a model have changed, in place or by others in their place.
 
@@ -87,8 +90,9 @@ class Watch:
         same = len(now) == len(self._tensors) and all(map(operator.is_, now, self._tensors))
         return not (same and torch.equal(_content(now), self._content))
 
-    def _count(self) -> list[tuple[int, int]]:
-        return [(tensor._version, tensor.data_ptr()) for tensor in self._tensors]
+    def _count(self) -> list[int]:
+        # Two maps, since this is done in every step.
+        return [*map(_VERSION, self._tensors), *map(Tensor.data_ptr, self._tensors)]
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
