@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from mor.costs import flops as costs
-from mor.engine.engine import Engine, EngineConfig
+from mor.engine.engine import Batching, Engine, EngineConfig
 from mor.generation import SamplingParams
 from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
@@ -165,6 +165,7 @@ def load_for(
     slots: int,
     lengths: Lengths,
     prompt: int = 1,
+    batching: Batching = "depth_wise",
     **settings: Any,
 ) -> SteadyLoad:
     """A steady load on an engine with memory for every token at full depth.
@@ -186,6 +187,7 @@ def load_for(
         max_len=longest,
         kv_cache_memory=int(slots * bytes_per_slot),
         prefix_caching=False,
+        batching=batching,
         **settings,
     )
     return SteadyLoad(name, Engine(model, config=engine_config), lengths, prompt)

@@ -38,6 +38,16 @@ class DepthWise(Strategy):
         self._pass()
         self.work.kv.refresh()
 
+    def finish_tokens(self) -> bool:
+        """Bring tokens that are underway closer to their end, with no new ones. False once there
+        are none: all running requests wait to read or to enter."""
+        if self.work.in_phase(Phase.BLOCK):
+            self._pass()
+            self.work.kv.refresh()
+            return True
+        self._end_tokens()
+        return False
+
     def _end_tokens(self) -> None:
         """Coda, head and sampling for the tokens that took their last pass."""
         work = self.work
