@@ -322,7 +322,8 @@ def engine(bench: Bench) -> None:
         "default": (prompts(12), {}),
         "shared beginnings": ([[*beginning, i] for i in range(8)], dict(max_num_seqs=3)),
         "too little memory": (prompts(12), dict(max_num_seqs=8, page_size=4)),
-        "lock-step": (prompts(12), dict(batching="lock_step", max_num_seqs=5)),
+        # Lock-step and depth-wise, as many as run.
+        "by load": (prompts(12), dict(loop="host", max_num_seqs=5, lanes=3)),
     }
     for name, model in models(bench):
         model = model.to(bench.device)

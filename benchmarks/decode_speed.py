@@ -17,6 +17,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from mor.model.config import RouterConfig, preset
 from mor.model.transformer import Transformer
 
 PROMPT = 16  # tokens, where latency is measured
+MODES = ("depth_wise", "lock_step", "auto")
 PARTS = ("models", "batching", "transformers", "overhead", "latency")
 
 
@@ -49,6 +51,9 @@ class Settings:
     seconds: float = 1.2
     """Length of one turn."""
     threads: int = 2
+    clock: Literal["wall", "cpu"] = "wall"
+    """cpu: time is what the processor has spent on the benchmark, so that other work on the machine
+    counts less; with one thread only."""
     device: str = "cpu"
     dtype: str = "float32"
     parts: tuple[str, ...] = PARTS
@@ -92,15 +97,21 @@ def models(settings):
 
 
 def batching(settings):
-    """The same MoR-3 with 32 lanes, under each way of batching."""
+    """The same MoR-3 under each way of batching."""
     model = make(settings, 3)
+    ways = [
+        ("depth-wise, 64 slots", 32, 64, "depth_wise"),
+        ("depth-wise, 32 slots", 32, 32, "depth_wise"),
+        ("lock-step", 32, 32, "lock_step"),
+        ("static", 32, 32, "static"),
+        ("auto, 32 slots", 32, 32, "auto"),
+        ("auto, 64 slots", 32, 64, "auto"),
+        ("lock-step, 64 slots", 64, 64, "lock_step"),
+        ("depth-wise, 64 slots and lanes", 64, 64, "depth_wise"),
+    ]
     loads = [
-        load_for("depth-wise, 64 slots", model, batch=32, slots=64, lengths=settings.lengths),
-        load_for("depth-wise, 32 slots", model, batch=32, slots=32, lengths=settings.lengths),
-        load_for(
-            "lock-step", model, batch=32, slots=32, lengths=settings.lengths, batching="lock_step"
-        ),
-        load_for("static", model, batch=32, slots=32, lengths=settings.lengths, batching="static"),
+        load_for(name, model, batch=lanes, slots=slots, lengths=settings.lengths, batching=way)
+        for name, lanes, slots, way in ways
     ]
     take_turns(loads, rounds=settings.rounds, seconds=2 * settings.seconds)
     slowest = median(loads[2].tokens_per_s)
@@ -218,50 +229,63 @@ def overhead(settings):
 
 
 def latency(settings):
-    """Poisson arrivals at 70% of the throughput of depth-wise batching, for it and for lock-step
-    (sequence-wise)."""
+    """Poisson arrivals at 70% of the throughput of depth-wise batching, for it, for lock-step
+    (sequence-wise) and for the engine's own choice. They take turns, each with a clock of its
+    own."""
     model = make(settings, 3)
     lengths = Lengths(mean=settings.lengths.mean / 2, deviation=settings.lengths.deviation / 2)
     full = load_for("", model, batch=32, slots=32, lengths=lengths, prompt=PROMPT, prefill_chunk=32)
     take_turns([full], rounds=3, seconds=settings.seconds)
     rate = 0.7 * median(full.tokens_per_s) / lengths.mean
-    return [arrivals(model, mode, rate, lengths) for mode in ("depth_wise", "lock_step")]
+    arrivals = [Arrivals(model, mode, rate, lengths) for mode in MODES]
+    while left := [a for a in arrivals if a.unfinished]:
+        min(left, key=lambda a: a.now).step()  # so that disturbances hit all alike
+    return [a.found() for a in arrivals]
 
 
-def arrivals(model, mode, rate, lengths, seconds=25.0):
-    generator = torch.Generator().manual_seed(2)
-    gaps = torch.empty(int(2 * rate * seconds) + 1).exponential_(rate, generator=generator)
-    due = [t for t in gaps.cumsum(0).tolist() if t < seconds]
-    new = lengths.draw(len(due), generator)
-    engine = Engine(
-        model,
-        config=EngineConfig(max_num_seqs=32, prefill_chunk=32, batching=mode, prefix_caching=False),
-    )
-    first, between, last, sent = [], [], {}, 0
-    start = time.perf_counter()
-    while sent < len(due) or engine.has_unfinished:
-        now = time.perf_counter() - start
-        while sent < len(due) and due[sent] <= now:
-            prompt_ids = torch.randint(0, 40_000, (PROMPT,), generator=generator).tolist()
-            engine.add_request(
-                prompt_ids,
-                SamplingParams(max_new_tokens=new[sent], temperature=0),
-                request_id=str(sent),
-            )
-            sent += 1
-        if not engine.has_unfinished:
-            time.sleep(max(0.0, due[sent] - now))
-            continue
-        outputs = engine.step()
-        now = time.perf_counter() - start
+class Arrivals:
+    """Requests that come at random times to one engine. Its clock stands still while others take
+    their turns, and passes over the time in which it has nothing to do."""
+
+    def __init__(self, model, mode, rate, lengths, seconds=25.0):
+        self.generator = torch.Generator().manual_seed(2)
+        gaps = torch.empty(int(2 * rate * seconds) + 1)
+        gaps.exponential_(rate, generator=self.generator)
+        self.due = [t for t in gaps.cumsum(0).tolist() if t < seconds]
+        self.new = lengths.draw(len(self.due), self.generator)
+        config = EngineConfig(
+            max_num_seqs=32, prefill_chunk=32, batching=mode, prefix_caching=False
+        )
+        self.engine, self.mode, self.rate = Engine(model, config=config), mode, rate
+        self.now, self.sent = 0.0, 0
+        self.first, self.between, self.last = [], [], {}
+
+    @property
+    def unfinished(self):
+        return self.sent < len(self.due) or self.engine.has_unfinished
+
+    def step(self):
+        if not self.engine.has_unfinished:
+            self.now = max(self.now, self.due[self.sent])
+        start = time.perf_counter()
+        while self.sent < len(self.due) and self.due[self.sent] <= self.now:
+            prompt_ids = torch.randint(0, 40_000, (PROMPT,), generator=self.generator).tolist()
+            params = SamplingParams(max_new_tokens=self.new[self.sent], temperature=0)
+            self.engine.add_request(prompt_ids, params, request_id=str(self.sent))
+            self.sent += 1
+        outputs = self.engine.step()
+        self.now += time.perf_counter() - start
         for output in outputs:
             name = output.request.request_id
-            (between if name in last else first).append(now - last.get(name, due[int(name)]))
-            last[name] = now
-    found = dict(batching=mode, requests=len(due), requests_per_s=rate)
-    for name, values in (("first_token", first), ("between_tokens", between)):
-        found |= {f"{name}_p{p}_ms": 1e3 * float(np.percentile(values, p)) for p in (50, 99)}
-    return found
+            waited = self.now - self.last.get(name, self.due[int(name)])
+            (self.between if name in self.last else self.first).append(waited)
+            self.last[name] = self.now
+
+    def found(self):
+        found = dict(batching=self.mode, requests=len(self.due), requests_per_s=self.rate)
+        for name, values in (("first_token", self.first), ("between_tokens", self.between)):
+            found |= {f"{name}_p{p}_ms": 1e3 * float(np.percentile(values, p)) for p in (50, 99)}
+        return found
 
 
 def main():
@@ -270,6 +294,10 @@ def main():
         raise SystemExit(
             "--checkpoint and --baseline go together: a speedup needs something to compare with"
         )
+    if settings.clock == "cpu":
+        if settings.threads != 1:
+            raise SystemExit("--clock cpu counts one thread; add --threads 1")
+        time.perf_counter = time.thread_time  # of the engine's own measurements, too
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     found = {}
@@ -290,6 +318,7 @@ def main():
         device=torch.cuda.get_device_name() if settings.device == "cuda" else platform.machine(),
         dtype=settings.dtype,
         threads=settings.threads,
+        clock=settings.clock,
         torch=torch.__version__,
         python=platform.python_version(),
         lengths=asdict(settings.lengths),

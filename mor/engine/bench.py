@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from mor.costs import flops as costs
-from mor.engine.engine import Engine, EngineConfig
+from mor.engine.engine import Batching, Engine, EngineConfig
 from mor.files import naming
 from mor.generation import SamplingParams
 from mor.model.config import ModelConfig
@@ -190,6 +190,7 @@ def load_for(
     slots: int,
     lengths: Lengths,
     prompt: int = 1,
+    batching: Batching = "depth_wise",
     **settings: Any,
 ) -> SteadyLoad:
     """A steady load on an engine with memory for every token at full depth.
@@ -211,6 +212,7 @@ def load_for(
         max_len=longest,
         kv_cache_memory=int(slots * bytes_per_slot),
         prefix_caching=False,
+        batching=batching,
         **settings,
     )
     with naming(f"{name} at batch {batch} with {slots} slots"):

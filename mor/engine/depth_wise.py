@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mor.engine.request import Phase, Request
 from mor.engine.strategy import Strategy, Work
@@ -35,6 +36,17 @@ class DepthWise(Strategy):
             self._end_tokens()
             self._enter_tokens()
         self._pass()
+        self.work.kv.refresh()
+
+    def finish_tokens(self) -> bool:
+        """Bring tokens that are underway closer to their end, with no new ones. False once there
+        are none: all running requests wait to read or to enter."""
+        if self.work.in_phase(Phase.BLOCK):
+            self._pass()
+            self.work.kv.refresh()
+            return True
+        self._end_tokens()
+        return False
 
     def _end_tokens(self) -> None:
         """Coda, head and sampling for the tokens that took their last pass."""
@@ -55,10 +67,11 @@ class DepthWise(Strategy):
         entering = self._with_room(work.in_phase(Phase.ENTER), self._entries_to_enter)
         if not entering:
             return
-        known = torch.tensor([(r.slot, r.newest_id, r.num_read) for r in entering])
+        columns = list(zip(*((r.slot, r.newest_id, r.num_read) for r in entering), strict=True))
+        slot, ids, position = torch.from_numpy(np.array(columns)).to(work.kv.device)
         with work.measured.part("enter", len(entering)):
-            work.runner.enter(*known.to(work.kv.device).unbind(1))
-        self._advance(entering)
+            work.runner.enter(slot, ids, position)
+        self._advance(entering, slot)
 
     def _pass(self) -> None:
         """One pass of the shared block: the oldest tokens, and others at the same layers of it."""
@@ -70,15 +83,14 @@ class DepthWise(Strategy):
         ready = self._with_room(ready[: work.lanes], self._entries_for_pass)
         if not ready:
             return
+        slot = work.slots(ready)
         with work.measured.part("block", len(ready)):
-            work.runner.block(work.slots(ready), layers)
-        self._advance(ready)
+            work.runner.block(slot, layers)
+        self._advance(ready, slot)
 
-    def _advance(self, requests: list[Request]) -> None:
+    def _advance(self, requests: list[Request], slot: Tensor) -> None:
         """Learn where the router sent the tokens."""
-        work = self.work
-        work.kv.refresh()
-        stages = work.runner.stage[work.slots(requests)].tolist()
+        stages = self.work.runner.stage[slot].tolist()
         for request, stage in zip(requests, stages, strict=True):
             request.stage = stage
             request.phase = Phase.CODA if stage == len(self._recursions) else Phase.BLOCK

@@ -1,7 +1,7 @@
 """Many requests through one model: the interface, and what every step strategy shares.
 
 An engine admits requests, reads their prompts in chunks, and leaves the making of new tokens to a
-strategy: depth_wise.py, device_loop.py or lock_step.py.
+strategy: by_load.py, depth_wise.py, device_loop.py or lock_step.py.
 
 A rows that hold tokens · B rows of the batch · R recursions · T columns
 """
@@ -25,6 +25,7 @@ import torch
 from mor.costs import flops as costs
 from mor.data.tokenizer import Tokenizer
 from mor.engine.attention import AttentionBackend, decode_attention
+from mor.engine.by_load import ByLoad
 from mor.engine.depth_wise import DepthWise
 from mor.engine.device_loop import DeviceLoop
 from mor.engine.lock_step import LockStep, StaticBatches
@@ -41,10 +42,12 @@ from mor.generation import SamplingParams, check_prompt, per_prompt
 from mor.model.transformer import Output, Transformer
 from mor.settings import PositiveInt, Settings
 
-Batching = Literal["depth_wise", "lock_step", "static"]
+Batching = Literal["auto", "depth_wise", "lock_step", "static"]
 Loop = Literal["auto", "host", "device"]
 
 STRATEGIES: dict[tuple[str, str], type[Strategy]] = {
+    ("auto", "host"): ByLoad,
+    ("auto", "device"): DeviceLoop,
     ("depth_wise", "host"): DepthWise,
     ("depth_wise", "device"): DeviceLoop,
     ("lock_step", "host"): LockStep,
@@ -74,13 +77,14 @@ class EngineConfig(Settings):
     """Longest prompt and continuation together. None: what the model holds."""
     max_depth: PositiveInt | None = None
     """Caps the recursions of every token."""
-    batching: Batching = "depth_wise"
+    batching: Batching = "auto"
     """depth_wise: tokens at any depth share a pass. lock_step: all sequences take their next token
     together, and finished ones are replaced at once. static: as lock_step, but a batch ends with
-    its longest request."""
+    its longest request. auto: lock_step while all running requests fit into the lanes, depth_wise
+    while there are more; always depth_wise in the device loop."""
     loop: Loop = "auto"
-    """For depth_wise batching. host: Python chooses the tokens of every pass. device: several
-    passes are one launch, a CUDA graph where there is CUDA. auto: device on CUDA, host
+    """For batching auto and depth_wise. host: Python chooses the tokens of every pass. device:
+    several passes are one launch, a CUDA graph where there is CUDA. auto: device on CUDA, host
     elsewhere."""
     prefix_caching: bool = True
     """Keep the keys and values of prompts for others with the same beginning."""
@@ -93,7 +97,7 @@ class EngineConfig(Settings):
     have fewer kernels. None: on CUDA where Triton is installed."""
 
     def __post_init__(self) -> None:
-        if self.loop == "device" and self.batching != "depth_wise":
+        if self.loop == "device" and (self.batching, self.loop) not in STRATEGIES:
             raise ValueError(
                 f"loop='device' is made for batching='depth_wise', not {self.batching!r}; use "
                 "loop='host'"
@@ -109,7 +113,8 @@ def _choose_strategy(config: EngineConfig, model: Transformer) -> type[Strategy]
         )
     if loop == "auto":
         on_cuda = model.embedding.weight.device.type == "cuda"
-        loop = "device" if on_cuda and fits and config.batching == "depth_wise" else "host"
+        there = (config.batching, "device") in STRATEGIES
+        loop = "device" if on_cuda and fits and there else "host"
     return STRATEGIES[config.batching, loop]
 
 

@@ -212,17 +212,18 @@ class PagedKV:
 
     def reserve(self, slot: np.ndarray, stream: np.ndarray, entries: int | np.ndarray = 1) -> None:
         """Places for this many more entries of virtual sequences; callers make room first."""
-        wanted = self.host_count[slot, stream] + entries
-        missing = (wanted - self.reserved[slot, stream]) * self.writes[stream]
+        row = slot * self.num_streams + stream
+        missing = self.host_count.take(row) + entries - self.reserved.take(row)
+        if not (short := (missing > 0) & self.writes[stream]).any():
+            return
         new = [
             self._add_page(int(slot[i]), int(stream[i]))
-            for i in np.flatnonzero(missing > 0)
+            for i in short.nonzero()[0]
             for _ in range(-(-int(missing[i]) // self.page_size))
         ]
-        if new:
-            row, start, first = np.array(new).T[..., None]
-            within = np.arange(self.page_size)
-            self._fill_table(row, start + within, first + within)
+        row, start, first = np.array(new).T[..., None]
+        within = np.arange(self.page_size)
+        self._fill_table(row, start + within, first + within)
 
     def _add_page(self, slot: int, stream: int) -> tuple[int, int, int]:
         """Take a page for a virtual sequence: its row of the table, where in it the page's places
@@ -262,10 +263,11 @@ class PagedKV:
         it is known that none of these streams is written.
         """
         row = slot * self.num_streams + stream
-        counted = new & (slot != self.idle)
+        # Only passes of fixed size, which are filled up, have tokens of the idle slot.
+        counted = new if longest is None else new & (slot != self.idle)
         if not self.all_write:
             may_write = self.writes_on_device[stream]
-            counted &= may_write
+            counted = counted & may_write
             if longest is None:
                 writes = bool(may_write.any())
         self.count.index_add_(0, row, counted.long())

@@ -120,10 +120,10 @@ class Runner:
 
         writes: False if it is known that no token is at a recursion that writes keys and values.
         """
-        recursion, position, h_MD, angles, lanes = self._begin_pass(slot, writes)
+        stage, position, h_MD, angles, lanes = self._begin_pass(slot, writes)
         with self._in_model():
             out_MD = self.model.recursions.stack(h_MD, angles, lanes, layers).contiguous()
-        self._end_pass(slot, recursion, position, h_MD, out_MD)
+        self._end_pass(slot, stage, position, h_MD, out_MD)
 
     def coda(self, slot: Tensor) -> Tensor:
         """States after the coda, (M, D), of tokens that took their last pass; input of the head."""
@@ -151,7 +151,6 @@ class Runner:
         # Numbers from the host are filled in by kernels: assigned through an index they would be
         # copied, which a CUDA graph cannot hold.
         self.ids[slot], self.position[slot] = ids, position
-        self.stage.index_fill_(0, slot, 0)
         self.took_SR.index_fill_(0, slot, False)
         return self._open_own(slot, position, new=True)
 
@@ -163,36 +162,44 @@ class Runner:
             memory = self.router.start(x_MD, tokens, self.max_depth)
         for name, value in memory.items():
             self.memory[name][slot] = value
-        self._route(slot, x_MD, tokens, self._memory(slot), entering=True)
+        first, gate = torch.zeros_like(slot), self.gate[slot]
+        self._route(slot, first, gate, x_MD, tokens, memory, entering=True)
 
     def _begin_pass(
         self, slot: Tensor, writes: bool
     ) -> tuple[Tensor, Tensor, Tensor, Angles, LanePass]:
-        recursion, position = self.recursion[self.stage[slot]], self.position[slot]
+        stage, position = self.stage[slot], self.position[slot]
+        recursion = self.recursion[stage]
         new = ~self.took_SR[slot, recursion]
         self.took_SR[slot, recursion] = torch.ones_like(new)
         lanes = self.kv.append(
             slot, recursion + 1, position, new, kind=1, longest=self.longest, writes=writes
         )
-        return recursion, position, self.h_SD[slot], self._angles(position), lanes
+        return stage, position, self.h_SD[slot], self._angles(position), lanes
 
     def _end_pass(
-        self, slot: Tensor, recursion: Tensor, position: Tensor, h_MD: Tensor, out_MD: Tensor
+        self, slot: Tensor, stage: Tensor, position: Tensor, h_MD: Tensor, out_MD: Tensor
     ) -> None:
-        memory = self._memory(slot)
-        h_MD = self.router.combine(recursion, h_MD, out_MD, self.gate[slot], memory)
+        memory, gate = self._memory(slot), self.gate[slot]
+        h_MD = self.router.combine(self.recursion[stage], h_MD, out_MD, gate, memory)
         self.h_SD[slot] = h_MD
-        self.stage[slot] += 1
         tokens = _tokens(self.ids[slot], position)
-        self._route(slot, h_MD, tokens, memory, entering=False)
+        self._route(slot, stage + 1, gate, h_MD, tokens, memory, entering=False)
 
     def _route(
-        self, slot: Tensor, h_MD: Tensor, tokens: PackedTokens, memory: Memory, *, entering: bool
+        self,
+        slot: Tensor,
+        stages: Tensor,
+        gate: Tensor,
+        h_MD: Tensor,
+        tokens: PackedTokens,
+        memory: Memory,
+        *,
+        entering: bool,
     ) -> None:
-        """Move every slot on to the next pass that its token takes, or past the last one. entering:
-        all are at the first pass; else none is."""
+        """Move every slot on to the next pass that its token takes, or past the last one. stages:
+        the passes that are next in order. entering: all are at the first; else none is."""
         end, capacities = len(self.passes), self.model.config.capacities
-        stages, gate = self.stage[slot], self.gate[slot]
         for stage, (recursion, _) in list(enumerate(self.passes))[0 if entering else 1 :]:
             with self._in_model():
                 decision = self.router.decide(

@@ -95,7 +95,8 @@ def most_needed(params: SamplingParams) -> int | None:
 
 def finite_rows(logits_MV: Tensor) -> Tensor:
     """Whether all logits of each row are finite, (M,): there is nothing to draw from the others."""
-    return logits_MV.isfinite().all(-1)
+    # Looking at the extremes makes no copy of the logits; nan is both, and compares as false.
+    return (logits_MV.amin(-1) > float("-inf")) & (logits_MV.amax(-1) < float("inf"))
 
 
 def logprob_rows(logits_MV: Tensor, token: Tensor) -> Tensor:
@@ -112,9 +113,12 @@ def next_tokens(
 
     counters: tokens that each request has drawn before.
     """
+    # As the CPU's head makes them, the logits of a row lie far apart; a copy takes less time than
+    # going through them so.
+    logits_MV = logits_MV.contiguous()
     needed = [most_needed(p) for p in params]
     if not any(n != 0 for n in needed):
-        token = logits_MV.argmax(-1)
+        token = logits_MV.max(-1).indices  # on a CPU several times as fast as argmax, and equal
     else:
         rows = SamplingRows.of(params, counters, logits_MV.device)
         best = None if None in needed else max(n or 0 for n in needed)

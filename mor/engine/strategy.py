@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,7 +64,8 @@ class Work:
         return [request for request in self.scheduler.running if request.phase is phase]
 
     def slots(self, requests: Sequence[Request]) -> Tensor:
-        return torch.tensor([request.slot for request in requests]).to(self.kv.device)
+        slots = np.array([request.slot for request in requests], dtype=np.int64)
+        return torch.from_numpy(slots).to(self.kv.device)
 
     def sample(self, requests: Sequence[Request], depths: Sequence[int], logits_MV: Tensor) -> None:
         """Draw and take the next token of each request. depths: recursions of the tokens that these

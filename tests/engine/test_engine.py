@@ -27,6 +27,7 @@ from tests.engine.requests import (
 
 SCHEDULES = {
     "default": {},
+    "depth-wise": dict(batching="depth_wise", page_size=5),
     "lock-step": dict(batching="lock_step", max_num_seqs=5, page_size=3),
     "static": dict(batching="static", max_num_seqs=5, attention="gathered"),
     "few-lanes": dict(max_num_seqs=7, lanes=2, prefill_chunk=5, page_size=3, attention="gathered"),
@@ -34,8 +35,14 @@ SCHEDULES = {
     "one-at-a-time": dict(max_num_seqs=1, prefill_chunk=1, page_size=1),
 }
 # Which models run without ``slow``; under the other schedules: singles.
-QUICK = {"default": "all", "device": "pairs"}
-MODES = [{}, {}, dict(loop="device"), dict(batching="lock_step"), dict(batching="static")]
+QUICK = {"depth-wise": "all", "device": "pairs"}
+MODES = [
+    {},
+    dict(batching="depth_wise"),
+    dict(loop="device"),
+    dict(batching="lock_step"),
+    dict(batching="static"),
+]
 
 
 @functools.cache

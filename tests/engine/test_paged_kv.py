@@ -17,7 +17,9 @@ def test_memory_per_token_is_what_costs_says():
     from mor.costs import flops as costs
 
     model = tiny("fixed")
-    engine = Engine(model, config=EngineConfig(page_size=1, prefix_caching=False))
+    engine = Engine(
+        model, config=EngineConfig(page_size=1, prefix_caching=False, batching="depth_wise")
+    )
     request = engine.add_request([1, 2, 3, 4, 5], SamplingParams(max_new_tokens=30, temperature=0))
     while request.num_read < 10:
         engine.step()
