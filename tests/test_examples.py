@@ -63,7 +63,7 @@ def test_depths_shows_what_generate_found(run, capsys):
 def test_serve_streams_every_token_of_every_request(run, capsys):
     example("serve").main(run, "Line", "the state")
     out = capsys.readouterr().out
-    assert [out.count(f"request {i}: token") for i in (0, 1)] == [12, 12]
+    assert [out.count(f"request #{i}: token") for i in (0, 1)] == [12, 12]
     assert out.count(": length, depth") == 2
 
 

@@ -349,8 +349,9 @@ class Trainer:
                 state.train_s += elapsed_s
                 self._after_step(result, self._speed(result, elapsed_s))
                 traced()
-                is_saved = self.saved_step == state.step
-                is_late = not is_saved and time.monotonic() >= self.next_save
+                # Not between skipped steps: what they fail of may be these weights.
+                may_save = self.saved_step != state.step and not self.skipped_in_a_row
+                is_late = may_save and time.monotonic() >= self.next_save
                 stop, late = state.ranks.any(bool(interrupted), is_late)
                 if stop:
                     return state.step >= self.total
