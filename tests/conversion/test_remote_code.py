@@ -30,7 +30,7 @@ torch.save((model(tokens).logits.detach(), model(tokens).depths, texts[0]), sys.
 """
 
 
-@pytest.mark.parametrize("kv", ["recursion_wise", "hybrid"])
+@pytest.mark.parametrize("kv", [pytest.param("recursion_wise", marks=pytest.mark.slow), "hybrid"])
 def test_an_export_needs_no_mor(kv, tmp_path):
     model, tokens = tiny("expert_choice", kv_strategy=kv, vocab_size=257), random_tokens(2, 9)
     checkpoint.save(tmp_path / "c", model, byte_tokenizer(), progress={"step": 1})
