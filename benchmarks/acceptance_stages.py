@@ -8,6 +8,7 @@ E entries of a pool · G key/value heads · H head dim · M queries · N heads
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import io
 import json
@@ -211,7 +212,7 @@ def capture(bench: Bench) -> None:
             for mode, params in (("greedy", GREEDY), ("sampled", SAMPLED)):
                 title = f"{name}, {mode}, {str(dtype).removeprefix('torch.')}"
                 with bench.trying(title):
-                    settings = EngineConfig(loop="device", max_num_seqs=4, lanes=3)
+                    settings = EngineConfig(loop="device", max_num_seqs=4, lanes=3, compile=False)
                     got = Engine(model, config=settings).generate(asked, params)
                     agreement(bench, title, model, asked, params, got)
 
@@ -225,7 +226,7 @@ def agreement(
     got: list[Any],
 ) -> None:
     """In float32 every request equals the plain decoder's. In bfloat16 another order of sums may
-    decide a near tie, so there it must be complete, and the share that is equal is a figure."""
+    decide a near tie, so there some of them must be equal, and all complete."""
     want = generate(model, asked, params)
     same = [
         (r.token_ids, r.depths) == (w.token_ids, w.depths) for r, w in zip(got, want, strict=True)
@@ -233,7 +234,8 @@ def agreement(
     share = sum(same) / len(same)
     if model.embedding.weight.dtype == torch.bfloat16:
         complete = all(len(r.token_ids) == params.max_new_tokens for r in got)
-        bench.promise(title, complete, share, "complete; share equal to the plain decoder")
+        promise = "complete; share equal to the plain decoder: above 0"
+        bench.promise(title, complete and share > 0, share, promise)
     else:
         bench.promise(title, share == 1, share, "share equal to the plain decoder: 1")
 
@@ -244,7 +246,7 @@ def kernel(bench: Bench) -> None:
     for dtype in dtypes:
         attend = decode_attention("triton" if bench.on_cuda else "auto", bench.device, dtype)
         for heads in ((4, 2, 6), (9, 3, 64), (15, 5, 64), (8, 1, 128), (2, 2, 20)):
-            for longest in (1, 300) if bench.tiny else (1, 15, 64, 65, 1000, 4096):
+            for longest in (1, 300) if bench.tiny else (1, 65, 4096):
                 name = f"{str(dtype).removeprefix('torch.')}, {heads}, {longest} entries"
                 with bench.trying(name):
                     error = kernel_error(bench.device, attend, dtype, heads, longest)
@@ -316,7 +318,7 @@ def loss_and_gradient(model: Transformer, tokens: Tensor, settings: dict[str, An
 
 
 def engine(bench: Bench) -> None:
-    """The engine as it is by default, and where it is pressed, against the plain decoder."""
+    """The engine, and where it is pressed, against the plain decoder."""
     beginning = draw(48).tolist()
     cases: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
         "default": (prompts(12), {}),
@@ -332,12 +334,23 @@ def engine(bench: Bench) -> None:
                 settings |= dict(kv_cache_memory=scarce(model))
             for mode, params in (("greedy", GREEDY), ("sampled", SAMPLED)):
                 with bench.trying(f"{name}, {case}, {mode}"):
-                    it = Engine(model, config=EngineConfig(**settings))
+                    it = Engine(model, config=EngineConfig(compile=False, **settings))
                     got = it.generate(asked, params)
                     agreement(bench, f"{name}, {case}, {mode}", model, asked, params, got)
                     if case == "shared beginnings":
                         hits = it.stats()["prefix_hits"]
                         bench.promise(f"{name}, {case}, {mode}: hits", hits > 0, hits, "some")
+
+
+def compiled(bench: Bench) -> None:
+    """The engine as it is by default, which on CUDA compiles what it runs."""
+    asked = prompts(12)
+    for name, model in list(models(bench))[3:9:5] or list(models(bench)):
+        model = model.to(bench.device)
+        for mode, params in (("greedy", GREEDY), ("sampled", SAMPLED)):
+            with bench.trying(f"{name}, {mode}"):
+                got = Engine(model).generate(asked, params)
+                agreement(bench, f"{name}, {mode}", model, asked, params, got)
 
 
 def scarce(model: Transformer) -> int:
@@ -404,6 +417,8 @@ def train_time(bench: Bench) -> None:
     size = "tiny" if bench.tiny else "360m"
     rounds = 2 if bench.tiny else 6
     for name in ("mor-2", "mor-3", "mor-4")[: 1 if bench.tiny else 3]:
+        gc.collect()  # compiled blocks and their models hold each other
+        torch.cuda.empty_cache()
         with bench.trying(name):
             options = train_speed.Settings(
                 size=size,
@@ -449,7 +464,7 @@ def decoding(bench: Bench) -> None:
         lengths=Lengths(mean=12, deviation=3) if bench.tiny else Lengths(),
         machine=machine,
         rounds=2 if bench.tiny else 5,
-        seconds=0.05 if bench.tiny else 1.0,
+        seconds=0.05 if bench.tiny else 0.5,
     )
     for kind, slots in (("batch 32", 2 * batch), ("equal KV bytes", None)):
         with bench.trying(kind):
@@ -533,7 +548,7 @@ def memory(bench: Bench) -> None:
 
 def kv_bytes_per_token(model: Transformer, length: int) -> tuple[float, float]:
     """What four requests of this length hold, and the formula for the depths they took."""
-    settings = EngineConfig(max_num_seqs=4, max_len=length + 8, prefix_caching=False)
+    settings = EngineConfig(max_num_seqs=4, max_len=length + 8, prefix_caching=False, compile=False)
     it = Engine(model, config=settings)
     for i in range(4):
         it.add_request(draw(length, seed=i).tolist(), SamplingParams(max_new_tokens=8))
@@ -552,15 +567,16 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "environment": Stage(environment, 30),
-    "capture": Stage(capture, 70),
-    "kernel": Stage(kernel, 40),
-    "gradients": Stage(gradients, 40),
-    "engine": Stage(engine, 70),
-    "training": Stage(training, 60),
-    "train_time": Stage(train_time, 110),
-    "decoding": Stage(decoding, 100),
-    "memory": Stage(memory, 20),
+    "environment": Stage(environment, 20),
+    "capture": Stage(capture, 50),
+    "kernel": Stage(kernel, 35),
+    "gradients": Stage(gradients, 60),
+    "engine": Stage(engine, 40),
+    "compiled": Stage(compiled, 50),
+    "training": Stage(training, 45),
+    "train_time": Stage(train_time, 95),
+    "decoding": Stage(decoding, 115),
+    "memory": Stage(memory, 25),
 }
 """In order; the limits add up to nine minutes."""
 

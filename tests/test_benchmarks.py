@@ -224,7 +224,7 @@ def test_every_stage_of_the_acceptance_script_runs(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     promises = [line for line in lines if line["holds"] is not None]
     assert all(line["holds"] for line in promises)
-    stages = ["capture", "kernel", "gradients", "engine", "training", "memory"]
+    stages = ["capture", "kernel", "gradients", "engine", "compiled", "training", "memory"]
     assert (
         list(dict.fromkeys(line["stage"] for line in promises if line["stage"] in stages)) == stages
     )
