@@ -104,6 +104,9 @@ def name_lines(
     where names would overlap. Call it when the limits of the axes are final."""
     axes.autoscale_view()
     points = [np.asarray(line.get_xydata(), float) for line in lines]
+    for line, known in zip(lines, points, strict=True):
+        if len(known) == 1 and line.get_marker() == "None":  # a line of one point is invisible
+            line.set_marker("o")
     finite = [point[np.isfinite(point[:, 1])] for point in points]
     if empty := [name for name, known in zip(names, finite, strict=True) if not len(known)]:
         raise ValueError(f"nothing to draw for {empty[0]!r}: none of its numbers is finite")

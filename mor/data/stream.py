@@ -359,12 +359,6 @@ class Corpus:
     train: Windows
     validation: Windows
 
-    def check(self, seq_len: int) -> None:
-        """Raise ValueError if training or validation data hold less than one window."""
-        for name, data in (("training", self.train), ("validation", self.validation)):
-            with naming(f"{name} data"):
-                data.spread(seq_len, 1)
-
     def fingerprint(self) -> Fingerprint:
         """What tells this corpus from others, by dotted names such as train.tokens: equal for equal
         tokens, wherever they lie. Reads the checksums of prepared data from its manifest."""

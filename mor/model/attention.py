@@ -109,7 +109,7 @@ class PackedAttention:
 
     rows of equal length, own keys        causal attention, nothing is padded or masked
     rows of any length, own keys          CUDA: a kernel for packed rows; else padded, causal
-    keys of all tokens                    CUDA: FlexAttention; else padded, with a mask
+    keys of all tokens                    CUDA with Triton: FlexAttention; else padded, with a mask
     """
 
     def __init__(self, queries: PackedTokens, keys: PackedTokens) -> None:

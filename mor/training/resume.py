@@ -154,9 +154,8 @@ def continued(
             "whole run; raise steps"
         )
     optim = was
-    if (
-        total != saved.total_steps
-    ):  # the cool-down as it was chosen, not what a short run left of it
+    if total != saved.total_steps:
+        # The cool-down as it was chosen, not what a short run left of it.
         optim = replace(was, cooldown=before.optim.cooldown)
         optim = lengthened(optim, saved.step, saved.total_steps, total)
     config = with_schedule(config, optim.warmup, optim.cooldown)

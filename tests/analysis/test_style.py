@@ -5,6 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from mor.analysis import style
 
@@ -66,3 +67,10 @@ def test_a_line_without_a_finite_number_is_named():
     drawn = [axes.plot([0, 1], y)[0] for y in ([1.0, np.nan], [np.nan, np.inf])]
     with pytest.raises(ValueError, match="nothing to draw for 'b': none of its numbers is finite"):
         style.name_lines(axes, drawn, ["a", "b"])
+
+
+def test_a_line_of_one_point_is_shown_as_a_point():
+    axes = Figure().subplots()
+    lines = [axes.plot(range(n), [1.0] * n)[0] for n in (1, 2)]
+    style.name_lines(axes, lines, ["one", "two"])
+    assert [line.get_marker() for line in lines] == ["o", "None"]

@@ -216,13 +216,6 @@ def test_settings_without_effect_are_named(prepared):
             load_corpus(config)
 
 
-def test_data_shorter_than_a_window_is_named_with_its_split(prepared):
-    corpus = load_corpus(DataConfig(path=str(prepared / "bytes")))
-    corpus.check(len(corpus.validation) - 1)
-    with pytest.raises(ValueError, match=r"validation data: .* holds less than one window"):
-        corpus.check(len(corpus.validation))
-
-
 # Damaged shards
 
 
