@@ -176,8 +176,14 @@ def requests(result):
     return found
 
 
-def test_the_requests_read_as_the_benchmarks_define_them(hub):
-    asked = {key[2:] for key in requests(evaluate_tasks(*wrapped(), include_path=hub))}
+@pytest.fixture(scope="module")
+def scored(hub):
+    """All six benchmarks."""
+    return evaluate_tasks(*wrapped(), include_path=hub)
+
+
+def test_the_requests_read_as_the_benchmarks_define_them(scored):
+    asked = {key[2:] for key in requests(scored)}
     assert {
         ("He threw the", " ball"),
         ("Roof: A man is on a roof. He", " eats a tile."),
@@ -191,7 +197,9 @@ def test_the_requests_read_as_the_benchmarks_define_them(hub):
     assert any(c.endswith("What is 2?\nA. 0\nB. 1\nC. 2\nD. 3\nAnswer:") for c in anatomy)
 
 
-@pytest.mark.parametrize("router", ["expert_choice", "token_choice", "fixed"])
+@pytest.mark.parametrize(
+    "router", ["expert_choice", "token_choice", pytest.param("fixed", marks=pytest.mark.slow)]
+)
 def test_scores_do_not_depend_on_batch_size_or_padding(router, hub):
     results = [
         evaluate_tasks(*wrapped(router), batch_size=size, include_path=hub) for size in (1, 3, 8)
@@ -249,12 +257,11 @@ def test_with_selection_that_sees_the_future_they_would(hub, monkeypatch):
     assert max(abs(one[key] - eight[key]) for key in one) > 1e-3
 
 
-def test_scores_are_what_the_log_likelihoods_say(hub):
-    result = evaluate_tasks(*wrapped(), include_path=hub)
+def test_scores_are_what_the_log_likelihoods_say(scored):
     found = {}
-    for key, value in requests(result).items():
+    for key, value in requests(scored).items():
         found.setdefault(key[:2], []).append((value, len(key[3]) - 1))
-    scores = {row.task: row for row in (*result.tasks, *result.parts)}
+    scores = {row.task: row for row in (*scored.tasks, *scored.parts)}
 
     def accuracy(name, gold):
         best = [max(range(len(c)), key=lambda i, c=c: c[i][0] / c[i][1]) for c in found_of(name)]
@@ -271,8 +278,8 @@ def test_scores_are_what_the_log_likelihoods_say(hub):
     assert scores["arc"].score == pytest.approx(
         (scores["arc_easy"].score + scores["arc_challenge"].score) / 2
     )
-    assert result.average == pytest.approx(sum(row.score for row in result.tasks) / 6)
-    assert [row.metric for row in result.tasks] == [
+    assert scored.average == pytest.approx(sum(row.score for row in scored.tasks) / 6)
+    assert [row.metric for row in scored.tasks] == [
         "acc",
         "acc_norm",
         "acc_norm",
