@@ -43,7 +43,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache_folder(tmp_path_factory):
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    """One for all processes of a run of the tests, since gathering the default corpus takes a
+    while."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["XDG_CACHE_HOME"] = str(base / "cache")
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +56,18 @@ def one_thread():
     take ten times as long with two."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures of analyses are empty files, where a test is about the page that holds them."""
+
+    def save(figure, folder, name):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.png").write_bytes(b"png")
+        (folder / f"{name}.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+
+    monkeypatch.setattr("mor.analysis.report.save", save)
 
 
 @pytest.fixture(scope="session")

@@ -116,11 +116,12 @@ def test_data_prepare_measures_both_sides(folder, run):
 
 def test_train_speed_counts_the_flops_of_what_was_routed(run, tmp_path):
     out = tmp_path / "speed.jsonl"
-    arguments = ["--batch", 1, "--rounds", 1, "--models", "mor-2", "--json", "--out", out]
+    arguments = ["--size", "tiny", "--batch", 4, "--rounds", 1, "--models", "mor-2", "--json"]
+    arguments += ["--out", out]
     result = run("train_speed.py", *arguments)
-    shape = dict(num_layers=14, max_seq_len=512)
+    shape = dict(num_layers=14, max_seq_len=64)
     flops = [
-        costs.train_flops(preset("mini", **shape, **other), 512)
+        costs.train_flops(preset("tiny", **shape, **other), 64)
         for other in ({}, dict(num_recursions=2, recipe="paper"))
     ]
     vanilla, mor = result["rows"]
@@ -132,8 +133,9 @@ def test_train_speed_counts_the_flops_of_what_was_routed(run, tmp_path):
     assert json.loads(out.read_text()) == result
 
 
-def test_head_loss_sees_that_chunks_take_less_memory(run):
-    tokens, vocab = 500, 80_000
+def test_head_loss_sees_that_chunks_take_less_memory(run, monkeypatch):
+    monkeypatch.setattr("mor.model.loss.CHUNK_LOGITS", 1 << 21)
+    tokens, vocab = 50, 80_000
     chunked, whole, *_ = run(
         "head_loss.py", "--tokens", tokens, "--dim", 8, "--vocab", vocab, "--rounds", 1
     )["rows"]

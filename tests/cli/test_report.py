@@ -25,7 +25,7 @@ def metrics(router):
         yield {"step": step, "tokens": step * 10, "validation_nll": 3.1 / step}
 
 
-def test_the_command_reports_a_run_and_collects_again_without_analysing(tmp_path, capsys):
+def test_the_command_reports_a_run_and_collects_again_without_analysing(tmp_path, capsys, undrawn):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     model = tiny("expert_choice", vocab_size=257)

@@ -12,8 +12,14 @@ from tests.conftest import tiny
 from tests.engine.requests import KV, all_memory_is_back, draw_requests, same, small_pool
 
 
-@pytest.mark.parametrize("kv_strategy", KV)
-@pytest.mark.parametrize("page_size,longest", [(16, 31), (16, 47), (8, 31), (5, 24)])
+@pytest.mark.parametrize(
+    ("page_size", "longest", "kv_strategy"),
+    [
+        pytest.param(*size, kv, marks=() if i in (j, 3) else pytest.mark.slow)
+        for i, size in enumerate([(16, 31), (16, 47), (8, 31), (5, 24)])
+        for j, kv in enumerate(KV)
+    ],
+)
 def test_the_device_loop_takes_no_more_pages_than_a_request_may_need(
     kv_strategy, page_size, longest
 ):
@@ -98,9 +104,15 @@ def test_the_check_of_what_a_graph_can_hold():
 
 
 @pytest.mark.parametrize(
-    "router", ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
+    ("router", "kv_strategy"),
+    [
+        pytest.param(router, kv, marks=() if i == 1 or i % 3 == j else pytest.mark.slow)
+        for i, router in enumerate(
+            ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
+        )
+        for j, kv in enumerate(KV)
+    ],
 )
-@pytest.mark.parametrize("kv_strategy", KV)
 def test_a_launch_needs_nothing_from_the_host(router, kv_strategy):
     """So CUDA can record it. Greedy and sampled; fp32 and bf16 take the same operations but for the
     linear layers, so each stands with one of them."""
