@@ -8,8 +8,8 @@ CUDA graph, of which there is one for each :class:`Variant`, and so is the start
 elsewhere the same steps run one by one, which is what the tests compare with the plain decoder.
 What goes in and what comes out is a copy each.
 
-D model · F numbers that tell of a new request · J stop tokens · K coda steps of a launch · M lanes or
-requests · R recursions · S slots · V vocab
+D model · F numbers that tell of a new request · J stop tokens · K coda steps of a launch · M lanes
+or requests · R recursions · S slots · V vocab
 """
 
 from __future__ import annotations
