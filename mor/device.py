@@ -35,8 +35,6 @@ def _find(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
         torch.empty(1, device=device).item()
         if device.type == "cpu" and device.index:  # PyTorch takes any number for its only CPU
             raise RuntimeError
@@ -46,6 +44,8 @@ def _find(name: str) -> torch.device:
             f"there is no device {name!r} for PyTorch {torch.__version__} on this machine; it has "
             f"{', '.join(here)}"
         ) from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

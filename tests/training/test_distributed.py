@@ -312,7 +312,7 @@ def test_under_torchrun_a_rank_touches_no_gpu_but_its_own(device, monkeypatch):
     own = torch.device("cuda", 2)
     with ranks(device) as found:
         assert found == Ranks(6, 4, own)
-    assert used == [("current", own), ("memory", own), ("nccl",), ()]
+    assert used == [("memory", own), ("current", own), ("nccl",), ()]
 
 
 @pytest.fixture
