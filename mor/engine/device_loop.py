@@ -214,7 +214,8 @@ class DeviceSteps:
         own = (getattr(self.sampling, f.name).dtype for f in fields(SamplingRows))
         rows = map(Tensor.view, others[MAX_STOP_TOKENS:], own)
         self.sampling.put(slot, SamplingRows(*rows))
-        self.runner.enter(slot, ids, position)
+        # Each in memory of its own: of parts of one tensor PyTorch would compile the offsets too.
+        self.runner.enter(slot.clone(), ids.clone(), position.clone())
 
     def launch(self, slots: Sequence[int]) -> list[NewToken]:
         """One pattern of steps for the requests in these slots; their new tokens in order."""
