@@ -157,6 +157,14 @@ def models(bench: Bench) -> Iterator[tuple[str, Transformer]]:
                 yield f"{name}, {kv_strategy}", small(router, kv_strategy)
 
 
+def some_models(bench: Bench) -> Iterator[tuple[str, Transformer]]:
+    """Every router once, and every KV strategy twice; two of them if tiny."""
+    for i, (name, router) in enumerate(ROUTERS.items()):
+        if not bench.tiny or i in (1, 3):
+            kv_strategy = KV_STRATEGIES[i % 3]
+            yield f"{name}, {kv_strategy}", small(router, kv_strategy)
+
+
 def draw(*shape: int, seed: int = 1) -> Tensor:
     return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -210,7 +218,7 @@ def attention_kernel(bench: Bench, dtype: torch.dtype, masked: bool) -> str:
 def capture(bench: Bench) -> None:
     """The loop on the device, a CUDA graph there, for every router, KV strategy, sampling mode and
     dtype; the tokens are the plain decoder's."""
-    asked = prompts(5)
+    asked = prompts(3)
     for name, model in models(bench):
         for dtype in (torch.float32, torch.bfloat16):
             model = model.to(bench.device, dtype)
@@ -322,7 +330,7 @@ def kernel(bench: Bench) -> None:
     dtypes = (torch.float32, torch.bfloat16) if bench.on_cuda else (torch.float32,)
     for dtype in dtypes:
         attend = decode_attention("triton" if bench.on_cuda else "auto", bench.device, dtype)
-        for heads in ((4, 2, 6), (9, 3, 64), (15, 5, 64), (8, 1, 128), (2, 2, 20)):
+        for heads in ((4, 2, 6), (15, 5, 64), (8, 1, 128), (2, 2, 20)):
             for longest in (1, 300) if bench.tiny else (1, 65, 4096):
                 name = f"{str(dtype).removeprefix('torch.')}, {heads}, {longest} entries"
                 with bench.trying(name):
@@ -362,7 +370,7 @@ def kernel_error(
 def gradients(bench: Bench) -> None:
     """Loss and gradients of a training forward against the CPU: whole rows, recomputed, documents,
     rows of odd lengths."""
-    tokens, documents = draw(4, 61), (torch.arange(61) // 23).expand(4, 61)
+    documents = (torch.arange(61) // 23).expand(4, 61)
     odd = torch.arange(61) < torch.tensor([[61], [37], [1], [58]])
     ways: dict[str, dict[str, Any]] = {
         "whole": {},
@@ -373,15 +381,27 @@ def gradients(bench: Bench) -> None:
     for name, model in models(bench):
         for way, settings in ways.items():
             with bench.trying(f"{name}, {way}"):
-                want = loss_and_gradient(model.to("cpu"), tokens, settings)
-                got = loss_and_gradient(model.to(bench.device), tokens, settings)
-                error = float((got - want).norm() / want.norm())
+                error = gradient_error(bench, model, settings)
                 promise = "relative error at most 1e-3"
                 bench.promise(f"{name}, {way}", error <= 1e-3, error, promise)
 
 
-def loss_and_gradient(model: Transformer, tokens: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Both in one vector, on the CPU."""
+def gradient_error(bench: Bench, model: Transformer, settings: dict[str, Any]) -> float:
+    """Of tokens that take the same recursions on both: where two of them nearly tie for a place,
+    others are drawn, twice at most."""
+    for seed in (1, 2, 3):
+        tokens = draw(4, 61, seed=seed)
+        want, depth = loss_and_gradient(model.to("cpu"), tokens, settings)
+        got, depth_here = loss_and_gradient(model.to(bench.device), tokens, settings)
+        if torch.equal(depth, depth_here):
+            return float((got - want).norm() / want.norm())
+    return float("inf")
+
+
+def loss_and_gradient(
+    model: Transformer, tokens: Tensor, settings: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Both in one vector, and the depth of every token, on the CPU."""
     device = model.embedding.weight.device
     placed = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in settings.items()}
     model.zero_grad()
@@ -391,20 +411,20 @@ def loss_and_gradient(model: Transformer, tokens: Tensor, settings: dict[str, An
     loss = out.nll + out.routing.weighted_loss
     loss.backward()
     parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return torch.cat([loss.detach()[None], *parts]).cpu()
+    return torch.cat([loss.detach()[None], *parts]).cpu(), out.routing.depth.cpu()
 
 
 def engine(bench: Bench) -> None:
-    """The engine, and where it is pressed, against the plain decoder."""
+    """The engine where it is pressed, against the plain decoder. (``capture`` tries the loop of
+    every model alone.)"""
     beginning = draw(48).tolist()
     cases: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
-        "default": (prompts(12), {}),
         "shared beginnings": ([[*beginning, i] for i in range(8)], dict(max_num_seqs=3)),
         "too little memory": (prompts(12), dict(max_num_seqs=8, page_size=4)),
         # Lock-step and depth-wise, as many as run.
         "by load": (prompts(12), dict(loop="host", max_num_seqs=5, lanes=3)),
     }
-    for name, model in models(bench):
+    for name, model in some_models(bench):
         model = model.to(bench.device)
         for case, (asked, settings) in cases.items():
             if case == "too little memory":
@@ -420,14 +440,17 @@ def engine(bench: Bench) -> None:
 
 
 def compiled(bench: Bench) -> None:
-    """The engine as it is by default, which on CUDA compiles what it runs."""
-    asked = prompts(12)
-    for name, model in list(models(bench))[3:9:5] or list(models(bench)):
-        model = model.to(bench.device)
-        for mode, params in (("greedy", GREEDY), ("sampled", SAMPLED)):
-            with bench.trying(f"{name}, {mode}"):
-                got = Engine(model).generate(asked, params)
-                agreement(bench, f"{name}, {mode}", model, asked, params, got)
+    """The engine as it is by default, which on CUDA compiles what it runs: one model whose passes
+    do all that there is, since nearly all the time is the compiler's."""
+    asked, router = prompts(12), ROUTERS["expert-aux"]
+    model = small(router, "hybrid").to(bench.device)
+    for mode, params in (("greedy", GREEDY), ("sampled", SAMPLED)):
+        with bench.trying(mode):
+            it = Engine(model)
+            agreement(bench, mode, model, asked, params, it.generate(asked, params))
+            if bench.on_cuda:
+                did = it.runner.compiled
+                bench.promise(f"{mode}: compiled", did, did, "did not fall back")
 
 
 def scarce(model: Transformer) -> int:
@@ -476,7 +499,8 @@ def train_and_resume(bench: Bench, router: str, text: Path, out: Path) -> None:
     difference = max(abs(a - b) for a, b in zip(first, losses(run), strict=True))
     most = 2e-2 if bench.on_cuda else 0.0
     bench.promise(f"{router}: resumed", difference <= most, difference, f"nats, at most {most}")
-    evaluated(bench, router, again.state.model, checkpoint.load(out).model, again.corpus.validation)
+    here, on_cpu = (checkpoint.load(out, device=d).model for d in (bench.device, "cpu"))
+    evaluated(bench, router, here, on_cpu, again.corpus.validation)
 
 
 def evaluated(
@@ -567,8 +591,8 @@ def decoding(bench: Bench) -> None:
     common: dict[str, Any] = dict(
         lengths=Lengths(mean=12, deviation=3) if bench.tiny else Lengths(),
         machine=machine,
-        rounds=2 if bench.tiny else 5,
-        seconds=0.05 if bench.tiny else 0.5,
+        rounds=2 if bench.tiny else 4,
+        seconds=0.05 if bench.tiny else 0.4,
     )
     for kind, slots in (("batch 32", 2 * batch), ("equal KV bytes", None)):
         with bench.trying(kind):
@@ -598,7 +622,7 @@ def parts_of_a_launch(
     """Time of one pass of the shared block over full lanes, and what of a step is not the
     device's work."""
     load = load_for(name, model, batch=batch, slots=2 * batch, lengths=lengths, loop="device")
-    seconds = 0.05 if bench.tiny else 1.0
+    seconds = 0.05 if bench.tiny else 0.5
     load.turn(seconds)
     steps = load.engine.strategy.steps
     with torch.inference_mode():
@@ -699,18 +723,18 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "environment": Stage(environment, 20),
+    "environment": Stage(environment, 15),
     "capture": Stage(capture, 50),
-    "kernel": Stage(kernel, 35),
-    "gradients": Stage(gradients, 60),
+    "kernel": Stage(kernel, 30),
+    "gradients": Stage(gradients, 55),
     "engine": Stage(engine, 40),
-    "compiled": Stage(compiled, 50),
-    "training": Stage(training, 45),
-    "train_time": Stage(train_time, 95),
-    "decoding": Stage(decoding, 115),
-    "memory": Stage(memory, 25),
+    "compiled": Stage(compiled, 65),
+    "training": Stage(training, 50),
+    "train_time": Stage(train_time, 75),
+    "decoding": Stage(decoding, 140),
+    "memory": Stage(memory, 20),
 }
-"""In order; the limits add up to nine minutes."""
+"""In order; the limits add up to nine minutes. docs/gpu.md has what each is expected to take."""
 
 
 def run(name: str, device: str, *, tiny: bool) -> None:
