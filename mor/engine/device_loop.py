@@ -1,12 +1,12 @@
 """Depth-wise batching without the host in the inner loop: a fixed pattern of steps of fixed sizes,
 with the tokens of each step chosen on the device.
 
-A launch runs ``codas`` times [some blocks, coda]. A block step takes the oldest tokens
-that want a pass, a coda step the oldest that are done: head, sampling, stop test, and embedding and
-prelude of the next token. Lanes without a token work for the idle slot. On CUDA a launch is one
-CUDA graph, of which there is one for each :class:`Variant`, and so is the start of new requests;
-elsewhere the same steps run one by one, which is what the tests compare with the plain decoder.
-What goes in and what comes out is a copy each.
+A launch runs ``codas`` times [some blocks, coda]. A block step takes the oldest tokens that want a
+pass, a coda step the oldest that are done: head, sampling, stop test, and embedding and prelude of
+the next token. Lanes without a token work for the idle slot. On CUDA a launch is one CUDA graph, of
+which there is one for each :class:`Variant`, and so is the start of new requests; elsewhere the
+same steps run one by one, which is what the tests compare with the plain decoder. What goes in and
+what comes out is a copy each.
 
 D model · F numbers that tell of a new request · J stop tokens · K coda steps of a launch · M lanes
 or requests · R recursions · S slots · V vocab
@@ -151,7 +151,7 @@ class DeviceSteps:
         self.params: dict[int, SamplingParams] = {}  # of the request in each slot
         # Slot, token, depth and log-probability that each coda step found in each lane.
         self.out_KM4 = torch.zeros(codas, self.lanes, 4, dtype=torch.float64, device=device)
-        self.graphed = _is_cuda(device)
+        self.graphed = device.type == "cuda"
         self.keep, self.given_MF, self.found = self._mail(slots)
         self.graphs: dict[Variant | int, torch.cuda.CUDAGraph] = {}
         self.graph_memory: Any = None
@@ -179,8 +179,7 @@ class DeviceSteps:
         device, most = self.live.device, _size(slots - 1)
         numbers = self.runner.kv.count.numel() + self.out_KM4.numel()
         given = _Mail((most, _NUMBERS), torch.int64, device)
-        self.nobody_MF = self._numbers([], most)
-        given.send(self.nobody_MF)
+        self.nobody_MF = self._numbers([], most).to(device)
         keep = _Mail((slots,), torch.bool, device)
         return keep, given, _Mail((numbers,), torch.float64, device)
 
@@ -261,7 +260,7 @@ class DeviceSteps:
         """All lanes are idle and nobody starts, while steps are tried and recorded."""
         live = self.live.clone()
         self.live.zero_()
-        self.given_MF.send(self.nobody_MF)
+        self.given_MF.device.copy_(self.nobody_MF)  # not through the host: a start may be under way
         try:
             yield
         finally:
@@ -366,10 +365,6 @@ class _Mail:
 
 _NUMBERS = 5 + MAX_STOP_TOKENS + len(fields(SamplingRows))
 """That tell of a request that starts."""
-
-
-def _is_cuda(device: torch.device) -> bool:
-    return device.type == "cuda"
 
 
 def _size(requests: int) -> int:

@@ -236,7 +236,15 @@ def graphs(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(device_loop, "_is_cuda", lambda device: True)
+    under_way, send, fetch = set(), device_loop._Mail.send, device_loop._Mail.fetch
+
+    def send_once(mail, x):
+        assert id(mail) not in under_way, "pinned memory is written anew while it may be read"
+        under_way.add(id(mail))
+        send(mail, x)
+
+    monkeypatch.setattr(device_loop._Mail, "send", send_once)
+    monkeypatch.setattr(device_loop._Mail, "fetch", lambda m: (under_way.clear(), fetch(m))[1])
     return settings
 
 
@@ -247,6 +255,7 @@ def test_recorded_steps_decode_as_the_plain_decoder(kv_strategy, graphs):
     model = tiny("expert_choice", kv_strategy=kv_strategy)
     settings = EngineConfig(loop="device", max_num_seqs=5, lanes=4, attention="gathered")
     engine = Engine(model, config=settings)
+    engine.strategy.steps.graphed = True
     for temperature in (0, 1.0):
         prompts, params = draw_requests(8, seed=4, temperature=temperature)
         same(engine.generate(prompts, params), generate(model, prompts, params))
@@ -260,6 +269,7 @@ def test_a_recording_that_fails_leaves_the_requests_as_they_were(graphs):
     model = tiny()
     engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=3, attention="gathered"))
     steps, prompts = engine.strategy.steps, [[1], [2], [3]]
+    steps.graphed = True
     params = SamplingParams(max_new_tokens=9, temperature=0)
     for prompt in prompts:
         engine.add_request(prompt, params)
