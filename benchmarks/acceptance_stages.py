@@ -626,7 +626,7 @@ def parts_of_a_launch(
     load.turn(seconds)
     steps = load.engine.strategy.steps
     with torch.inference_mode():
-        block_s = seconds_of(bench, lambda: steps._block(batch, steps.blocks_K[0][0]))
+        block_s = seconds_of(bench, lambda: steps._block(batch, steps.blocks[0][0]))
     bench.figure(f"{name}: block alone", 1e6 * block_s, "us a pass")
     if bench.on_cuda:
         share = min(host_share(load, seconds, TimedGraph) for _ in range(3))

@@ -141,7 +141,7 @@ class DeviceSteps:
         # Two at least: for one alone PyTorch would compile everything again.
         self.runner, self.lanes, self.codas = runner, max(2, min(lanes, slots - 1)), codas
         self.layers, self.end, self.idle = runner.passes[0][1], len(runner.passes), runner.kv.idle
-        self.blocks_K = self._pattern()
+        self.blocks = self._pattern()
         self.live = torch.zeros(slots, dtype=torch.bool, device=device)
         self.age, self.remaining = (
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2)
@@ -226,10 +226,10 @@ class DeviceSteps:
             run()
         counts, out = np.split(self.found.fetch(), [self.runner.kv.count.numel()])
         self.runner.kv.refresh(counts)
-        out_X4 = out.reshape(self.out_KM4.shape)[:, : variant.lanes].reshape(-1, 4)
+        rows = out.reshape(self.out_KM4.shape)[:, : variant.lanes].reshape(-1, 4)
         return [
             NewToken(int(s), int(t) if t >= 0 else None, int(d), p)
-            for s, t, d, p in out_X4[out_X4[:, 0] != self.idle].tolist()
+            for s, t, d, p in rows[rows[:, 0] != self.idle].tolist()
         ]
 
     def _variant(self, slots: Sequence[int]) -> Variant:
@@ -282,8 +282,8 @@ class DeviceSteps:
 
     def _run(self, variant: Variant) -> None:
         self.live &= self.keep.device
-        for k, blocks in enumerate(self.blocks_K):
-            for block in blocks:
+        for k, steps in enumerate(self.blocks):
+            for block in steps:
                 self._block(variant.lanes, block)
             self._coda(k, variant)
         torch.cat([self.runner.kv.count.double(), self.out_KM4.flatten()], out=self.found.device)

@@ -132,7 +132,7 @@ def test_the_idle_slot_never_overflows():
     steps = engine.strategy.steps
     steps._coda(0, Variant(lanes=1, best=0, logprobs=False))  # an idle lane embeds some token
     for _ in range(140):
-        steps._block(1, steps.blocks_K[0][0])
+        steps._block(1, steps.blocks[0][0])
     assert engine.runner.h_SD.isfinite().all()
     logits_MV = engine.runner.head(engine.runner.coda(torch.tensor([engine.kv.idle])))
     assert logits_MV.isfinite().all()
@@ -172,8 +172,8 @@ def test_later_recursions_write_nothing_where_nothing_reads_it(num_recursions, r
     """And there are as many steps for them as passes to be expected, 0.5, 1, 1.5 and 2 a token."""
     model = tiny(router, kv_strategy="shared", num_recursions=num_recursions)
     engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=6, lanes=3))
-    blocks_K = engine.strategy.steps.blocks_K
-    assert [[b.writes for b in blocks] for blocks in blocks_K] == [
+    blocks = engine.strategy.steps.blocks
+    assert [[b.writes for b in blocks] for blocks in blocks] == [
         [True] + [False] * n for n in later
     ]
     block, passes = engine.runner.block, []
@@ -196,7 +196,7 @@ def test_a_launch_has_as_many_block_steps_as_passes_are_expected(num_recursions,
     """With more, blocks run half empty; with fewer, codas do."""
     router = "expert_choice" if num_recursions > 1 else "fixed"
     engine = Engine(tiny(router, num_recursions=num_recursions), config=EngineConfig(loop="device"))
-    assert sum(map(len, engine.strategy.steps.blocks_K)) == steps
+    assert sum(map(len, engine.strategy.steps.blocks)) == steps
 
 
 # What a CUDA graph does, on the CPU: it is recorded once, and repeats those operations on the same
