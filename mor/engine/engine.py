@@ -39,6 +39,7 @@ from mor.engine.strategy import Strategy, Work
 from mor.engine.weights import Watch, compiles, for_decoding
 from mor.files import naming
 from mor.generation import SamplingParams, check_prompt, per_prompt
+from mor.model.compiling import failed_to_compile
 from mor.model.transformer import Output, Transformer
 from mor.settings import PositiveInt, Settings
 
@@ -94,7 +95,7 @@ class EngineConfig(Settings):
     """int8: weights of layers and head in 8 bits, activations quantized on the fly (CPU)."""
     compile: bool | None = None
     """Compile all but attention and sampling: the first launches take a minute or two, the others
-    have fewer kernels. None: on CUDA where Triton is installed."""
+    have fewer kernels. None: on CUDA where Triton is installed, and not if it fails."""
 
     def __post_init__(self) -> None:
         if self.loop == "device" and (self.batching, self.loop) not in STRATEGIES:
@@ -175,6 +176,7 @@ class Engine:
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.max_len = config.max_len or model.config.max_seq_len
         self._strategy = _choose_strategy(config, model)
+        self._compiles = compiles(model.embedding.weight.device, config.compile)
         self._watch = Watch(model)
         with self._naming_memory():
             self.kv = self._make_cache()
@@ -195,11 +197,10 @@ class Engine:
         return self._work.runner
 
     def _make_runner(self) -> Runner:
-        compiled = compiles(self.kv.device, self.config.compile)
         return Runner(
-            for_decoding(self.model, self.config.quantize, compiled=compiled),
+            for_decoding(self.model, self.config.quantize, compiled=self._compiles),
             self.kv,
-            compiled=compiled,
+            compiled=self._compiles,
             max_depth=self.config.max_depth,
             longest=self.max_len if self._strategy.static_shapes else None,
         )
@@ -487,6 +488,9 @@ class Engine:
         """After a step that failed halfway, all requests wait again: they are computed again. Those
         that run when a step fails a second time then run one by one, until it is known which of
         them is the cause."""
+        if self._compiles and failed_to_compile(error):
+            self._do_without_compiling(error)
+            return
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
         suspects = [r for r in self.requests.values() if r.status is Status.RUNNING]
@@ -505,6 +509,23 @@ class Engine:
                 f"a step with {len(suspects)} requests failed and is done again: {reason}",
                 stacklevel=3,
             )
+
+    def _do_without_compiling(self, error: Exception) -> None:
+        """Begin anew as it is without compiling, unless that was asked for."""
+        said = " ".join(str(error).split("\n\n")[0].split())[:400]
+        reason = f"compiling the engine failed ({type(error).__name__}: {said})"
+        if self.config.compile:
+            self._stop(f"{reason}; EngineConfig(compile=False) does without")
+            return
+        warnings.warn(
+            f"{reason}; it goes on without, which is slower. EngineConfig(compile=False) does not "
+            "try",
+            stacklevel=3,
+        )
+        self._compiles = False
+        self.scheduler.restart(self.requests.values())
+        self._work.runner = self._make_runner()
+        self.strategy = self._strategy(self._work)
 
     def _stop(self, reason: str) -> None:
         """End all requests, touching nothing that may be broken."""

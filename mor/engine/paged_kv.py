@@ -206,9 +206,12 @@ class PagedKV:
         self.host_count[slot] = count
         self.count.view(self.host_count.shape)[slot] = torch.from_numpy(count).to(self.device)
 
-    def refresh(self) -> None:
-        """Copy what the device has counted to the host."""
-        self.host_count[:] = self.count.view(self.host_count.shape).cpu().numpy()
+    def refresh(self, counted: np.ndarray | None = None) -> None:
+        """Copy what the device has counted to the host, unless it is there already (``counted``,
+        of every virtual sequence)."""
+        if counted is None:
+            counted = self.count.cpu().numpy()
+        self.host_count[:] = counted.reshape(self.host_count.shape)
 
     def reserve(self, slot: np.ndarray, stream: np.ndarray, entries: int | np.ndarray = 1) -> None:
         """Places for this many more entries of virtual sequences; callers make room first."""
