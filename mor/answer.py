@@ -3,7 +3,7 @@
 The plain decoder and every strategy of the engine keep one for each request, so all of them end at
 the same token with the same text.
 
-V vocab
+M answers · V vocab
 """
 
 from __future__ import annotations
@@ -82,16 +82,16 @@ class Answer:
         ends = () if self.grammars is None else self.grammars.end_ids
         return () if self.may_end else (*self.params.stop_token_ids, *ends)
 
-    def settle(self, allowed_V: np.ndarray) -> None:
-        """Complete what the grammar allows, in place: where the answer may end, any stop token may
-        end it; where it may not end yet it goes on, unless nothing can follow."""
+    def settle(self, allowed: np.ndarray) -> None:
+        """Complete which tokens the grammar allows, in place: where the answer may end, any stop
+        token may end it; where it may not end yet it goes on, unless nothing can follow."""
         assert self.grammars is not None
-        if allowed_V[list(self.grammars.end_ids)].any():
-            allowed_V[list(self.params.stop_token_ids)] = True
-        going_on_V = allowed_V.copy()
-        going_on_V[list(self.banned_ids)] = False
-        if going_on_V.any():
-            allowed_V[:] = going_on_V
+        if allowed[list(self.grammars.end_ids)].any():
+            allowed[list(self.params.stop_token_ids)] = True
+        going_on = allowed.copy()
+        going_on[list(self.banned_ids)] = False
+        if going_on.any():
+            allowed[:] = going_on
 
     def take(self, token_id: int) -> str:
         """Add a token; the text that may be shown now, all of the rest if it was the last."""
@@ -142,6 +142,6 @@ def allowed_rows(answers: Sequence[Answer], vocab_size: int) -> np.ndarray:
     own = answers[0].grammars
     assert own is not None
     allowed_MV = own.allowed([answer.matcher for answer in answers], vocab_size)
-    for answer, allowed_V in zip(answers, allowed_MV, strict=True):
-        answer.settle(allowed_V)
+    for answer, allowed in zip(answers, allowed_MV, strict=True):
+        answer.settle(allowed)
     return allowed_MV

@@ -3,7 +3,7 @@
 An engine admits requests, reads their prompts in chunks, and leaves the making of new tokens to a
 strategy: by_load.py, depth_wise.py, device_loop.py or lock_step.py.
 
-A rows that hold tokens · B rows of the batch · R recursions · T columns
+A rows that hold tokens · B rows of the batch · R recursions · T columns · V vocab
 """
 
 from __future__ import annotations
