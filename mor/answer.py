@@ -8,8 +8,7 @@ M answers · V vocab
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -24,11 +23,45 @@ if TYPE_CHECKING:
 Reason = Literal["stop", "length"]
 
 
+class Changes:
+    """What bias and penalties do to the logits of some tokens: to a logit x, ``add`` is added; then
+    it is divided by ``factor``, or multiplied if it is negative; then ``less`` is subtracted.
+
+    Kept up to date token by token, so that a long text costs no more than a short one.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int]) -> None:
+        self._params = params
+        repeats = params.repetition_penalty != 1
+        known = dict.fromkeys([*params.logit_bias, *(prompt_ids if repeats else ())])
+        self._place = {token_id: place for place, token_id in enumerate(known)}
+        room = len(known) + params.max_new_tokens
+        self._ids, self._count = np.zeros((2, room), dtype=np.int64)
+        self._ids[: len(known)] = list(known)
+        self._of_each = np.tile([0.0, 1.0, 0.0], (room, 1))
+        self._of_each[: len(params.logit_bias), 0] = list(params.logit_bias.values())
+        if repeats:
+            seen = [self._place[token_id] for token_id in prompt_ids]
+            self._of_each[seen, 1] = params.repetition_penalty
+
+    def note(self, token_id: int) -> None:
+        """Count a new token of the answer."""
+        params, place = self._params, self._place.setdefault(token_id, len(self._place))
+        self._ids[place] = token_id
+        self._count[place] += 1
+        less = params.frequency_penalty * int(self._count[place]) + params.presence_penalty
+        self._of_each[place, 1:] = params.repetition_penalty, less
+
+    @property
+    def now(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, and add, factor and less of each."""
+        return self._ids[: len(self._place)], self._of_each[: len(self._place)]
+
+
 class Answer:
     """token_ids: the new tokens, a stop token included. finish_reason: None until it is complete.
     stop_reason: the stop string or token that ended it; None if its length did, or its structure
-    without an end token. counts: how often each new token has come, and seen: tokens of prompt and
-    answer, both kept only if a penalty asks for them.
+    without an end token. changes: what bias and penalties do to logits; None if there are none.
 
     tokenizer: for ``text``, which stays empty without one. Raises ValueError for settings that need
     a tokenizer without one, and for a structure that llguidance refuses.
@@ -49,10 +82,9 @@ class Answer:
         if params.structure is not None and tokenizer is not None:
             self.grammars = grammars(tokenizer)
             self.matcher = self.grammars.matcher(params.structure)
-        self._counted = bool(params.frequency_penalty or params.presence_penalty)
-        self._repeated = params.repetition_penalty != 1
-        self.counts = Counter[int]()
-        self.seen = dict.fromkeys(prompt_ids) if self._repeated else {}
+        penalties = (params.repetition_penalty - 1, params.frequency_penalty)
+        changing = params.logit_bias or any(penalties) or params.presence_penalty
+        self.changes = Changes(params, prompt_ids) if changing else None
 
     @property
     def text(self) -> str:
@@ -68,13 +100,7 @@ class Answer:
     @property
     def changes_logits(self) -> bool:
         """Whether the next token is drawn from other logits than the model's."""
-        return bool(
-            self.params.logit_bias
-            or self._counted
-            or self._repeated
-            or self.grammars is not None
-            or not self.may_end
-        )
+        return bool(self.changes is not None or self.grammars is not None or not self.may_end)
 
     @property
     def banned_ids(self) -> tuple[int, ...]:
@@ -96,10 +122,8 @@ class Answer:
     def take(self, token_id: int) -> str:
         """Add a token; the text that may be shown now, all of the rest if it was the last."""
         self.token_ids.append(token_id)
-        if self._counted:
-            self.counts[token_id] += 1
-        if self._repeated:
-            self.seen[token_id] = None
+        if self.changes is not None:
+            self.changes.note(token_id)
         is_end = self.grammars is not None and token_id in self.grammars.end_ids
         if is_end or token_id in self.params.stop_token_ids:
             self.finish_reason, self.stop_reason = "stop", token_id

@@ -145,7 +145,8 @@ def _bytes_of_machine() -> int:
 class Engine:
     """Serves a model to any number of requests, from any number of threads.
 
-    tokenizer: for prompts given as text and for :meth:`text`; requests of token ids need none.
+    tokenizer: for prompts given as text, the text of answers, stop strings and structures; requests
+    of token ids without these need none.
     ``requests`` are the unfinished ones, by id. ``measured`` counts seconds, passes and tokens in
     each part of the model.
     Raises ValueError for settings that do not go with the model or its device.

@@ -196,7 +196,7 @@ def test_a_batch_without_wishes_looks_at_nothing_more(monkeypatch):
     def fail(*_):
         raise AssertionError("not needed here")
 
-    for name in ("adjusted_rows", "score_rows", "_with_changes"):
+    for name in ("adjusted_rows", "score_rows"):
         monkeypatch.setattr(f"mor.engine.sampling.{name}", fail)
     logits = torch.randn(2, 37, generator=torch.Generator().manual_seed(1))
     params = [SamplingParams(), SamplingParams(temperature=0, stop_token_ids=(1,))]
