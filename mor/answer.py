@@ -111,8 +111,7 @@ class Answer:
     def settle(self, allowed: np.ndarray) -> None:
         """Complete which tokens the grammar allows, in place: where the answer may end, any stop
         token may end it; where it may not end yet it goes on, unless nothing can follow."""
-        assert self.grammars is not None
-        if allowed[list(self.grammars.end_ids)].any():
+        if self.matcher.is_accepting():
             allowed[list(self.params.stop_token_ids)] = True
         going_on = allowed.copy()
         going_on[list(self.banned_ids)] = False
@@ -124,27 +123,30 @@ class Answer:
         self.token_ids.append(token_id)
         if self.changes is not None:
             self.changes.note(token_id)
-        is_end = self.grammars is not None and token_id in self.grammars.end_ids
-        if is_end or token_id in self.params.stop_token_ids:
+        if token_id in self.params.stop_token_ids:
             self.finish_reason, self.stop_reason = "stop", token_id
             return self.end()
-        return self._show(token_id)
-
-    def _show(self, token_id: int) -> str:
+        complete = self._completes(token_id)
+        if complete and self.grammars is not None and token_id in self.grammars.end_ids:
+            self.finish_reason, self.stop_reason = "stop", token_id
+            return self.end()
         new = ""
         if self._stream is not None:
             new = self._stream.feed([token_id], may_stop=self.may_end)
             self._pieces.append(new)
             self.stop_reason = self._stream.stopped
-        if self.grammars is not None:
-            self.matcher.consume_token(token_id)
-        if self.stop_reason is not None or (
-            self.grammars is not None and self.matcher.is_stopped() and not self.matcher.is_error()
-        ):
+        if complete or self.stop_reason is not None:
             self.finish_reason = "stop"
         elif len(self.token_ids) == self.params.max_new_tokens:
             self.finish_reason = "length"
         return new if self.finish_reason is None else new + self.end()
+
+    def _completes(self, token_id: int) -> bool:
+        """Follow the structure with a token; whether nothing can come after it."""
+        if self.grammars is None:
+            return False
+        self.matcher.consume_token(token_id)
+        return bool(self.matcher.is_stopped() and not self.matcher.is_error())
 
     def end(self) -> str:
         """The text that was held back, when nothing more comes."""

@@ -193,6 +193,26 @@ def test_it_ends_where_it_is_complete_and_no_sooner():
     assert cut.finish_reason == "length"
 
 
+def test_any_end_token_ends_it_and_one_that_the_grammar_wants_does_not():
+    made = byte_tokenizer().backend
+    made.add_special_tokens(["<|im_end|>"])
+    ends = {"generation_config.json": '{"eos_token_id": [257, 256]}', "tokenizer_config.json": "{}"}
+    tokenizer, (a, b) = Tokenizer(made, files=ends), BYTES.encode("ab")
+    for text, ids, may_follow, stop_reason in (
+        ('start: "a" "b"?', [a, 257], {b, 256, 257}, 257),
+        ('start: "a" "b"?', [a, 256], {b, 256, 257}, 256),
+        ('start: "a" <|im_end|> "b"', [a, 257, b], {257}, None),
+    ):
+        answer = Answer(SamplingParams(structure=Structure(kind="lark", text=text)), [1], tokenizer)
+        answer.take(ids[0])
+        assert _may_follow(answer, 258) == may_follow
+        for token_id in ids[1:]:
+            assert answer.finish_reason is None
+            answer.take(token_id)
+        assert (answer.finish_reason, answer.stop_reason) == ("stop", stop_reason)
+        assert answer.text == tokenizer.decode(ids)
+
+
 def test_a_dead_end_is_an_error_that_says_so():
     """In the engine of that request alone."""
     structure = Structure(kind="regex", text="[ab]{3}")
