@@ -81,7 +81,7 @@ def show(browser, server):
     about and for any request to elsewhere. ``refused`` are answers that the console may name."""
     problems, opened = [], []
 
-    def open_page(*, refused=False, model="tiny", **settings):
+    def open_page(*, url=server.url, refused=False, model="tiny", **settings):
         page = browser.new_page(**settings)
 
         def heard(message):
@@ -92,9 +92,9 @@ def show(browser, server):
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on(
             "request",
-            lambda r: problems.append(r.url) if not r.url.startswith((server.url, "data:")) else 0,
+            lambda r: problems.append(r.url) if not r.url.startswith((url, "data:")) else None,
         )
-        page.goto(server.url)
+        page.goto(url)
         opened.append(page)
         see(page, "#model", model)
         return page
@@ -391,6 +391,25 @@ def test_a_plain_model_has_no_slider_no_chat_and_no_depths(show, script):
 
 
 @pytest.mark.browser
+def test_the_end_of_a_long_answer_stays_in_sight_unless_one_reads_above(show, script):
+    script.tokens = [(f" word{i}", f" word{i}", 1) for i in range(400)]
+    script.hold_at = 300
+    page = show()
+    ask(page, "a")
+    see(page, ".answer", "word299")
+    below = "node => node.scrollHeight - node.clientHeight - node.scrollTop"
+    box = page.locator("#page")
+    box.evaluate("node => node.scrollTo(0, 0)")
+    script.go_on.set()
+    finished(page)
+    assert box.evaluate(below) > 100
+    ask(page, "a")
+    finished(page)
+    page.evaluate("() => new Promise(requestAnimationFrame)")
+    assert box.evaluate(below) < 2
+
+
+@pytest.mark.browser
 def test_deeper_than_trained_is_shown_as_such(show, script):
     script.tokens = [(" a", " a", 0), (" b", " b", 5)]
     page = show()
@@ -433,3 +452,40 @@ def test_every_shade_can_be_read_and_400_pixels_are_enough(show, scheme):
     ask(page, "W" * 200, key="Enter")
     finished(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+@pytest.mark.browser
+def test_the_real_server_and_the_page_understand_each_other(show):
+    from tests.server.served import running
+
+    with running() as real, real.client() as client:
+        page = show(url=f"{real.url}/")
+        page.get_by_label("Seed").fill("5")
+        page.get_by_label("Most new tokens").fill("12")
+        for mode, path in (("completion", "completions"), ("chat", "chat/completions")):
+            page.get_by_role("radio", name=mode).check()
+            with page.expect_request(f"**/v1/{path}") as sent:
+                ask(page, "Hello")
+            finished(page)
+            body = sent.value.post_data_json | {"stream": False}
+            said = client.post(f"/v1/{path}", json=body).raise_for_status().json()["choices"][0]
+            tokens = answer_of(page).locator(".tok")
+            text = said["text"] if mode == "completion" else said["message"]["content"]
+            assert answer_of(page).text_content() == text != ""
+            bars = tokens.evaluate_all("a => a.map((t) => +t.style.getPropertyValue('--bars'))")
+            assert bars == said["depths"] and len(set(bars)) > 1
+            depth = f"12 tokens · mean depth {said['mean_depth']:.2f} of 3"
+            assert depth in answer_of(page).locator("xpath=following-sibling::p").inner_text()
+            tokens.nth(4).hover()
+            assert "log-probability" in page.locator("#facts").inner_text()
+            assert page.locator("#facts tr").count() >= 6, "five alternatives and a head"
+        page.get_by_label("Most new tokens").fill("60")
+        ask(page, "Hello", key="Enter")
+        answer_of(page).locator(".tok").nth(2).wait_for()
+        real.engine.may_go.clear()
+        page.keyboard.press("Escape")
+        finished(page)
+        real.engine.may_go.set()
+        real.wait_until_idle()
+        see(page, ".turn:last-child .hint", "stopped by you")
+        page.close()  # before the server, which it would miss

@@ -72,7 +72,6 @@ function grow(answer, choice) {
   if (text && !tokens.length) addText(answer, text);
   answer.meanDepth = choice.mean_depth ?? answer.meanDepth;
   answer.reason = choice.finish_reason ?? answer.reason;
-  answer.about.textContent = summary(answer);
 }
 // Text that was held back and comes without a token of its own belongs to the last one.
 function addText(answer, text) {

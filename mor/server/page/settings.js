@@ -71,6 +71,7 @@ async function look() {
     showStats(await json("stats", AbortSignal.timeout(5000)));
     byId("lost").hidden = true;
   } catch (error) {
+    if (!(error instanceof Problem || error instanceof DOMException)) throw error;
     noStats();
     if (error.status === 401) return keyAfter(error).then(look);
     if (!state.running) state.model = null;

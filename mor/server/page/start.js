@@ -17,7 +17,7 @@ byId("text").addEventListener("keydown", (event) => {
   run();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape") return;
+  if (event.key !== "Escape" || event.isComposing) return;
   if (state.held) hold(false);
   else stop();
 });

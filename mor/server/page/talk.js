@@ -77,8 +77,9 @@ function begin(text, answer) {
     if (byId("text").value === text) byId("text").value = "";
   }
   byId("progress").textContent = "";
+  hold(false);
   show();
-  follow(true);
+  following.on = true;
 }
 // A message that got no answer goes back into its field.
 function takeBack(text) {
@@ -108,13 +109,14 @@ async function run() {
       begun = true;
       event.choices.forEach((choice) => grow(answer, choice));
       if (event.usage) answer.meanDepth = event.usage.completion_tokens_details?.mean_depth ?? answer.meanDepth;
-      follow();
+      follow(answer);
     }
   } catch (error) {
     fail(error, answer, signal);
     if (begun && state.mode === "chat" && !answer.tokens.length) takeBack(text);
+  } finally {
+    end(answer, begun);
   }
-  end(answer, begun);
 }
 function isReady(text) {
   if (!state.model) problem(GONE);
@@ -147,19 +149,22 @@ function end(answer, begun) {
 const stop = () => state.running?.abort();
 
 // The newest line stays in sight, unless someone has scrolled away from it.
-const following = { on: true, asked: false };
-function follow(again) {
-  const box = byId(BOX[state.mode]);
-  following.on = again || following.on;
+const following = { on: true, top: 0, asked: false };
+function follow(answer) {
   if (following.asked) return;
   following.asked = true;
   requestAnimationFrame(() => {
     following.asked = false;
-    if (following.on && !state.held) box.scrollTop = box.scrollHeight;
+    answer.about.textContent = summary(answer);
+    const box = answer.node.closest(".prose");
+    if (box && following.on && !state.held) box.scrollTop = box.scrollHeight;
   });
 }
 function scrolled({ target }) {
-  following.on = target.scrollHeight - target.scrollTop - target.clientHeight < 24;
+  const isUp = target.scrollTop < following.top,
+    isAtEnd = target.scrollHeight - target.scrollTop - target.clientHeight < 24;
+  following.on = isAtEnd || (following.on && !isUp);
+  following.top = target.scrollTop;
 }
 
 function onward() {
@@ -187,7 +192,13 @@ function save() {
   store("mor-drafts", { mode: state.mode, drafts: talk.drafts, fields });
 }
 function saveTalk() {
-  const plain = ({ answer: { tokens, text, meanDepth, reason, speed: said } }) => ({ tokens, text, meanDepth, reason, speed: said });
+  const plain = ({ answer: { tokens, text, meanDepth, reason = "stopped by you", speed: said } }) => ({
+    tokens,
+    text,
+    meanDepth,
+    reason,
+    speed: said,
+  });
   store("mor-talk", {
     completion: talk.completion && { prompt: talk.completion.prompt, answer: plain(talk.completion) },
     chat: talk.chat.map((t) => (t.answer ? { role: t.role, answer: plain(t) } : t)),
