@@ -37,6 +37,7 @@ function show() {
 function problem(words) {
   byId("problem").hidden = !words;
   byId("problem").textContent = words;
+  if (words) byId("problem").scrollIntoView({ block: "nearest" });
 }
 
 const turn = (role, ...parts) => el("div", { class: `turn ${role}` }, parts);
