@@ -11,13 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mor.server.errors import ApiError
 
 _BODY = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], FailFast()]
-Words = Annotated[list[str], FailFast()]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
+Words = Annotated[list[str], Field(fail_fast=True)]
 Word = Annotated[str, Field(min_length=1)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 SHARES: dict[Effort, float] = {
@@ -172,7 +172,7 @@ class CompletionRequest(Common):
     """Continue a text."""
 
     prompt: Annotated[
-        str | Ids | Words | Annotated[list[Ids], FailFast()] | None,
+        str | Ids | Words | Annotated[list[Ids], Field(fail_fast=True)] | None,
         Field(union_mode="left_to_right"),
     ] = None
     """Text or token ids, or a list of either. Null and empty text begin a new document."""

@@ -78,7 +78,8 @@ def run(service: Service, say: Callable[[str], None]) -> None:
     """
     _check_address(service.config.host, service.config.port)
     server = Server(service)
-    asyncio.run(_serve(server, say), loop_factory=server.config.get_loop_factory())
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(_serve(server, say))
     if service.thread.error is not None:
         raise service.thread.error
 

@@ -6,7 +6,7 @@ import codecs
 import re
 from collections.abc import Iterable
 
-from mor.data.text_bytes import BYTE_ALPHABET, spelled
+from mor.data.text_bytes import bytes_of_name
 from mor.data.tokenizer import Tokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -46,7 +46,7 @@ class TokenTexts:
             return text[len(self._before) :].encode()
         if byte := _BYTE.fullmatch(name):
             return bytes([int(byte.group(1), 16)])
-        return spelled(name, BYTE_ALPHABET)
+        return bytes_of_name(name)
 
 
 class Offsets:
