@@ -9,6 +9,8 @@ B rows of the batch · T columns · V vocab
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -17,20 +19,28 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from mor.answer import Answer, allowed_rows
+from mor.data.tokenizer import Tokenizer
 from mor.files import naming
 from mor.model.config import ModelConfig
 from mor.model.kv_cache import KVCache
 from mor.model.random import hash_uniform
-from mor.model.transformer import Output, Transformer, check_depth, check_finite
+from mor.model.transformer import Logits, Output, Transformer, check_depth, check_finite
 from mor.settings import (
     Listed,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     Seed,
     Settings,
     Share,
+    UnitInterval,
 )
+from mor.structure import Structure
+
+TopLogprobs = list[tuple[int, float]]
+"""The best tokens with their log-probabilities, best first."""
 
 
 def _plain(value: Any) -> Any:
@@ -41,44 +51,116 @@ def _plain(value: Any) -> Any:
 
 
 _Plain = BeforeValidator(_plain)
+_Strings = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+]
+_Penalty = Annotated[float, Field(ge=-2, le=2), _Plain]
+# Minus infinity is a bias, the others that are not finite are none.
+_Bias = Annotated[float, Field(allow_inf_nan=True, lt=math.inf)]
 
 
 class SamplingParams(Settings):
     """How one request samples. temperature=0 is greedy; top_k=0 and top_p=1 keep every token.
     Numbers and lists may be NumPy's or tensors.
 
-    logprobs: also give the log-probability of each new token (of the model, before temperature and
-    cuts).
+    A token is drawn in this order: logit_bias, penalties, structure and min_new_tokens,
+    temperature, top_k, top_p, min_p. Log-probabilities are of the model, before all of these.
     """
 
     max_new_tokens: Annotated[PositiveInt, _Plain] = 128
     temperature: Annotated[NonNegativeFloat, _Plain] = 1.0
     top_k: Annotated[int, Field(ge=0, lt=2**63), _Plain] = 0
     top_p: Annotated[Share, _Plain] = 1.0
+    min_p: Annotated[UnitInterval, _Plain] = 0.0
+    """Tokens below this share of the likeliest one's probability are cut."""
     seed: Annotated[Seed, _Plain] = 0
     stop_token_ids: Annotated[Listed[tuple[NonNegativeInt, ...]], _Plain] = ()
+    stop: Listed[_Strings] = ()
+    """The text ends before the first of these strings, wherever tokens begin and end."""
+    min_new_tokens: Annotated[NonNegativeInt, _Plain] = 0
+    """Neither a stop token nor a stop string ends it before so many tokens."""
+    repetition_penalty: Annotated[PositiveFloat, _Plain] = 1.0
+    """Positive logits of tokens that have come, in prompt or answer, are divided by it, negative
+    ones multiplied."""
+    frequency_penalty: _Penalty = 0.0
+    """Subtracted from a token's logit for each time that the answer has it."""
+    presence_penalty: _Penalty = 0.0
+    """Subtracted once if the answer has it."""
+    logit_bias: Annotated[dict[NonNegativeInt, _Bias], _Plain] = dataclasses.field(
+        default_factory=dict, hash=False
+    )
+    """Added to the logits of these tokens; minus infinity bans one."""
+    structure: Structure | None = None
+    """What the answer must look like. It ends when it is complete, stop tokens or not."""
     logprobs: bool = False
+    """Also give the log-probability of each new token."""
+    top_logprobs: Annotated[NonNegativeInt, _Plain] = 0
+    """Also give so many of the likeliest tokens at each new token, with their log-probabilities."""
+    prompt_logprobs: bool = False
+    """Also give both for the tokens of the prompt, except for the first."""
+
+    def __post_init__(self) -> None:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} is more than "
+                f"max_new_tokens={self.max_new_tokens}"
+            )
+
+    @property
+    def log_min_p(self) -> float:
+        return math.log(self.min_p) if self.min_p else -math.inf
 
 
-def sample(logits: Tensor, params: SamplingParams, counter: int) -> int:
+def sample(
+    logits: Tensor, params: SamplingParams, counter: int, answer: Answer | None = None
+) -> int:
     """One token from one row of logits; ``counter`` numbers the draws of a request.
 
-    Raises ValueError for logits that are not finite.
+    answer: what has been written so far, for settings that look at it. Raises ValueError for logits
+    that are not finite, and if no token may come next.
     """
     check_finite(logits)
+    if answer is not None and answer.changes_logits:
+        logits = adjusted(logits, answer)
+        if logits.max() == -math.inf:
+            raise ValueError(answer.impossible())
     if params.temperature == 0:
         return int(logits.argmax())
     ordered, ids = logits.sort(descending=True, stable=True)
     if params.top_k:
         ordered, ids = ordered[: params.top_k], ids[: params.top_k]
     # With the largest at 0, the smallest temperature overflows to minus infinity alone.
-    probability = ((ordered.double() - ordered[0]) / params.temperature).softmax(0)
+    scaled = (ordered.double() - ordered[0]) / params.temperature
+    probability = scaled.softmax(0)
     below = probability.cumsum(0) - probability
     kept = probability * (below < params.top_p)  # the fewest best tokens that reach top_p
+    kept = kept * (scaled >= params.log_min_p)  # a share of probabilities, as a distance of logits
     cumulative = kept.cumsum(0)
     draw = hash_uniform(params.seed, counter).to(cumulative.device) * cumulative[-1]
     place = min(int(torch.searchsorted(cumulative, draw, right=True)), int((kept > 0).sum()) - 1)
     return int(ids[place])
+
+
+def adjusted(logits: Tensor, answer: Answer) -> Tensor:
+    """Logits that the next token of an answer is drawn from: with bias and penalties, and minus
+    infinity where a token may not come."""
+    params, seen = answer.params, set(answer.prompt_ids + answer.token_ids)
+    logits = logits.clone() if logits.dtype == torch.float64 else logits.float().clone()
+    for token_id in seen | params.logit_bias.keys():
+        value, count = float(logits[token_id]), answer.token_ids.count(token_id)
+        value += params.logit_bias.get(token_id, 0.0)
+        if token_id in seen:
+            penalty = params.repetition_penalty
+            value = value / penalty if value > 0 else value * penalty
+        value -= params.frequency_penalty * count + params.presence_penalty * (count > 0)
+        logits[token_id] = value
+    if answer.grammars is not None:
+        allowed = torch.from_numpy(allowed_rows([answer], len(logits))[0])
+        logits[~allowed.to(logits.device)] = -math.inf
+    elif answer.banned_ids:
+        logits[list(answer.banned_ids)] = -math.inf
+    return logits
 
 
 def logprob(logits: Tensor, token_id: int) -> float:
@@ -87,26 +169,46 @@ def logprob(logits: Tensor, token_id: int) -> float:
     return float(logits[token_id].double() - logits.double().logsumexp(0))
 
 
+def top_logprobs(logits: Tensor, count: int) -> TopLogprobs:
+    """The ``count`` likeliest tokens; of equal ones the lower id comes first."""
+    ids = logits.sort(descending=True, stable=True).indices[:count].tolist()
+    return [(token_id, logprob(logits, token_id)) for token_id in ids]
+
+
 @dataclass(frozen=True)
 class TokenEvent:
-    """A new token of sequence ``index``. source_depth: recursions of the one that predicted it."""
+    """A new token of sequence ``index``. source_depth: recursions of the one that predicted it.
+    text: what may be shown now, if there is a tokenizer. logprob, top_logprobs: None unless asked
+    for."""
 
     index: int
     token_id: int
     source_depth: int
     finish_reason: Literal["stop", "length"] | None
+    text: str = ""
+    logprob: float | None = None
+    top_logprobs: TopLogprobs | None = None
 
 
 @dataclass
 class Generation:
     """token_ids: the new tokens, a stop token included. depths: recursions that each prompt token
-    and each new one took; the last new token was never read, so it has none."""
+    and each new one took; the last new token was never read, so it has none. text: of the new
+    tokens, up to what ended them, if there was a tokenizer. logprobs, top_logprobs: of each new
+    token, if asked for. prompt_logprobs, prompt_top_logprobs: of each token of the prompt, if asked
+    for; None for the first, which nothing predicts. stop_reason: the stop string or token that
+    ended it."""
 
     prompt_ids: list[int]
     token_ids: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
+    text: str = ""
+    stop_reason: str | int | None = None
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[float | None] = field(default_factory=list)
+    prompt_top_logprobs: list[TopLogprobs | None] = field(default_factory=list)
 
     @property
     def mean_depth(self) -> float:
@@ -119,14 +221,16 @@ def prefill(
     cache: KVCache,
     *,
     max_depth: int | None = None,
+    logits: Logits = "last",
 ) -> Output:
-    """Read prompts of any length into an empty cache; logits of each last token, (B, 1, V)."""
+    """Read prompts of any length into an empty cache; logits of each last token, (B, 1, V), unless
+    others are wanted."""
     device = model.embedding.weight.device
     width = max(map(len, prompts))
     tokens_BT = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=device)
     length_B1 = torch.tensor([[len(p)] for p in prompts], device=device)
     mask_BT = torch.arange(width, device=device) < length_B1
-    return model(tokens_BT, mask_BT=mask_BT, cache=cache, logits="last", max_depth=max_depth)
+    return model(tokens_BT, mask_BT=mask_BT, cache=cache, logits=logits, max_depth=max_depth)
 
 
 def decode_step(
@@ -149,10 +253,12 @@ def stream(
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
+    tokenizer: Tokenizer | None = None,
     max_depth: int | None = None,
 ) -> Iterator[TokenEvent]:
     """Every new token as soon as it is known. Arguments and errors as in :func:`generate`."""
-    return _decode(model, *_checked(model, prompts, params, max_depth), max_depth)
+    results, answers = _checked(model, prompts, params, tokenizer, max_depth)
+    return _decode(model, results, answers, max_depth)
 
 
 def generate(
@@ -160,48 +266,40 @@ def generate(
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
+    tokenizer: Tokenizer | None = None,
     max_depth: int | None = None,
 ) -> list[Generation]:
     """Continue token prompts, all together.
 
     prompts: a list of lists (or tensors) of token ids. params: one for all, or one per prompt.
+    tokenizer: for the text of what comes out; stop strings and structures need it.
     max_depth caps the recursions of every token. Raises ValueError, before anything runs, for what
-    :func:`check_prompt` refuses, and for a max_depth beyond the model; and for a model whose logits
-    are not finite.
+    :func:`begin` refuses, and for a max_depth beyond the model; and for a model whose logits are
+    not finite, and where settings forbid every token.
     """
-    results, settings = _checked(model, prompts, params, max_depth)
-    for _ in _decode(model, results, settings, max_depth):
+    results, answers = _checked(model, prompts, params, tokenizer, max_depth)
+    for _ in _decode(model, results, answers, max_depth):
         pass
     return results
 
 
 @torch.inference_mode()
 def _decode(
-    model: Transformer,
-    results: list[Generation],
-    params: list[SamplingParams],
-    max_depth: int | None,
+    model: Transformer, results: list[Generation], answers: list[Answer], max_depth: int | None
 ) -> Iterator[TokenEvent]:
     """Fill ``results`` in place, yielding each token."""
     prompts = [result.prompt_ids for result in results]
-    weight = model.embedding.weight
-    cache = KVCache(model.config, len(prompts), device=weight.device, dtype=weight.dtype)
+    for result, answer in zip(results, answers, strict=True):
+        if answer.params.prompt_logprobs:
+            _score_prompt(model, result, answer.params, max_depth)
+    cache = _cache(model, len(prompts))
     output = prefill(model, prompts, cache, max_depth=max_depth)
     while True:
         depths = output.routing.depths_by_row()
-        for i, result in enumerate(results):
-            if result.finish_reason is not None:
-                continue
-            result.depths += depths[i]
-            token = sample(output.logits_BTV[i, 0], params[i], len(result.token_ids))
-            result.token_ids.append(token)
-            if params[i].logprobs:
-                result.logprobs.append(logprob(output.logits_BTV[i, 0], token))
-            if token in params[i].stop_token_ids:
-                result.finish_reason = "stop"
-            elif len(result.token_ids) == params[i].max_new_tokens:
-                result.finish_reason = "length"
-            yield TokenEvent(i, token, result.depths[-1], result.finish_reason)
+        for i, (result, answer) in enumerate(zip(results, answers, strict=True)):
+            if result.finish_reason is None:
+                result.depths += depths[i]
+                yield _next_token(i, result, answer, output.logits_BTV[i, 0])
         active = [result.finish_reason is None for result in results]
         if not any(active):
             return
@@ -210,17 +308,64 @@ def _decode(
         )
 
 
+def _next_token(index: int, result: Generation, answer: Answer, logits: Tensor) -> TokenEvent:
+    """Draw a token and note it."""
+    params = answer.params
+    token = sample(logits, params, len(answer.token_ids), answer)
+    text = answer.take(token)
+    value = logprob(logits, token) if params.logprobs else None
+    best = top_logprobs(logits, params.top_logprobs) if params.top_logprobs else None
+    result.logprobs += [] if value is None else [value]
+    result.top_logprobs += [] if best is None else [best]
+    result.text, result.finish_reason = answer.text, answer.finish_reason
+    result.stop_reason = answer.stop_reason
+    return TokenEvent(index, token, result.depths[-1], result.finish_reason, text, value, best)
+
+
+def _score_prompt(
+    model: Transformer, result: Generation, params: SamplingParams, max_depth: int | None
+) -> None:
+    """Log-probabilities of a prompt's tokens, each under the logits of the one before it."""
+    ids = result.prompt_ids
+    output = prefill(model, [ids], _cache(model, 1), max_depth=max_depth, logits="all")
+    logits_TV = output.logits_BTV[0]
+    result.prompt_logprobs = [None, *map(logprob, logits_TV, ids[1:])]
+    if count := params.top_logprobs:
+        result.prompt_top_logprobs = [None, *(top_logprobs(x, count) for x in logits_TV[:-1])]
+
+
+def _cache(model: Transformer, num_rows: int) -> KVCache:
+    weight = model.embedding.weight
+    return KVCache(model.config, num_rows, device=weight.device, dtype=weight.dtype)
+
+
 def _checked(
-    model: Transformer, prompts: Any, params: Any, max_depth: Any
-) -> tuple[list[Generation], list[SamplingParams]]:
+    model: Transformer, prompts: Any, params: Any, tokenizer: Tokenizer | None, max_depth: Any
+) -> tuple[list[Generation], list[Answer]]:
     check_depth(max_depth, model.config.num_recursions)
     if isinstance(prompts, str):
         prompts = [prompts]  # not only the list is missing, but the token ids
-    results, (listed, settings) = list[Generation](), per_prompt(prompts, params)
-    for i, (prompt, own) in enumerate(zip(listed, settings, strict=True)):
+    answers = list[Answer]()
+    for i, (prompt, own) in enumerate(zip(*per_prompt(prompts, params), strict=True)):
         with naming(f"prompt {i}"):
-            results.append(Generation(check_prompt(model.config, prompt, own)))
-    return results, settings
+            answers.append(begin(model.config, prompt, own, tokenizer=tokenizer))
+    return [Generation(answer.prompt_ids, answer.token_ids) for answer in answers], answers
+
+
+def begin(
+    config: ModelConfig,
+    prompt: Any,
+    params: Any,
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_len: int | None = None,
+) -> Answer:
+    """The answer to a prompt, with no token yet. Raises ValueError for what :func:`check_prompt`
+    and :class:`mor.answer.Answer` refuse."""
+    ids = check_prompt(config, prompt, params, max_len=max_len)
+    if tokenizer is not None and params.structure is not None:
+        tokenizer.check_fits(config.vocab_size)
+    return Answer(params, ids, tokenizer)
 
 
 def per_prompt(prompts: Any, params: Any) -> tuple[list[Any], list[Any]]:
@@ -277,7 +422,9 @@ def check_prompt(
         raise ValueError(
             "the prompt is empty; give at least one token, such as the end-of-text token"
         )
-    for name, given in (("the prompt", ids), ("stop_token_ids", params.stop_token_ids)):
+    named = {"the prompt": ids, "stop_token_ids": params.stop_token_ids}
+    named["logit_bias"] = list(params.logit_bias)
+    for name, given in named.items():
         if given and not 0 <= min(given) <= max(given) < config.vocab_size:
             raise ValueError(f"{name} has token ids outside 0..{config.vocab_size - 1}")
     longest = config.max_seq_len if max_len is None else max_len

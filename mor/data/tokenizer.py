@@ -23,7 +23,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mor.data.long_pieces import in_short_pieces
 from mor.data.spelling import spelling
-from mor.data.text_bytes import TextBytes, text_bytes, unknown_ids
+from mor.data.text_bytes import (
+    TextBytes,
+    has_byte_tokens,
+    is_byte_level,
+    text_bytes,
+    unknown_ids,
+)
 from mor.files import check_links, extra, naming, parse_json
 from mor.hub_access import asking_the_hub
 from mor.run_folder import RunFolder
@@ -144,8 +150,21 @@ class Tokenizer:
     @cached_property
     def markup_ids(self) -> set[int]:
         """Tokens that are no text where a text is marked up; what is unknown is text."""
+        return self.special_token_ids - unknown_ids(self.backend)
+
+    @cached_property
+    def special_token_ids(self) -> set[int]:
+        """Tokens that give no text when they are decoded."""
         added = self.backend.get_added_tokens_decoder()
-        return {i for i, token in added.items() if token.special} - unknown_ids(self.backend)
+        return {i for i, token in added.items() if token.special}
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        return is_byte_level(self.backend)
+
+    @cached_property
+    def has_byte_tokens(self) -> bool:
+        return has_byte_tokens(self.backend)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that may be marked up, as a chat template does. Raises ValueError if the

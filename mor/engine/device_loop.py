@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mor.engine.depth_wise import DepthWise
 from mor.engine.request import Phase, Request
 from mor.engine.runner import Runner, compile_methods
 from mor.engine.sampling import (
+    Drawn,
     SamplingRows,
     finite_rows,
     logprob_rows,
@@ -33,20 +35,25 @@ from mor.engine.strategy import Strategy, Work
 from mor.generation import SamplingParams
 from mor.model.transformer import Transformer, passes
 
-MAX_STOP_TOKENS = 16
+STOP_TOKENS = 16
 _NEVER = torch.iinfo(torch.int64).max  # the age of a slot that is not wanted
 
 
 class DeviceLoop(Strategy):
     """Several passes of all running requests are one launch; the host reserves places before it
-    and takes the new tokens after it."""
+    and takes the new tokens after it.
+
+    While a request runs whose next token depends on those before by more than the model
+    (penalties, a structure, and what else changes logits), or that wants the likeliest tokens, the
+    host chooses the tokens of every pass, as depth-wise batching without a device loop does.
+    """
 
     static_shapes = True
-    max_stop_tokens = MAX_STOP_TOKENS
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
         self.steps = DeviceSteps(work.runner, lanes=work.lanes)
+        self.on_host, self.host_chooses = DepthWise(work), False
 
     @staticmethod
     def fits(model: Transformer) -> bool:
@@ -55,6 +62,18 @@ class DeviceLoop(Strategy):
         return all(layers == first for layers in others)
 
     def step(self) -> None:
+        if any(map(_needs_host, self.work.scheduler.running)):
+            if not self.host_chooses:
+                self.on_host.take_over(self.work.in_phase(Phase.BLOCK))
+            self.host_chooses = True
+            self.on_host.step()
+            return
+        # No launch before all tokens that the host has entered are at their end.
+        self.host_chooses = self.host_chooses and self.on_host.finish_tokens()
+        if not self.host_chooses:
+            self._launch()
+
+    def _launch(self) -> None:
         work = self.work
         requests = work.in_phase(Phase.ENTER) + work.in_phase(Phase.BLOCK)
         requests = work.scheduler.make_room(requests, self._pages)
@@ -73,7 +92,8 @@ class DeviceLoop(Strategy):
         work.measured.tokens["block"] += sum(token.depth for token in new)
         for token in new:
             request = by_slot[token.slot]
-            work.take(request, token.token_id, depth=token.depth, logprob=token.logprob)
+            if request.finish_reason is None:  # a stop string may have ended it within the launch
+                work.take(request, Drawn(token.token_id, token.logprob), depth=token.depth)
 
     def _reserve(self, requests: list[Request]) -> None:
         entries = self._entries(requests)
@@ -92,6 +112,10 @@ class DeviceLoop(Strategy):
         # The token under way is not read yet, but may have its entry in a stream already.
         steps: np.ndarray = np.minimum(self.steps.codas + 1, longest - np.maximum(read, counted))
         return steps
+
+
+def _needs_host(request: Request) -> bool:
+    return request.answer.changes_logits or request.params.top_logprobs > 0
 
 
 @dataclass(frozen=True)
@@ -143,7 +167,7 @@ class DeviceSteps:
         self.age, self.remaining = (
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2)
         )
-        self.stop_SJ = torch.full((slots, MAX_STOP_TOKENS), -1, device=device)
+        self.stop_SJ = torch.full((slots, STOP_TOKENS), -1, device=device)
         self.sampling = SamplingRows.greedy(slots, device)
         # Slot, token, depth and log-probability that each coda step found in each lane.
         self.out_KM4 = torch.zeros(codas, self.lanes, 4, dtype=torch.float64, device=device)
@@ -297,5 +321,7 @@ class DeviceSteps:
 
 
 def _stops(params: SamplingParams) -> list[int]:
-    """Its stop tokens, filled up with what no token is."""
-    return [*params.stop_token_ids, *[-1] * (MAX_STOP_TOKENS - len(params.stop_token_ids))]
+    """Its first stop tokens, filled up with what no token is. The host stops at all of them; the
+    device spares itself the tokens after one."""
+    first = params.stop_token_ids[:STOP_TOKENS]
+    return [*first, *[-1] * (STOP_TOKENS - len(first))]

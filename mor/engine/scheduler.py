@@ -108,7 +108,10 @@ class Scheduler:
             request.start_over()
 
     def _cached_beginning(self, request: Request) -> list[Segment]:
-        return [] if self.prefix_cache is None else self.prefix_cache.match(request.known_ids)
+        """What is cached of it; nothing if all of the prompt's logits are needed."""
+        if self.prefix_cache is None or request.scores_prompt:
+            return []
+        return self.prefix_cache.match(request.known_ids)
 
     def _start_running(self, request: Request, segments: Sequence[Segment]) -> None:
         """Move the oldest waiting request to the next free slot, and attach ``segments`` to it."""

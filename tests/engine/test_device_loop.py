@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mor.engine import Engine, EngineConfig, SamplingParams
-from mor.engine.device_loop import DeviceLoop, Variant
+from mor.engine.device_loop import STOP_TOKENS, DeviceLoop, Variant
 from mor.generation import generate
 from mor.model.config import RouterConfig
 from tests.conftest import tiny
@@ -59,12 +59,22 @@ def test_device_loop_stops_where_it_should():
     for request, generation in zip(got, want, strict=True):
         assert request.logprobs == pytest.approx(generation.logprobs, abs=1e-4)
     all_memory_is_back(engine)
-    with pytest.raises(ValueError, match="up to 16 stop tokens"):
-        engine.add_request([1], SamplingParams(max_new_tokens=5, stop_token_ids=tuple(range(17))))
     with pytest.raises(ValueError, match="shared_order='cycle'"):
         Engine(tiny("fixed", sharing="sequence"), config=EngineConfig(loop="device"))
     with pytest.raises(ValueError, match="made for batching='depth_wise'"):
         EngineConfig(loop="device", batching="static")
+
+
+def test_more_stop_tokens_than_the_device_looks_for():
+    model = tiny()
+    prompts, params = draw_requests(6, seed=2, longest_output=20, temperature=1.0)
+    free = generate(model, prompts, params)
+    last = [generation.token_ids[-1] for generation in free]
+    others = tuple(i for i in range(37) if i not in last)[:STOP_TOKENS]
+    params = [SamplingParams(**{**vars(p), "stop_token_ids": (*others, *last)}) for p in params]
+    engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=4))
+    same(engine.generate(prompts, params), generate(model, prompts, params))
+    all_memory_is_back(engine)
 
 
 FROM_THE_HOST = {"lift_fresh"}  # a tensor was made of numbers of Python

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mor.answer import Answer
 from mor.engine import Engine, SamplingParams
 from mor.engine.sampling import SamplingRows, logprob_rows, next_tokens, sample_rows
 from mor.generation import logprob, sample
@@ -39,15 +40,27 @@ def test_rows_are_sampled_as_each_alone():
     assert values == pytest.approx([logprob(logits[i], t) for i, t in enumerate(tokens)])
 
 
+def begun(params, counters):
+    """Answers that have so many tokens."""
+    answers = [Answer(p, [0]) for p in params]
+    for answer, count in zip(answers, counters, strict=True):
+        answer.token_ids += [0] * count
+    return answers
+
+
+def tokens_of(logits, params, counters):
+    return [drawn.token_id for drawn in next_tokens(logits, begun(params, counters))]
+
+
 def test_rows_that_are_not_finite_leave_the_others_as_they_are():
     logits = torch.randn(6, 37, generator=torch.Generator().manual_seed(1))
     params = [SamplingParams(temperature=(0.0, 1.0, 5e-324)[i % 3], seed=i) for i in range(6)]
-    want, _ = next_tokens(logits, params, [0] * 6)
+    want = tokens_of(logits, params, [0] * 6)
     assert want == [sample(logits[i], p, 0) for i, p in enumerate(params)]
     for row, value in ((1, float("nan")), (3, float("inf")), (4, -float("inf"))):
         logits[row, 5] = value
         want[row] = None
-    assert next_tokens(logits, params, [0] * 6)[0] == want
+    assert tokens_of(logits, params, [0] * 6) == want
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -70,11 +83,11 @@ def test_only_the_best_are_put_in_order_and_the_token_is_the_same(dtype):
     rows = SamplingRows.of(params, list(range(120)), logits.device)
     for best in (16, 64, 97, None):
         assert sample_rows(logits, rows, best).tolist() == want
-    assert next_tokens(logits, params, list(range(120)))[0] == want
+    assert tokens_of(logits, params, list(range(120))) == want
 
 
 def test_a_request_without_top_k_draws_from_the_whole_vocabulary_beside_others():
     logits = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0)) * 0.01
     params = [SamplingParams(top_k=2), SamplingParams(seed=3)]
-    drawn = {next_tokens(logits, params, [i, i])[0][1] for i in range(50)}
+    drawn = {tokens_of(logits, params, [i, i])[1] for i in range(50)}
     assert len(drawn) > 40
