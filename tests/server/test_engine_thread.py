@@ -211,7 +211,5 @@ async def test_a_request_that_fails_in_the_engine_is_an_error_without_its_reason
     engine._work.fail(answer.requests[0], "bad weights in /secret/place")
     engine.may_go.set()
     with pytest.raises(ApiError, match="its|log") as failed:
-        await (answer.finished())
+        await answer.finished()
     assert failed.value.status == 500 and "secret" not in str(failed.value)
-
-

@@ -454,8 +454,22 @@ def test_every_shade_can_be_read_and_400_pixels_are_enough(show, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
+def hold_after(tokens, engine, monkeypatch):
+    """The engine waits once, when a request has this many."""
+    step, held = engine.step, []
+
+    def step_and_hold():
+        outputs = step()
+        if not held and any(len(r.token_ids) >= tokens for r in engine.requests.values()):
+            held.append(True)
+            engine.may_go.clear()
+        return outputs
+
+    monkeypatch.setattr(engine, "step", step_and_hold)
+
+
 @pytest.mark.browser
-def test_the_real_server_and_the_page_understand_each_other(show):
+def test_the_real_server_and_the_page_understand_each_other(show, monkeypatch):
     from tests.server.served import running
 
     with running() as real, real.client() as client:
@@ -479,13 +493,16 @@ def test_the_real_server_and_the_page_understand_each_other(show):
             tokens.nth(4).hover()
             assert "log-probability" in page.locator("#facts").inner_text()
             assert page.locator("#facts tr").count() >= 6, "five alternatives and a head"
-        page.get_by_label("Most new tokens").fill("60")
-        ask(page, "Hello", key="Enter")
+        page.get_by_role("radio", name="completion").check()
+        page.get_by_role("button", name="Clear").click()
+        page.get_by_label("Most new tokens").fill("90")
+        hold_after(3, real.engine, monkeypatch)
+        ask(page, "Hello")
         answer_of(page).locator(".tok").nth(2).wait_for()
-        real.engine.may_go.clear()
         page.keyboard.press("Escape")
         finished(page)
         real.engine.may_go.set()
         real.wait_until_idle()
-        see(page, ".turn:last-child .hint", "stopped by you")
+        assert answer_of(page).locator(".tok").count() == 3
+        see(page, "#page .hint", "stopped by you")
         page.close()  # before the server, which it would miss
