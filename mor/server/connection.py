@@ -66,7 +66,9 @@ async def before(timeout_s: float, work: Awaitable[T]) -> T:
         async with asyncio.timeout(timeout_s):
             return await work
     except TimeoutError:
-        raise ApiError(504, f"the answer took longer than {timeout_s:g} s", code="timeout") from None
+        raise ApiError(
+            504, f"the answer took longer than {timeout_s:g} s", code="timeout"
+        ) from None
 
 
 async def events(form: Form, answer: Answer, timeout_s: float) -> AsyncIterator[bytes]:
@@ -122,9 +124,7 @@ class EventStream(Response):
     async def _write(self, send: Send) -> bool:
         """Whether the answer was written to its end. Raises TimeoutError if the client does not
         read."""
-        await send(
-            {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        )
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for chunk in events(self._form, self._answer, self._timeout_s):
                 await self._send(send, chunk)

@@ -328,8 +328,7 @@ def _one_of(texts: Sequence[str]) -> str:
     """A regular expression of these texts; Python's escapes are more than others know."""
     special = set(r"\.^$|?*+()[]{}/-&~#")
     return "|".join(
-        "".join(f"\\{letter}" if letter in special else letter for letter in text)
-        for text in texts
+        "".join(f"\\{letter}" if letter in special else letter for letter in text) for text in texts
     )
 
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 from mor.chat import Chat
 from mor.data.tokenizer import Tokenizer
 from mor.engine import Engine, SamplingParams
-from mor.generation import Structure
 from mor.server.choices import ChatForm, Choice, CompletionForm, Form
 from mor.server.config import ServerConfig
 from mor.server.engine_thread import EngineThread, Job
@@ -27,6 +26,7 @@ from mor.server.protocol import (
     TokenizeRequest,
 )
 from mor.server.token_texts import TokenTexts
+from mor.structure import Structure, grammars
 
 DEFAULT_LENGTH = 16
 """New tokens of a completion that names no number, as OpenAI has it."""
@@ -107,7 +107,7 @@ class Service:
         prompts, each = body.prompts, body.best_of or body.n or 1
         self._check_choices(len(prompts) * each)
         jobs, choices = list[Job](), list[Choice]()
-        settings = self._settings(body, served.tokenizer.end_ids)
+        settings = await self._settings(body, served.tokenizer.end_ids)
         settings["prompt_logprobs"] = bool(body.echo) and body.logprobs is not None
         if (body.best_of or 1) > (body.n or 1):
             settings["logprobs"] = True
@@ -130,7 +130,7 @@ class Service:
         self._check_choices(each)
         chat = self._chat()
         ids = await self._conversation(body.messages)
-        settings = self._settings(body, chat.stop_token_ids)
+        settings = await self._settings(body, chat.stop_token_ids)
         length = self._length(len(ids), body.wanted_length(), served.engine.max_len)
         jobs = [Job(ids, _params(settings, length, number)) for number in range(each)]
         choices = [Choice(number, None) for number in range(each)]
@@ -232,14 +232,15 @@ class Service:
             raise ApiError(
                 400,
                 f"the model holds {most} tokens; the prompt has {prompt}, and {length} more are "
-                "asked for" if length > 0 else
-                f"the model holds {most} tokens, the prompt alone has {prompt}",
+                "asked for"
+                if length > 0
+                else f"the model holds {most} tokens, the prompt alone has {prompt}",
                 param="max_tokens" if wanted is not None else "prompt",
                 code="context_length_exceeded",
             )
         return length
 
-    def _settings(self, body: Common, end_ids: Sequence[int]) -> dict[str, Any]:
+    async def _settings(self, body: Common, end_ids: Sequence[int]) -> dict[str, Any]:
         """For SamplingParams, without the length."""
         seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
         ends = () if body.ignore_eos else end_ids
@@ -249,9 +250,23 @@ class Service:
         if (top := body.top_logprobs) is not None:
             settings |= {"logprobs": True, "top_logprobs": top}
         if (structure := body.structure()) is not None:
-            kind, text = structure
-            settings["structure"] = _checked(lambda: Structure(kind=kind, text=text))
+            settings["structure"] = await self._structure(*structure)
         return settings
+
+    async def _structure(self, kind: Any, text: str) -> Structure:
+        """A structure that the engine finds compiled. Raises ApiError 400 if it cannot be
+        followed."""
+        tokenizer = self.served.tokenizer
+
+        def compiled() -> Structure:
+            made = Structure(kind=kind, text=text)
+            grammars(tokenizer).matcher(made)
+            return made
+
+        try:
+            return await asyncio.to_thread(compiled)
+        except (ValueError, ImportError) as error:
+            raise ApiError(400, str(error), param="response_format") from None
 
     def _depth(self, body: Common) -> dict[str, float]:
         name = "depth" if body.depth is not None else "reasoning_effort"

@@ -17,7 +17,8 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._backend = tokenizer.backend
-        self._special = tokenizer.markup_ids
+        self._special = tokenizer.special_token_ids
+        self._is_byte_level = tokenizer.is_byte_level
         self._anchor = (tokenizer.encode("a") or [tokenizer.end_of_text_id])[-1:]
         self._before = self._backend.decode(self._anchor, skip_special_tokens=False)
         self._known: dict[int, bytes] = {}
@@ -41,12 +42,14 @@ class TokenTexts:
         name = self._backend.id_to_token(token_id)
         if name is None or token_id in self._special:
             return (name or "").encode()
+        if self._is_byte_level:
+            return bytes_of_name(name)
         text = self._backend.decode([*self._anchor, token_id], skip_special_tokens=False)
         if "\ufffd" not in text and text.startswith(self._before):
             return text[len(self._before) :].encode()
         if byte := _BYTE.fullmatch(name):
             return bytes([int(byte.group(1), 16)])
-        return bytes_of_name(name)
+        return text.encode()
 
 
 class Offsets:

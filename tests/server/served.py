@@ -28,7 +28,7 @@ def parts():
 
 
 class Held(Engine):
-    """An engine that makes no step while it is held, and counts those it has made."""
+    """An engine whose steps do nothing while it is held; the others are counted."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -37,7 +37,9 @@ class Held(Engine):
         self.steps = 0
 
     def step(self):
-        self.may_go.wait()
+        if not self.may_go.is_set():
+            time.sleep(0.001)
+            return []
         self.steps += 1
         return super().step()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import threading
 
 import pytest
 
@@ -128,19 +129,25 @@ async def test_an_answer_that_is_left_has_its_slot_and_pages_back_within_two_ste
 
 @in_loop
 async def test_a_task_that_is_cancelled_before_its_jobs_are_taken_leaves_nothing(thread):
-    engine = await thread.settled()
-    engine.may_go.clear()
+    engine, inside, go_on = await thread.settled(), threading.Event(), threading.Event()
+    step = engine.step
+
+    def slow_step():
+        inside.set()
+        go_on.wait()
+        return step()
+
+    engine.step = slow_step
     first = await thread.submit([job()], streamed=False)
-    while engine.may_go.is_set():
+    while not inside.is_set():
         await asyncio.sleep(0)
-    await asyncio.sleep(0.02)  # the thread waits inside its step
     second = asyncio.create_task(thread.submit([job(max_new_tokens=100)], streamed=False))
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
     assert not second.done()
     second.cancel()
     with pytest.raises(asyncio.CancelledError):
         await second
-    engine.may_go.set()
+    go_on.set()
     assert len((await first.finished())[0].token_ids) == 5
     all_memory_is_back(await idle(thread))
 
@@ -178,7 +185,6 @@ async def test_a_stopped_engine_ends_every_answer_and_is_told_to_all(thread):
         raise RuntimeError("the device is lost, at /secret/place")
 
     engine.step = broken
-    engine.may_go.set()
     with pytest.raises(ApiError, match=r"^the engine has stopped$"):
         await answer.finished()
     with pytest.raises(ApiError, match="the engine has stopped; restart") as refused:
@@ -206,10 +212,17 @@ def test_an_engine_that_cannot_be_made_says_why():
 @in_loop
 async def test_a_request_that_fails_in_the_engine_is_an_error_without_its_reason(thread):
     engine = await thread.settled()
-    engine.may_go.clear()
-    answer = await thread.submit([job()], streamed=False)
-    engine._work.fail(answer.requests[0], "bad weights in /secret/place")
-    engine.may_go.set()
-    with pytest.raises(ApiError, match="its|log") as failed:
-        await answer.finished()
+    step = engine.step
+
+    def failing_step():
+        for request in list(engine.requests.values()):
+            engine._work.fail(request, "bad weights in /secret/place")
+        return step()
+
+    engine.step = failing_step
+    with await thread.submit([job()], streamed=False) as answer:
+        with pytest.raises(ApiError, match="log has the reason") as failed:
+            await answer.finished()
     assert failed.value.status == 500 and "secret" not in str(failed.value)
+    with await thread.submit([job()], streamed=True) as answer:
+        assert [output.finish_reason for _, output in await answer.arrived()] == ["error"]
