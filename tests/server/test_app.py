@@ -189,7 +189,7 @@ def test_a_stop_string_ends_the_text_before_it_and_is_named(client):
         (COMPLETIONS, {"prompt": []}, "prompt", "empty list"),
         (COMPLETIONS, {"prompt": [[]]}, None, "prompt is empty"),
         (COMPLETIONS, {"prompt": "a", "temperature": -1}, "temperature", "greater than"),
-        (COMPLETIONS, {"prompt": "a", "n": 1000}, "n", "128"),
+        (COMPLETIONS, {"prompt": "a", "n": 1000}, "n", "may have 8"),
         (COMPLETIONS, {"prompt": "a", "max_tokens": 128}, "max_tokens", "holds 128 tokens"),
         (COMPLETIONS, {"prompt": "a" * 128}, "prompt", "prompt alone has 128"),
         (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
@@ -354,10 +354,10 @@ def test_an_answer_that_takes_too_long_ends_with_504_or_with_an_event():
         response = client.post(COMPLETIONS, json=body)
         assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
         read = b""
-        with client.stream("POST", COMPLETIONS, json=body | {"stream": True}) as response:
-            with pytest.raises(httpx2.RemoteProtocolError):
-                for chunk in response.iter_raw():
-                    read += chunk
+        broken = pytest.raises(httpx2.RemoteProtocolError)
+        with broken, client.stream("POST", COMPLETIONS, json=body | {"stream": True}) as response:
+            for chunk in response.iter_raw():
+                read += chunk
         assert b'data: {"error"' in read and b"DONE" not in read
         server.engine.may_go.set()
         server.wait_until_idle()
