@@ -294,28 +294,29 @@ def test_stop_closes_the_stream_and_keeps_what_came(show, script, by):
         assert page.evaluate("document.activeElement.id") == "send", "the focus is not lost"
 
 
-REFUSALS = {
-    "busy": ((429, {"Retry-After": "3"}, "64 wait"), "The server is busy. Try again in about 3 s"),
-    "wrong": ((400, {}, "top_p: <b>no</b>"), "refuses this request: top_p: <b>no</b>"),
-    "long": ((413, {}, "5 MiB"), "more text than the server takes at once: 5 MiB"),
-    "broken": ((500, {}, "its log has the reason"), "The server failed (500): its log"),
-}
+REFUSALS = [
+    ((429, {"Retry-After": "3"}, "64 wait"), "The server is busy. Try again in about 3 s"),
+    ((400, {}, "top_p: <b>no</b>"), "refuses this request: top_p: <b>no</b>"),
+    ((413, {}, "5 MiB"), "more text than the server takes at once: 5 MiB"),
+    ((500, {}, "its log has the reason"), "The server failed (500): its log"),
+]
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("case", REFUSALS)
-def test_a_refusal_is_told_and_the_message_is_still_in_its_field(show, script, case):
-    script.refusal, said = REFUSALS[case]
+def test_a_refusal_is_told_and_the_message_is_still_in_its_field(show, script):
     page = show(refused=True)
     page.get_by_label("chat", exact=True).check()
-    ask(page, "My long message", key="Enter")
-    see(page, "#problem", said)
-    assert page.locator("#text").input_value() == "My long message"
-    assert page.locator(".turn").count() == 0 and page.locator("#problem b").count() == 0
+    page.locator("#text").fill("My long message")
+    for script.refusal, said in REFUSALS:
+        page.locator("#text").press("Enter")
+        see(page, "#problem", said)
+        assert page.locator("#text").input_value() == "My long message"
+        assert page.locator(".turn").count() == 0 and page.locator("#problem b").count() == 0
     script.refusal = None
     page.locator("#text").press("Enter")
     finished(page)
     assert answer_of(page).text_content() == TEXT and not page.locator("#problem").is_visible()
+    assert page.locator("#text").input_value() == ""
 
 
 @pytest.mark.browser
@@ -454,8 +455,22 @@ def test_every_shade_can_be_read_and_400_pixels_are_enough(show, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
+def hold_after(tokens, engine, monkeypatch):
+    """The engine waits once, when a request has this many."""
+    step, held = engine.step, []
+
+    def step_and_hold():
+        outputs = step()
+        if not held and any(len(r.token_ids) >= tokens for r in engine.requests.values()):
+            held.append(True)
+            engine.may_go.clear()
+        return outputs
+
+    monkeypatch.setattr(engine, "step", step_and_hold)
+
+
 @pytest.mark.browser
-def test_the_real_server_and_the_page_understand_each_other(show):
+def test_the_real_server_and_the_page_understand_each_other(show, monkeypatch):
     from tests.server.served import running
 
     with running() as real, real.client() as client:
@@ -479,13 +494,16 @@ def test_the_real_server_and_the_page_understand_each_other(show):
             tokens.nth(4).hover()
             assert "log-probability" in page.locator("#facts").inner_text()
             assert page.locator("#facts tr").count() >= 6, "five alternatives and a head"
-        page.get_by_label("Most new tokens").fill("60")
-        ask(page, "Hello", key="Enter")
+        page.get_by_role("radio", name="completion").check()
+        page.get_by_role("button", name="Clear").click()
+        page.get_by_label("Most new tokens").fill("90")
+        hold_after(3, real.engine, monkeypatch)
+        ask(page, "Hello")
         answer_of(page).locator(".tok").nth(2).wait_for()
-        real.engine.may_go.clear()
         page.keyboard.press("Escape")
         finished(page)
         real.engine.may_go.set()
         real.wait_until_idle()
-        see(page, ".turn:last-child .hint", "stopped by you")
+        assert answer_of(page).locator(".tok").count() == 3
+        see(page, "#page .hint", "stopped by you")
         page.close()  # before the server, which it would miss
