@@ -61,21 +61,26 @@ _Bias = Annotated[float, Field(allow_inf_nan=True, lt=math.inf)]
 
 
 class SamplingParams(Settings):
-    """How one request samples. temperature=0 is greedy; top_k=0 and top_p=1 keep every token.
-    Numbers and lists may be NumPy's or tensors.
+    """How one request samples. Numbers and lists may be NumPy's or tensors.
 
     A token is drawn in this order: logit_bias, penalties, structure and min_new_tokens,
     temperature, top_k, top_p, min_p. Log-probabilities are of the model, before all of these.
     """
 
     max_new_tokens: Annotated[PositiveInt, _Plain] = 128
+    """Most tokens of the answer, a stop token included."""
     temperature: Annotated[NonNegativeFloat, _Plain] = 1.0
+    """0 is greedy."""
     top_k: Annotated[int, Field(ge=0, lt=2**63), _Plain] = 0
+    """Keep so many of the likeliest tokens; 0 keeps all."""
     top_p: Annotated[Share, _Plain] = 1.0
+    """Keep the fewest likeliest tokens that reach this probability; 1 keeps all."""
     min_p: Annotated[UnitInterval, _Plain] = 0.0
     """Tokens below this share of the likeliest one's probability are cut."""
     seed: Annotated[Seed, _Plain] = 0
+    """What is drawn depends on it and the number of the token alone."""
     stop_token_ids: Annotated[Listed[tuple[NonNegativeInt, ...]], _Plain] = ()
+    """Tokens that end the answer; its text is without them."""
     stop: Listed[_Strings] = ()
     """The text ends before the first of these strings, wherever tokens begin and end."""
     min_new_tokens: Annotated[NonNegativeInt, _Plain] = 0

@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
-from mor.data.text_bytes import bytes_of_name
 from mor.data.tokenizer import Tokenizer
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token for one byte, of SentencePiece's byte fallback
@@ -36,6 +35,8 @@ class TextStream:
     def feed(self, ids: Sequence[int], *, may_stop: bool = True) -> str:
         """What is to be shown after these further tokens. may_stop: whether stop strings that these
         tokens complete end the text."""
+        if not self.stop:
+            return "".join(map(self._text.feed, ids))
         shown = []
         for token_id in ids:
             new = self._text.feed(token_id)
@@ -105,14 +106,11 @@ class _Bytes:
     waiting = ""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._bytes_of = tokenizer.bytes_of
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token_id: int) -> str:
-        name = self._tokenizer.backend.id_to_token(token_id)
-        if name is None or token_id in self._tokenizer.special_token_ids:
-            return ""
-        return self._decoder.decode(bytes_of_name(name))
+        return self._decoder.decode(self._bytes_of(token_id))
 
     def end(self) -> str:
         return self._decoder.decode(b"", final=True)

@@ -25,6 +25,7 @@ from mor.data.long_pieces import in_short_pieces
 from mor.data.spelling import spelling
 from mor.data.text_bytes import (
     TextBytes,
+    bytes_of_name,
     has_byte_tokens,
     is_byte_level,
     text_bytes,
@@ -161,6 +162,18 @@ class Tokenizer:
     @cached_property
     def is_byte_level(self) -> bool:
         return is_byte_level(self.backend)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token adds to the text, for a byte-level tokenizer."""
+        if (known := self._bytes.get(token_id)) is None:
+            name = self.backend.id_to_token(token_id)
+            shown = name is not None and token_id not in self.special_token_ids
+            known = self._bytes[token_id] = bytes_of_name(name) if shown else b""
+        return known
+
+    @cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        return {}
 
     @cached_property
     def has_byte_tokens(self) -> bool:

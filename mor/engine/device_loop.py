@@ -35,7 +35,7 @@ from mor.engine.strategy import Strategy, Work
 from mor.generation import SamplingParams
 from mor.model.transformer import Transformer, passes
 
-STOP_TOKENS = 16
+MAX_STOP_TOKENS = 16
 _NEVER = torch.iinfo(torch.int64).max  # the age of a slot that is not wanted
 
 
@@ -167,7 +167,7 @@ class DeviceSteps:
         self.age, self.remaining = (
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2)
         )
-        self.stop_SJ = torch.full((slots, STOP_TOKENS), -1, device=device)
+        self.stop_SJ = torch.full((slots, MAX_STOP_TOKENS), -1, device=device)
         self.sampling = SamplingRows.greedy(slots, device)
         # Slot, token, depth and log-probability that each coda step found in each lane.
         self.out_KM4 = torch.zeros(codas, self.lanes, 4, dtype=torch.float64, device=device)
@@ -323,5 +323,5 @@ class DeviceSteps:
 def _stops(params: SamplingParams) -> list[int]:
     """Its first stop tokens, filled up with what no token is. The host stops at all of them; the
     device spares itself the tokens after one."""
-    first = params.stop_token_ids[:STOP_TOKENS]
-    return [*first, *[-1] * (STOP_TOKENS - len(first))]
+    first = params.stop_token_ids[:MAX_STOP_TOKENS]
+    return [*first, *[-1] * (MAX_STOP_TOKENS - len(first))]

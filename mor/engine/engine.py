@@ -3,7 +3,7 @@
 An engine admits requests, reads their prompts in chunks, and leaves the making of new tokens to a
 strategy: by_load.py, depth_wise.py, device_loop.py or lock_step.py.
 
-A rows that hold tokens · B rows of the batch · R recursions · T columns
+A rows that hold tokens · B rows of the batch · R recursions · T columns · V vocab
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def _bytes_of_machine() -> int:
 class Engine:
     """Serves a model to any number of requests, from any number of threads.
 
-    tokenizer: for prompts given as text and for :meth:`text`; requests of token ids need none.
+    tokenizer: for prompts given as text, the text of answers, stop strings and structures; requests
+    of token ids without these need none.
     ``requests`` are the unfinished ones, by id. ``measured`` counts seconds, passes and tokens in
     each part of the model.
     Raises ValueError for settings that do not go with the model or its device.

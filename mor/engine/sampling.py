@@ -113,44 +113,33 @@ def logprob_rows(logits_MV: Tensor, token: Tensor) -> Tensor:
 
 def adjusted_rows(logits_MV: Tensor, answers: Sequence[Answer]) -> Tensor:
     """What ``mor.generation.adjusted`` makes of each row, for the answer that it belongs to."""
-    logits_MV = logits_MV.clone() if logits_MV.dtype == torch.float64 else logits_MV.float().clone()
-    found = [_changes(answer) for answer in answers]
-    if any(len(ids) for ids, _ in found):
-        row = torch.arange(len(answers)).repeat_interleave(torch.tensor([len(i) for i, _ in found]))
-        row, column = row.to(logits_MV.device), _joined([ids for ids, _ in found], logits_MV.device)
-        bias, penalty, less = _joined([c for _, c in found], logits_MV.device).unbind(1)
-        value = logits_MV[row, column].double() + bias
-        value = torch.where(value > 0, value / penalty, value * penalty) - less
-        logits_MV[row, column] = value.to(logits_MV.dtype)
+    in_place = torch.float64 if logits_MV.dtype == torch.float64 else torch.float32
+    logits_MV = logits_MV.to(in_place, copy=True)
+    _change(logits_MV, answers)
     if structured := [i for i, answer in enumerate(answers) if answer.grammars is not None]:
         allowed = allowed_rows([answers[i] for i in structured], logits_MV.shape[1])
-        forbidden = ~torch.from_numpy(allowed).to(logits_MV.device)
-        rows = torch.tensor(structured, device=logits_MV.device)
-        logits_MV[rows] = logits_MV[rows].masked_fill(forbidden, float("-inf"))
+        forbidden = torch.from_numpy(~allowed).to(logits_MV.device)
+        for i, forbidden_there in zip(structured, forbidden, strict=True):
+            logits_MV[i].masked_fill_(forbidden_there, float("-inf"))
     for i, answer in enumerate(answers):
         if answer.grammars is None and answer.banned_ids:
             logits_MV[i, list(answer.banned_ids)] = float("-inf")
     return logits_MV
 
 
-def _changes(answer: Answer) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens whose logits an answer changes, and for each of them the bias, the penalty of
-    repetition, and what is subtracted."""
-    params = answer.params
-    place = {i: n for n, i in enumerate(dict.fromkeys([*params.logit_bias, *answer.seen]))}
-    for token_id in answer.counts:
-        place.setdefault(token_id, len(place))
-    change = np.tile([0.0, 1.0, 0.0], (len(place), 1))
-    change[: len(params.logit_bias), 0] = list(params.logit_bias.values())
-    change[[place[i] for i in answer.seen], 1] = params.repetition_penalty
-    count = np.array(list(answer.counts.values()), dtype=np.float64)
-    less = params.frequency_penalty * count + params.presence_penalty
-    change[[place[i] for i in answer.counts], 2] = less
-    return np.array(list(place), dtype=np.int64), change
-
-
-def _joined(parts: list[np.ndarray], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts)).to(device)
+def _change(logits_MV: Tensor, answers: Sequence[Answer]) -> None:
+    """Apply bias and penalties, in place."""
+    found = [(i, *a.changes.now) for i, a in enumerate(answers) if a.changes is not None]
+    if not found:
+        return
+    rows, ids, of_each = zip(*found, strict=True)
+    index = np.stack([np.repeat(rows, list(map(len, ids))), np.concatenate(ids)])
+    row, column = torch.from_numpy(index).to(logits_MV.device)
+    changes = torch.from_numpy(np.concatenate(of_each)).to(logits_MV.device)
+    add, factor, less = changes.unbind(1)
+    value = logits_MV[row, column].double() + add
+    value = torch.where(value > 0, value / factor, value * factor) - less
+    logits_MV[row, column] = value.to(logits_MV.dtype)
 
 
 class Drawn(NamedTuple):
@@ -168,33 +157,21 @@ def next_tokens(logits_MV: Tensor, answers: Sequence[Answer]) -> list[Drawn]:
     # As the CPU's head makes them, the logits of a row lie far apart; a copy takes less time than
     # going through them so.
     logits_MV = logits_MV.contiguous()
-    finite = finite_rows(logits_MV).tolist()
-    changing = [
-        a.changes_logits and is_finite for a, is_finite in zip(answers, finite, strict=True)
-    ]
-    from_MV, possible = logits_MV, finite
-    if any(changing):
-        from_MV, possible = _with_changes(logits_MV, answers, changing)
-    tokens = _draw(from_MV, answers).tolist()
+    changed = any(answer.changes_logits for answer in answers)
+    from_MV = adjusted_rows(logits_MV, answers) if changed else logits_MV
+    token = _draw(from_MV, answers)
+    finite = finite_rows(logits_MV)
+    # Where every token is forbidden, so is the one that was drawn.
+    possible = from_MV.gather(1, token[:, None])[:, 0] > float("-inf") if changed else finite
     drawn = [
-        Drawn(token) if may else Drawn(None, error=answer.impossible() if is_finite else None)
-        for token, may, is_finite, answer in zip(tokens, possible, finite, answers, strict=True)
+        Drawn(token_id)
+        if is_finite and may
+        else Drawn(None, error=answer.impossible() if is_finite else None)
+        for token_id, is_finite, may, answer in zip(
+            token.tolist(), finite.tolist(), possible.tolist(), answers, strict=True
+        )
     ]
     return _with_logprobs(drawn, logits_MV, answers)
-
-
-def _with_changes(
-    logits_MV: Tensor, answers: Sequence[Answer], changing: Sequence[bool]
-) -> tuple[Tensor, list[bool]]:
-    """Logits to draw from, and whether there is anything to draw in each row."""
-    places = [i for i, changes in enumerate(changing) if changes]
-    rows = torch.tensor(places, device=logits_MV.device)
-    changed_MV = adjusted_rows(logits_MV[rows], [answers[i] for i in places])
-    from_MV = logits_MV.to(changed_MV.dtype, copy=True)
-    from_MV[rows] = changed_MV
-    finite = finite_rows(logits_MV)
-    finite[rows] &= changed_MV.amax(-1) > float("-inf")
-    return from_MV, finite.tolist()
 
 
 def _draw(logits_MV: Tensor, answers: Sequence[Answer]) -> Tensor:

@@ -49,6 +49,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = message.encode(errors="replace").decode()  # half a character is no JSON
         super().__init__(message)
         self.status, self.headers = status, dict(headers or {})
         other = "invalid_request_error" if status < 500 else "server_error"

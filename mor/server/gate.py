@@ -15,7 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mor.server.errors import ApiError
 
-OPEN_PATHS = ("/", "/health", "/page/")
+OPEN_PATHS = ("/", "/health")
+OPEN_FOLDER = "/page/"
 """What needs no key: whether the server is well, and the page, which asks for one."""
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -58,7 +59,7 @@ class Gate:
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         path: str = scope["path"]
-        is_open = any(path == p or (len(p) > 1 and path.startswith(p)) for p in OPEN_PATHS)
+        is_open = path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
         if not self._keys or is_open or scope["method"] == "OPTIONS":
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")

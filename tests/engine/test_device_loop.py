@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mor.engine import Engine, EngineConfig, SamplingParams
-from mor.engine.device_loop import STOP_TOKENS, DeviceLoop, Variant
+from mor.engine.device_loop import MAX_STOP_TOKENS, DeviceLoop, Variant
 from mor.generation import generate
 from mor.model.config import RouterConfig
 from tests.conftest import tiny
@@ -70,7 +70,7 @@ def test_more_stop_tokens_than_the_device_looks_for():
     prompts, params = draw_requests(6, seed=2, longest_output=20, temperature=1.0)
     free = generate(model, prompts, params)
     last = [generation.token_ids[-1] for generation in free]
-    others = tuple(i for i in range(37) if i not in last)[:STOP_TOKENS]
+    others = tuple(i for i in range(37) if i not in last)[:MAX_STOP_TOKENS]
     params = [SamplingParams(**{**vars(p), "stop_token_ids": (*others, *last)}) for p in params]
     engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=4))
     same(engine.generate(prompts, params), generate(model, prompts, params))

@@ -5,7 +5,7 @@ from tests.server.served import running
 
 @pytest.fixture(scope="module")
 def server():
-    with running() as found:
+    with running(max_choices=8) as found:
         yield found
 
 

@@ -220,9 +220,9 @@ async def test_a_request_that_fails_in_the_engine_is_an_error_without_its_reason
         return step()
 
     engine.step = failing_step
-    with await thread.submit([job()], streamed=False) as answer:
-        with pytest.raises(ApiError, match="log has the reason") as failed:
-            await answer.finished()
+    answer = await thread.submit([job()], streamed=False)
+    with pytest.raises(ApiError, match="log has the reason") as failed:
+        await answer.finished()
     assert failed.value.status == 500 and "secret" not in str(failed.value)
     with await thread.submit([job()], streamed=True) as answer:
         assert [output.finish_reason for _, output in await answer.arrived()] == ["error"]

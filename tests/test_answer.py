@@ -159,3 +159,62 @@ def test_log_probabilities_of_a_prompt_are_those_of_the_full_forward():
         torch.testing.assert_close(found, scores[range(24), ids[1:]], atol=1e-4, rtol=0)
         for best, row in zip(request.prompt_top_logprobs[1:], scores, strict=False):
             assert [i for i, _ in best] == row.topk(2).indices.tolist()
+
+
+def _random_wishes(draw, seed):
+    """Any of the settings together with any others."""
+    low = float("-inf")
+    structures = [wish["structure"] for wish in WISHES if "structure" in wish]
+    choices = dict(
+        temperature=[0.0, 0.7, 2.0],
+        top_k=[1, 5, 40],
+        top_p=[0.5, 0.95],
+        min_p=[0.05, 1.0],
+        stop=[("a",), ("ab", "b"), ("\ufffd",), ("e", "\n", "xyz")],
+        stop_token_ids=[(256,), tuple(range(0, 256, 7)), tuple(range(60))],
+        min_new_tokens=[1, 5],
+        repetition_penalty=[0.8, 1.5],
+        frequency_penalty=[-0.5, 2.0],
+        presence_penalty=[-2.0, 0.3],
+        logit_bias=[{97: 100.0, 98: 99.0}, dict.fromkeys(range(128, 256), low)],
+        structure=structures,
+        logprobs=[True],
+        top_logprobs=[1, 4],
+        prompt_logprobs=[True],
+    )
+    picked = {name: draw.choice(values) for name, values in choices.items() if draw.random() < 0.3}
+    return SamplingParams(max_new_tokens=draw.randint(5, 30), seed=seed, **picked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_any_settings_together_under_any_schedule(seed):
+    """With requests that come while others run, and some that leave."""
+    draw = random.Random(seed)
+    routers = ["expert_choice", "token_choice", "fixed"]
+    kv_strategy = draw.choice(["shared", "hybrid", "recursion_wise"])
+    model = tiny(draw.choice(routers), vocab_size=257, seed=seed, kv_strategy=kv_strategy)
+    common = [draw.randrange(256) for _ in range(12)]
+    prompts = [
+        [*common[: draw.randint(0, 12)], *(draw.randrange(256) for _ in range(draw.randint(1, 15)))]
+        for _ in range(30)
+    ]
+    params = [_random_wishes(draw, i) for i in range(30)]
+    want = generate(model, prompts, params, tokenizer=TOKENIZER)
+    memory = small_pool(model, 60, page_size=4)
+    for schedule in SCHEDULES.values():
+        settings = schedule | dict(page_size=4, kv_cache_memory=memory)
+        engine = Engine(model, TOKENIZER, EngineConfig(**settings))
+        requests, waiting, gone = [], list(zip(prompts, params, strict=True)), set()
+        while waiting or engine.has_unfinished:
+            while waiting and draw.random() < 0.4:
+                requests.append(engine.add_request(*waiting.pop(0)))
+            engine.step()
+            if requests and draw.random() < 0.02 and engine.abort(draw.choice(requests)):
+                gone.update(r.request_id for r in requests if r.finish_reason == "abort")
+        kept = [i for i, request in enumerate(requests) if request.request_id not in gone]
+        _same([requests[i] for i in kept], [want[i] for i in kept])
+        for i in set(range(30)) - set(kept):
+            cut = requests[i]
+            assert cut.token_ids == want[i].token_ids[: len(cut.token_ids)]
+        all_memory_is_back(engine)
