@@ -58,8 +58,10 @@ class Settings:
     concurrent: int = 16
     prompt: int = 32
     """Tokens."""
-    new: int = 32
+    new: int = 64
     """Tokens of an answer."""
+    turns: int = 2
+    """Requests in a turn, for each of the concurrent ones."""
     rounds: int = 7
     requests: int = 10_000
     """For the part memory."""
@@ -79,15 +81,20 @@ def client(connection, url):
         connection.send(asyncio.run(globals()[name](url, *arguments)))
 
 
-async def crowd_s(url, bodies):
-    """Seconds until all of these requests, sent together, are answered."""
+async def crowd_s(url, bodies, concurrent):
+    """Seconds until all of these requests are answered, so many at a time."""
+    left = iter(bodies)
     async with httpx2.AsyncClient(base_url=url, timeout=600, trust_env=False) as http:
-        await http.get("/health")  # imports and connections are nobody's time
+
+        async def work():
+            for body in left:
+                response = await http.post("/v1/completions", json=body)
+                assert response.status_code == 200, response.text
+
+        await asyncio.gather(*(http.get("/health") for _ in range(concurrent)))  # connect
         start = time.perf_counter()
-        found = await asyncio.gather(*(http.post("/v1/completions", json=b) for b in bodies))
-        elapsed_s = time.perf_counter() - start
-    assert all(response.status_code == 200 for response in found), found
-    return elapsed_s
+        await asyncio.gather(*(work() for _ in range(concurrent)))
+        return time.perf_counter() - start
 
 
 async def first_event_s(url, bodies):
@@ -98,26 +105,9 @@ async def first_event_s(url, bodies):
         for body in bodies:
             start = time.perf_counter()
             async with http.stream("POST", "/v1/completions", json=body) as response:
-                async for _ in response.aiter_raw():
-                    times.append(time.perf_counter() - start)
-                    break
-                async for _ in response.aiter_raw():
-                    pass
+                arrived = [time.perf_counter() async for _ in response.aiter_raw()]
+            times.append(arrived[0] - start)
     return times
-
-
-async def many(url, count, concurrent, body):
-    """Send this many requests, whole and streamed, so many at a time."""
-    left = iter(range(count))
-    async with httpx2.AsyncClient(base_url=url, timeout=600, trust_env=False) as http:
-
-        async def work():
-            for i in left:
-                sent = body | {"seed": i, "stream": i % 2 == 0}
-                response = await http.post("/v1/completions", json=sent)
-                assert response.status_code == 200, response.text
-
-        await asyncio.gather(*(work() for _ in range(concurrent)))
 
 
 # The server.
@@ -172,7 +162,7 @@ class Served:
 
     def prompts(self, number):
         made = torch.Generator().manual_seed(number)
-        count = self.settings.concurrent
+        count = self.settings.concurrent * self.settings.turns
         return torch.randint(0, 256, (count, self.settings.prompt), generator=made).tolist()
 
     def bodies(self, number, **others):
@@ -182,14 +172,15 @@ class Served:
 
 def throughput(served):
     settings, rates = served.settings, {"engine": [], "streamed": [], "whole": []}
-    tokens = settings.concurrent * settings.new
+    tokens = settings.concurrent * settings.turns * settings.new
     params = SamplingParams(max_new_tokens=settings.new)
     for number in range(settings.rounds + 1):
         start = time.perf_counter()
         served.engine.generate(served.prompts(number), params)
         taken = {"engine": time.perf_counter() - start}
         for kind, stream in (("streamed", True), ("whole", False)):
-            taken[kind] = served.order("crowd_s", served.bodies(number, stream=stream))
+            bodies = served.bodies(number, stream=stream)
+            taken[kind] = served.order("crowd_s", bodies, settings.concurrent)
         if number:  # the first round warms up
             for kind, seconds in taken.items():
                 rates[kind].append(tokens / seconds)
@@ -244,8 +235,9 @@ def memory(served):
     """Resident bytes of the server's process, every tenth of the requests."""
     settings, sizes = served.settings, []
     body = {"max_tokens": 2, "prompt": [65] * 4, "logprobs": 2}
+    bodies = [body | {"seed": i, "stream": i % 2 == 0} for i in range(settings.requests // 10)]
     for _ in range(10):
-        served.order("many", settings.requests // 10, settings.concurrent, body)
+        served.order("crowd_s", bodies, settings.concurrent)
         sizes.append(resident_mb())
     return {
         "requests": settings.requests,

@@ -3,7 +3,12 @@ makes of the OpenAPI document."""
 
 import asyncio
 import json
+import re
+import shlex
+import shutil
+import subprocess
 import time
+from pathlib import Path
 
 import httpx2
 import openai
@@ -203,3 +208,26 @@ def try_cases(operation, server, cases, codes):
     with requests.Session() as session:
         session.trust_env = False
         holds()
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
+
+
+def test_the_page_s_python_example_runs(server, capsys):
+    code = re.search(r"```py\n(.*?)```", PAGE, flags=re.DOTALL)[1]
+    code = code.replace("http://127.0.0.1:8000", server.url)
+    exec(compile(code, "server.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_page_s_curl_commands_are_answered(server):
+    commands = re.findall(r"^curl .*?[^\\]$", PAGE, flags=re.DOTALL | re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        words = shlex.split(command.replace("\\\n", " "))
+        words = [word.replace("http://127.0.0.1:8000", server.url) for word in words]
+        done = subprocess.run(
+            [*words, "-sS", "--fail", "--noproxy", "*"], capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stdout, done.stderr

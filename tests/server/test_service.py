@@ -10,7 +10,7 @@ from mor.engine import Engine, EngineConfig
 from mor.server import service as module
 from mor.server.errors import ApiError
 from mor.server.protocol import ChatRequest, CompletionRequest, TokenizeRequest
-from mor.server.service import serve
+from mor.server.service import depth_at, serve
 from tests.server.served import make_engine, make_service, parts
 
 TURNS = [{"role": "user", "content": "a"}]
@@ -113,3 +113,37 @@ def test_more_choices_than_one_request_may_have_are_refused():
 def test_an_engine_without_a_tokenizer_cannot_be_served():
     with pytest.raises(ValueError, match="with a tokenizer"):
         serve(SimpleNamespace(tokenizer=None))
+
+
+def test_efforts_are_shares_of_the_calibrated_depths_or_the_nearest_that_can_be_had():
+    ranges = [(1.0, 1.5), (2.0, 4.0)]
+    assert [depth_at(share, ranges) for share in (0, 1 / 3, 2 / 3, 1)] == [1.0, 2.0, 3.0, 4.0]
+    assert depth_at(0.2, ranges) == 1.5
+
+
+class Table:
+    """As calibration leaves one: depths up to 4 need a fourth recursion."""
+
+    budgets = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+
+    def reachable(self):
+        return [(1.0, 4.0)]
+
+    def recursions(self, budget):
+        return int(budget)
+
+
+def test_a_calibrated_model_says_which_depths_it_has_and_requests_become_settings():
+    made = serve(make_engine())
+    service = ready(made)
+    assert service.depth_range() is None
+    try:
+        made.engine.model.depth_table = Table()
+        assert service.depth_range() == (1.0, 3.0), "as many recursions as the engine holds"
+        assert service.card()["mor"]["depths"] == {"min": 1.0, "max": 3.0}
+        low = CompletionRequest(prompt="a", reasoning_effort="low")
+        assert service._depth(low)["depth"] == pytest.approx(5 / 3)
+        assert service._depth(CompletionRequest(prompt="a", depth=2.2)) == {"depth": 2.2}
+        assert service._depth(CompletionRequest(prompt="a")) == {}
+    finally:
+        del made.engine.model.depth_table
