@@ -189,6 +189,9 @@ def test_settings_and_the_budget_go_into_the_request(show, script):
     body = script.asked[0][1]
     sent = {n: body[n] for n in ("temperature", "top_p", "max_tokens", "seed", "depth")}
     assert sent == {"temperature": 0, "top_p": 0.5, "max_tokens": 7, "seed": 11, "depth": 1.2}
+    page.reload()
+    see(page, "#depth-said", "1.20 recursions")
+    assert page.get_by_label("Seed").input_value() == "11"
     page.get_by_label("left to the server").check()
     page.get_by_label("Top-p").fill("3")
     ask(page, "b")
@@ -416,7 +419,11 @@ def test_deeper_than_trained_is_shown_as_such(show, script):
     page = show()
     ask(page, "a")
     finished(page)
-    assert page.locator("#legend .tok").all_text_contents() == [f"depth {d}" for d in range(6)]
+    legend = [f"depth {d}" for d in range(6)]
+    assert page.locator("#legend .tok").all_text_contents() == legend
+    page.reload()
+    see(page, "#model", "tiny")
+    assert page.locator("#legend .tok").all_text_contents() == legend
     answer_of(page).focus()
     page.keyboard.press("End")
     assert "●●●●● 5, trained with 3" in page.locator("#facts").inner_text()

@@ -3,6 +3,7 @@
 
 // model: what the server says of it; at: the chosen token; running: what stops the request that runs
 // least, deepest: depths that the legend shows; made: how many answers there have been
+// keptDepth: the budget of an earlier visit, until it is known whether the model has budgets
 const state = {
   mode: "completion",
   model: null,
@@ -13,6 +14,7 @@ const state = {
   least: 1,
   deepest: 1,
   made: 0,
+  keptDepth: null,
 };
 const owners = new WeakMap(); // node of an answer: the answer
 const answerOf = (node) => owners.get(node.closest(".answer"));

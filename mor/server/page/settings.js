@@ -25,11 +25,13 @@ function offerBudget(depths) {
   byId("budget").hidden = !depths;
   if (!depths) return;
   const slider = byId("depth"),
-    first = !slider.max || byId("own-depth").checked;
+    chosen = byId("own-depth").checked ? state.keptDepth : slider.value;
   const steps = Math.max(1, Math.round((depths.max - depths.min) / 0.05));
   // A little more than the most, so that rounding cannot keep it out of reach.
   Object.assign(slider, { min: depths.min, max: depths.max + 1e-6, step: (depths.max - depths.min) / steps || 1 });
-  if (first) slider.value = depths.max;
+  slider.value = chosen ?? depths.max;
+  byId("own-depth").checked = chosen === null;
+  state.keptDepth = null;
   byId("depth-range").textContent = `from ${num(depths.min)} to ${num(depths.max)}`;
   sayDepth();
 }
@@ -42,6 +44,7 @@ async function loadModel() {
   byId("model").textContent = found.id;
   byId("about").textContent = num_recursions > 1 ? ` · up to ${num_recursions} recursions per token` : " · one pass per token";
   state.deepest = Math.max(num_recursions, Math.ceil(depths?.max ?? 0));
+  document.querySelectorAll(".answer").forEach((node) => answerOf(node).tokens.forEach((t) => reach(t.depth)));
   offerBudget(depths);
   const chat = document.querySelector("[name=mode][value=chat]");
   chat.disabled = !has_chat_template;

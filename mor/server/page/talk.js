@@ -77,7 +77,6 @@ function begin(text, answer) {
     talk.chat.slice(-2).forEach(showTurn);
     if (byId("text").value === text) byId("text").value = "";
   }
-  byId("progress").textContent = "";
   hold(false);
   show();
   following.on = true;
@@ -109,6 +108,7 @@ async function run() {
       if (!begun) begin(text, answer);
       begun = true;
       event.choices.forEach((choice) => grow(answer, choice));
+      if (answer.tokens.length) byId("progress").textContent = "";
       if (event.usage) answer.meanDepth = event.usage.completion_tokens_details?.mean_depth ?? answer.meanDepth;
       follow(answer);
     }
@@ -190,7 +190,8 @@ const KEPT = ["system", "temperature", "top-p", "max-tokens", "seed"];
 function save() {
   talk.drafts[state.mode] = byId("text").value;
   const fields = Object.fromEntries(KEPT.map((id) => [id, byId(id).value]));
-  store("mor-drafts", { mode: state.mode, drafts: talk.drafts, fields });
+  const depth = byId("own-depth").checked ? null : byId("depth").value;
+  store("mor-drafts", { mode: state.mode, drafts: talk.drafts, fields, depth });
 }
 function saveTalk() {
   const plain = ({ answer: { tokens, text, meanDepth, reason = "stopped by you", speed: said } }) => ({
@@ -229,6 +230,7 @@ function restore() {
   talk.chat = (said?.chat || []).map((t) => (t.answer ? { role: t.role, answer: newAnswer(t.answer) } : t));
   talk.chat.forEach(showTurn);
   for (const [id, value] of Object.entries(kept?.fields || {})) byId(id).value = value;
+  state.keptDepth = kept?.depth ?? null;
   Object.assign(talk.drafts, kept?.drafts);
   byId("text").value = talk.drafts[kept?.mode ?? "completion"];
   state.mode = kept?.mode ?? "completion";
