@@ -4,8 +4,9 @@
     python benchmarks/serve_speed.py --parts memory --preset tiny --tokenizer bytes
     python benchmarks/serve_speed.py --tokenizer shared/tokenizer --parts masks
 
-The client is a process of its own. Ratios and differences are of medians over rounds, in which
-server and engine take turns. The last line is JSON. Parts: throughput (tokens per second of
+The client is a process of its own. Ratios and differences are medians over rounds, in which server
+and engine take turns; those called cpu are of the time that the processor spent on the server's
+process, which other work on the machine disturbs less. The last line is JSON. Parts: throughput (tokens per second of
 concurrent requests through HTTP, streamed and whole, against Engine.generate), first_token (what
 HTTP adds to the time of the first token), masks (share of the time that structured output takes),
 memory (of the process over many requests).
@@ -19,6 +20,7 @@ import platform
 import resource
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -81,8 +83,8 @@ def client(connection, url):
         connection.send(asyncio.run(globals()[name](url, *arguments)))
 
 
-async def crowd_s(url, bodies, concurrent):
-    """Seconds until all of these requests are answered, so many at a time."""
+async def crowd(url, bodies, concurrent):
+    """Send all of these requests, so many at a time."""
     left = iter(bodies)
     async with httpx2.AsyncClient(base_url=url, timeout=600, trust_env=False) as http:
 
@@ -91,10 +93,7 @@ async def crowd_s(url, bodies, concurrent):
                 response = await http.post("/v1/completions", json=body)
                 assert response.status_code == 200, response.text
 
-        await asyncio.gather(*(http.get("/health") for _ in range(concurrent)))  # connect
-        start = time.perf_counter()
         await asyncio.gather(*(work() for _ in range(concurrent)))
-        return time.perf_counter() - start
 
 
 async def first_event_s(url, bodies):
@@ -170,40 +169,53 @@ class Served:
         return [body | {"prompt": prompt} for prompt in self.prompts(number)]
 
 
+@contextmanager
+def timed(wall, cpu):
+    """Add what passes on the clock, and of the processor's time for this process, the server's."""
+    start, start_cpu = time.perf_counter(), time.process_time()
+    yield
+    wall.append(time.perf_counter() - start)
+    cpu.append(time.process_time() - start_cpu)
+
+
 def throughput(served):
-    settings, rates = served.settings, {"engine": [], "streamed": [], "whole": []}
+    settings, kinds = served.settings, ("engine", "streamed", "whole")
+    wall, cpu = ({kind: [] for kind in kinds} for _ in range(2))
     tokens = settings.concurrent * settings.turns * settings.new
     params = SamplingParams(max_new_tokens=settings.new)
-    for number in range(settings.rounds + 1):
-        start = time.perf_counter()
-        served.engine.generate(served.prompts(number), params)
-        taken = {"engine": time.perf_counter() - start}
-        for kind, stream in (("streamed", True), ("whole", False)):
-            bodies = served.bodies(number, stream=stream)
-            taken[kind] = served.order("crowd_s", bodies, settings.concurrent)
-        if number:  # the first round warms up
-            for kind, seconds in taken.items():
-                rates[kind].append(tokens / seconds)
-    found = {f"{kind}_tokens_per_s": median(values) for kind, values in rates.items()}
-    for kind in ("streamed", "whole"):
-        pairs = zip(rates[kind], rates["engine"], strict=True)
-        found[f"{kind}_ratio"] = median(ours / alone for ours, alone in pairs)
+    for number in range(settings.rounds + 1):  # the first round warms up
+        for kind in kinds:
+            with timed(wall[kind], cpu[kind]):
+                if kind == "engine":
+                    served.engine.generate(served.prompts(number), params)
+                else:
+                    bodies = served.bodies(number, stream=kind == "streamed")
+                    served.order("crowd", bodies, settings.concurrent)
+    found = {f"{kind}_tokens_per_s": tokens / median(wall[kind][1:]) for kind in kinds}
+    for kind in kinds[1:]:
+        for name, times in (("ratio", wall), ("cpu_ratio", cpu)):
+            pairs = zip(times["engine"][1:], times[kind][1:], strict=True)
+            found[f"{kind}_{name}"] = median(alone / ours for alone, ours in pairs)
     return found
 
 
 def first_token(served):
-    params, times = SamplingParams(max_new_tokens=1), {"engine": [], "server": []}
+    params, wall, cpu = SamplingParams(max_new_tokens=1), {}, {}
+    for kind in ("engine", "server"):
+        wall[kind], cpu[kind] = [], []
     for number in range(served.settings.rounds + 1):
-        bodies = served.bodies(number, stream=True, max_tokens=1)[:4]
-        for body in bodies:
-            start = time.perf_counter()
-            served.engine.generate([body["prompt"]], params)
-            if number:
-                times["engine"].append(time.perf_counter() - start)
-        taken = served.order("first_event_s", bodies)
-        times["server"] += taken if number else []
-    found = {f"{kind}_ms": 1e3 * median(values) for kind, values in times.items()}
-    return found | {"added_ms": found["server_ms"] - found["engine_ms"]}
+        for body in served.bodies(number, stream=True, max_tokens=1)[:8]:
+            with timed(wall["engine"], cpu["engine"]):
+                served.engine.generate([body["prompt"]], params)
+            with timed([], cpu["server"]):
+                wall["server"] += served.order("first_event_s", [body])
+    found = {}
+    for name, times in (("", wall), ("cpu_", cpu)):
+        engine, server = (1e3 * median(times[kind][8:]) for kind in ("engine", "server"))
+        pairs = zip(times["engine"][8:], times["server"][8:], strict=True)
+        added = 1e3 * median(ours - alone for alone, ours in pairs)
+        found |= {f"{name}engine_ms": engine, f"{name}server_ms": server, f"{name}added_ms": added}
+    return found
 
 
 def masks(served):
@@ -211,7 +223,7 @@ def masks(served):
     settings, spent = served.settings, [0.0]
     real = mor.engine.sampling.allowed_rows
 
-    def timed(*arguments):
+    def noted(*arguments):
         start = time.perf_counter()
         found = real(*arguments)
         spent[0] += time.perf_counter() - start
@@ -220,7 +232,7 @@ def masks(served):
     structure = Structure(kind="json_schema", text=json.dumps(SCHEMA))
     params = SamplingParams(max_new_tokens=settings.new, structure=structure)
     shares = []
-    mor.engine.sampling.allowed_rows = timed
+    mor.engine.sampling.allowed_rows = noted
     try:
         for number in range(settings.rounds + 1):
             spent[0], start = 0.0, time.perf_counter()
@@ -237,7 +249,7 @@ def memory(served):
     body = {"max_tokens": 2, "prompt": [65] * 4, "logprobs": 2}
     bodies = [body | {"seed": i, "stream": i % 2 == 0} for i in range(settings.requests // 10)]
     for _ in range(10):
-        served.order("crowd_s", bodies, settings.concurrent)
+        served.order("crowd", bodies, settings.concurrent)
         sizes.append(resident_mb())
     return {
         "requests": settings.requests,

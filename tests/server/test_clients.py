@@ -15,10 +15,11 @@ import openai
 import pytest
 import requests
 import schemathesis
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from mor.engine import SamplingParams
-from tests.server.served import NAME, make_engine
+from tests.server.served import NAME, make_engine, parts
 
 TURNS = [{"role": "user", "content": "hi"}]
 SCHEMA = {
@@ -174,6 +175,44 @@ def test_lm_eval_s_requests_give_what_a_process_computes(server):
         greedy = all(own == max(top.values()) for own, top in zip(logprobs, tops, strict=True))
         best = [top[0][0] for top in request.prompt_top_logprobs[1:]]
         assert greedy == (best == request.prompt_ids[1:])
+
+
+@pytest.mark.slow  # imports lm_eval
+def test_lm_eval_s_own_client_scores_as_the_model_does(server, tmp_path):
+    pytest.importorskip("tenacity")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    model, tokenizer = parts()
+    tokenizer.save(tmp_path)
+    theirs = LocalCompletionsAPI(
+        base_url=f"{server.url}/v1/completions",
+        model=NAME,
+        tokenizer_backend="huggingface",
+        tokenizer=str(tmp_path),
+        max_length=100,
+        batch_size=4,
+    )
+    pairs = [("The sky is", " blue"), ("One and", " two"), ("a", "b"), ("Some long text", " here")]
+    asked = [
+        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i)
+        for i, pair in enumerate(pairs)
+    ]
+    for (score, is_greedy), (context, continuation) in zip(
+        theirs.loglikelihood(asked), pairs, strict=True
+    ):
+        before, ids = tokenizer.encode(context), tokenizer.encode(context + continuation)
+        with torch.inference_mode():
+            logprobs = model(torch.tensor([ids])).logits_BTV[0].double().log_softmax(-1)
+        rows, new = logprobs[len(before) - 1 : -1], torch.tensor(ids[len(before) :])
+        want = float(rows.gather(1, new[:, None]).sum())
+        assert score == pytest.approx(want, abs=1e-4)
+        assert is_greedy == bool((rows.argmax(-1) == new).all())
+    gen = {"until": ["\x00"], "max_gen_toks": 5, "temperature": 0}
+    written = theirs.generate_until(
+        [Instance(request_type="generate_until", doc={}, arguments=("The sky", gen), idx=0)]
+    )
+    assert len(written) == 1 and isinstance(written[0], str)
 
 
 @pytest.mark.parametrize("cases", [6, pytest.param(400, marks=pytest.mark.slow)])
