@@ -6,10 +6,10 @@
 
 The client is a process of its own. Ratios and differences are medians over rounds, in which server
 and engine take turns; those called cpu are of the time that the processor spent on the server's
-process, which other work on the machine disturbs less. The last line is JSON. Parts: throughput (tokens per second of
-concurrent requests through HTTP, streamed and whole, against Engine.generate), first_token (what
-HTTP adds to the time of the first token), masks (share of the time that structured output takes),
-memory (of the process over many requests).
+process, which other work on the machine disturbs less. The last line is JSON. Parts: throughput
+(tokens per second of concurrent requests through HTTP, streamed and whole, against
+Engine.generate), first_token (what HTTP adds to the time of the first token), masks (share of the
+time that structured output takes), memory (of the process over many requests).
 """
 
 import asyncio
