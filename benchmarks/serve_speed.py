@@ -4,11 +4,12 @@
     python benchmarks/serve_speed.py --parts memory --preset tiny --tokenizer bytes
     python benchmarks/serve_speed.py --tokenizer shared/tokenizer --parts masks
 
-The client is a process of its own. Ratios and differences are of medians over rounds, in which
-server and engine take turns. The last line is JSON. Parts: throughput (tokens per second of
-concurrent requests through HTTP, streamed and whole, against Engine.generate), first_token (what
-HTTP adds to the time of the first token), masks (share of the time that structured output takes),
-memory (of the process over many requests).
+The client is a process of its own. Ratios and differences are medians over rounds, in which server
+and engine take turns; those called cpu are of the time that the processor spent on the server's
+process, which other work on the machine disturbs less. The last line is JSON. Parts: throughput
+(tokens per second of concurrent requests through HTTP, streamed and whole, against
+Engine.generate), first_token (what HTTP adds to the time of the first token), masks (share of the
+time that structured output takes), memory (of the process over many requests).
 """
 
 import asyncio
@@ -19,6 +20,7 @@ import platform
 import resource
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -58,8 +60,10 @@ class Settings:
     concurrent: int = 16
     prompt: int = 32
     """Tokens."""
-    new: int = 32
+    new: int = 64
     """Tokens of an answer."""
+    turns: int = 2
+    """Requests in a turn, for each of the concurrent ones."""
     rounds: int = 7
     requests: int = 10_000
     """For the part memory."""
@@ -79,15 +83,17 @@ def client(connection, url):
         connection.send(asyncio.run(globals()[name](url, *arguments)))
 
 
-async def crowd_s(url, bodies):
-    """Seconds until all of these requests, sent together, are answered."""
+async def crowd(url, bodies, concurrent):
+    """Send all of these requests, so many at a time."""
+    left = iter(bodies)
     async with httpx2.AsyncClient(base_url=url, timeout=600, trust_env=False) as http:
-        await http.get("/health")  # imports and connections are nobody's time
-        start = time.perf_counter()
-        found = await asyncio.gather(*(http.post("/v1/completions", json=b) for b in bodies))
-        elapsed_s = time.perf_counter() - start
-    assert all(response.status_code == 200 for response in found), found
-    return elapsed_s
+
+        async def work():
+            for body in left:
+                response = await http.post("/v1/completions", json=body)
+                assert response.status_code == 200, response.text
+
+        await asyncio.gather(*(work() for _ in range(concurrent)))
 
 
 async def first_event_s(url, bodies):
@@ -98,26 +104,9 @@ async def first_event_s(url, bodies):
         for body in bodies:
             start = time.perf_counter()
             async with http.stream("POST", "/v1/completions", json=body) as response:
-                async for _ in response.aiter_raw():
-                    times.append(time.perf_counter() - start)
-                    break
-                async for _ in response.aiter_raw():
-                    pass
+                arrived = [time.perf_counter() async for _ in response.aiter_raw()]
+            times.append(arrived[0] - start)
     return times
-
-
-async def many(url, count, concurrent, body):
-    """Send this many requests, whole and streamed, so many at a time."""
-    left = iter(range(count))
-    async with httpx2.AsyncClient(base_url=url, timeout=600, trust_env=False) as http:
-
-        async def work():
-            for i in left:
-                sent = body | {"seed": i, "stream": i % 2 == 0}
-                response = await http.post("/v1/completions", json=sent)
-                assert response.status_code == 200, response.text
-
-        await asyncio.gather(*(work() for _ in range(concurrent)))
 
 
 # The server.
@@ -172,7 +161,7 @@ class Served:
 
     def prompts(self, number):
         made = torch.Generator().manual_seed(number)
-        count = self.settings.concurrent
+        count = self.settings.concurrent * self.settings.turns
         return torch.randint(0, 256, (count, self.settings.prompt), generator=made).tolist()
 
     def bodies(self, number, **others):
@@ -180,39 +169,53 @@ class Served:
         return [body | {"prompt": prompt} for prompt in self.prompts(number)]
 
 
+@contextmanager
+def timed(wall, cpu):
+    """Add what passes on the clock, and of the processor's time for this process, the server's."""
+    start, start_cpu = time.perf_counter(), time.process_time()
+    yield
+    wall.append(time.perf_counter() - start)
+    cpu.append(time.process_time() - start_cpu)
+
+
 def throughput(served):
-    settings, rates = served.settings, {"engine": [], "streamed": [], "whole": []}
-    tokens = settings.concurrent * settings.new
+    settings, kinds = served.settings, ("engine", "streamed", "whole")
+    wall, cpu = ({kind: [] for kind in kinds} for _ in range(2))
+    tokens = settings.concurrent * settings.turns * settings.new
     params = SamplingParams(max_new_tokens=settings.new)
-    for number in range(settings.rounds + 1):
-        start = time.perf_counter()
-        served.engine.generate(served.prompts(number), params)
-        taken = {"engine": time.perf_counter() - start}
-        for kind, stream in (("streamed", True), ("whole", False)):
-            taken[kind] = served.order("crowd_s", served.bodies(number, stream=stream))
-        if number:  # the first round warms up
-            for kind, seconds in taken.items():
-                rates[kind].append(tokens / seconds)
-    found = {f"{kind}_tokens_per_s": median(values) for kind, values in rates.items()}
-    for kind in ("streamed", "whole"):
-        pairs = zip(rates[kind], rates["engine"], strict=True)
-        found[f"{kind}_ratio"] = median(ours / alone for ours, alone in pairs)
+    for number in range(settings.rounds + 1):  # the first round warms up
+        for kind in kinds:
+            with timed(wall[kind], cpu[kind]):
+                if kind == "engine":
+                    served.engine.generate(served.prompts(number), params)
+                else:
+                    bodies = served.bodies(number, stream=kind == "streamed")
+                    served.order("crowd", bodies, settings.concurrent)
+    found = {f"{kind}_tokens_per_s": tokens / median(wall[kind][1:]) for kind in kinds}
+    for kind in kinds[1:]:
+        for name, times in (("ratio", wall), ("cpu_ratio", cpu)):
+            pairs = zip(times["engine"][1:], times[kind][1:], strict=True)
+            found[f"{kind}_{name}"] = median(alone / ours for alone, ours in pairs)
     return found
 
 
 def first_token(served):
-    params, times = SamplingParams(max_new_tokens=1), {"engine": [], "server": []}
+    params, wall, cpu = SamplingParams(max_new_tokens=1), {}, {}
+    for kind in ("engine", "server"):
+        wall[kind], cpu[kind] = [], []
     for number in range(served.settings.rounds + 1):
-        bodies = served.bodies(number, stream=True, max_tokens=1)[:4]
-        for body in bodies:
-            start = time.perf_counter()
-            served.engine.generate([body["prompt"]], params)
-            if number:
-                times["engine"].append(time.perf_counter() - start)
-        taken = served.order("first_event_s", bodies)
-        times["server"] += taken if number else []
-    found = {f"{kind}_ms": 1e3 * median(values) for kind, values in times.items()}
-    return found | {"added_ms": found["server_ms"] - found["engine_ms"]}
+        for body in served.bodies(number, stream=True, max_tokens=1)[:8]:
+            with timed(wall["engine"], cpu["engine"]):
+                served.engine.generate([body["prompt"]], params)
+            with timed([], cpu["server"]):
+                wall["server"] += served.order("first_event_s", [body])
+    found = {}
+    for name, times in (("", wall), ("cpu_", cpu)):
+        engine, server = (1e3 * median(times[kind][8:]) for kind in ("engine", "server"))
+        pairs = zip(times["engine"][8:], times["server"][8:], strict=True)
+        added = 1e3 * median(ours - alone for alone, ours in pairs)
+        found |= {f"{name}engine_ms": engine, f"{name}server_ms": server, f"{name}added_ms": added}
+    return found
 
 
 def masks(served):
@@ -220,7 +223,7 @@ def masks(served):
     settings, spent = served.settings, [0.0]
     real = mor.engine.sampling.allowed_rows
 
-    def timed(*arguments):
+    def noted(*arguments):
         start = time.perf_counter()
         found = real(*arguments)
         spent[0] += time.perf_counter() - start
@@ -229,7 +232,7 @@ def masks(served):
     structure = Structure(kind="json_schema", text=json.dumps(SCHEMA))
     params = SamplingParams(max_new_tokens=settings.new, structure=structure)
     shares = []
-    mor.engine.sampling.allowed_rows = timed
+    mor.engine.sampling.allowed_rows = noted
     try:
         for number in range(settings.rounds + 1):
             spent[0], start = 0.0, time.perf_counter()
@@ -244,8 +247,9 @@ def memory(served):
     """Resident bytes of the server's process, every tenth of the requests."""
     settings, sizes = served.settings, []
     body = {"max_tokens": 2, "prompt": [65] * 4, "logprobs": 2}
+    bodies = [body | {"seed": i, "stream": i % 2 == 0} for i in range(settings.requests // 10)]
     for _ in range(10):
-        served.order("many", settings.requests // 10, settings.concurrent, body)
+        served.order("crowd", bodies, settings.concurrent)
         sizes.append(resident_mb())
     return {
         "requests": settings.requests,

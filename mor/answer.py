@@ -59,11 +59,12 @@ class Changes:
 
 
 class Answer:
-    """token_ids: the new tokens, a stop token included. finish_reason: None until it is complete.
-    stop_reason: the stop string or token that ended it; None if its length did, or its structure
-    without an end token. changes: what bias and penalties do to logits; None if there are none.
+    """token_ids: the new tokens, a stop token included. text: what may be shown, but for what ended
+    it. finish_reason: None until it is complete. stop_reason: the stop string or token that
+    ended it; None if its length did, or its structure without an end token. changes: what bias and
+    penalties do to logits; None if there are none.
 
-    tokenizer: for ``text``, which stays empty without one. Raises ValueError for settings that need
+    tokenizer: for the text, which stays empty without one. Raises ValueError for settings that need
     a tokenizer without one, and for a structure that llguidance refuses.
     """
 
@@ -77,7 +78,7 @@ class Answer:
             if setting and tokenizer is None:
                 raise ValueError(f"{name} cannot be followed without a tokenizer; give one")
         self._stream = None if tokenizer is None else TextStream(tokenizer, params.stop)
-        self._pieces = list[str]()
+        self.text = ""
         self.grammars: Grammars | None = None
         if params.structure is not None and tokenizer is not None:
             self.grammars = grammars(tokenizer)
@@ -87,20 +88,13 @@ class Answer:
         self.changes = Changes(params, prompt_ids) if changing else None
 
     @property
-    def text(self) -> str:
-        """What may be shown by now, without what ended it."""
-        if len(self._pieces) > 1:
-            self._pieces = ["".join(self._pieces)]
-        return self._pieces[0] if self._pieces else ""
-
-    @property
     def may_end(self) -> bool:
         return len(self.token_ids) >= self.params.min_new_tokens
 
     @property
     def changes_logits(self) -> bool:
         """Whether the next token is drawn from other logits than the model's."""
-        return bool(self.changes is not None or self.grammars is not None or not self.may_end)
+        return self.changes is not None or self.grammars is not None or not self.may_end
 
     @property
     def banned_ids(self) -> tuple[int, ...]:
@@ -133,7 +127,7 @@ class Answer:
         new = ""
         if self._stream is not None:
             new = self._stream.feed([token_id], may_stop=self.may_end)
-            self._pieces.append(new)
+            self.text += new
             self.stop_reason = self._stream.stopped
         if complete or self.stop_reason is not None:
             self.finish_reason = "stop"
@@ -151,7 +145,7 @@ class Answer:
     def end(self) -> str:
         """The text that was held back, when nothing more comes."""
         rest = "" if self._stream is None else self._stream.end()
-        self._pieces.append(rest)
+        self.text += rest
         return rest
 
     def impossible(self) -> str:

@@ -44,9 +44,11 @@ TopLogprobs = list[tuple[int, float]]
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of NumPy and of tensors as Python's, alone and in lists."""
+    """Numbers of NumPy and of tensors as Python's, alone, in lists and in tables."""
     if hasattr(value, "tolist"):
         value = value.tolist()
+    if isinstance(value, dict):
+        return {_plain(key): _plain(v) for key, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from mor.answer import Answer
 from mor.data.tokenizer import byte_tokenizer
 from mor.engine import Engine, EngineConfig, SamplingParams
 from mor.generation import generate, stream
@@ -98,6 +99,38 @@ def test_the_plain_decoder_ends_in_every_way():
     for p, result in zip(params, results, strict=True):
         if p.structure is not None and result.finish_reason == "stop":
             assert result.text.endswith(("x", "yz", "}"))
+
+
+def _taken(text, **settings):
+    """An answer that took these bytes one by one, as long as it went on; and what each showed."""
+    answer = Answer(SamplingParams(**settings), [1], TOKENIZER)
+    shown = []
+    for token_id in TOKENIZER.encode(text):
+        if answer.finish_reason is None:
+            shown.append(answer.take(token_id))
+    return answer, shown
+
+
+def test_a_stop_string_before_min_new_tokens_is_text():
+    answer, shown = _taken("a--b--c", stop=("--",), min_new_tokens=5)
+    assert (answer.text, answer.stop_reason) == ("a--b", "--") and "".join(shown) == "a--b"
+    answer, _ = _taken("a--b", stop=("--",), min_new_tokens=3)
+    assert (answer.text, len(answer.token_ids)) == ("a", 3), "there are as many as that"
+
+
+def test_the_last_token_shows_what_was_held_back():
+    answer, shown = _taken("ab-", stop=("--",), max_new_tokens=3)
+    assert shown == ["a", "b", "-"] and (answer.text, answer.finish_reason) == ("ab-", "length")
+    answer, shown = _taken("ab-c", stop=("--",), stop_token_ids=TOKENIZER.encode("c"))
+    assert shown == ["a", "b", "", "-"] and answer.text == "ab-"
+    engine = Engine(tiny(vocab_size=257), TOKENIZER)
+    request = engine.add_request([1], SamplingParams(max_new_tokens=9, logit_bias={224: 100.0}))
+    while len(request.token_ids) < 3:  # the first byte of a character, again and again
+        engine.step()
+    before = request.text
+    output = engine.abort(request)
+    assert output.finish_reason == "abort" and request.text == before + output.text
+    assert request.text == TOKENIZER.decode(request.token_ids)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

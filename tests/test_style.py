@@ -32,6 +32,7 @@ OF_SEVERAL_MODULES = {
     "no_code_from_files",
     "parity",
     "public_interface",
+    "server/clients",
     "style",
 }
 ON_DISK = {"threshold_R", "bias_R", "need_V"}  # buffers of routers, named in every checkpoint

@@ -167,8 +167,9 @@ class Tokenizer:
         """What a token adds to the text, for a byte-level tokenizer."""
         if (known := self._bytes.get(token_id)) is None:
             name = self.backend.id_to_token(token_id)
-            shown = name is not None and token_id not in self.special_token_ids
-            known = self._bytes[token_id] = bytes_of_name(name) if shown else b""
+            if name is None or token_id in self.special_token_ids:
+                name = ""
+            known = self._bytes[token_id] = bytes_of_name(name)
         return known
 
     @cached_property

@@ -39,7 +39,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request cannot be honoured"},
     "5XX": {"model": ErrorBody, "description": "The server cannot honour it now"},
 }
-_EVENTS = {
+_EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer, or with stream: true its events",
         "content": {"application/json": {}, "text/event-stream": {}},

@@ -36,7 +36,7 @@ class Piece(NamedTuple):
 class Choice(NamedTuple):
     """Where a job of the engine belongs. prompt: the text to give back before the answer."""
 
-    index: int
+    number: int
     prompt_text: str | None
 
 
@@ -127,7 +127,7 @@ class Form(ABC):
 
     def _whole(self, choice: Choice, request: Request) -> dict[str, Any]:
         piece = self._shown(_of_request(request))
-        made = {"index": choice.index, **self.content(choice, piece, request)}
+        made = {"index": choice.number, **self.content(choice, piece, request)}
         made |= self._common(piece)
         return made | {"mean_depth": mean(new_depths(request))}
 
@@ -179,7 +179,7 @@ class Form(ABC):
             choice, piece = self.choices[place], self._shown(_of_output(output))
             if choice.prompt_text is not None and len(output.request.token_ids) >= 1:
                 made += self._echo(place, output.request, answer)
-            new = {"index": choice.index, **self.delta(place, piece), **self._common(piece)}
+            new = {"index": choice.number, **self.delta(place, piece), **self._common(piece)}
             if piece.finish_reason is not None:
                 new["mean_depth"] = mean(new_depths(output.request))
             made.append(self.chunk([new], answer))
@@ -254,7 +254,7 @@ class CompletionForm(Form):
         if place in self._offsets or text is None:
             return []
         piece = self._of_prompt(request)._replace(text=text)
-        new = {"index": self.choices[place].index, **self.delta(place, piece)}
+        new = {"index": self.choices[place].number, **self.delta(place, piece)}
         return [self.chunk([new | {"finish_reason": None}], answer)]
 
     def _logprobs(self, piece: Piece, offsets: Offsets) -> dict[str, Any] | None:
@@ -296,7 +296,7 @@ class ChatForm(Form):
     def begin(self) -> list[dict[str, Any]]:
         said = {"role": "assistant", "content": ""}
         return [
-            {"index": choice.index, "delta": said, "logprobs": None, "finish_reason": None}
+            {"index": choice.number, "delta": said, "logprobs": None, "finish_reason": None}
             for choice in self.choices
         ]
 

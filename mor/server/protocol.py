@@ -138,6 +138,11 @@ class Common(BaseModel):
     def wanted_length(self) -> int | None:
         return self.max_tokens
 
+    @property
+    def top_logprobs(self) -> int | None:
+        """Alternatives to give with each token; None: no log-probabilities at all."""
+        raise NotImplementedError
+
     def structure(self) -> tuple[str, str] | None:
         """Kind and text of what the answer must look like. Raises ApiError if two things ask for
         it."""

@@ -6,7 +6,6 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any, NamedTuple, TypeVar
 
 from mor.chat import Chat
@@ -18,6 +17,7 @@ from mor.server.engine_thread import EngineThread, Job
 from mor.server.errors import ApiError
 from mor.server.metrics import Metrics
 from mor.server.protocol import (
+    SHARES,
     ChatRequest,
     Common,
     CompletionRequest,
@@ -178,7 +178,8 @@ class Service:
 
     def depth_range(self) -> tuple[float, float] | None:
         """Mean depths that may be asked for; None if the model was not calibrated for any."""
-        return None
+        ranges = _reachable(self.served.engine)
+        return (ranges[0][0], ranges[-1][1]) if ranges else None
 
     def _check(self, body: Common) -> None:
         self.check_model(body.model)
@@ -269,18 +270,21 @@ class Service:
             raise ApiError(400, str(error), param="response_format") from None
 
     def _depth(self, body: Common) -> dict[str, float]:
-        name = "depth" if body.depth is not None else "reasoning_effort"
+        """The setting for a wanted depth. The engine itself refuses one that cannot be had."""
         if body.depth is None and body.reasoning_effort is None:
             return {}
-        there = self.depth_range()
-        if there is None or "depth" not in {field.name for field in fields(SamplingParams)}:
+        ranges = _reachable(self.served.engine)
+        if not ranges:
             raise ApiError(
                 400,
                 "this model has no depth budgets; calibrate it",
-                param=name,
+                param="reasoning_effort" if body.depth is None else "depth",
                 code="no_depth_budgets",
             )
-        raise NotImplementedError
+        if body.depth is not None:
+            return {"depth": body.depth}
+        assert body.reasoning_effort is not None
+        return {"depth": depth_at(SHARES[body.reasoning_effort], ranges)}
 
     def _form(
         self, kind: type[Form], body: Common, choices: Sequence[Choice], prompts: int
@@ -293,6 +297,29 @@ class Service:
             prompts=prompts,
             nothing_new=body.wanted_length() == 0,
         )
+
+
+def _reachable(engine: Engine) -> list[tuple[float, float]]:
+    """Ranges of mean depths that an engine can give, from the table that calibration has left with
+    its model."""
+    table = getattr(engine.model, "depth_table", None)
+    if table is None or engine.config.max_depth is not None:
+        return []
+    most = getattr(engine, "deepest", engine.model.config.num_recursions)
+    found = []
+    for low, high in table.reachable():
+        held = [b for b in table.budgets if low <= b <= high and table.recursions(b) <= most]
+        if held:
+            found.append((held[0], held[-1]))
+    return found
+
+
+def depth_at(share: float, ranges: Sequence[tuple[float, float]]) -> float:
+    """The depth at this share of the way from the least to the most, or the nearest that can be
+    had."""
+    wanted = ranges[0][0] + share * (ranges[-1][1] - ranges[0][0])
+    nearest = (min(max(wanted, low), high) for low, high in ranges)
+    return min(nearest, key=lambda depth: abs(depth - wanted))
 
 
 def _size(message: dict[str, str]) -> int:

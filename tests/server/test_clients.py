@@ -3,17 +3,23 @@ makes of the OpenAPI document."""
 
 import asyncio
 import json
+import re
+import shlex
+import shutil
+import subprocess
 import time
+from pathlib import Path
 
 import httpx2
 import openai
 import pytest
 import requests
 import schemathesis
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from mor.engine import SamplingParams
-from tests.server.served import NAME, make_engine
+from tests.server.served import NAME, make_engine, parts
 
 TURNS = [{"role": "user", "content": "hi"}]
 SCHEMA = {
@@ -171,6 +177,44 @@ def test_lm_eval_s_requests_give_what_a_process_computes(server):
         assert greedy == (best == request.prompt_ids[1:])
 
 
+@pytest.mark.slow  # imports lm_eval
+def test_lm_eval_s_own_client_scores_as_the_model_does(server, tmp_path):
+    pytest.importorskip("tenacity")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    model, tokenizer = parts()
+    tokenizer.save(tmp_path)
+    theirs = LocalCompletionsAPI(
+        base_url=f"{server.url}/v1/completions",
+        model=NAME,
+        tokenizer_backend="huggingface",
+        tokenizer=str(tmp_path),
+        max_length=100,
+        batch_size=4,
+    )
+    pairs = [("The sky is", " blue"), ("One and", " two"), ("a", "b"), ("Some long text", " here")]
+    asked = [
+        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i)
+        for i, pair in enumerate(pairs)
+    ]
+    for (score, is_greedy), (context, continuation) in zip(
+        theirs.loglikelihood(asked), pairs, strict=True
+    ):
+        before, ids = tokenizer.encode(context), tokenizer.encode(context + continuation)
+        with torch.inference_mode():
+            logprobs = model(torch.tensor([ids])).logits_BTV[0].double().log_softmax(-1)
+        rows, new = logprobs[len(before) - 1 : -1], torch.tensor(ids[len(before) :])
+        want = float(rows.gather(1, new[:, None]).sum())
+        assert score == pytest.approx(want, abs=1e-4)
+        assert is_greedy == bool((rows.argmax(-1) == new).all())
+    gen = {"until": ["\x00"], "max_gen_toks": 5, "temperature": 0}
+    written = theirs.generate_until(
+        [Instance(request_type="generate_until", doc={}, arguments=("The sky", gen), idx=0)]
+    )
+    assert len(written) == 1 and isinstance(written[0], str)
+
+
 @pytest.mark.parametrize("cases", [6, pytest.param(400, marks=pytest.mark.slow)])
 def test_nothing_that_the_openapi_document_allows_makes_the_server_fail(cases, server):
     """400 for each of the four paths with bodies and the one with a name make 2,000."""
@@ -203,3 +247,26 @@ def try_cases(operation, server, cases, codes):
     with requests.Session() as session:
         session.trust_env = False
         holds()
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
+
+
+def test_the_page_s_python_example_runs(server, capsys):
+    code = re.search(r"```py\n(.*?)```", PAGE, flags=re.DOTALL)[1]
+    code = code.replace("http://127.0.0.1:8000", server.url)
+    exec(compile(code, "server.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_page_s_curl_commands_are_answered(server):
+    commands = re.findall(r"^curl .*?[^\\]$", PAGE, flags=re.DOTALL | re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        words = shlex.split(command.replace("\\\n", " "))
+        words = [word.replace("http://127.0.0.1:8000", server.url) for word in words]
+        done = subprocess.run(
+            [*words, "-sS", "--fail", "--noproxy", "*"], capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stdout, done.stderr

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -132,3 +134,43 @@ def test_a_process_serves_and_ends_in_order_when_it_is_told_to(process):
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     assert started.wait(60) == 0
     assert started.stderr.read() == ""
+
+
+@pytest.mark.skipif(shutil.which("haproxy") is None, reason="needs HAProxy")
+def test_two_servers_behind_the_page_s_load_balancer_share_requests_and_a_dead_one_gets_none(
+    tmp_path,
+):
+    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
+    settings = re.search(r"```text\n(# haproxy.*?)```", page, flags=re.DOTALL)[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with running() as one, running() as two:
+        for ours, theirs in ((8000, port), (8001, one.server.port), (8002, two.server.port)):
+            settings = settings.replace(f"127.0.0.1:{ours}", f"127.0.0.1:{theirs}")
+        (tmp_path / "mor.cfg").write_text(settings)
+        base = dict(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60)
+        started = subprocess.Popen(["haproxy", "-db", "-f", str(tmp_path / "mor.cfg")])
+        try:
+            with httpx2.Client(**base) as client, ThreadPoolExecutor(8) as crowd:
+                wait_until(lambda: _answers(client))
+
+                def ask(seed):
+                    body = LONG | {"seed": seed, "stream": seed % 2 == 0}
+                    return client.post("/v1/completions", json=body)
+
+                assert {found.status_code for found in crowd.map(ask, range(12))} == {200}
+                assert one.engine.steps > 0 and two.engine.steps > 0
+                one.service.thread._died(RuntimeError("the device is lost"))
+                wait_until(lambda: all(_answers(client) for _ in range(4)))
+                assert {found.status_code for found in crowd.map(ask, range(6))} == {200}
+        finally:
+            started.terminate()
+            started.wait()
+
+
+def _answers(client):
+    try:
+        return client.get("/health").status_code == 200
+    except httpx2.TransportError:
+        return False
