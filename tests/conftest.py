@@ -70,6 +70,18 @@ def undrawn(monkeypatch):
     monkeypatch.setattr("mor.analysis.report.save", save)
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium; for a module, as Playwright keeps an event loop running in this thread."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as running:
+        started = running.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield started
+        started.close()
+
+
 @pytest.fixture(scope="session")
 def squares(tmp_path_factory):
     """A small corpus to train on."""

@@ -369,3 +369,13 @@ def test_a_stage_that_dies_or_hangs_is_a_broken_promise(acceptance, monkeypatch)
     assert hung.holds is False and "stopped after 0 s" in hung.detail
     dead, _ = script.run_outside("kernel", script.Settings(device="nowhere", tiny=True))
     assert dead.holds is False and "exit code 1" in dead.detail and "nowhere" in dead.detail
+
+
+@pytest.mark.slow  # two processes
+def test_serve_speed_measures_every_part():
+    flags = "--preset tiny --concurrent 2 --turns 1 --new 2 --rounds 1 --requests 40".split()
+    command = [sys.executable, str(BENCHMARKS / "serve_speed.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["throughput"]["streamed_ratio"] > 0 and found["first_token"]["server_ms"] > 0
+    assert 0 < found["masks"]["share"] < 1 and len(found["memory"]["resident_mb"]) == 10
