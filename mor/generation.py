@@ -10,7 +10,7 @@ B rows of the batch · T columns · V vocab
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,9 +18,11 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from mor.files import naming
+from mor.model.budget import Budget, Depth, budget_of, router_for
 from mor.model.config import ModelConfig
 from mor.model.kv_cache import KVCache
 from mor.model.random import hash_uniform
+from mor.model.routers import Router
 from mor.model.transformer import Output, Transformer, check_depth, check_finite
 from mor.settings import (
     Listed,
@@ -41,6 +43,7 @@ def _plain(value: Any) -> Any:
 
 
 _Plain = BeforeValidator(_plain)
+PositiveDepth = Annotated[float, Field(ge=1)]
 
 
 class SamplingParams(Settings):
@@ -49,6 +52,8 @@ class SamplingParams(Settings):
 
     logprobs: also give the log-probability of each new token (of the model, before temperature and
     cuts).
+    depth: the mean depth of the request's tokens, prompt included, from 1 on (model/budget.py);
+    "full": every trained recursion for every token; None: the model's own rule.
     """
 
     max_new_tokens: Annotated[PositiveInt, _Plain] = 128
@@ -58,6 +63,7 @@ class SamplingParams(Settings):
     seed: Annotated[Seed, _Plain] = 0
     stop_token_ids: Annotated[Listed[tuple[NonNegativeInt, ...]], _Plain] = ()
     logprobs: bool = False
+    depth: Annotated[PositiveDepth | Literal["full"] | None, _Plain] = None
 
 
 def sample(logits: Tensor, params: SamplingParams, counter: int) -> int:
@@ -119,6 +125,7 @@ def prefill(
     cache: KVCache,
     *,
     max_depth: int | None = None,
+    router: Router | None = None,
 ) -> Output:
     """Read prompts of any length into an empty cache; logits of each last token, (B, 1, V)."""
     device = model.embedding.weight.device
@@ -126,7 +133,9 @@ def prefill(
     tokens_BT = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=device)
     length_B1 = torch.tensor([[len(p)] for p in prompts], device=device)
     mask_BT = torch.arange(width, device=device) < length_B1
-    return model(tokens_BT, mask_BT=mask_BT, cache=cache, logits="last", max_depth=max_depth)
+    return model(
+        tokens_BT, mask_BT=mask_BT, cache=cache, logits="last", max_depth=max_depth, router=router
+    )
 
 
 def decode_step(
@@ -136,12 +145,15 @@ def decode_step(
     cache: KVCache,
     *,
     max_depth: int | None = None,
+    router: Router | None = None,
 ) -> Output:
     """Read one token of every active sequence; logits (B, 1, V), zeros where inactive."""
     device = model.embedding.weight.device
     tokens_B1 = torch.tensor(token, device=device)[:, None]
     mask_B1 = torch.tensor(active, device=device)[:, None]
-    return model(tokens_B1, mask_BT=mask_B1, cache=cache, logits="last", max_depth=max_depth)
+    return model(
+        tokens_B1, mask_BT=mask_B1, cache=cache, logits="last", max_depth=max_depth, router=router
+    )
 
 
 def stream(
@@ -150,9 +162,10 @@ def stream(
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     max_depth: int | None = None,
+    depth: Depth = None,
 ) -> Iterator[TokenEvent]:
     """Every new token as soon as it is known. Arguments and errors as in :func:`generate`."""
-    return _decode(model, *_checked(model, prompts, params, max_depth), max_depth)
+    return _decode(model, *_checked(model, prompts, params, max_depth, depth), max_depth)
 
 
 def generate(
@@ -161,15 +174,17 @@ def generate(
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     max_depth: int | None = None,
+    depth: Depth = None,
 ) -> list[Generation]:
     """Continue token prompts, all together.
 
     prompts: a list of lists (or tensors) of token ids. params: one for all, or one per prompt.
-    max_depth caps the recursions of every token. Raises ValueError, before anything runs, for what
-    :func:`check_prompt` refuses, and for a max_depth beyond the model; and for a model whose logits
-    are not finite.
+    max_depth caps the recursions of every token. depth: the mean depth of requests whose params
+    name none (see :class:`SamplingParams`). Raises ValueError, before anything runs, for what
+    :func:`check_prompt` refuses, for a max_depth beyond the model and a depth that it cannot have;
+    and for a model whose logits are not finite.
     """
-    results, settings = _checked(model, prompts, params, max_depth)
+    results, settings = _checked(model, prompts, params, max_depth, depth)
     for _ in _decode(model, results, settings, max_depth):
         pass
     return results
@@ -185,8 +200,15 @@ def _decode(
     """Fill ``results`` in place, yielding each token."""
     prompts = [result.prompt_ids for result in results]
     weight = model.embedding.weight
-    cache = KVCache(model.config, len(prompts), device=weight.device, dtype=weight.dtype)
-    output = prefill(model, prompts, cache, max_depth=max_depth)
+    router = router_for(model, [own.depth for own in params])
+    cache = KVCache(
+        model.config,
+        len(prompts),
+        num_recursions=router.num_recursions,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    output = prefill(model, prompts, cache, max_depth=max_depth, router=router)
     while True:
         depths = output.routing.depths_by_row()
         for i, result in enumerate(results):
@@ -205,13 +227,12 @@ def _decode(
         active = [result.finish_reason is None for result in results]
         if not any(active):
             return
-        output = decode_step(
-            model, [r.token_ids[-1] for r in results], active, cache, max_depth=max_depth
-        )
+        newest = [r.token_ids[-1] for r in results]
+        output = decode_step(model, newest, active, cache, max_depth=max_depth, router=router)
 
 
 def _checked(
-    model: Transformer, prompts: Any, params: Any, max_depth: Any
+    model: Transformer, prompts: Any, params: Any, max_depth: Any, depth: Any
 ) -> tuple[list[Generation], list[SamplingParams]]:
     check_depth(max_depth, model.config.num_recursions)
     if isinstance(prompts, str):
@@ -220,7 +241,27 @@ def _checked(
     for i, (prompt, own) in enumerate(zip(listed, settings, strict=True)):
         with naming(f"prompt {i}"):
             results.append(Generation(check_prompt(model.config, prompt, own)))
+            settings[i] = with_default_depth(own, depth)
+            check_budget(model, settings[i].depth, max_depth)
     return results, settings
+
+
+def with_default_depth(params: SamplingParams, depth: Depth) -> SamplingParams:
+    """The same settings; ``depth`` where they name none."""
+    if depth is None or params.depth is not None:
+        return params
+    return replace(params, depth=depth)
+
+
+def check_budget(model: Transformer, depth: Depth, max_depth: int | None) -> Budget:
+    """The thresholds of a depth. Raises ValueError for one that the model cannot have, or that the
+    cap would take something from."""
+    budget = budget_of(model, depth)
+    if depth is not None and max_depth is not None:
+        raise ValueError(
+            f"max_depth={max_depth} would take tokens from depth={depth}; leave out one of them"
+        )
+    return budget
 
 
 def per_prompt(prompts: Any, params: Any) -> tuple[list[Any], list[Any]]:

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from mor.generation import SamplingParams
+from mor.model.budget import Budget
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -37,6 +38,8 @@ class Request:
     params: SamplingParams
     number: int
     """Counts the requests of an engine: lower is older."""
+    budget: Budget
+    """What decides the depths of its tokens."""
     arrival_s: float = 0.0
     """When it was added, by ``time.monotonic()``."""
     status: Status = Status.WAITING
