@@ -13,6 +13,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from mor.cli.command import Command
+from mor.cli.depth import parse_depth
 from mor.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, Share
 
 
@@ -36,6 +37,8 @@ class Generate(Command):
     seed: Seed = 0
     max_depth: PositiveInt | None = None
     """Cap on every token's recursions."""
+    depth: str | None = None
+    """Mean depth, such as 2.2, 55% (of full depth) or full. Default: the model's own rule."""
     show_depth: bool = False
     """Colour each token by its recursion depth."""
     device: str = "auto"
@@ -74,7 +77,7 @@ class Generate(Command):
         if not self.show_depth and not self.json:
             self._print_stream(model, tokenizer, ids, stops, lead="" if chat else self.prompt)
             return
-        result = generate(model, [ids], self._params(stops), max_depth=self.max_depth)[0]
+        result = generate(model, [ids], self._params(stops, model), max_depth=self.max_depth)[0]
         if self.json:
             found = {
                 "prompt": self.prompt,
@@ -95,7 +98,7 @@ class Generate(Command):
                 "no prompt was given; add --prompt TEXT (only plain --chat reads lines instead)"
             )
 
-    def _params(self, stop_token_ids: tuple[int, ...]) -> Any:
+    def _params(self, stop_token_ids: tuple[int, ...], model: Any) -> Any:
         from mor.generation import SamplingParams
 
         return SamplingParams(
@@ -105,6 +108,7 @@ class Generate(Command):
             top_p=self.top_p,
             seed=self.seed,
             stop_token_ids=stop_token_ids,
+            depth=parse_depth(self.depth, model.config.num_recursions),
         )
 
     def _messages(self, *turns: str) -> list[dict[str, str]]:
@@ -123,7 +127,8 @@ class Generate(Command):
 
         new: list[int] = []
         shown = ""
-        for event in stream(model, [ids], self._params(stops), max_depth=self.max_depth):
+        params = self._params(stops, model)
+        for event in stream(model, [ids], params, max_depth=self.max_depth):
             print(lead, end="")
             lead = ""
             if event.finish_reason != "stop":  # the token that ends a text is none of it

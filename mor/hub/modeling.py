@@ -166,6 +166,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     _input_embed_layer = "embedding"
     _no_split_modules = ["Recursions", "Block"]  # noqa: RUF012 (a list to transformers)
     supports_gradient_checkpointing = True
+    depth: Depth = None
+    """Of forwards in evaluation mode that name none."""
     accepts_loss_kwargs = True
 
     def __init__(self, config: MoRConfig) -> None:
@@ -256,6 +258,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         )
         self._tell_of_adapters()
         cache = _usable(past_key_values if cache is None else cache, use_cache)
+        if depth is None and not self.training and selection != "topk" and max_depth is None:
+            depth = self.depth
         router = self._router(depth, selection, max_depth)
         deepest = self.model.router.num_recursions if router is None else router.num_recursions
         kv = cache.prepare(self.model, len(input_ids), deepest) if cache is not None else None
@@ -397,6 +401,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        if (depth := getattr(generation_config, "depth", None)) is not None:
+            model_kwargs.setdefault("depth", depth)
         if generation_config.use_cache and model_kwargs.get(_CACHE) is None:
             model_kwargs[_CACHE] = MoRCache()
 
