@@ -33,6 +33,7 @@ from mor.model.budget import (
     router_for,
     shares_of,
 )
+from mor.model.config import ModelConfig
 from mor.model.other_depths import RouterAround
 from mor.model.packing import PackedTokens
 from mor.model.routers import Router
@@ -41,6 +42,16 @@ from mor.model.transformer import Transformer
 
 FITTED_TOKENS = 8_192
 """Tokens that thresholds are fitted to, unless somebody says otherwise."""
+
+
+LEAST_TOKENS = 1_024
+"""With fewer, a mean depth is off by some percent."""
+
+
+def num_forwards(config: ModelConfig, deepest: int | None = None) -> int:
+    """Forwards over the windows of one half that a calibration takes, about."""
+    most = default_deepest(config) if deepest is None else deepest
+    return len(_grid(corners(config, most))) + len(_checked(config.num_recursions, most))
 
 
 @dataclass

@@ -298,14 +298,10 @@ class BudgetRouter(RouterAround):
         chosen = self.inner.chosen_depth(memory)
         if chosen is None:
             return memory
-        reach_MR = torch.stack(
-            [
-                self.inner.urge(self._trained(r), None, None, memory) >= threshold_MR[:, r]
-                for r in range(1, self.num_recursions)
-            ],
-            dim=1,
-        )
-        depth = 1 + reach_MR.long().cumprod(1).sum(1)
+        depth = torch.ones_like(chosen)
+        for recursion in range(1, self.num_recursions):
+            urge = self.inner.urge(self._trained(recursion), None, None, memory)
+            depth = depth + ((depth == recursion) & (urge >= threshold_MR[:, recursion]))
         own = threshold_MR[:, 0] > NOBODY
         return self.inner.with_depth(memory, torch.where(own, chosen, depth))
 
