@@ -78,7 +78,7 @@ class Runner:
         # Started on nothing, the router shows what it will want to remember of each token.
         tokens = _tokens(self.ids, self.position)
         with torch.no_grad():
-            memory = self.router.start(self.h_SD, tokens, self.max_depth)
+            memory = self.model.router.start(self.h_SD, tokens, self.max_depth)
         self.memory: Memory = {name: value.clone() for name, value in memory.items()}
         if self.budget_router is not None:
             self.memory["threshold"] = self.threshold_SR
@@ -99,16 +99,21 @@ class Runner:
         self.model_s += time.perf_counter() - start
 
     def give_budgets(self, budgets: Mapping[int, Budget]) -> None:
-        """Depth budgets by slot, for the tokens that come next."""
-        new = {slot: b for slot, b in budgets.items() if self.budgets[slot] != b}
-        if not new:
+        """Depth budgets by slot, of all running requests, for the tokens that come next."""
+        if self.budget_router is None:
             return
-        assert self.budget_router is not None
-        rows = [budget.row(self.kv.num_recursions) for budget in new.values()]
-        places = torch.tensor(list(new), device=self.threshold_SR.device)
-        self.threshold_SR[places] = torch.tensor(rows, device=self.threshold_SR.device)
-        for slot, budget in new.items():
-            self.budgets[slot] = budget
+        if new := {slot: b for slot, b in budgets.items() if self.budgets[slot] != b}:
+            rows = [budget.row(self.kv.num_recursions) for budget in new.values()]
+            places = torch.tensor(list(new), device=self.threshold_SR.device)
+            self.threshold_SR[places] = torch.tensor(rows, device=self.threshold_SR.device)
+            for slot, budget in new.items():
+                self.budgets[slot] = budget
+        if self.longest is None:  # else what is recorded or compiled must serve every mixture
+            own = [budget.own for budget in budgets.values()]
+            self.budget_router.with_own = any(own)
+            # Further recursions are passes of this runner, and the model's router knows of none.
+            is_plain = all(own) and self.kv.num_recursions == self.model.config.num_recursions
+            self.router = self.model.router if is_plain else self.budget_router
 
     def _router_of(self, slots: Sequence[int]) -> Router | None:
         """For an ordinary forward with a row for each slot; None: the model's own."""
@@ -116,7 +121,9 @@ class Runner:
         if all(budget.own for budget in budgets):
             return None
         most = max(budget.recursions for budget in budgets)
-        return BudgetRouter(self.model.router, self.threshold_SR[list(slots), :most])
+        with_own = any(budget.own for budget in budgets)
+        rows = self.threshold_SR[list(slots), :most]
+        return BudgetRouter(self.model.router, rows, with_own=with_own)
 
     def read(
         self,
@@ -196,9 +203,9 @@ class Runner:
         self.h_SD[slot] = x_MD
         tokens = _tokens(ids, position)
         with self._in_model():
-            memory = self.router.start(x_MD, tokens, self.max_depth)
-            if self.budget_router is not None:
-                memory = self.budget_router.with_thresholds(memory, self.threshold_SR[slot])
+            memory = self.model.router.start(x_MD, tokens, self.max_depth)
+            if isinstance(self.router, BudgetRouter):
+                memory = self.router.with_thresholds(memory, self.threshold_SR[slot])
         for name, value in memory.items():
             self.memory[name][slot] = value
         first, gate = torch.zeros_like(slot), self.gate[slot]

@@ -262,7 +262,8 @@ def router_for(model: Transformer, depth: Depth | Sequence[Depth]) -> Router:
         return model.router
     most = max(budget.recursions for budget in budgets)
     rows = torch.tensor([budget.row(most) for budget in budgets], dtype=torch.float32)
-    return BudgetRouter(model.router, rows.to(model.embedding.weight.device))
+    with_own = any(budget.own for budget in budgets)
+    return BudgetRouter(model.router, rows.to(model.embedding.weight.device), with_own=with_own)
 
 
 class BudgetRouter(RouterAround):
@@ -271,11 +272,12 @@ class BudgetRouter(RouterAround):
     last trained one.
 
     threshold_BR: what scores must reach; one row is for all. Each token carries its own along in
-    its memory.
+    its memory. with_own: whether some rows leave it to the router inside.
     """
 
-    def __init__(self, inner: Router, threshold_BR: Tensor) -> None:
+    def __init__(self, inner: Router, threshold_BR: Tensor, *, with_own: bool = True) -> None:
         super().__init__(inner, threshold_BR.shape[1])
+        self.with_own = with_own
         self.has_topk = False
         self.threshold_BR = threshold_BR
 
@@ -316,6 +318,8 @@ class BudgetRouter(RouterAround):
         threshold = memory["threshold"][:, recursion]
         urge = self.inner.urge(self._trained(recursion), decided, tokens, memory)
         takes = urge >= threshold
+        if not self.with_own:
+            return replace(decided, takes=takes, rank=None)
         own = decided.takes
         if recursion >= self.inner.num_recursions:
             own = torch.zeros_like(takes)

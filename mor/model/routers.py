@@ -470,6 +470,8 @@ class RandomRouter(Router):
         tokens: PackedTokens | None,
         memory: Memory,
     ) -> Tensor:
+        if decision is not None and decision.rank is not None:
+            return decision.rank
         assert tokens is not None
         return self.need(tokens)
 

@@ -19,7 +19,7 @@ LOOPS = [
 
 
 def with_depths(params):
-    return [replace(own, depth=DEPTHS[i % len(DEPTHS)]) for i, own in enumerate(params)]
+    return [replace(own, depth=DEPTHS[(i + 2) % len(DEPTHS)]) for i, own in enumerate(params)]
 
 
 def combinations():
@@ -38,7 +38,7 @@ def test_requests_of_all_depths_are_served_as_the_plain_decoder_does(batching, l
     prompts, params = draw_requests(9, seed=5, longest_prompt=12, temperature=0.9)
     params = with_depths(params)
     want = generate(model, prompts, params)
-    assert len({depth for g in want for depth in g.depths}) == 5
+    assert {1, 2, 3, 5} <= {depth for g in want for depth in g.depths}
     config = EngineConfig(
         batching=batching,
         loop=loop,
@@ -91,4 +91,4 @@ def test_the_plain_decoder_takes_one_depth_for_all_and_others_by_request():
     first, second = generate(model, prompts, params, depth="full")
     assert set(first.depths) == {3} and set(second.depths) == {1}
     with pytest.raises(ValueError, match="leave out one"):
-        generate(model, prompts, depth=2, max_depth=2)
+        generate(model, prompts, params[0], depth=2, max_depth=2)

@@ -17,12 +17,12 @@ def test_what_is_asked_for_is_spent_on_other_text(kind):
     table = calibrate(model, text(3200), seq_len=25, deepest=4, kinds={"other": text(3000, seed=1)})
     assert table.reachable() == [(1.0, 4.0)] and table.checked == (1.5, 2.0, 2.5, 3.0, 4.0)
     for depth, held_out, other in zip(table.checked, *table.spent.values(), strict=True):
-        assert held_out == pytest.approx(depth, rel=0.03) and other == pytest.approx(
-            depth, rel=0.03
+        assert held_out == pytest.approx(depth, rel=0.05) and other == pytest.approx(
+            depth, rel=0.05
         )
     assert model.depth_table is table
     found = evaluate(model, text(1600, seed=2), seq_len=25, depth=1.7)  # between the checked ones
-    assert found.mean_depth == pytest.approx(1.7, rel=0.03) and found.causal
+    assert found.mean_depth == pytest.approx(1.7, rel=0.05) and found.causal
 
 
 def test_equal_weights_and_text_give_equal_tables():
