@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -22,9 +22,11 @@ from torch import Tensor
 from mor.answer import Answer, allowed_rows
 from mor.data.tokenizer import Tokenizer
 from mor.files import naming
+from mor.model.budget import Budget, Depth, budget_of, router_for
 from mor.model.config import ModelConfig
 from mor.model.kv_cache import KVCache
 from mor.model.random import hash_uniform
+from mor.model.routers import Router
 from mor.model.transformer import Logits, Output, Transformer, check_depth, check_finite
 from mor.settings import (
     Listed,
@@ -60,6 +62,7 @@ _Strings = Annotated[
 _Penalty = Annotated[float, Field(ge=-2, le=2), _Plain]
 # Minus infinity is a bias, the others that are not finite are none.
 _Bias = Annotated[float, Field(allow_inf_nan=True, lt=math.inf)]
+PositiveDepth = Annotated[float, Field(ge=1)]
 
 
 class SamplingParams(Settings):
@@ -106,6 +109,9 @@ class SamplingParams(Settings):
     """Also give so many of the likeliest tokens at each new token, with their log-probabilities."""
     prompt_logprobs: bool = False
     """Also give both for the tokens of the prompt, except for the first."""
+    depth: Annotated[PositiveDepth | Literal["full"] | None, _Plain] = None
+    """Mean depth of the request's tokens, prompt included, from 1 on (model/budget.py). full: every
+    trained recursion for every token. None: the model's own rule."""
 
     def __post_init__(self) -> None:
         if self.min_new_tokens > self.max_new_tokens:
@@ -229,6 +235,7 @@ def prefill(
     *,
     max_depth: int | None = None,
     logits: Logits = "last",
+    router: Router | None = None,
 ) -> Output:
     """Read prompts of any length into an empty cache; logits of each last token, (B, 1, V), unless
     others are wanted."""
@@ -237,7 +244,9 @@ def prefill(
     tokens_BT = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=device)
     length_B1 = torch.tensor([[len(p)] for p in prompts], device=device)
     mask_BT = torch.arange(width, device=device) < length_B1
-    return model(tokens_BT, mask_BT=mask_BT, cache=cache, logits=logits, max_depth=max_depth)
+    return model(
+        tokens_BT, mask_BT=mask_BT, cache=cache, logits=logits, max_depth=max_depth, router=router
+    )
 
 
 def decode_step(
@@ -247,12 +256,15 @@ def decode_step(
     cache: KVCache,
     *,
     max_depth: int | None = None,
+    router: Router | None = None,
 ) -> Output:
     """Read one token of every active sequence; logits (B, 1, V), zeros where inactive."""
     device = model.embedding.weight.device
     tokens_B1 = torch.tensor(token, device=device)[:, None]
     mask_B1 = torch.tensor(active, device=device)[:, None]
-    return model(tokens_B1, mask_BT=mask_B1, cache=cache, logits="last", max_depth=max_depth)
+    return model(
+        tokens_B1, mask_BT=mask_B1, cache=cache, logits="last", max_depth=max_depth, router=router
+    )
 
 
 def stream(
@@ -262,9 +274,10 @@ def stream(
     *,
     tokenizer: Tokenizer | None = None,
     max_depth: int | None = None,
+    depth: Depth = None,
 ) -> Iterator[TokenEvent]:
     """Every new token as soon as it is known. Arguments and errors as in :func:`generate`."""
-    results, answers = _checked(model, prompts, params, tokenizer, max_depth)
+    results, answers = _checked(model, prompts, params, tokenizer, max_depth, depth)
     return _decode(model, results, answers, max_depth)
 
 
@@ -275,16 +288,18 @@ def generate(
     *,
     tokenizer: Tokenizer | None = None,
     max_depth: int | None = None,
+    depth: Depth = None,
 ) -> list[Generation]:
     """Continue token prompts, all together.
 
     prompts: a list of lists (or tensors) of token ids. params: one for all, or one per prompt.
     tokenizer: for the text of what comes out; stop strings and structures need it.
-    max_depth caps the recursions of every token. Raises ValueError, before anything runs, for what
-    :func:`begin` refuses, and for a max_depth beyond the model; and for a model whose logits are
-    not finite, and where settings forbid every token.
+    max_depth caps the recursions of every token. depth: the mean depth of requests whose params
+    name none. Raises ValueError, before anything runs, for what :func:`begin` refuses, for a
+    max_depth beyond the model and a depth that it cannot have; and for a model whose logits are not
+    finite, and where settings forbid every token.
     """
-    results, answers = _checked(model, prompts, params, tokenizer, max_depth)
+    results, answers = _checked(model, prompts, params, tokenizer, max_depth, depth)
     for _ in _decode(model, results, answers, max_depth):
         pass
     return results
@@ -299,8 +314,9 @@ def _decode(
     for result, answer in zip(results, answers, strict=True):
         if answer.params.prompt_logprobs:
             _score_prompt(model, result, answer.params, max_depth)
-    cache = _cache(model, len(prompts))
-    output = prefill(model, prompts, cache, max_depth=max_depth)
+    router = router_for(model, [answer.params.depth for answer in answers])
+    cache = _cache(model, len(prompts), router)
+    output = prefill(model, prompts, cache, max_depth=max_depth, router=router)
     while True:
         depths = output.routing.depths_by_row()
         for i, (result, answer) in enumerate(zip(results, answers, strict=True)):
@@ -310,9 +326,8 @@ def _decode(
         active = [result.finish_reason is None for result in results]
         if not any(active):
             return
-        output = decode_step(
-            model, [r.token_ids[-1] for r in results], active, cache, max_depth=max_depth
-        )
+        newest = [r.token_ids[-1] for r in results]
+        output = decode_step(model, newest, active, cache, max_depth=max_depth, router=router)
 
 
 def _next_token(index: int, result: Generation, answer: Answer, logits: Tensor) -> TokenEvent:
@@ -334,20 +349,29 @@ def _score_prompt(
 ) -> None:
     """Log-probabilities of a prompt's tokens, each under the logits of the one before it."""
     ids = result.prompt_ids
-    output = prefill(model, [ids], _cache(model, 1), max_depth=max_depth, logits="all")
+    router = router_for(model, params.depth)
+    cache = _cache(model, 1, router)
+    output = prefill(model, [ids], cache, max_depth=max_depth, logits="all", router=router)
     logits_TV = output.logits_BTV[0]
     result.prompt_logprobs = [None, *map(logprob, logits_TV, ids[1:])]
     if count := params.top_logprobs:
         result.prompt_top_logprobs = [None, *(top_logprobs(x, count) for x in logits_TV[:-1])]
 
 
-def _cache(model: Transformer, num_rows: int) -> KVCache:
-    weight = model.embedding.weight
-    return KVCache(model.config, num_rows, device=weight.device, dtype=weight.dtype)
+def _cache(model: Transformer, num_rows: int, router: Router) -> KVCache:
+    weight, most = model.embedding.weight, router.num_recursions
+    return KVCache(
+        model.config, num_rows, num_recursions=most, device=weight.device, dtype=weight.dtype
+    )
 
 
 def _checked(
-    model: Transformer, prompts: Any, params: Any, tokenizer: Tokenizer | None, max_depth: Any
+    model: Transformer,
+    prompts: Any,
+    params: Any,
+    tokenizer: Tokenizer | None,
+    max_depth: Any,
+    depth: Any,
 ) -> tuple[list[Generation], list[Answer]]:
     check_depth(max_depth, model.config.num_recursions)
     if isinstance(prompts, str):
@@ -355,7 +379,9 @@ def _checked(
     answers = list[Answer]()
     for i, (prompt, own) in enumerate(zip(*per_prompt(prompts, params), strict=True)):
         with naming(f"prompt {i}"):
+            own = with_default_depth(own, depth)
             answers.append(begin(model.config, prompt, own, tokenizer=tokenizer))
+            check_budget(model, own.depth, max_depth)
     return [Generation(answer.prompt_ids, answer.token_ids) for answer in answers], answers
 
 
@@ -373,6 +399,24 @@ def begin(
     if tokenizer is not None and params.structure is not None:
         tokenizer.check_fits(config.vocab_size)
     return Answer(params, ids, tokenizer)
+
+
+def with_default_depth(params: Any, depth: Depth) -> Any:
+    """The same settings; ``depth`` where they name none."""
+    if depth is None or not isinstance(params, SamplingParams) or params.depth is not None:
+        return params
+    return replace(params, depth=depth)
+
+
+def check_budget(model: Transformer, depth: Depth, max_depth: int | None) -> Budget:
+    """The thresholds of a depth. Raises ValueError for one that the model cannot have, or that the
+    cap would take something from."""
+    budget = budget_of(model, depth)
+    if depth is not None and max_depth is not None:
+        raise ValueError(
+            f"max_depth={max_depth} would take tokens from depth={depth}; leave out one of them"
+        )
+    return budget
 
 
 def per_prompt(prompts: Any, params: Any) -> tuple[list[Any], list[Any]]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from mor.cli.command import Command
+from mor.cli.depth import parse_depth
 from mor.settings import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -56,6 +57,8 @@ class Generate(Command):
     """A regular expression that the whole answer matches (extra serve)."""
     max_depth: PositiveInt | None = None
     """Cap on every token's recursions."""
+    depth: str | None = None
+    """Mean depth, such as 2.2, 55% (of full depth) or full. Default: the model's own rule."""
     show_depth: bool = False
     """Colour each token by its recursion depth."""
     device: str = "auto"
@@ -80,7 +83,7 @@ class Generate(Command):
         self._check()
         config, model, tokenizer = load(self.checkpoint, device=pick_device(self.device))
         chat = Chat(tokenizer) if self.chat else None
-        params = self._params(chat.stop_token_ids if chat else tokenizer.end_ids)
+        params = self._params(chat.stop_token_ids if chat else tokenizer.end_ids, model)
         if chat and self.prompt is None:
             self._converse(model, tokenizer, chat, params)
             return
@@ -111,7 +114,7 @@ class Generate(Command):
                 "no prompt was given; add --prompt TEXT (only plain --chat reads lines instead)"
             )
 
-    def _params(self, stop_token_ids: tuple[int, ...]) -> Any:
+    def _params(self, stop_token_ids: tuple[int, ...], model: Any) -> Any:
         from mor.generation import SamplingParams
 
         return SamplingParams(
@@ -125,6 +128,7 @@ class Generate(Command):
             stop_token_ids=stop_token_ids,
             stop=self.stop,
             structure=self._structure(),
+            depth=parse_depth(self.depth, model.config.num_recursions),
         )
 
     def _structure(self) -> Any:

@@ -41,7 +41,14 @@ from mor.engine.scheduler import Scheduler
 from mor.engine.strategy import Strategy, Work, not_finite
 from mor.engine.weights import Watch, compiles, for_decoding
 from mor.files import naming
-from mor.generation import SamplingParams, begin, per_prompt
+from mor.generation import (
+    PositiveDepth,
+    SamplingParams,
+    begin,
+    check_budget,
+    per_prompt,
+)
+from mor.model.budget import Budget, has_depths
 from mor.model.compiling import failed_to_compile
 from mor.model.transformer import Output, Transformer
 from mor.settings import PositiveInt, Settings
@@ -81,6 +88,11 @@ class EngineConfig(Settings):
     """Longest prompt and continuation together. None: what the model holds."""
     max_depth: PositiveInt | None = None
     """Caps the recursions of every token."""
+    depth: PositiveDepth | Literal["full"] | None = None
+    """Mean depth of requests that name none (SamplingParams.depth). None: the model's own rule."""
+    deepest: PositiveInt | None = None
+    """Recursions that a token may take with the largest depth that requests may ask for. None: the
+    trained ones. More take memory for their tables, and time in every pass."""
     batching: Batching = "auto"
     """depth_wise: tokens at any depth share a pass. lock_step: all sequences take their next token
     together, and finished ones are replaced at once. static: as lock_step, but a batch ends with
@@ -179,6 +191,20 @@ class Engine:
         _check_parts(model, tokenizer, config)
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.max_len = config.max_len or model.config.max_seq_len
+        self.deepest = config.deepest or model.config.num_recursions
+        if self.deepest < model.config.num_recursions:
+            raise ValueError(
+                f"deepest={self.deepest} is below the model's {model.config.num_recursions} "
+                "recursions, which requests without a depth take; cap those with max_depth"
+            )
+        if self.deepest > model.config.num_recursions and not has_depths(model.config):
+            raise ValueError(
+                f"deepest={self.deepest}: this model has one depth, of "
+                f"{model.config.num_recursions} recursions; leave it out"
+            )
+        if config.max_depth is not None and self.deepest > model.config.num_recursions:
+            raise ValueError("max_depth and deepest say different things; leave out one of them")
+        self._budget(SamplingParams())
         self._strategy = _choose_strategy(config, model)
         self._compiles = compiles(model.embedding.weight.device, config.compile)
         self._watch = Watch(model)
@@ -235,7 +261,7 @@ class Engine:
         config, slots = self.model.config, self.config.max_num_seqs + 1
         weight, length = self.model.embedding.weight, self.max_len + self.config.page_size
         row = 4 * length * (1 + (config.kv_strategy == "hybrid")) + 64  # and lists of pages
-        tables = slots * ((config.num_recursions + 1) * row + 4 * config.dim)
+        tables = slots * ((self.deepest + 1) * row + 4 * config.dim)
         angles = 3 * 4 * config.head_dim * self.max_len
         everything = [length] * config.num_recursions
         full = slots * costs.kv_bytes(config, length, everything, weight.dtype.itemsize)
@@ -254,6 +280,7 @@ class Engine:
             decode_attention=decode_attention(config.attention, weight.device, weight.dtype),
             device=weight.device,
             dtype=weight.dtype,
+            num_recursions=self.deepest,
         )
 
     def add_request(
@@ -292,6 +319,7 @@ class Engine:
                 answer.prompt_ids,
                 answer.params,
                 number,
+                self._budget(answer.params),
                 arrival_s=time.monotonic(),
                 answer=answer,
             )
@@ -349,6 +377,7 @@ class Engine:
     def _work_on(self) -> None:
         was_idle = not self.scheduler.running
         self.strategy.admit()
+        self.runner.give_budgets({r.slot: r.budget for r in self.scheduler.running})
         if was_idle and self._follow_model(thorough=True):
             return  # they wait again; nothing was computed with them
         with torch.inference_mode():
@@ -454,7 +483,8 @@ class Engine:
         answer = begin(
             self.model.config, given, params, tokenizer=self.tokenizer, max_len=self.max_len
         )
-        needed = self.kv.pages_for(len(answer.prompt_ids) + params.max_new_tokens - 1)
+        most = self._budget(params).recursions
+        needed = self.kv.pages_for(len(answer.prompt_ids) + params.max_new_tokens - 1, most=most)
         there = [pool.num_pages for pool in self.kv.pools]
         if any(n > pages for n, pages in zip(needed, there, strict=True)):
             raise ValueError(
@@ -462,6 +492,19 @@ class Engine:
                 f"{there}; shorten it or raise kv_cache_memory"
             )
         return answer
+
+    def _budget(self, params: SamplingParams) -> Budget:
+        """What decides the depth of a request's tokens. Raises ValueError for a depth that the
+        model or this engine cannot have."""
+        depth = self.config.depth if params.depth is None else params.depth
+        budget = check_budget(self.model, depth, self.config.max_depth)
+        if budget.recursions > self.deepest:
+            raise ValueError(
+                f"depth={depth} lets tokens take up to {budget.recursions} recursions, but this "
+                f"engine holds {self.deepest}; make it with EngineConfig(deepest="
+                f"{budget.recursions})"
+            )
+        return budget
 
     def _check_open(self) -> None:
         if self._stopped:
@@ -622,6 +665,6 @@ class Engine:
     def _taken(self, output: Output) -> np.ndarray:
         """Whether each token of a forward took each recursion, (A, T, R)."""
         taken = [output.routing.selected_BT(r) for r in range(len(output.routing.steps))]
-        left_out = self.runner.model.config.num_recursions - len(taken)  # by max_depth
+        left_out = self.deepest - len(taken)  # by max_depth, or by all of their budgets
         taken += [torch.zeros_like(taken[0])] * left_out
         return torch.stack(taken, dim=-1).cpu().numpy()

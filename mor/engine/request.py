@@ -10,6 +10,7 @@ import numpy as np
 
 from mor.answer import Answer
 from mor.generation import SamplingParams, TopLogprobs
+from mor.model.budget import Budget
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -38,6 +39,8 @@ class Request:
     params: SamplingParams
     number: int
     """Counts the requests of an engine: lower is older."""
+    budget: Budget
+    """What decides the depths of its tokens."""
     arrival_s: float = 0.0
     """When it was added, by ``time.monotonic()``."""
     status: Status = Status.WAITING

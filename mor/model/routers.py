@@ -89,6 +89,11 @@ def score_net(architecture: str, dim: int, outputs: int) -> nn.Module:
     return nn.Sequential(into, nn.GELU(), out)
 
 
+def evenly_by_position(tokens: PackedTokens) -> Tensor:
+    """A number in [0, 1) for each token: multiples of the golden ratio fill it evenly."""
+    return (tokens.position.double() * ((5**0.5 - 1) / 2)) % 1
+
+
 class Router(nn.Module):
     """Base of all routers: every token takes every recursion, and the stack's output replaces its
     state.
@@ -145,6 +150,23 @@ class Router(nn.Module):
         recursion: one number, or (K,) where tokens at different recursions share a pass.
         """
         return out_KD
+
+    def urge(
+        self,
+        recursion: int,
+        decision: Decision | None,
+        tokens: PackedTokens | None,
+        memory: Memory,
+    ) -> Tensor:
+        """How much each candidate wants a recursion, (C,), on a scale of the recursion's own: what
+        a depth budget compares with its threshold (budget.py). Routers that learn nothing spread
+        evenly over [0, 1); this one by position, as :class:`PositionRouter`.
+
+        decision: what :meth:`decide` said. Both it and tokens are None where depths are chosen
+        before the first recursion.
+        """
+        assert tokens is not None
+        return evenly_by_position(tokens)
 
     def chosen_depth(self, memory: Memory) -> Tensor | None:
         """Depths that tokens chose before the first recursion, (M,), counted from 1; None where
@@ -251,6 +273,17 @@ class ExpertChoiceRouter(Router):
         # The logit ranks as the score does, and does not saturate.
         return Decision(takes, gate, logit, logit, causal)
 
+    def urge(
+        self,
+        recursion: int,
+        decision: Decision | None,
+        tokens: PackedTokens | None,
+        memory: Memory,
+    ) -> Tensor:
+        """The logit that the threshold looks at: unlike its sigmoid it does not saturate."""
+        assert decision is not None and decision.causal_logit is not None
+        return decision.causal_logit
+
     def combine(
         self,
         recursion: int | Tensor,
@@ -356,6 +389,19 @@ class TokenChoiceRouter(Router):
     ) -> Tensor:
         return gate_K1 * out_KD + last_K1 * first_KD
 
+    def urge(
+        self,
+        recursion: int,
+        decision: Decision | None,
+        tokens: PackedTokens | None,
+        memory: Memory,
+    ) -> Tensor:
+        """How far the best logit of a depth that takes the recursion lies above the best of one
+        that does not. It falls with depth, so a token that refuses a recursion refuses those that
+        follow."""
+        logit_MR = memory["logit"]
+        return logit_MR[:, recursion:].amax(1) - logit_MR[:, :recursion].amax(1)
+
     def chosen_depth(self, memory: Memory) -> Tensor | None:
         return memory["depth"]
 
@@ -380,7 +426,8 @@ class TokenChoiceRouter(Router):
     def shown_score(self, routing: Routing, recursion: int) -> Tensor | None:
         """The depth's share of all depths' scores."""
         score_MR = routing.memory["score"]
-        return score_MR[:, recursion] / score_MR.sum(-1)
+        trained = min(recursion, self.num_recursions - 1)
+        return score_MR[:, trained] / score_MR.sum(-1)
 
     def _routing_health(
         self, routings: Sequence[Routing], depths_R1: Tensor, processes: Processes
@@ -416,6 +463,18 @@ class RandomRouter(Router):
         from 1 - c on."""
         return hash_uniform(self.config.seed, tokens.ids, tokens.position)
 
+    def urge(
+        self,
+        recursion: int,
+        decision: Decision | None,
+        tokens: PackedTokens | None,
+        memory: Memory,
+    ) -> Tensor:
+        if decision is not None and decision.rank is not None:
+            return decision.rank
+        assert tokens is not None
+        return self.need(tokens)
+
     def decide(
         self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
     ) -> Decision:
@@ -439,8 +498,7 @@ class PositionRouter(RandomRouter):
     """A baseline: depth follows from the position alone, spread as evenly as possible."""
 
     def need(self, tokens: PackedTokens) -> Tensor:
-        # Multiples of the golden ratio fill [0, 1) evenly.
-        return (tokens.position.double() * ((5**0.5 - 1) / 2)) % 1
+        return evenly_by_position(tokens)
 
 
 class FrequencyRouter(RandomRouter):

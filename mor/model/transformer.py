@@ -28,6 +28,9 @@ from mor.model.routers import Router, build_router
 from mor.model.routing import Routing, RoutingRule, RoutingStep, route
 from mor.model.scratch import Scratch
 
+if TYPE_CHECKING:
+    from mor.model.budget import DepthTable
+
 Logits = Literal["all", "last", "none"]
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines of rotary embedding."""
@@ -241,6 +244,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.depth_table: DepthTable | None = None  # what depth budgets ask of the router's scores
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_layers))
         self.recursions = Recursions(config)
@@ -278,7 +282,8 @@ class Transformer(nn.Module):
         future.
         capacities: replaces the configured ones (warm-up); they must fit as those must.
         max_depth: caps the recursions.
-        router: decides in place of the model's own, such as one of :mod:`mor.model.other_depths`.
+        router: decides in place of the model's own, such as one of :mod:`mor.model.other_depths`,
+        or that of a depth budget (:func:`mor.model.budget.router_for`).
         logits: of ``all`` tokens, the ``last`` of each row, or ``none``.
         recompute: keep no activations inside the layers; backward makes them again.
         keep_states: put the states before the first pass and after each one into the record.

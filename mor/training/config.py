@@ -96,6 +96,9 @@ class TrainConfig(Settings):
     once where the weights are not finite."""
     branch_from: str | None = None
     """Checkpoint of another run to start from, with that run's settings."""
+    calibrate: bool = True
+    """At the end, learn from validation text what depth budgets ask of the router, as `mor
+    calibrate` does, if the run has read ten times the tokens that this takes; with one process."""
     log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl."""
     seed: Seed = 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from mor import checkpoint
 from mor.data.tokenizer import byte_tokenizer
@@ -713,3 +713,26 @@ def test_what_is_not_supported_says_so():
     with pytest.raises(ValueError, match="minus the number"):
         model(tokens, cache=MoRCache()).cache.crop(3)
     assert AutoConfig.for_model("mor", dim=32).dim == 32
+
+
+@torch.no_grad()
+def test_generate_takes_a_depth_from_its_settings():
+    """As an argument, from the GenerationConfig or the model; prompts padded, with a cache: as ours
+    does it."""
+    from tests.budgets import calibrated
+
+    model, prompts = calibrated("expert", "hybrid"), random_tokens(3, 7)
+    own = MoRForCausalLM.from_transformer(model)
+    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    for depth in (1.6, "full", 4.3):
+        params = SamplingParams(max_new_tokens=6, temperature=0, depth=depth)
+        want = [g.token_ids for g in generate(model, prompts.tolist(), params)]
+        given = own.generate(prompts, depth=depth, **settings)
+        configured = own.generate(prompts, GenerationConfig(depth=depth, **settings))
+        own.depth = depth
+        by_model = own.generate(prompts, **settings)
+        own.depth = None
+        for made in (given, configured, by_model):
+            assert made[:, 7:].tolist() == want
+    with pytest.raises(ValueError, match="neither max_depth"):
+        own(prompts, depth=2.0, max_depth=2)
