@@ -44,7 +44,7 @@ class Script:
     fail_after: int | None = None
     """Tokens after which an error comes as an event."""
     hold_at: int | None = None
-    """The token before which the answer waits for ``go_on``."""
+    """The token before which the answer waits for ``go_on``; -1 is before it begins."""
     go_on: threading.Event = field(default_factory=threading.Event)
     client_left: threading.Event = field(default_factory=threading.Event)
     asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -105,6 +105,8 @@ class Handler(BaseHTTPRequestHandler):
             self._stream(script, chat="chat" in self.path)
 
     def _stream(self, script, *, chat):
+        if script.hold_at == -1:
+            script.go_on.wait()
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")

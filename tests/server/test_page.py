@@ -272,6 +272,13 @@ def test_a_conversation_by_keyboard_alone(show, script):
     assert page.locator(".turn").count() == 4 and answer_of(page).text_content() == TEXT
     page.get_by_role("button", name="New conversation").click()
     assert page.locator(".turn").count() == 0
+    script.hold_at = -1
+    ask(page, "one", key="Enter")
+    page.locator("#text").type(" two")
+    script.go_on.set()
+    finished(page)
+    assert page.locator(".turn").count() == 2
+    assert page.locator("#text").input_value() == "one two", "typed while the server had it"
 
 
 @pytest.mark.browser
