@@ -373,7 +373,8 @@ def test_a_stage_that_dies_or_hangs_is_a_broken_promise(acceptance, monkeypatch)
 
 @pytest.mark.slow  # two processes
 def test_serve_speed_measures_every_part():
-    flags = ["--preset", "tiny", "--concurrent", "2", "--turns", "1", "--new", "2", "--rounds", "1", "--requests", "40"]
+    flags = ["--preset", "tiny", "--concurrent", "2", "--turns", "1", "--new", "2"]
+    flags += ["--rounds", "1", "--requests", "40"]
     command = [sys.executable, str(BENCHMARKS / "serve_speed.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])

@@ -276,7 +276,9 @@ class EngineThread:
     def _take(self, seen: Step) -> None:
         if seen.stats is not None:
             self.stats = seen.stats
-        self._observer.step(seen)
+        # Of those whose reader has left meanwhile, the observer has heard the end already.
+        known = [request for request in seen.started if request.request_id in self._answers]
+        self._observer.step(seen._replace(started=known))
         self._written.append((seen.now_s, len(seen.outputs)))
         while self._written[0][0] < seen.now_s - SPEED_S:
             self._written.popleft()
