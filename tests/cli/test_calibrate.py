@@ -29,7 +29,7 @@ def test_calibrate_writes_a_table_that_depths_follow(own, capsys):
     assert "run mor calibrate" in capsys.readouterr().err
     text = ["--data", str(own / "new.jsonl"), "--kind-field", "source", "--seq-len", "32"]
     main(["calibrate", str(own / "run"), *text, "--max-windows", "16", "--json"])
-    found = last_json(capsys)[0]
+    found = last_json(capsys)
     assert found["reachable"][0][0] == 1 and set(found["spent"]) == {"held out", "a", "b"}
     folder = checkpoint.resolve(own / "run")
     verify(folder, ["*"])

@@ -719,7 +719,7 @@ def test_generate_takes_a_depth_from_its_settings():
     from tests.budgets import calibrated
 
     model, prompts = calibrated("expert", "hybrid"), random_tokens(3, 7)
-    own = MoRForCausalLM.from_transformer(model)
+    own = MoRForCausalLM.from_transformer(model).eval()
     settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
     for depth in (1.6, "full", 4.3):
         params = SamplingParams(max_new_tokens=6, temperature=0, depth=depth)
