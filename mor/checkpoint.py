@@ -106,7 +106,7 @@ def write(
     tokenizer.check_fits(config.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     ends = list(tokenizer.end_ids)
-    extras = {
+    extras: dict[str, Any] = {
         "model_type": "mor",
         "architectures": ["MoRForCausalLM"],
         "eos_token_id": ends if len(ends) > 1 else ends[0],

@@ -171,13 +171,12 @@ class PagedKV:
         sequence, whose tokens take ``most`` recursions at most (None: all). tokens: one number, or
         one for each slot and stream.
         """
-        reserved, limit = (
-            np.zeros((1, self.num_streams), dtype=np.int64),
-            [most or self.num_recursions],
-        )
+        reserved = np.zeros((1, self.num_streams), dtype=np.int64)
+        limit = np.array([most or self.num_recursions])
         if slots is not None:
-            reserved, limit = (self.reserved - self.host_count)[list(slots)], self.most[list(slots)]
-        used = self.writes & (np.arange(self.num_streams) <= np.array(limit)[:, None])
+            reserved = (self.reserved - self.host_count)[list(slots)]
+            limit = self.most[list(slots)]
+        used = self.writes & (np.arange(self.num_streams) <= limit[:, None])
         pages = -(-np.maximum(tokens - reserved, 0) // self.page_size) * used
         return [int(pages[:, 0].sum()) if self.page_bytes[OWN] else 0, int(pages[:, 1:].sum())]
 

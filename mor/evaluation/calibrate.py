@@ -69,11 +69,11 @@ class FittingRouter(RouterAround):
     def __init__(self, inner: Router, shares: Sequence[float]) -> None:
         super().__init__(inner, len(shares))
         self.has_topk, self.shares = False, shares
-        self.fit = Fit([], [])
+        self.found = Fit([], [])
 
     def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
         memory = self.inner.start(x_MD, tokens, min(max_depth, self.inner.num_recursions))
-        self.total, self.fit = len(tokens), Fit([], [len(tokens)])
+        self.total, self.found = len(tokens), Fit([], [len(tokens)])
         if self.inner.chosen_depth(memory) is None:
             return memory
         going = torch.ones_like(tokens.row, dtype=torch.bool)
@@ -98,8 +98,8 @@ class FittingRouter(RouterAround):
 
     def _note(self, recursion: int, urge_C: Tensor) -> float:
         threshold = threshold_for(urge_C, round(self.shares[recursion] * self.total))
-        self.fit.thresholds.append(threshold)
-        self.fit.taken.append(int((urge_C >= threshold).sum()))
+        self.found.thresholds.append(threshold)
+        self.found.taken.append(int((urge_C >= threshold).sum()))
         return threshold
 
     def _trained(self, recursion: int) -> int:
@@ -204,8 +204,8 @@ def _grid(path: Sequence[Sequence[float]]) -> list[float]:
 def _fit(model: Transformer, batch: Batch, shares: Sequence[float]) -> Fit:
     router = FittingRouter(model.router, shares)
     _forward(model, batch, router)
-    left = len(shares) - len(router.fit.taken)
-    return Fit(router.fit.thresholds + [NOBODY] * left, router.fit.taken + [0] * left)
+    left = len(shares) - len(router.found.taken)
+    return Fit(router.found.thresholds + [NOBODY] * left, router.found.taken + [0] * left)
 
 
 def _forward(model: Transformer, batch: Batch, router: Router) -> int:

@@ -249,18 +249,18 @@ def budget_of(model: Transformer, depth: Depth) -> Budget:
     return Budget(count, tuple(table.at(depth)[: count - 1]))
 
 
-def router_for(model: Transformer, depth: Depth | Sequence[Depth]) -> Router:
+def router_for(model: Transformer, depth: Depth | Sequence[Depth], *, at_least: int = 1) -> Router:
     """The router for a forward with this depth: one for all rows of the batch, or one for each.
 
     ``model(tokens, router=router_for(model, 2.2))``. A cache needs as many recursions as the router
-    has: ``KVCache(config, batch, num_recursions=router.num_recursions)``. Raises ValueError for a
-    depth that cannot be had.
+    has: ``KVCache(config, batch, num_recursions=router.num_recursions)``. at_least: recursions that
+    it has, should no token take so many. Raises ValueError for a depth that cannot be had.
     """
     depths = [depth] if depth is None or isinstance(depth, int | float | str) else list(depth)
     budgets = [budget_of(model, each) for each in depths]
     if all(budget.own for budget in budgets):
         return model.router
-    most = max(budget.recursions for budget in budgets)
+    most = max(at_least, *(budget.recursions for budget in budgets))
     rows = torch.tensor([budget.row(most) for budget in budgets], dtype=torch.float32)
     with_own = any(budget.own for budget in budgets)
     return BudgetRouter(model.router, rows.to(model.embedding.weight.device), with_own=with_own)
@@ -328,7 +328,10 @@ class BudgetRouter(RouterAround):
         return replace(decided, takes=torch.where(threshold > NOBODY, own, takes), rank=None)
 
     def threshold(self, recursion: int) -> float | None:
-        return None
+        """That of a budget is one for logits; None where rows differ."""
+        if self.inner.threshold(self._trained(recursion)) is None or len(self.threshold_BR) > 1:
+            return None
+        return float(self.threshold_BR[0, recursion].sigmoid())
 
     def _trained(self, recursion: int) -> int:
         """The trained recursion that this one does as."""

@@ -36,6 +36,7 @@ FREE = (
     "keep",
     "keep_steps",
     "max_skipped",
+    "calibrate",
     "log_every",
     "profile",
     "tracker",

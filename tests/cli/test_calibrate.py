@@ -7,7 +7,6 @@ import pytest
 
 from mor import checkpoint
 from mor.cli import main
-from mor.files import verify
 from tests.cli.printed import last_json
 
 
@@ -29,10 +28,10 @@ def test_calibrate_writes_a_table_that_depths_follow(own, capsys):
     assert "run mor calibrate" in capsys.readouterr().err
     text = ["--data", str(own / "new.jsonl"), "--kind-field", "source", "--seq-len", "32"]
     main(["calibrate", str(own / "run"), *text, "--max-windows", "16", "--json"])
-    found = last_json(capsys)[0]
+    found = last_json(capsys)
     assert found["reachable"][0][0] == 1 and set(found["spent"]) == {"held out", "a", "b"}
     folder = checkpoint.resolve(own / "run")
-    verify(folder, ["*"])
+    checkpoint.check_to_continue(folder)
     assert (folder / "model.safetensors").read_bytes() == weights
     assert (folder / "training_state").is_dir()
     assert checkpoint.load(own / "run").model.depth_table.checked == tuple(found["checked"])

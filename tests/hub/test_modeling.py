@@ -722,17 +722,26 @@ def test_generate_takes_a_depth_from_its_settings():
     from tests.budgets import calibrated
 
     model, prompts = calibrated("expert", "hybrid"), random_tokens(3, 7)
-    own = MoRForCausalLM.from_transformer(model)
-    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    own = MoRForCausalLM.from_transformer(model).eval()
+    settings = dict(
+        max_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+    )
+    mask = dict(attention_mask=torch.ones_like(prompts))
     for depth in (1.6, "full", 4.3):
         params = SamplingParams(max_new_tokens=6, temperature=0, depth=depth)
-        want = [g.token_ids for g in generate(model, prompts.tolist(), params)]
-        given = own.generate(prompts, depth=depth, **settings)
-        configured = own.generate(prompts, GenerationConfig(depth=depth, **settings))
+        want = generate(model, prompts.tolist(), params)
+        given = own.generate(prompts, depth=depth, **mask, **settings)
+        configured = own.generate(prompts, GenerationConfig(depth=depth, **settings), **mask)
         own.depth = depth
-        by_model = own.generate(prompts, **settings)
+        by_model = own.generate(prompts, **mask, **settings)
         own.depth = None
         for made in (given, configured, by_model):
-            assert made[:, 7:].tolist() == want
+            assert made.sequences[:, 7:].tolist() == [g.token_ids for g in want]
+            assert made.past_key_values.depth_BT.tolist() == [g.depths for g in want]
+    assert {1, 2, 5} <= {d for g in want for d in g.depths}
     with pytest.raises(ValueError, match="neither max_depth"):
         own(prompts, depth=2.0, max_depth=2)

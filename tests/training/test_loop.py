@@ -523,3 +523,20 @@ def test_an_existing_run_is_not_overwritten(squares, tmp_path):
     train(config, console=quiet())
     with pytest.raises(ValueError, match="already holds a run"):
         train(config, console=quiet())
+
+
+def test_a_long_run_ends_with_a_table_of_depths_that_later_weights_do_not_inherit(
+    squares, tmp_path, monkeypatch
+):
+    short = train(settings(squares, tmp_path / "short", steps=2), console=quiet())
+    assert checkpoint.load(short.path).model.depth_table is None
+    monkeypatch.setattr(importlib.import_module("mor.training.loop"), "LEAST_TOKENS", 0)
+    config = settings(squares, tmp_path / "run", steps=2)
+    made = train(config, console=quiet())
+    table = checkpoint.load(made.path).model.depth_table
+    assert table is not None and table.deepest == 2 * config.model.num_recursions
+    checkpoint.check_to_continue(made.path)
+    longer = replace(config, steps=4, calibrate=False)
+    made = train(longer, resume=True, console=quiet())
+    assert made.state.model.depth_table is None
+    assert checkpoint.load(made.path).model.depth_table is None
