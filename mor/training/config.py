@@ -7,6 +7,7 @@ is used.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -77,6 +78,13 @@ class TrainConfig(Settings):
     """Tokens in a training sequence."""
     capacity_warmup_steps: NonNegativeInt = 0
     """Steps in which capacities fall from 1 to their value along a cosine."""
+    full_depth_share: UnitInterval = 0.0
+    """Share of the steps, evenly spread, in which all tokens take all recursions."""
+    exit_share: UnitInterval = 0.0
+    """Share of the sequences of such a step that are also predicted after each recursion: exits
+    that are to be used must be trained, and show the router what going on gains."""
+    exit_weight: NonNegativeFloat = 0.1
+    """Weight of the mean loss of these exits."""
     eval_every: PositiveInt = 100
     """Steps between validations."""
     eval_windows: PositiveInt = 64
@@ -132,24 +140,77 @@ class TrainConfig(Settings):
                 "capacity_warmup_steps needs a router with capacities, not "
                 f"{self.model.router.kind!r}"
             )
+        self._check_exits()
+
+    def _check_exits(self) -> None:
+        router = self.model.router
+        if self.full_depth_share and router.kind in ("fixed", "token_choice"):
+            raise ValueError(
+                f"full_depth_share needs a router with capacities, not {router.kind!r}"
+            )
+        if self.exit_share and (self.model.num_recursions == 1 or not self.has_full_steps):
+            raise ValueError(
+                "exit_share needs several recursions and steps in which all tokens take them; set "
+                "full_depth_share, such as 0.5"
+            )
+        by_gain = router.kind == "expert_choice" and router.causal_selection == "gain"
+        if by_gain and not (self.exit_share and router.gain_weight):
+            raise ValueError(
+                "router.causal_selection='gain' learns from exits alone; set full_depth_share=0.5 "
+                "and exit_share=0.25"
+            )
+
+    @property
+    def has_full_steps(self) -> bool:
+        """Whether there are steps in which all tokens take all recursions."""
+        return self.full_depth_share > 0 or min(self.model.capacities) == 1
 
 
 def capacities_at(config: TrainConfig, step: int) -> tuple[float, ...]:
-    """Capacities of a step (from 0): a cosine from 1 to the configured ones during warm-up."""
+    """Capacities of a step (from 0): a cosine from 1 to the configured ones during warm-up; all 1
+    in a share of the steps."""
+    if _is_full(config, step):
+        return (1.0,) * config.model.num_recursions
     if step >= config.capacity_warmup_steps:
         return config.model.capacities
     excess = 0.5 * (1 + math.cos(math.pi * step / config.capacity_warmup_steps))
     return tuple(c + (1 - c) * excess for c in config.model.capacities)
 
 
+def _is_full(config: TrainConfig, step: int) -> bool:
+    """Whether a step is one of those of full depth: evenly spread, and at no fixed distance, so
+    that what is logged every so often shows both kinds."""
+    return ((step + 1) * (math.sqrt(5) - 1) / 2) % 1 < config.full_depth_share
+
+
+def exit_rows_at(config: TrainConfig, step: int) -> int:
+    """Sequences of each forward of a step that are predicted after each recursion."""
+    return _exit_rows(config, capacities_at(config, step))
+
+
+def _exit_rows(config: TrainConfig, capacities: Sequence[float]) -> int:
+    return math.ceil(config.exit_share * config.batch_size) if min(capacities) == 1 else 0
+
+
 def step_flops(config: TrainConfig, step: int, num_ranks: int = 1) -> float:
     """Training FLOPs of a step, exact for static capacities. Document masks are ignored."""
-    from mor.costs.flops import train_flops
+    return _flops_with(config, capacities_at(config, step), num_ranks)
 
-    sequences = config.batch_size * config.accumulate * num_ranks
-    return sequences * train_flops(
-        config.model, config.seq_len, capacities=capacities_at(config, step)
-    )
+
+def _flops_with(config: TrainConfig, capacities: Sequence[float], num_ranks: int) -> float:
+    """Training FLOPs of a step with these capacities."""
+    from mor.costs.flops import exit_flops, train_flops
+
+    whole = train_flops(config.model, config.seq_len, capacities=capacities)
+    exits = 3 * exit_flops(config.model, config.seq_len) * _exit_rows(config, capacities)
+    return config.accumulate * num_ranks * (config.batch_size * whole + exits)
+
+
+def _after_warmup(config: TrainConfig, num_ranks: int) -> tuple[float, float]:
+    """Training FLOPs of an ordinary step, and of one of full depth."""
+    everyone = (1.0,) * config.model.num_recursions
+    ordinary = _flops_with(config, config.model.capacities, num_ranks)
+    return ordinary, _flops_with(config, everyone, num_ranks)
 
 
 def total_steps(config: TrainConfig, num_ranks: int = 1) -> int:
@@ -167,14 +228,18 @@ def total_steps(config: TrainConfig, num_ranks: int = 1) -> int:
         if left < cost / 2:
             return step
         left -= cost
-    return warm + round(left / step_flops(config, warm, num_ranks))
+    ordinary, full = _after_warmup(config, num_ranks)
+    mean = ordinary + config.full_depth_share * (full - ordinary)
+    return warm + round(left / mean)
 
 
 def total_flops(config: TrainConfig, num_ranks: int = 1) -> float:
     """Training FLOPs of the whole run."""
     steps = total_steps(config, num_ranks)
     warm = min(steps, config.capacity_warmup_steps)
-    rest = (steps - warm) * step_flops(config, warm, num_ranks)
+    ordinary, full = _after_warmup(config, num_ranks)
+    num_full = sum(_is_full(config, step) for step in range(warm, steps))
+    rest = num_full * full + (steps - warm - num_full) * ordinary
     return sum(step_flops(config, step, num_ranks) for step in range(warm)) + rest
 
 
