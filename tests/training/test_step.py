@@ -7,7 +7,8 @@ import pytest
 from mor import checkpoint
 from mor.data.stream import Batch, DataState
 from mor.model.config import RouterConfig
-from mor.training.config import TrainConfig
+from mor.run_folder import RunFolder
+from mor.training.config import TrainConfig, load_config, total_flops
 from mor.training.distributed import ALONE
 from mor.training.loop import train
 from mor.training.optim import build_optimizers
@@ -49,6 +50,19 @@ def test_the_host_waits_once_in_a_step(router, kv):
         result = train_step(config, state, iter([(batch, DataState(1))] * 2), 10)
     assert waits.seen == ["tolist"]
     assert result.is_finite and result.grad_norm > 0
+
+
+def test_exits_are_trained_in_steps_of_full_depth_alone(squares, tmp_path):
+    router = RouterConfig(kind="expert_choice", causal_selection="gain", gate="residual", alpha=1.0)
+    elastic = dict(full_depth_share=0.5, exit_share=0.25, exit_weight=0.3)
+    config = settings(squares, tmp_path / "run", router, log_every=1, **elastic)
+    result = train(config, console=quiet())
+    rows = [row for row in metrics(tmp_path / "run") if "mean_depth" in row]
+    assert [row["step"] for row in rows if "exits" in row] == [2, 4, 5, 7, 10, 12]
+    assert {row["mean_depth"] for row in rows if "exits" in row} == {2.0}
+    assert {row["mean_depth"] for row in rows if "exits" not in row} == {1.5}
+    kept = load_config(RunFolder(tmp_path / "run").settings)
+    assert result.state.flops == pytest.approx(total_flops(kept))
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(squares, tmp_path, monkeypatch):
