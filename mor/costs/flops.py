@@ -151,13 +151,13 @@ def train_flops(
     return 3 * forward_flops(config, sequence_workload(config, length, capacities=capacities))
 
 
-def exit_flops(config: ModelConfig, length: int) -> float:
+def exit_flops(config: ModelConfig, length: int, num_recursions: int) -> float:
     """Forward FLOPs of a sequence's exits: coda and head after each recursion but the last, and the
     head once more there."""
     block, per_pair = _block_matrix_params(config), 4 * config.num_heads * config.head_dim
     coda = config.coda_layers * (2 * block * length + per_pair * length * (length + 1) / 2)
     head = 2 * config.dim * config.vocab_size * length
-    return (config.num_recursions - 1) * coda + config.num_recursions * head
+    return (num_recursions - 1) * coda + num_recursions * head
 
 
 def kv_entry_bytes(config: ModelConfig, dtype_bytes: int) -> int:

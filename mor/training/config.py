@@ -6,8 +6,9 @@ is used.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -80,6 +81,9 @@ class TrainConfig(Settings):
     """Steps in which capacities fall from 1 to their value along a cosine."""
     full_depth_share: UnitInterval = 0.0
     """Share of the steps, evenly spread, in which all tokens take all recursions."""
+    recursions_drawn: Listed[tuple[PositiveInt, PositiveInt]] | None = None
+    """Least and most recursions of a step in which all tokens take all of them; each number between
+    comes equally often. Beyond the model's own, the last one is repeated. None: the model's own."""
     exit_share: UnitInterval = 0.0
     """Share of the sequences of such a step that are also predicted after each recursion: exits
     that are to be used must be trained, and show the router what going on gains."""
@@ -148,6 +152,14 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"full_depth_share needs a router with capacities, not {router.kind!r}"
             )
+        drawn = self.recursions_drawn
+        can_draw = self.has_full_steps and self.model.num_recursions > 1
+        if drawn and not (can_draw and drawn[0] <= drawn[1]):
+            raise ValueError(
+                f"recursions_drawn={drawn} names the least and the most recursions of steps in "
+                "which all tokens take them; give two numbers that do not fall, and a model with "
+                "several recursions and router.kind='fixed' or full_depth_share"
+            )
         if self.exit_share and (self.model.num_recursions == 1 or not self.has_full_steps):
             raise ValueError(
                 "exit_share needs several recursions and steps in which all tokens take them; set "
@@ -167,20 +179,28 @@ class TrainConfig(Settings):
 
 
 def capacities_at(config: TrainConfig, step: int) -> tuple[float, ...]:
-    """Capacities of a step (from 0): a cosine from 1 to the configured ones during warm-up; all 1
-    in a share of the steps."""
-    if _is_full(config, step):
-        return (1.0,) * config.model.num_recursions
-    if step >= config.capacity_warmup_steps:
-        return config.model.capacities
-    excess = 0.5 * (1 + math.cos(math.pi * step / config.capacity_warmup_steps))
-    return tuple(c + (1 - c) * excess for c in config.model.capacities)
+    """Capacities of a step (from 0), one for each of its recursions: a cosine from 1 to the
+    configured ones during warm-up; all 1 in a share of the steps."""
+    given, warmup = config.model.capacities, config.capacity_warmup_steps
+    if min(given) == 1 or _spread(step, 0.6180339887) < config.full_depth_share:
+        return (1.0,) * _recursions_at(config, step)
+    if step >= warmup:
+        return given
+    excess = 0.5 * (1 + math.cos(math.pi * step / warmup))
+    return tuple(c + (1 - c) * excess for c in given)
 
 
-def _is_full(config: TrainConfig, step: int) -> bool:
-    """Whether a step is one of those of full depth: evenly spread, and at no fixed distance, so
-    that what is logged every so often shows both kinds."""
-    return ((step + 1) * (math.sqrt(5) - 1) / 2) % 1 < config.full_depth_share
+def _recursions_at(config: TrainConfig, step: int) -> int:
+    if config.recursions_drawn is None:
+        return config.model.num_recursions
+    least, most = config.recursions_drawn
+    return least + int(_spread(step, 0.7548776662) * (most - least + 1))
+
+
+def _spread(step: int, ratio: float) -> float:
+    """Numbers in [0, 1) that fill it evenly as steps go on, and at no fixed distance, so that what
+    is logged every so often shows all of them."""
+    return ((step + 1) * ratio) % 1
 
 
 def exit_rows_at(config: TrainConfig, step: int) -> int:
@@ -202,45 +222,41 @@ def _flops_with(config: TrainConfig, capacities: Sequence[float], num_ranks: int
     from mor.costs.flops import exit_flops, train_flops
 
     whole = train_flops(config.model, config.seq_len, capacities=capacities)
-    exits = 3 * exit_flops(config.model, config.seq_len) * _exit_rows(config, capacities)
+    exits = 3 * exit_flops(config.model, config.seq_len, len(capacities))
+    exits *= _exit_rows(config, capacities)
     return config.accumulate * num_ranks * (config.batch_size * whole + exits)
 
 
-def _after_warmup(config: TrainConfig, num_ranks: int) -> tuple[float, float]:
-    """Training FLOPs of an ordinary step, and of one of full depth."""
-    everyone = (1.0,) * config.model.num_recursions
-    ordinary = _flops_with(config, config.model.capacities, num_ranks)
-    return ordinary, _flops_with(config, everyone, num_ranks)
+def _flops_by_step(config: TrainConfig, num_ranks: int) -> Iterator[float]:
+    """Training FLOPs of one step after the other, without end."""
+    known: dict[tuple[float, ...], float] = {}
+    for step in itertools.count():
+        capacities = capacities_at(config, step)
+        if capacities not in known:
+            known[capacities] = _flops_with(config, capacities, num_ranks)
+        yield known[capacities]
 
 
 def total_steps(config: TrainConfig, num_ranks: int = 1) -> int:
     """Steps of the whole run. Raises ValueError for a budget that is less than one step."""
     if config.flops is None:
         return config.steps
-    left, warm = config.flops, config.capacity_warmup_steps
+    left = config.flops
     if left < (first := step_flops(config, 0, num_ranks)):
         raise ValueError(
             f"flops={left:g} is less than the {first:.3g} FLOPs of a single step; raise it, or "
             "lower batch_size, accumulate or seq_len"
         )
-    for step in range(warm):
-        cost = step_flops(config, step, num_ranks)
+    for step, cost in enumerate(_flops_by_step(config, num_ranks)):
         if left < cost / 2:
             return step
         left -= cost
-    ordinary, full = _after_warmup(config, num_ranks)
-    mean = ordinary + config.full_depth_share * (full - ordinary)
-    return warm + round(left / mean)
+    raise AssertionError("steps do not end")
 
 
 def total_flops(config: TrainConfig, num_ranks: int = 1) -> float:
     """Training FLOPs of the whole run."""
-    steps = total_steps(config, num_ranks)
-    warm = min(steps, config.capacity_warmup_steps)
-    ordinary, full = _after_warmup(config, num_ranks)
-    num_full = sum(_is_full(config, step) for step in range(warm, steps))
-    rest = num_full * full + (steps - warm - num_full) * ordinary
-    return sum(step_flops(config, step, num_ranks) for step in range(warm)) + rest
+    return sum(itertools.islice(_flops_by_step(config, num_ranks), total_steps(config, num_ranks)))
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from mor import checkpoint
 from mor.data.stream import Batch, DataState
 from mor.device import autocast
+from mor.model.other_depths import RepeatLastRouter
+from mor.model.routers import Router
 from mor.model.routing import AuxiliaryLoss, Routing
 from mor.model.transformer import Output, Transformer
 from mor.training import sharded_state
@@ -133,7 +135,9 @@ def _backward(config: TrainConfig, state: TrainState, batches: Iterator[Any]) ->
         batch, state.data = next(batches)
         with reducing(state.forward, last=i == config.accumulate - 1):
             with autocast(device, config.precision):
-                output = _forward(config, state.forward, batch.to(device), state.step)
+                output = _forward(
+                    config, state.forward, state.model.router, batch.to(device), state.step
+                )
                 loss = compute_loss(output)
             (loss / config.accumulate).backward()
         assert output.nll is not None
@@ -149,15 +153,20 @@ def _backward(config: TrainConfig, state: TrainState, batches: Iterator[Any]) ->
 def _forward(
     config: TrainConfig,
     forward: nn.Module,
+    router: Router,
     batch: Batch,
     step: int,
 ) -> Output:
+    capacities, trained = capacities_at(config, step), config.model.num_recursions
+    further = len(capacities) > trained
     output: Output = forward(
         batch.tokens_BT,
         targets_BT=batch.targets_BT,
         documents_BT=batch.documents_BT,
         selection="topk",
-        capacities=capacities_at(config, step),
+        capacities=(*capacities, *capacities[-1:] * (trained - len(capacities)))[:trained],
+        max_depth=len(capacities),
+        router=RepeatLastRouter(router, len(capacities)) if further else None,
         exit_rows=exit_rows_at(config, step),
         recompute=config.recompute,
     )

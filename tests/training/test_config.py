@@ -83,11 +83,26 @@ def test_full_steps_are_spread_evenly_and_counted(squares, tmp_path):
         assert abs(total_steps(dataclasses.replace(config, flops=spent)) - steps) <= 1
 
 
+def test_recursions_are_drawn_evenly_and_those_beyond_the_trained_ones_counted(squares, tmp_path):
+    drawn = dict(full_depth_share=0.5, exit_share=0.25, recursions_drawn=(1, 4))
+    config = settings(squares, tmp_path, **drawn)
+    taken = [len(capacities_at(config, step)) for step in range(400)]
+    full = [min(capacities_at(config, step)) == 1 for step in range(400)]
+    assert all(taken[i] == 2 for i in range(400) if not full[i])
+    often = [sum(f and n == r for f, n in zip(full, taken, strict=True)) for r in (1, 2, 3, 4)]
+    assert all(45 <= count <= 55 for count in often)
+    costs = {taken[i]: step_flops(config, i) for i in range(400) if full[i]}
+    assert costs[1] < costs[2] < costs[3] < costs[4]
+    assert costs[4] - costs[3] == pytest.approx(costs[3] - costs[2])
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         (dict(exit_share=0.2), "exit_share needs several recursions and steps"),
         (dict(router="fixed", full_depth_share=0.5), "full_depth_share needs a router"),
+        (dict(recursions_drawn=(1, 4)), "recursions_drawn=.* full_depth_share"),
+        (dict(full_depth_share=0.5, recursions_drawn=(4, 1)), "two numbers that do not fall"),
         (dict(router=GAIN), "learns from exits alone; set full_depth_share=0.5 and exit_share"),
     ],
 )

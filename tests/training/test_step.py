@@ -65,6 +65,25 @@ def test_exits_are_trained_in_steps_of_full_depth_alone(squares, tmp_path):
     assert result.state.flops == pytest.approx(total_flops(kept))
 
 
+@pytest.mark.parametrize("recursions", [1, 2, 4])
+def test_a_step_takes_the_recursions_that_it_draws(recursions):
+    """Each further one as the last."""
+    model = tiny("fixed", num_recursions=2)
+    drawn = dict(recursions_drawn=(recursions, recursions), batch_size=2, seq_len=9)
+    config = TrainConfig(model=model.config, **drawn)
+    tokens, router = random_tokens(2, 10), model.router
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    state = TrainState(model, build_optimizers(model, config.optim), ALONE, model)
+    result = train_step(config, state, iter([(batch, DataState(1))]), 10)
+    assert result.mean_depth == recursions
+    fresh, deep = tiny("fixed", num_recursions=2), max(2, recursions)
+    other = tiny("fixed", num_recursions=deep, num_layers=2 + 2 * deep)
+    other.load_state_dict(fresh.state_dict())
+    wanted = other(batch.tokens_BT, targets_BT=batch.targets_BT, max_depth=recursions)
+    assert result.loss == pytest.approx(wanted.nll.item(), abs=1e-5)
+    assert model.router is router
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_counted(squares, tmp_path, monkeypatch):
     poisoned(monkeypatch, {4, 5, 9})
     console = quiet()
