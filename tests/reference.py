@@ -167,6 +167,7 @@ class Reference:
         c, r = self.c, self.c.router
         length, first, selected = len(states), {}, sorted(states)
         depth, bce_sum, z_sum = [0] * length, 0.0, 0.0
+        by_gain = r.causal_selection == "gain"
         for recursion, layers in self.layer_of_pass():
             candidates = selected if r.hierarchical else sorted(states)
             name = f"recursions.router.nets.{recursion}"
@@ -174,10 +175,7 @@ class Reference:
             causal = logit
             rank = logit
             if r.causal_selection != "aux_loss":
-                aux, by_gain = (
-                    f"recursions.router.aux_nets.{recursion}",
-                    r.causal_selection == "gain",
-                )
+                aux = f"recursions.router.aux_nets.{recursion}"
                 seen = {p: states[p] if by_gain else states[p].detach() for p in candidates}
                 causal = {p: self.net(aux, seen[p])[0] for p in candidates}
                 rank = causal if by_gain else logit
@@ -204,9 +202,10 @@ class Reference:
             out = self.stack(recursion, layers, active, first, states)
             states = dict(states)
             for p in selected:
-                states[p] = self.gated(states[p], out[p], r.gate_scale * self.score(logit[p]))
+                gate = r.gate_scale * self.score(logit[p] + (2.0 if by_gain else 0.0))
+                states[p] = self.gated(states[p], out[p], gate)
                 depth[p] += 1
-        by_gain = r.causal_selection == "gain"  # without exits there is nothing to learn it from
+        # Without exits there is nothing to learn gains from.
         losses = {"gain": torch.zeros(())} if by_gain else {"selection": bce_sum}
         losses |= {"z_loss": z_sum} if r.z_loss_weight else {}
         return states, losses if selection == "topk" else {}, depth

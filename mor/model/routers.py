@@ -54,6 +54,9 @@ GATES: dict[str, Callable[[Tensor, Tensor, Tensor | float], Tensor]] = {
 
 GAIN_THRESHOLD = 0.1
 """Nats that a recursion must promise, before a budget says otherwise."""
+OPEN = 2.0
+"""Added to the logit of a gate that nothing else holds open: without it some runs learn gates near
+a half and lose what recursions give (LOG.md)."""
 
 
 class Processes(Protocol):
@@ -248,6 +251,7 @@ class ExpertChoiceRouter(Router):
             for count in (num_recursions, auxiliary)
         )
         self.predicts_gain = config.causal_selection == "gain"
+        self.open = OPEN if self.predicts_gain else 0.0
         threshold = GAIN_THRESHOLD if self.predicts_gain else 0.5
         self.register_buffer("threshold_R", torch.full((num_recursions,), threshold))
 
@@ -260,7 +264,7 @@ class ExpertChoiceRouter(Router):
             seen_CD = h_CD if self.predicts_gain else h_CD.detach()
             causal = router_logits(self.aux_nets[recursion], seen_CD).squeeze(-1)
         takes = None if capacity == 1 else causal.sigmoid() > self.threshold_R[recursion]
-        gate = self.config.gate_scale * self.score(logit)
+        gate = self.config.gate_scale * self.score(logit + self.open)
         # The logit ranks as the score does, and does not saturate.
         rank = causal if self.predicts_gain else logit
         return Decision(takes, gate, rank, logit, causal)
