@@ -132,11 +132,12 @@ ROUTERS = {
     "expert-from-0": RouterConfig(kind="expert_choice", capacities=(0.6, 0.4, 0.2)),
 }
 KV_STRATEGIES = ("recursion_wise", "shared", "hybrid")
+FINAL = ("expert", "expert-aux-router", "token", "random")
 
 
-def cases(quick="all"):
+def cases(quick="all", *, with_final=False):
     """Every router with every KV strategy and every sharing scheme that it allows: (id, model
-    maker).
+    maker). with_final: also some with the strategy that the engine does not have.
 
     quick: which of them run without ``slow``. all · pairs: enough that each router meets each KV
     strategy and each sharing scheme, and these each other · singles: enough that each router, each
@@ -157,6 +158,9 @@ def cases(quick="all"):
                 kept = j == i % 2 if from_0 else kept
                 marks = () if kept else pytest.mark.slow
                 found.append(pytest.param(make, id=f"{name}-{sharing}-{kv}", marks=marks))
+    for name in FINAL if with_final else ():
+        make = _maker(ROUTERS[name], "middle_cycle", "final")
+        found.append(pytest.param(make, id=f"{name}-middle_cycle-final"))
     return found
 
 

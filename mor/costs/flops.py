@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import fsum
 
 from mor.model.config import ModelConfig
-from mor.model.kv_cache import READS
+from mor.model.kv_cache import LEFT, READS
 from mor.settings import PositiveFloat, PositiveInt, Settings, checked
 
 
@@ -37,7 +37,7 @@ def _score_net_params(config: ModelConfig, outputs: int) -> int:
 
 def _router_nets(config: ModelConfig) -> int:
     """Networks an expert-choice router runs at each recursion."""
-    return 2 if config.router.causal_selection == "aux_router" else 1
+    return 1 if config.router.causal_selection == "aux_loss" else 2
 
 
 def router_params(config: ModelConfig) -> int:
@@ -125,6 +125,8 @@ def forward_flops(config: ModelConfig, work: Workload) -> float:
     for r, (kept, pairs) in enumerate(zip(work.kept, work.pairs, strict=True), start=1):
         weights = block if r in reads(r) else block - key_value
         total += config.shared_layers * (2 * weights * kept + per_pair * pairs)
+        if LEFT in reads(r + 1) and r < len(work.kept):  # entries of those that leave now
+            total += config.shared_layers * 2 * key_value * (kept - work.kept[r])
     total += 2 * config.dim * config.vocab_size * work.logits
     return total + _router_flops(config, work)
 
@@ -149,6 +151,15 @@ def train_flops(
     return 3 * forward_flops(config, sequence_workload(config, length, capacities=capacities))
 
 
+def exit_flops(config: ModelConfig, length: int, num_recursions: int) -> float:
+    """Forward FLOPs of a sequence's exits: coda and head after each recursion but the last, and the
+    head once more there."""
+    block, per_pair = _block_matrix_params(config), 4 * config.num_heads * config.head_dim
+    coda = config.coda_layers * (2 * block * length + per_pair * length * (length + 1) / 2)
+    head = 2 * config.dim * config.vocab_size * length
+    return (num_recursions - 1) * coda + num_recursions * head
+
+
 def kv_entry_bytes(config: ModelConfig, dtype_bytes: int) -> int:
     """Key and value of one token in one layer."""
     return 2 * config.num_kv_heads * config.head_dim * dtype_bytes
@@ -158,6 +169,8 @@ def kv_bytes(config: ModelConfig, tokens: int, kept: Sequence[float], dtype_byte
     """Cache of ``tokens`` tokens of which ``kept[r]`` took recursion r."""
     reads = READS[config.kv_strategy]
     written = fsum(k for r, k in enumerate(kept, start=1) if r in reads(r))
+    if LEFT in reads(2):
+        written += kept[0] - kept[-1]
     layers_x_tokens = (
         config.prelude_layers + config.coda_layers
     ) * tokens + config.shared_layers * written

@@ -87,6 +87,11 @@ class PagedKV:
 
     def _set_rules(self, config: ModelConfig) -> None:
         """What the strategy for keys and values says about each stream."""
+        if config.kv_strategy == "final":
+            raise ValueError(
+                "the engine does not keep keys and values of kv_strategy='final' yet; decode with "
+                "mor.generate, or with transformers"
+            )
         reads = [(0,), *(READS[config.kv_strategy](r) for r in range(1, self.num_streams))]
         self.writes = np.array([stream in r for stream, r in enumerate(reads)])
         self.writes_on_device = torch.tensor(self.writes, device=self.device)

@@ -28,7 +28,7 @@ from mor.settings import (
 )
 
 RouterKind = Literal["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
-KVStrategyName = Literal["recursion_wise", "shared", "hybrid"]
+KVStrategyName = Literal["recursion_wise", "shared", "hybrid", "final"]
 Sharing = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
 Selection = Literal["topk", "threshold"]
 Recipe = Literal["recommended", "paper"]
@@ -60,6 +60,7 @@ _READ_BY: dict[str, tuple[RouterKind, ...]] = {
     "hierarchical": ("expert_choice",),
     "causal_selection": ("expert_choice",),
     "selection_weight": ("expert_choice",),
+    "gain_weight": ("expert_choice",),
     "z_loss_weight": ("expert_choice", "token_choice"),
     "balancing": ("token_choice",),
     "balancing_weight": ("token_choice",),
@@ -67,7 +68,13 @@ _READ_BY: dict[str, tuple[RouterKind, ...]] = {
     "combination": ("token_choice",),
     "seed": ("random",),
 }
-_BALANCING = {"balancing_weight": "loss", "bias_update_rate": "loss_free"}
+# And options that only some values of another one read.
+_READ_WITH: dict[str, tuple[RouterKind, str, tuple[str, ...]]] = {
+    "balancing_weight": ("token_choice", "balancing", ("loss",)),
+    "bias_update_rate": ("token_choice", "balancing", ("loss_free",)),
+    "selection_weight": ("expert_choice", "causal_selection", ("aux_loss", "aux_router")),
+    "gain_weight": ("expert_choice", "causal_selection", ("gain",)),
+}
 
 
 class NoEffect(UserWarning):
@@ -92,10 +99,14 @@ class RouterConfig(Settings, prefix="router"):
     """Share of the sequence kept at each recursion. Paper: 1, (R-1)/R, ..., 1/R."""
     hierarchical: bool = True
     """Only tokens selected at one recursion compete for the next."""
-    causal_selection: Literal["aux_loss", "aux_router"] = "aux_loss"
-    """What learns to imitate top-k causally: the router's own logits, or a second network."""
+    causal_selection: Literal["aux_loss", "aux_router", "gain"] = "aux_loss"
+    """What selects tokens causally. aux_loss: the router's own logits, which learn to imitate
+    top-k; aux_router: a second network that does; gain: a second network that learns what going on
+    gains, from exits in steps of full depth, and that top-k compares tokens by as well."""
     selection_weight: NonNegativeFloat = 0.001
     """Weight of the binary cross-entropy against top-k membership."""
+    gain_weight: NonNegativeFloat = 0.1
+    """Weight of the binary cross-entropy against the gain, which exits show."""
     z_loss_weight: NonNegativeFloat = 0.0
     balancing: Literal["loss", "loss_free", "none"] = "loss"
     balancing_weight: NonNegativeFloat = 0.1
@@ -130,10 +141,9 @@ class RouterConfig(Settings, prefix="router"):
         for name, kinds in _READ_BY.items():
             if self.kind not in kinds:
                 yield name, f"with router.kind={self.kind!r}"
-        if self.kind == "token_choice":
-            for name, balancing in _BALANCING.items():
-                if self.balancing != balancing:
-                    yield name, f"with router.balancing={self.balancing!r}"
+        for name, (kind, other, values) in _READ_WITH.items():
+            if self.kind == kind and getattr(self, other) not in values:
+                yield name, f"with router.{other}={getattr(self, other)!r}"
 
     def _changed(self, name: str) -> bool:
         return bool(getattr(self, name) != self.__dataclass_fields__[name].default)
@@ -170,6 +180,10 @@ class ModelConfig(Settings):
     shared_order: Literal["cycle", "sequence"] = "cycle"
     """cycle: (0,1,2)(0,1,2); sequence: (0,0)(1,1)(2,2)."""
     kv_strategy: KVStrategyName = "recursion_wise"
+    """What a recursion sees of tokens that left before it. recursion_wise: nothing; shared: every
+    token's entries of the first recursion, and no other; hybrid: those of tokens that left, and new
+    ones of the others; final: entries made from the state that they left with, and new ones of the
+    others."""
     router: RouterConfig = field(default_factory=RouterConfig)
     max_seq_len: PositiveInt = 2048
     rope_theta: PositiveFloat = 10_000.0
@@ -210,6 +224,11 @@ class ModelConfig(Settings):
                     f"router.capacities={given} must not grow with depth when tokens drop out for "
                     "good; sort them or set router.hierarchical=False"
                 )
+        if self.kv_strategy == "final" and kind == "expert_choice" and not self.router.hierarchical:
+            raise ValueError(
+                "kv_strategy='final' shows tokens by the state that they left with, so that none "
+                "may come back; use router.hierarchical=True or another kv_strategy"
+            )
         if self.kv_strategy != "recursion_wise" and self.capacities[0] < 1:
             raise ValueError(
                 f"kv_strategy={self.kv_strategy!r} reads the first recursion's keys of every "
@@ -228,7 +247,7 @@ class ModelConfig(Settings):
         if self.num_recursions == 1:
             yield "kv_strategy", "with one recursion"
             yield "shared_order", "with one recursion"
-        elif self.kv_strategy == "hybrid" and self.router.kind == "fixed":
+        elif self.kv_strategy in ("hybrid", "final") and self.router.kind == "fixed":
             yield "kv_strategy", "with router.kind='fixed', where no token leaves"
 
     @property

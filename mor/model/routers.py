@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mor.model.config import ModelConfig, RouterConfig
-from mor.model.packing import PackedTokens, tally
+from mor.model.packing import PackedTokens, take, tally
 from mor.model.random import hash_uniform
 from mor.model.routing import AuxiliaryLoss, Decision, Memory, Routing, RoutingStep
 
@@ -50,6 +50,13 @@ GATES: dict[str, Callable[[Tensor, Tensor, Tensor | float], Tensor]] = {
     "paper": _add,
     "residual": _move_towards,
 }
+
+
+GAIN_THRESHOLD = 0.1
+"""Nats that a recursion must promise, before a budget says otherwise."""
+OPEN = 2.0
+"""Added to the logit of a gate that nothing else holds open: without it some runs learn gates near
+a half and lose what recursions give (LOG.md)."""
 
 
 class Processes(Protocol):
@@ -103,6 +110,8 @@ class Router(nn.Module):
 
     is_hierarchical = False
     """Only tokens that took a recursion are candidates for the next."""
+    may_return = False
+    """A token that stayed out of a recursion may take a later one."""
     has_topk = False
     """Training selects in a way that sees the future."""
     is_learned = False
@@ -245,7 +254,10 @@ class ExpertChoiceRouter(Router):
     """Each recursion picks its tokens (arXiv 2507.10524, expert-choice routing).
 
     Training selects with ``topk``, which compares a token with later ones. ``threshold`` looks at
-    the token alone: its logit (the router's own or the auxiliary router's) against ``threshold_R``.
+    the token alone: its logit (the router's own or the second network's) against ``threshold_R``.
+
+    With ``gain`` the second network's score is the gain that it expects of going on, in nats up to
+    1; top-k compares it, too, and the router's own score is the gate and nothing else.
     """
 
     has_topk = is_learned = True
@@ -253,25 +265,31 @@ class ExpertChoiceRouter(Router):
 
     def __init__(self, config: RouterConfig, dim: int, num_recursions: int) -> None:
         super().__init__(config, dim, num_recursions)
-        self.is_hierarchical = config.hierarchical
+        self.is_hierarchical, self.may_return = config.hierarchical, not config.hierarchical
         self.score, self.gate = SCORES[config.score_name], GATES[config.gate]
-        auxiliary = num_recursions if config.causal_selection == "aux_router" else 0
+        auxiliary = 0 if config.causal_selection == "aux_loss" else num_recursions
         self.nets, self.aux_nets = (
             nn.ModuleList(score_net(config.architecture, dim, 1) for _ in range(count))
             for count in (num_recursions, auxiliary)
         )
-        self.register_buffer("threshold_R", torch.full((num_recursions,), 0.5))
+        self.predicts_gain = config.causal_selection == "gain"
+        self.open = OPEN if self.predicts_gain else 0.0
+        threshold = GAIN_THRESHOLD if self.predicts_gain else 0.5
+        self.register_buffer("threshold_R", torch.full((num_recursions,), threshold))
 
     def decide(
         self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
     ) -> Decision:
         logit = causal = router_logits(self.nets[recursion], h_CD).squeeze(-1)
-        if self.aux_nets:  # learns from its own loss alone: no gradient goes back into the states
-            causal = router_logits(self.aux_nets[recursion], h_CD.detach()).squeeze(-1)
+        if self.aux_nets:
+            # What imitates top-k learns from its own loss alone: no gradient goes into the states.
+            seen_CD = h_CD if self.predicts_gain else h_CD.detach()
+            causal = router_logits(self.aux_nets[recursion], seen_CD).squeeze(-1)
         takes = None if capacity == 1 else causal.sigmoid() > self.threshold_R[recursion]
-        gate = self.config.gate_scale * self.score(logit)
+        gate = self.config.gate_scale * self.score(logit + self.open)
         # The logit ranks as the score does, and does not saturate.
-        return Decision(takes, gate, logit, logit, causal)
+        rank = causal if self.predicts_gain else logit
+        return Decision(takes, gate, rank, logit, causal)
 
     def urge(
         self,
@@ -297,12 +315,15 @@ class ExpertChoiceRouter(Router):
 
     def losses(self, routing: Routing) -> dict[str, AuxiliaryLoss]:
         """Binary cross-entropy of the causal logits against membership in the top-k, which teaches
-        the threshold to decide the same; and the z-loss."""
+        the threshold to decide the same, or against the gain that exits show; and the z-loss."""
         if routing.rule.selection != "topk":
             return {}
         zero = torch.zeros((), device=routing.tokens.row.device)
-        selection = sum((self._selection_loss(step) for step in routing.steps), zero)
-        found = {"selection": AuxiliaryLoss(selection, self.config.selection_weight)}
+        if self.predicts_gain:
+            found = {"gain": AuxiliaryLoss(self._gain_loss(routing), self.config.gain_weight)}
+        else:
+            selection = sum((self._selection_loss(step) for step in routing.steps), zero)
+            found = {"selection": AuxiliaryLoss(selection, self.config.selection_weight)}
         if self.config.z_loss_weight:
             logits = [step.decision.logit for step in routing.steps]
             squares = [logit.square().mean() for logit in logits if logit is not None]
@@ -313,6 +334,18 @@ class ExpertChoiceRouter(Router):
         causal = step.decision.causal_logit
         assert causal is not None
         return F.binary_cross_entropy_with_logits(causal, step.chosen.to(causal.dtype))
+
+    def _gain_loss(self, routing: Routing) -> Tensor:
+        """Mean over the recursions from the second on; 0 without exits, whose tokens take all."""
+        total = torch.zeros((), device=routing.tokens.row.device)
+        if routing.exits is None:
+            return total
+        for step in routing.steps[1:]:
+            assert step.decision.causal_logit is not None and step.candidate_index is None
+            expected = take(step.decision.causal_logit, routing.exits.index)
+            gain = routing.exits.gain(step.recursion).clamp(max=1).to(expected.dtype)
+            total = total + F.binary_cross_entropy_with_logits(expected, gain)
+        return total / max(1, len(routing.steps) - 1)
 
     def threshold(self, recursion: int) -> float | None:
         return float(self.threshold_R[recursion])

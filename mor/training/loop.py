@@ -601,6 +601,7 @@ def why_not_written(error: Exception, model: ModelConfig, path: Path) -> str:
 _AGAINST_COLLAPSE = {
     "aux_loss": "raise router.selection_weight",
     "aux_router": "raise router.selection_weight",
+    "gain": "ask for a depth, or raise full_depth_share or exit_share",
     "loss": "raise router.balancing_weight",
     "loss_free": "raise router.bias_update_rate",
     "none": "set router.balancing to 'loss'",

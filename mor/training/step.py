@@ -8,8 +8,8 @@ B rows of the batch · T columns
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from mor import checkpoint
 from mor.data.stream import Batch, DataState
 from mor.device import autocast
-from mor.model.routing import Routing
+from mor.model.other_depths import RepeatLastRouter
+from mor.model.routers import Router
+from mor.model.routing import AuxiliaryLoss, Routing
 from mor.model.transformer import Output, Transformer
 from mor.training import sharded_state
-from mor.training.config import TrainConfig, capacities_at, step_flops
+from mor.training.config import TrainConfig, capacities_at, exit_rows_at, step_flops
 from mor.training.distributed import Ranks, reducing, whole
 from mor.training.optim import learning_rate
 
@@ -127,13 +129,15 @@ def train_step(
 
 def _backward(config: TrainConfig, state: TrainState, batches: Iterator[Any]) -> StepResult:
     """Gradients of the mean loss over the step's batches, clipped."""
-    device, capacities = state.ranks.device, capacities_at(config, state.step)
+    device = state.ranks.device
     routings, losses = [], []
     for i in range(config.accumulate):
         batch, state.data = next(batches)
         with reducing(state.forward, last=i == config.accumulate - 1):
             with autocast(device, config.precision):
-                output = _forward(config, state.forward, batch.to(device), capacities)
+                output = _forward(
+                    config, state.forward, state.model.router, batch.to(device), state.step
+                )
                 loss = compute_loss(output)
             (loss / config.accumulate).backward()
         assert output.nll is not None
@@ -149,15 +153,25 @@ def _backward(config: TrainConfig, state: TrainState, batches: Iterator[Any]) ->
 def _forward(
     config: TrainConfig,
     forward: nn.Module,
+    router: Router,
     batch: Batch,
-    capacities: Sequence[float],
+    step: int,
 ) -> Output:
+    capacities, trained = capacities_at(config, step), config.model.num_recursions
+    further = len(capacities) > trained
     output: Output = forward(
         batch.tokens_BT,
         targets_BT=batch.targets_BT,
         documents_BT=batch.documents_BT,
         selection="topk",
-        capacities=capacities,
+        capacities=(*capacities, *capacities[-1:] * (trained - len(capacities)))[:trained],
+        max_depth=len(capacities),
+        router=RepeatLastRouter(router, len(capacities)) if further else None,
+        exit_rows=exit_rows_at(config, step),
         recompute=config.recompute,
     )
-    return output
+    if (exits := output.routing.exits) is None:
+        return output
+    loss = AuxiliaryLoss(exits.nll_RK[:-1].mean(), config.exit_weight)
+    losses = output.routing.losses | {"exits": loss}
+    return replace(output, routing=replace(output.routing, losses=losses))
