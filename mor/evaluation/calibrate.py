@@ -5,7 +5,7 @@ budget wants there, those with the highest scores, and the lowest of these is th
 each threshold is fitted to the states that the thresholds before it lead to. Nothing is drawn at
 random: equal weights and text give equal tables.
 
-B batch · D model · M packed tokens · T tokens
+B batch · C candidates · D model · M packed tokens · T tokens
 """
 
 from __future__ import annotations
