@@ -27,6 +27,7 @@ OF_SEVERAL_MODULES = {
     "causality",
     "data/same_ids",
     "docs",
+    "engine/budgets",
     "examples",
     "flat_tasks",
     "no_code_from_files",

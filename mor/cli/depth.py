@@ -9,8 +9,10 @@ FULL: Literal["full"] = "full"
 
 def parse_depth(text: str | None, num_recursions: int) -> float | Literal["full"] | None:
     """A number, a share of full depth such as 55%, or full. Raises ValueError for other words."""
-    if text is None or text == FULL:
-        return FULL if text else None
+    if text is None:
+        return None
+    if text == FULL:
+        return FULL
     try:
         if text.endswith("%"):
             return float(text[:-1]) / 100 * num_recursions

@@ -5,7 +5,7 @@ budget wants there, those with the highest scores, and the lowest of these is th
 each threshold is fitted to the states that the thresholds before it lead to. Nothing is drawn at
 random: equal weights and text give equal tables.
 
-B batch · C candidates · M packed tokens · T tokens
+B batch · C candidates · D model · M packed tokens · T tokens
 """
 
 from __future__ import annotations
@@ -96,23 +96,23 @@ class FittingRouter(RouterAround):
         urge = self.inner.urge(trained, decided, tokens, memory)
         return replace(decided, takes=urge >= self._note(recursion, urge), rank=None)
 
-    def _note(self, recursion: int, urge_C: Tensor) -> float:
-        threshold = threshold_for(urge_C, round(self.shares[recursion] * self.total))
+    def _note(self, recursion: int, urge: Tensor) -> float:
+        threshold = threshold_for(urge, round(self.shares[recursion] * self.total))
         self.found.thresholds.append(threshold)
-        self.found.taken.append(int((urge_C >= threshold).sum()))
+        self.found.taken.append(int((urge >= threshold).sum()))
         return threshold
 
     def _trained(self, recursion: int) -> int:
         return min(recursion, self.inner.num_recursions - 1)
 
 
-def threshold_for(score_C: Tensor, count: int) -> float:
+def threshold_for(score: Tensor, count: int) -> float:
     """What about ``count`` of the scores reach: as near as equal scores allow."""
-    if count <= 0 or not len(score_C):
+    if count <= 0 or not len(score):
         return NOBODY
-    if count >= len(score_C):
+    if count >= len(score):
         return EVERYONE
-    ordered = score_C.double().sort(descending=True).values
+    ordered = score.double().sort(descending=True).values
     last = ordered[count - 1]
     above, reached = int((ordered > last).sum()), int((ordered >= last).sum())
     if count - above < reached - count:  # many have the last one's score; better without them
