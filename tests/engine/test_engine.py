@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mor.engine import Engine, EngineConfig, SamplingParams, Status
 from mor.generation import generate
-from tests.conftest import cases, random_tokens, tiny
+from tests.conftest import FINAL, cases, final_maker, random_tokens, tiny
 from tests.engine.requests import (
     KV,
     POISON,
@@ -36,6 +36,16 @@ SCHEDULES = {
 }
 # Which models run without ``slow``; under the other schedules: singles.
 QUICK = {"depth-wise": "pairs", "device": "pairs"}
+WITH_FINAL = [
+    pytest.param(
+        final_maker(router),
+        schedule,
+        marks=() if i == j % len(FINAL) else pytest.mark.slow,
+        id=f"{router}-middle_cycle-final-{schedule}",
+    )
+    for i, router in enumerate(FINAL)
+    for j, schedule in enumerate(SCHEDULES)
+]
 MODES = [
     {},
     dict(batching="depth_wise"),
@@ -59,7 +69,8 @@ def plainly_decoded(make_model):
         pytest.param(*case.values, schedule, marks=case.marks, id=f"{case.id}-{schedule}")
         for of_model in zip(*(cases(QUICK.get(s, "singles")) for s in SCHEDULES), strict=True)
         for schedule, case in zip(SCHEDULES, of_model, strict=True)
-    ],
+    ]
+    + WITH_FINAL,
 )
 def test_equals_plain_decoding(make_model, schedule):
     model, prompts, params, want = plainly_decoded(make_model)
@@ -172,7 +183,7 @@ def served_as_drawn(data):
     """Arrivals, aborts, lengths and sizes at random: exact, nothing shared wrongly, everything
     comes back."""
     choose = data.draw
-    kv = choose(st.sampled_from(["recursion_wise", "shared", "hybrid"]))
+    kv = choose(st.sampled_from(KV))
     model = tiny(
         choose(
             st.sampled_from(

@@ -13,7 +13,7 @@ from tests.engine.requests import KV, all_memory_is_back, draw_requests, same, s
     ("make_model", "batching"),
     [
         pytest.param(*case.values, batching, marks=marks, id=f"{case.id}-{batching}")
-        for i, case in enumerate(cases("singles"))
+        for i, case in enumerate(cases("singles", with_final=True))
         for j, batching in enumerate(("depth_wise", "lock_step"))
         for marks in [case.marks or (() if i % 2 == j else pytest.mark.slow)]
     ],
