@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mor.engine import Engine, EngineConfig, SamplingParams, Status
 from mor.generation import generate
+from mor.model.config import RouterConfig
 from tests.conftest import FINAL, cases, final_maker, random_tokens, tiny
 from tests.engine.requests import (
     KV,
@@ -105,6 +106,18 @@ def test_logprobs():
     )
     for i, (token, value) in enumerate(zip(got[0].token_ids, got[0].logprobs, strict=True)):
         assert abs(float(full[len(prompts[0]) + i - 1, token]) - value) < 1e-4
+
+
+@pytest.mark.parametrize("mode", [dict(batching="depth_wise"), dict(loop="device"), {}])
+def test_final_reads_of_each_token_what_the_plain_decoder_does(mode):
+    """Log-probabilities show what tokens alone may hide: such as an entry of the last recursion in
+    whose place one of the state after it is."""
+    model, prompt = tiny(RouterConfig(kind="random"), kv_strategy="final"), [1, 2, 3]
+    params = SamplingParams(max_new_tokens=40, temperature=0, logprobs=True)
+    (got,) = Engine(model, config=EngineConfig(**mode)).generate([prompt], params)
+    (want,) = generate(model, [prompt], params)
+    same([got], [want])
+    assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
 
 
 def test_stop_tokens_and_stream():
