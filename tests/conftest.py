@@ -137,7 +137,7 @@ FINAL = ("expert", "expert-aux-router", "token", "random")
 
 def cases(quick="all", *, with_final=False):
     """Every router with every KV strategy and every sharing scheme that it allows: (id, model
-    maker). with_final: also some with the strategy that the engine does not have.
+    maker). with_final: also some with ``final``, which not every router allows.
 
     quick: which of them run without ``slow``. all · pairs: enough that each router meets each KV
     strategy and each sharing scheme, and these each other · singles: enough that each router, each
@@ -159,9 +159,15 @@ def cases(quick="all", *, with_final=False):
                 marks = () if kept else pytest.mark.slow
                 found.append(pytest.param(make, id=f"{name}-{sharing}-{kv}", marks=marks))
     for name in FINAL if with_final else ():
-        make = _maker(ROUTERS[name], "middle_cycle", "final")
-        found.append(pytest.param(make, id=f"{name}-middle_cycle-final"))
+        marks = () if quick != "singles" or name in ("expert", "random") else pytest.mark.slow
+        case = pytest.param(final_maker(name), id=f"{name}-middle_cycle-final", marks=marks)
+        found.append(case)
     return found
+
+
+def final_maker(router):
+    """Makes the model of ``cases`` with this router (a name) and ``final``."""
+    return _maker(ROUTERS[router], "middle_cycle", "final")
 
 
 @functools.cache

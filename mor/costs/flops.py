@@ -222,6 +222,10 @@ def decode_seconds(
             dtype_bytes * block / batch + entry * (seen + (r in reads(r)))
         )
         seconds += share * machine.seconds(flops, num_bytes)
+        if LEFT in reads(r + 1) and r < len(shares):  # entries of those that leave now
+            flops = config.shared_layers * 2 * key_value
+            num_bytes = config.shared_layers * (dtype_bytes * key_value / batch + entry)
+            seconds += (share - shares[r]) * machine.seconds(flops, num_bytes)
     return seconds
 
 

@@ -16,6 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from mor.engine.by_load import ByLoad
 from mor.engine.depth_wise import DepthWise
 from mor.engine.device_loop import DeviceLoop
 from mor.engine.lock_step import LockStep, StaticBatches
-from mor.engine.paged_kv import PagedKV, default_memory
+from mor.engine.paged_kv import PagedKV, default_memory, has_view
 from mor.engine.pages import SHARED
 from mor.engine.prefix_cache import PrefixCache
 from mor.engine.request import Phase, Request, RequestOutput, Status
@@ -260,7 +261,7 @@ class Engine:
         """About what the tables of slots and positions take, and keys and values on the CPU."""
         config, slots = self.model.config, self.config.max_num_seqs + 1
         weight, length = self.model.embedding.weight, self.max_len + self.config.page_size
-        row = 4 * length * (1 + (config.kv_strategy == "hybrid")) + 64  # and lists of pages
+        row = 4 * length * (1 + has_view(config)) + 64  # and lists of pages
         tables = slots * ((self.deepest + 1) * row + 4 * config.dim)
         angles = 3 * 4 * config.head_dim * self.max_len
         everything = [length] * config.num_recursions
@@ -498,6 +499,8 @@ class Engine:
         model or this engine cannot have."""
         depth = self.config.depth if params.depth is None else params.depth
         budget = check_budget(self.model, depth, self.config.max_depth)
+        if self.config.max_depth is not None:
+            budget = replace(budget, recursions=self.config.max_depth)
         if budget.recursions > self.deepest:
             raise ValueError(
                 f"depth={depth} lets tokens take up to {budget.recursions} recursions, but this "

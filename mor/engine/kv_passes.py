@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mor.engine.pages import kind_of
 from mor.model.attention import attention
+from mor.model.kv_cache import LEFT
 from mor.model.packing import PackedTokens
 
 if TYPE_CHECKING:
@@ -105,10 +106,17 @@ class PagedBatch:
         self.slots_on_device = torch.from_numpy(self.slots).to(kv.device)
         self.batch = len(slots)
         self.length = torch.tensor(lengths, device=kv.device)
+        self.newest = 0
+        """The stream opened last."""
 
     def open(
         self, stream: int, reads: tuple[int, ...], tokens: PackedTokens
     ) -> LanePass | ChunkPass:
+        if stream == LEFT:  # of tokens that took the recursion before, which is the newest
+            slot = self.slots_on_device[tokens.row]
+            leaves = self.newest < self.kv.most_on_device[slot]
+            return self.kv.append_left(slot, tokens.position, leaves)
+        self.newest = stream
         count = tokens.count.cpu().numpy()
         self.kv.reserve(self.slots, np.full(len(self.slots), stream), count)
         if count.max() > 1:

@@ -8,7 +8,16 @@ no mask, at any mixture of depths.
 
 The strategies for keys and values differ only in the row that a recursion reads: its own; with
 ``shared`` that of recursion 1; with ``hybrid`` a row of a second table, the *view*, which names for
-each position the recursion's own entry if there is one, or else that of recursion 1.
+each position the recursion's own entry if there is one, or else that of recursion 1; with ``final``
+a row of a view too, with the token's *last entry* in place of that of recursion 1.
+
+With ``final`` every token makes a last entry: that of the last recursion that it may take, or, if
+it leaves before, one of the state that it leaves with. So the last entries of a sequence are as
+many as its tokens, and lie in the stream of its last recursion, in the order of the tokens. A token
+gets the place of its last entry together with that of its first one, and the place is in the view
+of every later recursion from then on. It is filled before any other recursion looks: in a chunk a
+pass writes the entries of all that have left before it, and in decoding a sequence's next token
+comes when the last one is done.
 
 Who plans and who counts. The host reserves places for entries to come, page by page, before a pass
 (:meth:`PagedKV.reserve`). The pass takes the next reserved places and counts its entries on the
@@ -32,11 +41,16 @@ from torch import Tensor
 from mor.costs import flops as costs
 from mor.engine.attention import DecodeAttention
 from mor.engine.kv_passes import LanePass
-from mor.engine.pages import OWN, PagePool, divide_memory, kind_of
+from mor.engine.pages import OWN, SHARED, PagePool, divide_memory, kind_of
 from mor.engine.prefix_cache import Segment
 from mor.model.config import ModelConfig
-from mor.model.kv_cache import READS
+from mor.model.kv_cache import LEFT, READS
 from mor.model.packing import PackedTokens
+
+
+def has_view(config: ModelConfig) -> bool:
+    """Whether recursions read a mixture of their own entries and others."""
+    return len(READS[config.kv_strategy](2)) > 1
 
 
 def default_memory(device: torch.device) -> int:
@@ -79,7 +93,7 @@ class PagedKV:
         self.device, self.decode_attention = torch.device(device), decode_attention
         self._set_rules(config)
         self._make_pools(config, num_bytes, dtype)
-        self._make_tables(with_view=config.kv_strategy == "hybrid")
+        self._make_tables(with_view=has_view(config))
         self.pages: list[list[list[int]]] = [
             [[] for _ in range(self.num_streams)] for _ in range(num_slots)
         ]
@@ -87,11 +101,7 @@ class PagedKV:
 
     def _set_rules(self, config: ModelConfig) -> None:
         """What the strategy for keys and values says about each stream."""
-        if config.kv_strategy == "final":
-            raise ValueError(
-                "the engine does not keep keys and values of kv_strategy='final' yet; decode with "
-                "mor.generate, or with transformers"
-            )
+        self.shows_left = LEFT in READS[config.kv_strategy](2)
         reads = [(0,), *(READS[config.kv_strategy](r) for r in range(1, self.num_streams))]
         self.writes = np.array([stream in r for stream, r in enumerate(reads)])
         self.writes_on_device = torch.tensor(self.writes, device=self.device)
@@ -110,11 +120,14 @@ class PagedKV:
         self.page_bytes = [n * self.page_size * entry_bytes for n in layers]
         # A further recursion takes from the pages of the others: how much is not known here.
         writing = zip(config.capacities, self.writes[1:], strict=False)
+        entries = sum(capacity for capacity, writes in writing if writes)
+        if self.shows_left:
+            entries += config.capacities[0] - config.capacities[-1]
         pages_per_stream = self.num_slots * -(-self.max_len // self.page_size)
         num_pages = divide_memory(
             num_bytes,
             page_bytes=self.page_bytes,
-            entries_per_token=[1.0, sum(capacity for capacity, writes in writing if writes)],
+            entries_per_token=[1.0, entries],
             most_pages=[pages_per_stream, pages_per_stream * int(self.writes[1:].sum())],
         )
         self.pools = [PagePool(n) for n in num_pages]
@@ -141,14 +154,20 @@ class PagedKV:
         self.unread = torch.from_numpy(unread).to(self.device)
         self.host_table_RL[self.idle * self.num_streams :] = unread[:, None]
         self.table_RL = torch.from_numpy(self.host_table_RL).to(self.device)  # on the CPU: the same
-        # Without hybrid reading, what is read is what was written.
+        # Without a view of its own, what is read is what was written.
         self.view_RL = self.table_RL.clone() if with_view else self.table_RL
         self.count = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.host_count = np.zeros((self.num_slots + 1, self.num_streams), dtype=np.int64)
         self.most = np.full(self.num_slots + 1, self.num_recursions)
-        """Recursions that each slot's tokens may take."""
+        """Recursions that each slot's tokens may take: see :meth:`set_most`."""
+        self.most_on_device = torch.from_numpy(self.most).to(self.device)  # on the CPU: the same
         self.reserved = np.zeros_like(self.host_count)
         """Entries of each virtual sequence that have places, those to come included."""
+
+    def set_most(self, slot: int, recursions: int) -> None:
+        """Recursions that the tokens of a slot may take, before it gets any."""
+        self.most[slot] = recursions
+        self.most_on_device[slot : slot + 1].fill_(recursions)
 
     @property
     def nbytes(self) -> int:
@@ -186,7 +205,8 @@ class PagedKV:
         return [int(pages[:, 0].sum()) if self.page_bytes[OWN] else 0, int(pages[:, 1:].sum())]
 
     def pages_for_entry(self, slot: np.ndarray, stream: np.ndarray) -> list[int]:
-        """Pages of each kind that one more entry in each of these virtual sequences takes."""
+        """Pages of each kind that one more token in each of these virtual sequences takes."""
+        slot, stream, _ = self._with_last(slot, stream, 1)
         full = self.reserved[slot, stream] == self.host_count[slot, stream]
         full &= self.writes[stream]
         own = int((full & (stream == 0)).sum()) if self.page_bytes[OWN] else 0
@@ -235,7 +255,8 @@ class PagedKV:
         self.host_count[:] = counted.reshape(self.host_count.shape)
 
     def reserve(self, slot: np.ndarray, stream: np.ndarray, entries: int | np.ndarray = 1) -> None:
-        """Places for this many more entries of virtual sequences; callers make room first."""
+        """Places for this many more tokens in virtual sequences; callers make room first."""
+        slot, stream, entries = self._with_last(slot, stream, entries)
         row = slot * self.num_streams + stream
         missing = self.host_count.take(row) + entries - self.reserved.take(row)
         may_write = self.writes[stream] & (stream <= self.most[slot])
@@ -249,6 +270,22 @@ class PagedKV:
         row, start, first = np.array(new).T[..., None]
         within = np.arange(self.page_size)
         self._fill_table(row, start + within, first + within)
+
+    def _with_last(
+        self, slot: np.ndarray, stream: np.ndarray, tokens: int | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, int | np.ndarray]:
+        """(slot, stream, entries) for tokens in virtual sequences. With ``final`` a token gets two
+        places when it takes recursion 1, and none when it takes the last one."""
+        if not self.shows_left:
+            return slot, stream, tokens
+        last = self.most[slot]
+        own, twice = (stream < 2) | (stream != last), (stream == 1) & (last > 1)
+        tokens = np.broadcast_to(tokens, stream.shape)
+        return (
+            np.concatenate([slot[own], slot[twice]]),
+            np.concatenate([stream[own], last[twice]]),
+            np.concatenate([tokens[own], tokens[twice]]),
+        )
 
     def _add_page(self, slot: int, stream: int) -> tuple[int, int, int]:
         """Take a page for a virtual sequence: its row of the table, where in it the page's places
@@ -295,9 +332,11 @@ class PagedKV:
             counted = counted & may_write
             if longest is None:
                 writes = bool(may_write.any())
-        self.count.index_add_(0, row, counted.long())
+        self._add_to_count(slot, stream, counted)
         # A token's entry is the last of its row, whether it is new or not. The idle slot has none.
         index = (self.count[row] - 1).clamp(min=0)
+        if self.shows_left:
+            index = torch.where(stream == self.most_on_device[slot], position, index)
         place = self.table_RL[row, index].long()
         view, seen = row, index + 1
         if not self.all_write:
@@ -320,25 +359,48 @@ class PagedKV:
             return self.unread[stream].expand(len(slot)), tokens.position + 1
         row = slot * self.num_streams + stream
         rank = tokens.rank  # of each token among those of its sequence in this chunk
-        index = self.count[row] + rank
+        index, streams = self.count[row] + rank, torch.full_like(slot, stream)
+        if self.shows_left:
+            index = torch.where(streams == self.most_on_device[slot], tokens.position, index)
         place = self.table_RL[row, index].long()
-        self.count.index_add_(0, row, torch.ones_like(row))
+        self._add_to_count(slot, streams, torch.ones_like(row, dtype=torch.bool))
         if self.view_RL is not self.table_RL:
-            self._update_view(slot, torch.full_like(slot, stream), tokens.position, place)
+            self._update_view(slot, streams, tokens.position, place)
         return place, torch.where(self.compact[stream], index, tokens.position) + 1
 
-    def _update_view(self, slot: Tensor, streams: Tensor, position: Tensor, place: Tensor) -> None:
-        """Enter new entries into the view (hybrid).
+    def append_left(self, slot: Tensor, position: Tensor, leaves: Tensor) -> LanePass:
+        """Open a pass that writes the last entries of tokens that leave before the last recursion
+        that they may take; it may hold any number of tokens of a sequence. leaves: which of these
+        tokens do; no entry is made of the others."""
+        row = slot * self.num_streams + self.most_on_device[slot]
+        place = torch.where(leaves, self.table_RL[row, position].long(), self.unread[1])
+        seen = position.int() + 1
+        return LanePass(self, SHARED, True, place, row.int(), seen, self.max_len)
 
-        An entry of recursion 1 is what every later recursion reads at that position, until the
-        token takes that recursion too and its own entry replaces it. Which tokens those are is
-        known on the device alone; so all are written to every stream's row, and the ones that do
-        not belong there go to the row of the idle slot.
+    def _add_to_count(self, slot: Tensor, stream: Tensor, new: Tensor) -> None:
+        """Count the tokens that are new in these virtual sequences: see :meth:`_with_last`."""
+        if self.shows_left:
+            last = self.most_on_device[slot]
+            twice = new & (stream == 1) & (last > 1)
+            self.count.index_add_(0, slot * self.num_streams + last, twice.long())
+            new = new & ((stream < 2) | (stream != last))
+        self.count.index_add_(0, slot * self.num_streams + stream, new.long())
+
+    def _update_view(self, slot: Tensor, streams: Tensor, position: Tensor, place: Tensor) -> None:
+        """Enter new entries into the view (hybrid, final).
+
+        With its entry of recursion 1 a token gets what every later recursion reads at its position,
+        that entry or its last one, until the token takes that recursion too and its own entry
+        replaces it. Which tokens those are is known on the device alone; so all are written to
+        every stream's row, and the ones that do not belong there go to the row of the idle slot.
         """
+        later = place
+        if self.shows_left:
+            later = self.table_RL[slot * self.num_streams + self.most_on_device[slot], position]
         for stream in range(self.num_streams):
-            belongs = (streams == stream) | ((streams == 1) & (stream > 1))
-            row = torch.where(belongs, slot, self.idle) * self.num_streams + stream
-            entry = torch.where(belongs, place, self.unread[stream])
+            own, waits = streams == stream, (streams == 1) & (stream > 1)
+            row = torch.where(own | waits, slot, self.idle) * self.num_streams + stream
+            entry = torch.where(waits, later, torch.where(own, place, self.unread[stream]))
             self.view_RL[row, position] = entry.int()
 
     def write(self, kind: int, layer: int, place: Tensor, k_MGH: Tensor, v_MGH: Tensor) -> None:
@@ -357,6 +419,9 @@ class PagedKV:
         """
         first_entries = np.array([start, *taken_before])
         entries_per_stream = np.array([len(taken), *taken.sum(0)]) * self.writes
+        if self.shows_left:  # all have a last entry
+            last = self.most[slot]
+            first_entries[last], entries_per_stream[last] = start, len(taken)
         table_VL = self.host_table_RL.reshape(*self.host_count.shape, -1)[slot]
         entries = [
             table_VL[stream, first : first + n].copy()
@@ -377,24 +442,27 @@ class PagedKV:
         segment may have room left, but its first owner goes on writing there."""
         if not segments:
             return
-        taken = np.concatenate([segment.taken for segment in segments])
-        for stream in range(self.num_streams):
-            place = np.concatenate([segment.entries[stream] for segment in segments])
-            self._adopt(slot, stream, place, taken)
+        by_stream = zip(*(segment.entries for segment in segments), strict=True)
+        places = [np.concatenate(of_stream) for of_stream in by_stream]
+        for stream, place in enumerate(places):
+            row = np.array(slot * self.num_streams + stream)
+            self._fill_table(row, np.arange(len(place)), place)
+            self.reserved[slot, stream] = len(place)
         self._set_count(slot, self.reserved[slot])
+        if self.view_RL is not self.table_RL:
+            self._view_segments(slot, places, np.concatenate([s.taken for s in segments]))
         for kind, page in sorted({page for segment in segments for page in segment.pages}):
             self.pools[kind].share(page)
             # All pages of a slot are released together, so any stream of their kind may list them;
             # the first of a kind has its number.
             self.pages[slot][kind].append(page)
 
-    def _adopt(self, slot: int, stream: int, place: np.ndarray, taken: np.ndarray) -> None:
-        """Begin a stream with the entries of segments, which lie in these places."""
-        row = np.array(slot * self.num_streams + stream)
-        self._fill_table(row, np.arange(len(place)), place)
-        self.reserved[slot, stream] = len(place)
-        if self.view_RL is not self.table_RL:
+    def _view_segments(self, slot: int, places: list[np.ndarray], taken: np.ndarray) -> None:
+        """Enter the entries that a sequence begins with into the view. places: of each stream."""
+        for stream, place in enumerate(places):
             took = np.ones(len(taken), dtype=bool) if stream == 0 else taken[:, stream - 1]
+            if self.shows_left and stream == self.most[slot]:  # of the last entries, its own
+                place = place[took]
             entries = torch.from_numpy(np.stack([np.flatnonzero(took), place])).to(self.device)
             slots = torch.full_like(entries[0], slot)
             self._update_view(slots, torch.full_like(slots, stream), entries[0], entries[1])

@@ -168,6 +168,24 @@ class Runner:
         with self._in_model():
             out_MD = self.model.recursions.stack(h_MD, angles, lanes, layers).contiguous()
         self._end_pass(slot, stage, position, h_MD, out_MD)
+        if self.kv.shows_left:
+            self._show_left(slot, stage)
+
+    def _show_left(self, slot: Tensor, stage: Tensor) -> None:
+        """Last entries of the tokens that have left, after the pass at ``stage``, before the last
+        recursion that they may take."""
+        stream = self.recursion[stage] + 1
+        leaves = (self.stage[slot] == len(self.passes)) & (stream < self.kv.most_on_device[slot])
+        if self.longest is None:
+            slot, leaves = slot[leaves], leaves[leaves]
+            if not len(slot):
+                return
+        position = self.position[slot]
+        x_MD, angles = self.h_SD[slot], self._angles(position)
+        kv = self.kv.append_left(slot, position, leaves)
+        with self._in_model():
+            for layer, block in enumerate(self.model.recursions.shared_blocks):
+                block.show(x_MD, angles, kv, layer)  # type: ignore[operator]
 
     def coda(self, slot: Tensor) -> Tensor:
         """States after the coda, (M, D), of tokens that took their last pass; input of the head."""

@@ -49,7 +49,7 @@ class Scheduler:
             if self.running and any(map(_runs_alone, (request, self.running[0]))):
                 return
             segments = self._cached_beginning(request)
-            self.kv.most[slot] = request.budget.recursions
+            self.kv.set_most(slot, request.budget.recursions)
             self.kv.attach(slot, segments)
             left = len(request.known_ids) - sum(len(segment.taken) for segment in segments)
             # If none is running, the oldest request always fits: the engine refused it otherwise.
@@ -68,11 +68,12 @@ class Scheduler:
         """Those of ``requests`` that can go on. Pages are taken from cached prefixes first, then
         from the youngest running requests, which go back to the queue.
 
-        needed: pages of each kind that a list of requests takes. one_each: each takes one page at
-        most, so there is no need to count while that many are free.
+        needed: pages of each kind that a list of requests takes. one_each: each takes one token
+        into one stream, so there is no need to count while as many pages are free as that takes at
+        most.
         """
         requests = list(requests)
-        if one_each and self.kv.has_free([len(requests)] * 2):
+        if one_each and self.kv.has_free([len(requests) * (1 + self.kv.shows_left)] * 2):
             return requests
         while requests and not self._evict_until_free(needed(requests)):
             self._preempt(self.running[-1])

@@ -211,6 +211,11 @@ class FusedAttention(nn.Module):
         q_MNH, k_MGH = rotate(to_rotate_MNH, angles).split([self.heads, self.kv_heads], dim=1)
         return q_MNH, k_MGH, v_MGH
 
+    def keys_values(self, x_MD: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+        x_MGH = F.linear(x_MD, self.weight[self.heads * self.head_dim :])
+        k_MGH, v_MGH = x_MGH.unflatten(-1, (-1, self.head_dim)).split(self.kv_heads, dim=1)
+        return rotate(k_MGH, angles), v_MGH
+
 
 class FusedFeedForward(nn.Module):
     """:class:`mor.model.transformer.FeedForward` with one product for gate and up-projection. Holds
@@ -297,7 +302,7 @@ def own_way(module: nn.Module, *kinds: type[nn.Module]) -> str:
         return f"is a {type(module).__module__}.{type(module).__name__}"
     if module._forward_hooks or module._forward_pre_hooks:
         return "has a forward hook"
-    if vars(module).keys() & {"forward", "project"}:
+    if vars(module).keys() & {"forward", "project", "keys_values"}:
         return "has a method of its own"
     if getattr(module, "bias", None) is not None:
         return "has a bias"

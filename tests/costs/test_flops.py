@@ -236,7 +236,7 @@ def test_router_options_enter_the_count():
     assert difference == 2 * plain.dim * (12 + 12 + 8)
 
 
-@pytest.mark.parametrize("kv", ["recursion_wise", "shared", "hybrid"])
+@pytest.mark.parametrize("kv", ["recursion_wise", "shared", "hybrid", "final"])
 def test_decoding_is_bound_by_flops_or_by_bytes(kv):
     """With endless memory speed the count of a forward over one token, with endless FLOPs the bytes
     that move."""
@@ -258,7 +258,9 @@ def test_decoding_is_bound_by_flops_or_by_bytes(kv):
     fast_products = Machine(flops_per_s=1e30, bytes_per_s=1.0)
     block = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176
     read = 2 * (context + 1) + 2 * sum(s * n for s, n in zip(shares, seen, strict=True))
-    written = 2 * (sum(shares) if kv != "shared" else 1)
+    left = 0.75 if kv == "final" else 0
+    written = 2 * (sum(shares) + left if kv != "shared" else 1)
     weights = 2 * block + 64 * config.vocab_size + 2 * block * sum(shares)
+    weights += 2 * (2 * 64 * 32) * left
     expected = 4 * weights / 4 + (read + written) * kv_entry_bytes(config, 4)
     assert decode_seconds(config, fast_products, **common) == pytest.approx(expected)

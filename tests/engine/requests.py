@@ -60,7 +60,7 @@ def small_pool(model, tokens, page_size):
     return num_bytes
 
 
-KV = ["recursion_wise", "shared", "hybrid"]
+KV = ["recursion_wise", "shared", "hybrid", "final"]
 
 POISON = 36
 """The token that makes a poisoned model's states nan, from its place on."""

@@ -27,6 +27,8 @@ def combinations():
         for k, kv in enumerate(KV):
             for j, router in enumerate(("expert", "token", "fixed", "random")):
                 quick = (i + k) % 3 == 0 and j == (i + k // 2) % 2
+                if kv == "final":
+                    quick = batching == "auto" and j == 0
                 marks = () if quick else pytest.mark.slow
                 yield pytest.param(batching, loop, kv, router, marks=marks)
 

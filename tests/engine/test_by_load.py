@@ -30,7 +30,12 @@ def served_at_random(engine, prompts, params, seed):
 @pytest.mark.parametrize("short_of_pages", [False, True])
 @pytest.mark.parametrize(
     ("router", "kv_strategy"),
-    [("expert_choice", "hybrid"), ("token_choice", "recursion_wise"), ("fixed", "shared")],
+    [
+        ("expert_choice", "hybrid"),
+        ("token_choice", "recursion_wise"),
+        ("fixed", "shared"),
+        pytest.param("random", "final", marks=pytest.mark.slow),
+    ],
 )
 def test_changing_between_strategies_at_random_equals_plain_decoding(
     router, kv_strategy, short_of_pages

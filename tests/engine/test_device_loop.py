@@ -270,7 +270,7 @@ def graphs(monkeypatch):
     return settings
 
 
-@pytest.mark.parametrize("kv_strategy", KV)
+@pytest.mark.parametrize("kv_strategy", [*KV[:3], pytest.param("final", marks=pytest.mark.slow)])
 def test_recorded_steps_decode_as_the_plain_decoder(kv_strategy, graphs):
     """Starts too, of any number of requests; nothing depends on what the host had when they were
     recorded. Other threads may use the device meanwhile."""

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from mor.engine import Engine, EngineConfig, SamplingParams, Status
 from mor.generation import generate
-from tests.conftest import cases, random_tokens, tiny
+from mor.model.config import RouterConfig
+from tests.conftest import FINAL, cases, final_maker, random_tokens, tiny
 from tests.engine.requests import (
     KV,
     POISON,
@@ -36,6 +37,16 @@ SCHEDULES = {
 }
 # Which models run without ``slow``; under the other schedules: singles.
 QUICK = {"depth-wise": "pairs", "device": "pairs"}
+WITH_FINAL = [
+    pytest.param(
+        final_maker(router),
+        schedule,
+        marks=() if i == j % len(FINAL) else pytest.mark.slow,
+        id=f"{router}-middle_cycle-final-{schedule}",
+    )
+    for i, router in enumerate(FINAL)
+    for j, schedule in enumerate(SCHEDULES)
+]
 MODES = [
     {},
     dict(batching="depth_wise"),
@@ -59,7 +70,8 @@ def plainly_decoded(make_model):
         pytest.param(*case.values, schedule, marks=case.marks, id=f"{case.id}-{schedule}")
         for of_model in zip(*(cases(QUICK.get(s, "singles")) for s in SCHEDULES), strict=True)
         for schedule, case in zip(SCHEDULES, of_model, strict=True)
-    ],
+    ]
+    + WITH_FINAL,
 )
 def test_equals_plain_decoding(make_model, schedule):
     model, prompts, params, want = plainly_decoded(make_model)
@@ -94,6 +106,18 @@ def test_logprobs():
     )
     for i, (token, value) in enumerate(zip(got[0].token_ids, got[0].logprobs, strict=True)):
         assert abs(float(full[len(prompts[0]) + i - 1, token]) - value) < 1e-4
+
+
+@pytest.mark.parametrize("mode", [dict(batching="depth_wise"), dict(loop="device"), {}])
+def test_final_reads_of_each_token_what_the_plain_decoder_does(mode):
+    """Log-probabilities show what tokens alone may hide: such as an entry of the last recursion in
+    whose place one of the state after it is."""
+    model, prompt = tiny(RouterConfig(kind="random"), kv_strategy="final"), [1, 2, 3]
+    params = SamplingParams(max_new_tokens=40, temperature=0, logprobs=True)
+    (got,) = Engine(model, config=EngineConfig(**mode)).generate([prompt], params)
+    (want,) = generate(model, [prompt], params)
+    same([got], [want])
+    assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
 
 
 def test_stop_tokens_and_stream():
@@ -172,7 +196,7 @@ def served_as_drawn(data):
     """Arrivals, aborts, lengths and sizes at random: exact, nothing shared wrongly, everything
     comes back."""
     choose = data.draw
-    kv = choose(st.sampled_from(["recursion_wise", "shared", "hybrid"]))
+    kv = choose(st.sampled_from(KV))
     model = tiny(
         choose(
             st.sampled_from(

@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mor.engine import Engine, EngineConfig, SamplingParams
 from mor.engine.attention import gathered_attention
 from mor.engine.paged_kv import PagedKV, default_memory
+from mor.model.config import RouterConfig
 from tests.conftest import tiny
+from tests.engine.requests import KV
 
 
 def test_memory_per_token_is_what_costs_says():
@@ -29,6 +31,28 @@ def test_memory_per_token_is_what_costs_says():
     entries += own + took * config.shared_layers  # of the token under way
     assert took and engine.kv.used_bytes == entries * costs.kv_entry_bytes(config, 4)
     assert engine.kv.nbytes <= 1 << 30
+
+
+@pytest.mark.parametrize(("max_depth", "most"), [(None, 3), (2, 2)])
+@pytest.mark.parametrize("batching", ["depth_wise", "lock_step"])
+def test_with_final_a_token_has_one_entry_more_unless_it_takes_the_last_recursion(
+    batching, max_depth, most
+):
+    from mor.costs import flops as costs
+
+    model = tiny(RouterConfig(kind="random"), kv_strategy="final")
+    config = EngineConfig(page_size=1, prefix_caching=False, batching=batching, max_depth=max_depth)
+    engine = Engine(model, config=config)
+    params = SamplingParams(max_new_tokens=30, temperature=0)
+    request = engine.add_request([1, 2, 3, 4, 5], params)
+    while request.num_read < 20:
+        engine.step()
+    depths = list(request.depths)
+    if batching == "depth_wise":  # a token is under way
+        depths.append(int(engine.runner.took_SR[request.slot].sum()))
+    kept = [sum(depth > r for depth in depths) for r in range(most)]
+    assert 0 < kept[-1] < kept[0] == len(depths)
+    assert engine.kv.used_bytes == costs.kv_bytes(model.config, len(depths), kept, 4)
 
 
 def test_the_count_of_the_host_changes_when_it_is_refreshed():
@@ -61,7 +85,7 @@ class Copies(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kv_strategy", ["recursion_wise", "shared", "hybrid"])
+@pytest.mark.parametrize("kv_strategy", KV)
 def test_places_reach_the_device_together(kv_strategy):
     """Each copy makes the host wait for a GPU. The device here has no values, but counts."""
     kv = PagedKV(
@@ -96,8 +120,3 @@ def test_memory_for_keys_and_values_follows_what_a_gpu_has_free(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert default_memory(torch.device("cuda", 1)) == int(0.8 * 7600)
-
-
-def test_a_strategy_that_it_does_not_keep_is_refused():
-    with pytest.raises(ValueError, match="yet; decode with"):
-        Engine(tiny(kv_strategy="final"))

@@ -9,7 +9,7 @@ from tests.conftest import cases, random_tokens, tiny
 from tests.engine.requests import POISON, all_memory_is_back, poisoned, same
 
 
-@pytest.mark.parametrize("make_model", cases("singles"))
+@pytest.mark.parametrize("make_model", cases("singles", with_final=True))
 def test_prefix_cache_hits(make_model):
     model = make_model()
     shared = random_tokens(17, seed=5).tolist()

@@ -5,7 +5,7 @@ import pytest
 from mor.engine import Engine, EngineConfig
 from mor.generation import generate
 from tests.conftest import tiny
-from tests.engine.requests import draw_requests, same
+from tests.engine.requests import KV, draw_requests, same
 
 
 @pytest.mark.parametrize("max_depth", [1, 2])
@@ -13,7 +13,7 @@ from tests.engine.requests import draw_requests, same
     "router", ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
 )
 def test_capped_depth(router, max_depth):
-    model = tiny(router)
+    model = tiny(router, kv_strategy=KV[len(router) % 4])
     prompts, params = draw_requests(5)
     engine = Engine(model, config=EngineConfig(max_depth=max_depth))
     same(engine.generate(prompts, params), generate(model, prompts, params, max_depth=max_depth))

@@ -3,6 +3,7 @@
 import pytest
 
 from mor.engine import Engine, EngineConfig, SamplingParams
+from mor.engine.pages import SHARED
 from mor.generation import generate
 from mor.model.config import RouterConfig
 from tests.conftest import cases, tiny
@@ -13,7 +14,7 @@ from tests.engine.requests import KV, all_memory_is_back, draw_requests, same, s
     ("make_model", "batching"),
     [
         pytest.param(*case.values, batching, marks=marks, id=f"{case.id}-{batching}")
-        for i, case in enumerate(cases("singles"))
+        for i, case in enumerate(cases("singles", with_final=True))
         for j, batching in enumerate(("depth_wise", "lock_step"))
         for marks in [case.marks or (() if i % 2 == j else pytest.mark.slow)]
     ],
@@ -30,6 +31,18 @@ def test_preemption_in_a_tiny_pool(make_model, batching):
     same(engine.generate(prompts, params), want)
     assert engine.scheduler.preemptions > 0
     all_memory_is_back(engine)
+
+
+def test_room_for_the_two_places_of_a_first_entry():
+    """With pages of one token and ``final``, a token's first entry takes two pages."""
+    config = EngineConfig(max_num_seqs=4, page_size=1, batching="depth_wise")
+    engine = Engine(tiny(kv_strategy="final"), config=config)
+    requests = [engine.add_request([i], SamplingParams(max_new_tokens=3)) for i in range(4)]
+    while engine.kv.pools[SHARED].num_free > 5:
+        engine.kv.pools[SHARED].allocate()
+    engine.step()
+    assert [request.preemptions for request in requests] == [0, 0, 1, 1]
+    assert not any(request.faults for request in requests)
 
 
 def test_full_lanes_come_before_coda():

@@ -7,7 +7,7 @@ import torch
 
 from mor.engine import Engine, EngineConfig, SamplingParams, weights
 from mor.engine import engine as engine_module
-from mor.engine.weights import FewRowsLinear, for_decoding, fused
+from mor.engine.weights import FewRowsLinear, Int8Linear, for_decoding, fused, with_linear
 from mor.generation import generate
 from tests.conftest import random_tokens, tiny
 from tests.engine.requests import KV, all_memory_is_back, draw_requests, same
@@ -25,6 +25,15 @@ def test_int8_weights_stay_close_and_rows_apart():
     assert all(r.finish_reason == "length" for r in engine.generate(prompts, params))
     with pytest.raises(ValueError, match="float32"):
         Engine(tiny().double(), config=EngineConfig(quantize="int8"))
+
+
+def test_int8_weights_make_the_entries_of_tokens_that_leave():
+    model = tiny(kv_strategy="final")
+    prompts, params = draw_requests(6, seed=4)
+    engine = Engine(model, config=EngineConfig(quantize="int8", batching="depth_wise"))
+    want = generate(with_linear(model, Int8Linear), prompts, params)
+    same(engine.generate(prompts, params), want)
+    assert {1, 3} <= {depth for generation in want for depth in generation.depths}
 
 
 def test_a_compiled_model_is_quantised_too():
@@ -296,10 +305,11 @@ def test_fused_layers_are_the_same_model(kv_strategy):
     assert not any(isinstance(m, weights.FusedAttention) for m in model.modules())
 
 
+@pytest.mark.parametrize("kv_strategy", ["shared", "final"])
 @pytest.mark.parametrize("loop", ["host", "device"])
-def test_an_engine_decodes_the_same_with_fused_layers(loop, monkeypatch):
+def test_an_engine_decodes_the_same_with_fused_layers(loop, kv_strategy, monkeypatch):
     monkeypatch.setattr("mor.engine.engine.for_decoding", lambda model, *_, **__: fused(model))
-    model = tiny(kv_strategy="shared")
+    model = tiny(kv_strategy=kv_strategy)
     prompts, params = draw_requests(6, seed=4)
     engine = Engine(model, config=EngineConfig(loop=loop, max_num_seqs=4))
     same(engine.generate(prompts, params), generate(model, prompts, params))
@@ -375,7 +385,7 @@ def test_an_engine_that_was_told_to_compile_says_how_to_do_without():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv_strategy", ["shared", "hybrid"])
+@pytest.mark.parametrize("kv_strategy", ["shared", "hybrid", "final"])
 def test_a_compiled_engine_decodes_the_same(kv_strategy):
     """By Inductor for the CPU; on CUDA it does so by itself."""
     torch._dynamo.reset()
