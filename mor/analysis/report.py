@@ -67,7 +67,7 @@ ENTRIES: dict[str, Entry] = {
     "depth_curve": Entry(
         title="Depth budgets",
         note="Causal NLL at budgets from the checkpoint's table of depths. Time: of reading whole "
-        "windows on this machine, once for each budget.",
+        "windows on this machine, the best of three turns.",
         figure=figures.depth_curve,
     ),
     "depth_histogram": Entry(
