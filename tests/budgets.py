@@ -7,6 +7,7 @@ import numpy as np
 from mor.data.stream import Part, TokenData
 from mor.data.text_bytes import TextBytes
 from mor.evaluation.calibrate import calibrate
+from mor.model.config import RouterConfig
 from tests.conftest import ROUTERS, random_tokens, tiny
 
 DEPTHS = [1.6, None, "full", 2.4, 4.3, 1]
@@ -22,9 +23,14 @@ def text(tokens, *, seed=0):
     )
 
 
+GAIN = RouterConfig(kind="expert_choice", causal_selection="gain", gate="residual")
+
+
 @functools.cache
 def calibrated(router="expert", kv_strategy="recursion_wise", **settings):
-    """router: a name in ``ROUTERS``. For budgets of up to 5 recursions, of which 3 are trained."""
-    model = tiny(ROUTERS[router], kv_strategy=kv_strategy, **settings)
+    """router: a name in ``ROUTERS``, or "gain". For budgets of up to 5 recursions, of which 3 are
+    trained."""
+    config = GAIN if router == "gain" else ROUTERS[router]
+    model = tiny(config, kv_strategy=kv_strategy, **settings)
     calibrate(model, text(600), seq_len=23, max_windows=12, deepest=5)
     return model

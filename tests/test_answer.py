@@ -12,7 +12,9 @@ from mor.answer import Answer
 from mor.data.tokenizer import byte_tokenizer
 from mor.engine import Engine, EngineConfig, SamplingParams
 from mor.generation import generate, stream
+from mor.model.budget import router_for
 from mor.structure import Structure
+from tests.budgets import calibrated
 from tests.conftest import tiny
 from tests.engine.requests import all_memory_is_back, same, small_pool
 
@@ -192,6 +194,27 @@ def test_log_probabilities_of_a_prompt_are_those_of_the_full_forward():
         torch.testing.assert_close(found, scores[range(24), ids[1:]], atol=1e-4, rtol=0)
         for best, row in zip(request.prompt_top_logprobs[1:], scores, strict=False):
             assert [i for i, _ in best] == row.topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize("kv_strategy", ["recursion_wise", "hybrid"])
+def test_log_probabilities_of_a_prompt_follow_the_depth_of_its_request(kv_strategy):
+    """Beside requests of other depths and after the same prompt at another one was read, in the
+    engine and in the plain decoder."""
+    model = calibrated("expert", kv_strategy, vocab_size=257)
+    ids, depths = list(range(40, 65)), [1.6, None, "full", 4.3]
+    params = [SamplingParams(max_new_tokens=1, prompt_logprobs=True, depth=d) for d in depths]
+    settings = EngineConfig(prefill_chunk=4, page_size=3, max_num_seqs=3, deepest=5)
+    found = Engine(model, config=settings).generate([ids] * 4, params)
+    seen = set()
+    for results in (found, generate(model, [ids] * 4, params)):
+        for depth, result in zip(depths, results, strict=True):
+            with torch.no_grad():
+                output = model(torch.tensor([ids]), router=router_for(model, depth))
+            expected = output.logits_BTV[0].log_softmax(-1)[range(24), ids[1:]]
+            got = torch.tensor(result.prompt_logprobs[1:])
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+            seen.add(round(float(expected.sum()), 3))
+    assert len(seen) == 4, "each depth reads otherwise"
 
 
 def _random_wishes(draw, seed):

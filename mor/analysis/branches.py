@@ -21,6 +21,7 @@ from mor.model.attention import attention
 from mor.model.kv_cache import EMPTY, KVCache
 from mor.model.other_depths import ForcedRouter
 from mor.model.packing import PackedTokens
+from mor.model.routers import Router
 from mor.model.transformer import Transformer
 
 # Logits alive at a time; four times as many cost more in the kernel than they save.
@@ -37,14 +38,22 @@ def at_depth(taken_RM: Tensor, depth: int) -> Tensor:
 
 
 @torch.no_grad()
-def exits_plain(model: Transformer, ids: list[int], taken_RM: Tensor, depth: int) -> Tensor:
-    """Logits after each token if it alone took ``depth`` recursions, (T, V): one run per token."""
+def exits_plain(
+    model: Transformer,
+    ids: list[int],
+    taken_RM: Tensor,
+    depth: int,
+    *,
+    router: Router | None = None,
+) -> Tensor:
+    """Logits after each token if it alone took ``depth`` recursions, (T, V): one run per token.
+    router: the one that ``taken_RM`` is from; None: the model's own."""
     tokens_1T = torch.tensor([ids], device=model.embedding.weight.device)
     forced_RM, rows = at_depth(taken_RM, depth), []
     for t in range(len(ids)):
         table_RM = taken_RM.clone()
         table_RM[:, t] = forced_RM[:, t]
-        forced = ForcedRouter(model.router, table_RM)
+        forced = ForcedRouter(router or model.router, table_RM)
         rows.append(model(tokens_1T, router=forced).logits_BTV[0, t])
     return torch.stack(rows)
 
@@ -58,16 +67,17 @@ def exits(
     cache: KVCache,
     *,
     places: Sequence[int] | None = None,
+    router: Router | None = None,
 ) -> Iterator[Tensor]:
-    """The same for the tokens at these places (None: all), in chunks of them, (chunk, V). cache:
-    that of the run which ``taken_RM`` is from."""
+    """The same for the tokens at these places (None: all), in chunks of them, (chunk, V). cache and
+    router: those of the run which ``taken_RM`` is from."""
     device = model.embedding.weight.device
     forced_RT = at_depth(taken_RM, depth)
     size = max(1, CHUNK_LOGITS // model.config.vocab_size)
     places = range(len(ids)) if places is None else places
     for start in range(0, len(places), size):
         position = torch.tensor(places[start : start + size], device=device)
-        forced = ForcedRouter(model.router, forced_RT[:, position])
+        forced = ForcedRouter(router or model.router, forced_RT[:, position])
         tokens_M1 = torch.tensor([ids[t] for t in position], device=device)[:, None]
         own = Branches(cache, position)
         yield model(tokens_M1, cache=own, router=forced, logits="last").logits_BTV[:, 0]

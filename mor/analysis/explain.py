@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from decimal import ROUND_HALF_UP, Decimal
 from itertools import pairwise
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from mor.data.problems import Task
 from mor.data.spelling import spells
 from mor.data.tokenizer import Tokenizer
 from mor.evaluation.score import Score
-from mor.model.budget import Depth, budget_of, router_for
+from mor.model.budget import Depth, router_for
 from mor.model.kv_cache import KVCache
 from mor.model.loss import IGNORED
 from mor.model.routers import Router
@@ -102,10 +102,30 @@ class TokenRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AtBudget:
+    """The same tokens under a depth budget. asked: the depth that was asked for. depth: recursions
+    of each token. logprob: of its target, in nats; None where there is none."""
+
+    asked: float | Literal["full"]
+    depth: list[int]
+    logprob: list[float | None]
+
+    @property
+    def mean_depth(self) -> float:
+        return sum(self.depth) / len(self.depth)
+
+    @property
+    def nll(self) -> float | None:
+        """Nats per target; None if there is none."""
+        known = [p for p in self.logprob if p is not None]
+        return -sum(known) / len(known) if known else None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Explanation:
     """What :func:`explain` found. model: its description. asked: what targets are. text_bytes: of
     the targets; 0 for answers, which are no text, and for text that the tokenizer loses some
-    of."""
+    of. budgets: the text under other depths."""
 
     name: str
     text: str
@@ -114,6 +134,7 @@ class Explanation:
     window: int
     text_bytes: int
     tokens: list[TokenRecord]
+    budgets: list[AtBudget] = field(default_factory=list)
 
     @property
     def mean_depth(self) -> float:
@@ -196,6 +217,9 @@ class Explanation:
         )
         return asdict(self) | {
             "summary": whole | {"tokens": len(self.tokens)},
+            "budgets": [
+                asdict(b) | {"mean_depth": b.mean_depth, "nll": b.nll} for b in self.budgets
+            ],
             "by_class": {
                 name: [asdict(g) for g in groups] for name, groups in self.by_class().items()
             },
@@ -218,6 +242,7 @@ def explain(
     answers: Sequence[int] | None = None,
     task: Task | None = None,
     depth: Depth = None,
+    depths: Sequence[float | Literal["full"]] = (),
 ) -> Explanation:
     """Read ``text`` and record what happened to every token.
 
@@ -226,10 +251,11 @@ def explain(
     context. counts: occurrences of token ids in a corpus (default: in the text). answers: of a
     model trained on a task, what is right at each token (see ``Task.answers``), in place of the
     next token. task: the one that the text belongs to, if any; it names the kinds of tokens. depth:
-    the mean depth (model/budget.py), of a budget that stays within the trained recursions.
+    the mean depth (model/budget.py). depths: others, of which depths and log-probabilities are
+    recorded as well (``budgets``).
 
     Raises ValueError for an empty text, a window that does not fit the model, answers that do not
-    fit the text and a model that gives NaN or infinity.
+    fit the text, depths that the model cannot have and a model that gives NaN or infinity.
     """
     config, (ids, pieces) = model.config, tokenizer.encode_with_pieces(text)
     window = window or config.max_seq_len
@@ -252,7 +278,9 @@ def explain(
         kind=kinds(tokenizer, ids, pieces, task),
         count=[counts.get(i, 0) for i in ids],
     )
-    reader = _Reader(model, tokenizer, guesses, _router(model, depth))
+    router = router_for(model, depth, at_least=config.num_recursions)
+    others = [router_for(model, each) for each in depths]  # all can be had, before any is read
+    reader = _Reader(model, tokenizer, guesses, router)
     tokens: list[TokenRecord] = []
     end = 0
     for found in reader.read(ids, targets, window):
@@ -270,12 +298,35 @@ def explain(
     return Explanation(
         name=name,
         text=text,
-        model=describe(model),
+        model=describe(model) | {"num_recursions": router.num_recursions},
         asked=asked,
         window=window,
         text_bytes=tokenizer.text_bytes.of(before, after) if is_spelt else 0,
         tokens=tokens,
+        budgets=[
+            AtBudget(asked=each, **_at_budget(model, other, ids, targets, window))
+            for each, other in zip(depths, others, strict=True)
+        ],
     )
+
+
+@torch.no_grad()
+def _at_budget(
+    model: Transformer, router: Router, ids: Sequence[int], targets: Sequence[int], window: int
+) -> dict[str, list[Any]]:
+    """Depth of each token, and log-probability of its target."""
+    depth: list[int] = []
+    logprob: list[float | None] = []
+    for start, first, stop in windows(len(ids), window):
+        tokens_1T = torch.tensor([ids[start:stop]], device=model.embedding.weight.device)
+        output = model(tokens_1T, router=router)
+        depth += output.routing.depth[first - start :].tolist()
+        logp_MV = output.logits_BTV[0, first - start :].float().log_softmax(-1)
+        target_M1 = torch.tensor(targets[first:stop], device=logp_MV.device)[:, None]
+        found = logp_MV.gather(1, target_M1.clamp(min=0))[:, 0].tolist()
+        asked = [t != IGNORED for t in targets[first:stop]]
+        logprob += [p if has else None for p, has in zip(found, asked, strict=True)]
+    return dict(depth=depth, logprob=logprob)
 
 
 def _is_spelt(tokenizer: Tokenizer, ids: Sequence[int], pieces: Sequence[str]) -> bool:
@@ -307,18 +358,6 @@ def describe(model: Transformer) -> dict[str, Any]:
         dim=config.dim,
         vocab_size=config.vocab_size,
     )
-
-
-def _router(model: Transformer, depth: Depth) -> Router:
-    """What decides the depths, over the trained recursions. Raises ValueError for a budget that
-    goes beyond them."""
-    trained = model.config.num_recursions
-    if (most := budget_of(model, depth).recursions) > trained:
-        raise ValueError(
-            f"depth={depth} lets tokens take up to {most} recursions; an explanation shows the "
-            f"{trained} that were trained: choose a smaller depth"
-        )
-    return router_for(model, depth, at_least=trained)
 
 
 def shown(value: float, digits: int) -> str:
@@ -357,17 +396,25 @@ class _Reader:
     def _window(self, ids: list[int], targets: list[int], first: int) -> list[dict[str, Any]]:
         """Fields of the tokens from ``first`` on, to which ``targets`` belong."""
         model, device = self.model, self.model.embedding.weight.device
-        cache = KVCache(model.config, 1, device=device, dtype=model.embedding.weight.dtype)
+        most = self.router.num_recursions
+        cache = KVCache(
+            model.config,
+            1,
+            num_recursions=most,
+            device=device,
+            dtype=model.embedding.weight.dtype,
+        )
         output = model(torch.tensor([ids], device=device), cache=cache, router=self.router)
         taken_RT = output.routing.taken_RM
         own = self._predictions(output.logits_BTV[0, first:], targets)
         depths = taken_RT.sum(0).tolist()
         by_depth: dict[int, list[dict[str, Any]]] = {}
-        for depth in range(model.config.least_depth, model.config.num_recursions + 1):
+        for depth in range(model.config.least_depth, most + 1):
             # At the depth that a token took, its exit is the model's own prediction.
             predicted, done = list(own), 0
             places = [t for t in range(first, len(ids)) if depths[t] != depth]
-            for logits_MV in exits(model, ids, taken_RT, depth, cache, places=places):
+            branches = exits(model, ids, taken_RT, depth, cache, places=places, router=self.router)
+            for logits_MV in branches:
                 part = [t - first for t in places[done : done + len(logits_MV)]]
                 for i, found in zip(
                     part, self._predictions(logits_MV, [targets[i] for i in part]), strict=True

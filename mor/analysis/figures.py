@@ -257,6 +257,39 @@ def depth_scaling(rows: Rows) -> Figure:
     return figure
 
 
+def depth_curve(rows: Rows) -> Figure:
+    """Loss against mean depth spent, and against the time of a token. "full", which is no budget,
+    stands beside the line."""
+    figure, panels = new_axes("Loss by depth budget", 8.8, 3.6, 2, sharey=True)
+    budgets = [r for r in rows if r["depth"] != "full"]
+    full = [r for r in rows if r["depth"] == "full"]
+    names = {
+        "mean_depth": "mean depth spent, recursions\n(numbers: budgets asked for)",
+        "microseconds_per_token": "time, microseconds per token read",
+    }
+    for axes, (name, label) in zip(panels, names.items(), strict=True):
+        for i, part in enumerate((budgets, full)):
+            look = series(i) | ({} if i == 0 else dict(linestyle="", markerfacecolor="#ffffff"))
+            if part:
+                _curve(axes, part, name, "nll", label=("budgets", "full depth")[i], **look)
+        for r in rows:
+            said = r["depth"] if isinstance(r["depth"], str) else f"{r['depth']:g}"
+            place = (5, 5) if r in budgets else (5, -11)
+            axes.annotate(
+                said,
+                (r[name], r["nll"]),
+                place,
+                textcoords="offset points",
+                fontsize=SMALL,
+                color=SOFT,
+            )
+        axes.margins(x=0.1, y=0.15)
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("NLL, nats per token (causal)")
+    panels[1].legend(frameon=False, fontsize=SMALL)
+    return figure
+
+
 def depth_by_class(rows: Rows) -> Figure:
     figure, (axes,) = new_axes("Mean depth by class of token", 6.4, 0.24 * len(rows) + 1.4)
     y, names, place = [], [], 0.0

@@ -28,7 +28,9 @@ from mor.analysis.classes import LEAST
 from mor.analysis.style import save
 from mor.checkpoint import Checkpoint
 from mor.data.stream import TaskData, Windows
+from mor.evaluation.depth_curve import depth_curve
 from mor.files import read_json
+from mor.model.budget import curve_depths, has_table
 from mor.run_folder import RunFolder
 
 Rows = list[dict[str, Any]]
@@ -61,6 +63,12 @@ ENTRIES: dict[str, Entry] = {
         "and gates again, on the new states: an extrapolation of the network, not something it "
         "was trained for.",
         figure=figures.depth_scaling,
+    ),
+    "depth_curve": Entry(
+        title="Depth budgets",
+        note="Causal NLL at budgets from the checkpoint's table of depths. Time: of reading whole "
+        "windows on this machine, the best of three turns.",
+        figure=figures.depth_curve,
     ),
     "depth_histogram": Entry(
         title="Depths taken", note="Threshold selection.", figure=figures.depth_histogram
@@ -167,6 +175,16 @@ def analyses(
     """
     reading = corpus.read(loaded.model, data, seq_len=seq_len, max_windows=max_windows)
     found: dict[str, Rows] = {}
+    if has_table(loaded.model):
+        curve = depth_curve(
+            loaded.model,
+            data,
+            curve_depths(loaded.model),
+            seq_len=seq_len,
+            max_windows=max_windows,
+            document_mask=document_mask,
+        )
+        found["depth_curve"] = [row.to_row() for row in curve]
     if loaded.config.num_recursions > 1:
         found["depth_scaling"] = corpus.depth_scaling(
             loaded.model,

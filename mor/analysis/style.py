@@ -47,11 +47,17 @@ STYLE: Any = {
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write ``name``.png (150 dpi) and ``name``.svg."""
+    """Write ``name``.png and ``name``.svg."""
     folder.mkdir(parents=True, exist_ok=True)
+    for suffix in (".png", ".svg"):
+        save_as(figure, folder / f"{name}{suffix}")
+
+
+def save_as(figure: Figure, path: Path) -> None:
+    """Write one file: a .png (150 dpi) or a .svg."""
+    look: dict[str, Any] = dict(metadata={"Date": None}) if path.suffix == ".svg" else dict(dpi=150)
     with matplotlib.rc_context(STYLE):
-        figure.savefig(folder / f"{name}.png", dpi=150)
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(path, **look)
 
 
 def new_figure(title: str, width: float = 6.4, height: float = 3.4) -> Figure:

@@ -9,8 +9,15 @@ FULL: Literal["full"] = "full"
 
 def parse_depth(text: str | None, num_recursions: int) -> float | Literal["full"] | None:
     """A number, a share of full depth such as 55%, or full. Raises ValueError for other words."""
-    if text is None:
-        return None
+    return None if text is None else _depth(text, num_recursions)
+
+
+def parse_depths(text: str, num_recursions: int) -> list[float | Literal["full"]]:
+    """Several, with commas between them."""
+    return [_depth(each, num_recursions) for each in text.split(",")]
+
+
+def _depth(text: str, num_recursions: int) -> float | Literal["full"]:
     if text == FULL:
         return FULL
     try:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -16,7 +15,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from mor.cli.command import Command
-from mor.cli.depth import parse_depth
+from mor.cli.depth import parse_depth, parse_depths
 from mor.cli.show import cell, print_json
 from mor.data.manifest import is_prepared
 from mor.model.config import Selection
@@ -25,8 +24,12 @@ from mor.settings import NonNegativeInt, PositiveInt
 if TYPE_CHECKING:
     from mor.checkpoint import Checkpoint
     from mor.data.stream import Windows
+    from mor.evaluation.depth_curve import AtDepth
     from mor.evaluation.harness import HarnessResult
     from mor.evaluation.nll import Evaluation
+
+
+CURVE_FILES = (".svg", ".png", ".csv")
 
 
 class Eval(Command):
@@ -67,14 +70,18 @@ class Eval(Command):
     batch_size: PositiveInt = 8
     """Of --tasks; it changes the speed, not the scores."""
     out: Path | None = None
-    """Write everything lm-eval returns, with every answer, to this file."""
+    """With --tasks: write everything lm-eval returns, with every answer, to this file. With
+    --depth: write the curve, as a figure (.svg or .png: loss against spent depth and against time)
+    or as a table (.csv)."""
     device: str = "auto"
     """auto, cpu, cuda or another PyTorch device; --tasks choose for themselves."""
     json: bool = False
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         if self.tasks is None:
-            yield "include_path shots limit batch_size out", "without --tasks"
+            yield "include_path shots limit batch_size", "without --tasks"
+            if self.depth is None:
+                yield "out", "without --tasks or --depth"
             if self.by_depth:
                 yield "max_depth", "with --by-depth, which has a row for each"
             if self.depth:
@@ -91,6 +98,10 @@ class Eval(Command):
             yield f"{of_text} {of_routing}", "with --tasks, which is always causal and whole"
 
     def run(self, console: Console) -> None:
+        if self.out and not self.out.parent.is_dir():
+            raise ValueError(f"--out: {self.out.parent} is not a folder")
+        if self.out and self.tasks is None and self.out.suffix not in CURVE_FILES:
+            raise ValueError(f"--out: a curve is written as {', '.join(CURVE_FILES)}")
         if self.tasks is None:
             self._run_nll(console)
         else:
@@ -100,8 +111,6 @@ class Eval(Command):
         from mor.evaluation.harness import check_tasks, evaluate_tasks, load_model
 
         check_tasks(names)
-        if self.out and not self.out.parent.is_dir():
-            raise ValueError(f"--out: {self.out.parent} is not a folder")
         model, tokenizer = load_model(self.checkpoint)
         result = evaluate_tasks(
             model,
@@ -176,44 +185,42 @@ class Eval(Command):
         **settings: Any,
     ) -> None:
         """Loss against what is spent, in recursions and in time."""
-        from mor.evaluation.nll import evaluate
-        from mor.model.budget import budget_of
+        from mor.evaluation.depth_curve import depth_curve
 
-        model, rows = loaded.model, list[DepthRow]()
-        depths = [
-            parse_depth(each, loaded.config.num_recursions)
-            for each in (self.depth or "").split(",")
-        ]
-        for depth in depths:
-            budget_of(model, depth)  # all can be had, before the first is measured
-        for depth in depths:
-            started = time.perf_counter()
-            found = evaluate(model, data, max_windows=self.max_windows, depth=depth, **settings)
-            rows.append(DepthRow(depth, found, time.perf_counter() - started))
+        depths = parse_depths(self.depth or "", loaded.config.num_recursions)
+        rows = depth_curve(loaded.model, data, depths, max_windows=self.max_windows, **settings)
+        if self.out:
+            self._write_curve(self.out, rows)
         if self.json:
-            print_json([{"text": text, "depth": r.depth, **_plain(r.found)} for r in rows])
+            shown = [{"depth": r.depth, "tokens_per_second": r.tokens_per_second} for r in rows]
+            plain = [_plain(r.found) for r in rows]
+            print_json([{"text": text, **a, **b} for a, b in zip(shown, plain, strict=True)])
             return
         tokens = rows[0].found.tokens
         title = f"{self.checkpoint}: {tokens:,} tokens in windows of {settings['seq_len']}"
         console.print(_depth_table(rows, f"{title}\n{text}"))
 
+    def _write_curve(self, out: Path, rows: Sequence[AtDepth]) -> None:
+        from mor.analysis.figures import depth_curve
+        from mor.analysis.report import write_table
+        from mor.analysis.style import save_as
 
-class DepthRow(NamedTuple):
-    """depth: what was asked for. seconds: that the evaluation took."""
+        plain = [row.to_row() for row in rows]
+        if out.suffix == ".csv":
+            write_table(plain, out)
+        else:
+            save_as(depth_curve(plain), out)
 
-    depth: float | Literal["full"] | None
-    found: Evaluation
-    seconds: float
 
-
-def _depth_table(rows: Sequence[DepthRow], title: str) -> Table:
+def _depth_table(rows: Sequence[AtDepth], title: str) -> Table:
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     for name in ("depth", "spent", "NLL", "perplexity", "bits/byte", "deepest", "tokens/s"):
         made.add_column(name, justify="right", overflow="fold")
-    for depth, found, seconds in rows:
+    for row in rows:
+        found = row.found
         figures = (found.mean_depth, found.nll, found.perplexity, found.bits_per_byte)
-        asked = depth if isinstance(depth, str) else f"{depth:g}"
-        speed = f"{found.tokens / seconds:,.0f}"
+        asked = row.depth if isinstance(row.depth, str) else f"{row.depth:g}"
+        speed = f"{row.tokens_per_second:,.0f}"
         shown = ("" if x is None else cell(x) for x in figures)
         made.add_row(asked, *shown, str(found.max_depth), speed)
     return made

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from tyro.conf import Positional
 
 from mor.cli.command import Command
-from mor.cli.depth import parse_depth
+from mor.cli.depth import parse_depth, parse_depths
 from mor.settings import PositiveInt
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ class Explain(Command):
     tell rare from frequent ones. Default: the text itself."""
     depth: str | None = None
     """Mean depth, such as 2.2, 55% (of full depth) or full. Default: the model's own rule."""
+    depths: str | None = None
+    """Depths between which a slider on the page moves, such as 1.5,2,2.5,full. Default: a few, if
+    the checkpoint was calibrated (mor calibrate)."""
     guesses: PositiveInt = 5
     """Guesses that are kept for each token and recursion."""
     device: str = "auto"
@@ -131,7 +134,15 @@ class Explain(Command):
             answers=_answers(task, text, tokenizer) if task else None,
             task=task,
             depth=parse_depth(self.depth, model.config.num_recursions),
+            depths=self._depths(model),
         )
+
+    def _depths(self, model: Transformer) -> list[float | Literal["full"]]:
+        from mor.model.budget import curve_depths
+
+        if self.depths is not None:
+            return parse_depths(self.depths, model.config.num_recursions)
+        return [] if model.depth_table is None else curve_depths(model)
 
 
 def _task(run: TrainConfig | None) -> Task | None:

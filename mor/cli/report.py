@@ -63,6 +63,7 @@ class Report(Command):
         from mor.analysis.report import analyses, collapse, run_tables, write
         from mor.checkpoint import load, resolve
         from mor.device import pick_device
+        from mor.model.budget import has_depths, has_table
         from mor.training.config import settings_of
         from mor.training.validation import validation_of
 
@@ -89,6 +90,8 @@ class Report(Command):
             "text": name,
             "windows": f"{min(self.max_windows, data.num_windows(length))} × {length} tokens",
         }
+        if has_depths(loaded.config) and not has_table(loaded.model):
+            settings |= {"depth budgets": f"unknown; mor calibrate {self.folder} measures them"}
         if found := collapse(tables):
             settings |= {"router collapsed": found}
         if last:

@@ -93,7 +93,9 @@ class EngineConfig(Settings):
     """Mean depth of requests that name none (SamplingParams.depth). None: the model's own rule."""
     deepest: PositiveInt | None = None
     """Recursions that a token may take with the largest depth that requests may ask for. None: the
-    trained ones. More take memory for their tables, and time in every pass."""
+    trained ones, or where one threshold serves all recursions (docs/depth.md) those of the model's
+    table, which nearly every depth asks for. More take memory for their tables, and time in every
+    pass."""
     batching: Batching = "auto"
     """depth_wise: tokens at any depth share a pass. lock_step: all sequences take their next token
     together, and finished ones are replaced at once. static: as lock_step, but a batch ends with
@@ -119,6 +121,14 @@ class EngineConfig(Settings):
                 f"loop='device' is made for batching='depth_wise', not {self.batching!r}; use "
                 "loop='host'"
             )
+
+
+def _default_deepest(model: Transformer, config: EngineConfig) -> int:
+    """Recursions that an engine has room for unless somebody says otherwise."""
+    table, trained = model.depth_table, model.config.num_recursions
+    if table is None or not model.router.one_scale or config.max_depth is not None:
+        return trained
+    return max(trained, table.deepest)
 
 
 def _choose_strategy(config: EngineConfig, model: Transformer) -> type[Strategy]:
@@ -192,7 +202,7 @@ class Engine:
         _check_parts(model, tokenizer, config)
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.max_len = config.max_len or model.config.max_seq_len
-        self.deepest = config.deepest or model.config.num_recursions
+        self.deepest = config.deepest or _default_deepest(model, config)
         if self.deepest < model.config.num_recursions:
             raise ValueError(
                 f"deepest={self.deepest} is below the model's {model.config.num_recursions} "

@@ -2,8 +2,10 @@
 
 For each budget one forward over the same windows: each recursion takes the share of tokens that the
 budget wants there, those with the highest scores, and the lowest of these is the threshold. So
-each threshold is fitted to the states that the thresholds before it lead to. Nothing is drawn at
-random: equal weights and text give equal tables.
+each threshold is fitted to the states that the thresholds before it lead to. Where a router
+predicts the gain of a recursion, which is on one scale for all of them, one threshold serves them
+all, and forwards with ever finer ones show what each spends (better there: LOG.md). Nothing is
+drawn at random: equal weights and text give equal tables.
 
 B batch · C candidates · D model · M packed tokens · T tokens
 """
@@ -11,7 +13,7 @@ B batch · C candidates · D model · M packed tokens · T tokens
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -26,7 +28,9 @@ from mor.model.budget import (
     EVERYONE,
     GRID_STEP,
     NOBODY,
+    BudgetRouter,
     DepthTable,
+    budgets_to_check,
     check_can_budget,
     corners,
     default_deepest,
@@ -44,6 +48,10 @@ FITTED_TOKENS = 8_192
 """Tokens that thresholds are fitted to, unless somebody says otherwise."""
 
 
+WIDEST, CLOSE = 64.0, 1e-6
+"""Logits of gains lie within the one; thresholds closer than the other are not told apart."""
+FINE = 0.08
+"""Neighbours of a table with one threshold spend no more than this share apart."""
 LEAST_TOKENS = 1_024
 """With fewer, a mean depth is off by some percent."""
 
@@ -51,7 +59,7 @@ LEAST_TOKENS = 1_024
 def num_forwards(config: ModelConfig, deepest: int | None = None) -> int:
     """Forwards over the windows of one half that a calibration takes, about."""
     most = default_deepest(config) if deepest is None else deepest
-    return len(_grid(corners(config, most))) + len(_checked(config.num_recursions, most))
+    return len(_grid(corners(config, most))) + len(budgets_to_check(config.num_recursions, most))
 
 
 @dataclass
@@ -154,15 +162,15 @@ def calibrate(
     length = window_length(model, seq_len)
     most = max_windows or max(1, math.ceil(FITTED_TOKENS / length))
     fitted, unseen = _halves(data, length, most, document_mask)
-    path = corners(model.config, deepest)
-    grid = _grid(path)
-    fits = []
-    for i, budget in enumerate(grid):
-        fits.append(_fit(model, fitted, shares_of(path, budget)))
-        step(0.7 * (i + 1) / len(grid))
+    about, fits = num_forwards(model.config, deepest), list[Fit]()
+    for fit in (_by_one_threshold if model.router.one_scale else _by_shares)(
+        model, fitted, deepest
+    ):
+        fits.append(fit)
+        step(0.7 * min(1, len(fits) / about))
     tokens = fitted.tokens_BT.numel()
     table = _table(fits, tokens)
-    checked = [b for b in _checked(model.config.num_recursions, deepest) if _has(table, b)]
+    checked = [b for b in budgets_to_check(model.config.num_recursions, deepest) if table.has(b)]
     model.depth_table = table
     shown = {"held out": unseen}
     for name, windows in (kinds or {}).items():
@@ -200,44 +208,73 @@ def _grid(path: Sequence[Sequence[float]]) -> list[float]:
     return [*found, last - 0.03 * (last - found[-1]), last]
 
 
+def _by_shares(model: Transformer, batch: Batch, deepest: int) -> Iterator[Fit]:
+    """Thresholds of each recursion for itself, along the path of shares."""
+    path = corners(model.config, deepest)
+    for budget in _grid(path):
+        yield _fit(model, batch, shares_of(path, budget))
+
+
+def _by_one_threshold(model: Transformer, batch: Batch, deepest: int) -> Iterator[Fit]:
+    """One threshold for all recursions: what the next one promises is worth it or not, whichever it
+    is. Halved between neighbours until these spend about as much."""
+    pairs = [(_at(model, batch, WIDEST, deepest), _at(model, batch, -WIDEST, deepest))]
+    tokens = batch.tokens_BT.numel()
+    yield Fit([NOBODY] * (deepest - 1), [tokens] + [0] * (deepest - 1))
+    yield Fit([EVERYONE] * (deepest - 1), [tokens] * deepest)
+    yield from pairs[0]
+    while pairs:
+        few, many = pairs.pop()
+        high, low = few.thresholds[0], many.thresholds[0]
+        spent, more = sum(few.taken) / tokens, sum(many.taken) / tokens
+        if more - spent > min(0.8 * GRID_STEP, FINE * spent) and high - low > CLOSE:
+            middle = _at(model, batch, (high + low) / 2, deepest)
+            yield middle
+            pairs += [(few, middle), (middle, many)]
+
+
+@torch.inference_mode()
+def _at(model: Transformer, batch: Batch, threshold: float, deepest: int) -> Fit:
+    row = torch.tensor([[EVERYONE] + [threshold] * (deepest - 1)])
+    router = BudgetRouter(model.router, row.to(model.embedding.weight.device), with_own=False)
+    return Fit([threshold] * (deepest - 1), _taken(model, batch, router))
+
+
 @torch.inference_mode()
 def _fit(model: Transformer, batch: Batch, shares: Sequence[float]) -> Fit:
     router = FittingRouter(model.router, shares)
-    _forward(model, batch, router)
+    _taken(model, batch, router)
     left = len(shares) - len(router.found.taken)
     return Fit(router.found.thresholds + [NOBODY] * left, router.found.taken + [0] * left)
 
 
-def _forward(model: Transformer, batch: Batch, router: Router) -> int:
-    """Recursions that all tokens of a batch take together."""
+def _taken(model: Transformer, batch: Batch, router: Router) -> list[int]:
+    """Tokens of a batch that take each recursion."""
     device = model.embedding.weight.device
     here = batch.to(device)
     with autocast(device):
         output = model(here.tokens_BT, documents_BT=here.documents_BT, router=router, logits="none")
     require_finite(model, values_of(output), "in the text to calibrate on")
-    return sum(output.routing.tokens_per_recursion())
+    return output.routing.tokens_per_recursion()
 
 
 @torch.inference_mode()
 def mean_depth(model: Transformer, batch: Batch, depth: float) -> float:
     """What a budget spends on a batch."""
-    return _forward(model, batch, router_for(model, depth)) / batch.tokens_BT.numel()
+    return sum(_taken(model, batch, router_for(model, depth))) / batch.tokens_BT.numel()
 
 
 def _table(fits: Sequence[Fit], tokens: int) -> DepthTable:
-    """A row for each mean depth that was reached, in order."""
-    rows = {sum(fit.taken) / tokens: tuple(fit.thresholds) for fit in fits}
+    """A row for each mean depth that was reached, in order. Recursions that nobody took are closed,
+    so that engines need no room for them."""
+    rows = {
+        sum(fit.taken) / tokens: tuple(
+            threshold if taken else NOBODY
+            for threshold, taken in zip(fit.thresholds, fit.taken[1:], strict=True)
+        )
+        for fit in fits
+    }
     budgets = sorted(rows)
     return DepthTable(
         budgets=tuple(budgets), thresholds=tuple(rows[b] for b in budgets), tokens=tokens
     )
-
-
-def _checked(trained: int, deepest: int) -> list[float]:
-    """Budgets to check, off the grid's corners as users ask for them."""
-    halves = [1 + i / 2 for i in range(1, 2 * (trained - 1) + 1)]
-    return halves + [float(depth) for depth in range(trained + 1, deepest + 1)]
-
-
-def _has(table: DepthTable, budget: float) -> bool:
-    return any(low <= budget <= high for low, high in table.reachable())

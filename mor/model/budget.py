@@ -118,6 +118,10 @@ class DepthTable(Settings, prefix="depth_table"):
                 ranges.append([high, high])
         return [(low, high) for low, high in ranges]
 
+    def has(self, budget: float) -> bool:
+        """Whether this budget can be had."""
+        return any(low <= budget <= high for low, high in self.reachable())
+
     def at(self, budget: float) -> list[float]:
         """Thresholds of each recursion from the second. Raises ValueError for a budget that cannot
         be had, naming those that can."""
@@ -192,6 +196,13 @@ def has_depths(config: ModelConfig) -> bool:
     return config.num_recursions > 1 and config.shared_order == "cycle"
 
 
+def has_table(model: Transformer) -> bool:
+    """Whether budgets may be asked of a model: it was calibrated, or needs no calibration."""
+    return has_depths(model.config) and (
+        model.depth_table is not None or not model.router.is_learned
+    )
+
+
 def table_of(model: Transformer) -> DepthTable:
     """The table that a model's budgets follow. Raises ValueError for a model without a choice of
     depths, and for one whose router learns and was not calibrated."""
@@ -204,6 +215,21 @@ def table_of(model: Transformer) -> DepthTable:
             "on its checkpoint (mor.evaluation.calibrate in Python)"
         )
     return even_table(model.config, default_deepest(model.config))
+
+
+def budgets_to_check(trained: int, deepest: int) -> list[float]:
+    """As people ask for them: halves up to the trained recursions, then whole ones."""
+    halves = [1 + i / 2 for i in range(1, 2 * (trained - 1) + 1)]
+    return halves + [float(depth) for depth in range(trained + 1, deepest + 1)]
+
+
+def curve_depths(model: Transformer) -> list[float | Literal["full"]]:
+    """Depths that show what a model does with more and less, from 1 on: those of
+    :func:`budgets_to_check` that it can have, and "full". Raises ValueError as :func:`table_of`."""
+    table, trained = table_of(model), model.config.num_recursions
+    found = [b for b in (1.0, *budgets_to_check(trained, table.deepest)) if table.has(b)]
+    within = [b for b in found if b <= trained]
+    return [*within, "full", *found[len(within) :]]
 
 
 def check_depth(depth: Any) -> None:

@@ -112,6 +112,8 @@ class Router(nn.Module):
     """Only tokens that took a recursion are candidates for the next."""
     may_return = False
     """A token that stayed out of a recursion may take a later one."""
+    one_scale = False
+    """Urges of all recursions are on one scale, so that one threshold serves them all."""
     has_topk = False
     """Training selects in a way that sees the future."""
     is_learned = False
@@ -272,7 +274,7 @@ class ExpertChoiceRouter(Router):
             nn.ModuleList(score_net(config.architecture, dim, 1) for _ in range(count))
             for count in (num_recursions, auxiliary)
         )
-        self.predicts_gain = config.causal_selection == "gain"
+        self.predicts_gain = self.one_scale = config.causal_selection == "gain"
         self.open = OPEN if self.predicts_gain else 0.0
         threshold = GAIN_THRESHOLD if self.predicts_gain else 0.5
         self.register_buffer("threshold_R", torch.full((num_recursions,), threshold))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 from mor.chat import Chat
 from mor.data.tokenizer import Tokenizer
 from mor.engine import Engine, SamplingParams
+from mor.model.budget import has_table, table_of
 from mor.server.choices import ChatForm, Choice, CompletionForm, Form
 from mor.server.config import ServerConfig
 from mor.server.engine_thread import EngineThread, Job
@@ -300,11 +301,11 @@ class Service:
 
 
 def _reachable(engine: Engine) -> list[tuple[float, float]]:
-    """Ranges of mean depths that an engine can give, from the table that calibration has left with
-    its model."""
-    table = getattr(engine.model, "depth_table", None)
-    if table is None or engine.config.max_depth is not None:
+    """Ranges of mean depths that an engine can give; none if its model was not calibrated and needs
+    to be."""
+    if engine.config.max_depth is not None or not has_table(engine.model):
         return []
+    table = table_of(engine.model)
     most = getattr(engine, "deepest", engine.model.config.num_recursions)
     found = []
     for low, high in table.reachable():

@@ -31,6 +31,7 @@ from mor.evaluation.finite import NotFiniteError
 from mor.evaluation.nll import Evaluation, evaluate
 from mor.files import naming, remove_folder, write_json
 from mor.interruption import interruptible
+from mor.model.budget import has_depths
 from mor.model.config import ModelConfig, RouterConfig
 from mor.model.transformer import Transformer
 from mor.progress import ProgressBar
@@ -333,11 +334,12 @@ class Trainer:
     def _calibrate(self, path: Path) -> None:
         """Give the last checkpoint its table of depths, where that is a small part of the run."""
         config, state = self.config, self.state
-        learns = state.model.router.is_learned and state.ranks.size == 1
+        learns = state.model.router.is_learned and has_depths(state.model.config)
         if not (config.calibrate and learns) or checkpoint.read_depth_table(path):
             return
         tokens = int(state.tokens / (10 * num_forwards(state.model.config)))
-        if tokens < LEAST_TOKENS or self.corpus.validation.num_windows(config.seq_len) < 2:
+        if why := self._why_no_table(tokens):
+            self.progress.note(f"no table of depths, as {why}; mor calibrate makes one for --depth")
             return
         table = calibrate(
             state.model,
@@ -347,6 +349,16 @@ class Trainer:
             document_mask=config.data.document_mask,
         )
         checkpoint.write_depth_table(path, table)
+
+    def _why_no_table(self, tokens: int) -> str:
+        """Why calibration is left out; empty if it is not. tokens: that it may read."""
+        if self.state.ranks.size > 1:
+            return "the run has several processes"
+        if tokens < LEAST_TOKENS:
+            return "the run is short"
+        if self.corpus.validation.num_windows(self.config.seq_len) < 2:
+            return "the validation text is short"
+        return ""
 
     def _say_interrupted(self) -> None:
         self.progress.note("stopping after this step, with a checkpoint; Ctrl-C again stops now")

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from mor.analysis.branches import at_depth, exits, exits_plain
+from mor.model.budget import router_for
 from mor.model.kv_cache import KVCache
+from tests.budgets import calibrated
 from tests.conftest import cases, random_tokens, tiny
 
 
@@ -31,6 +33,20 @@ def test_all_counterfactuals_at_once_equal_one_run_of_the_whole_sequence_each(ma
         changed |= bool((fast[~same] - output.logits_BTV[0][~same]).abs().gt(1e-2).any())
     assert changed, "another depth changes the prediction"
     assert cache.length.tolist() == [13]
+
+
+@pytest.mark.parametrize("depth", [None, 1.7, 4.2])
+def test_so_they_do_beyond_the_trained_recursions_where_tokens_are_seen_as_they_left(depth):
+    model, ids = calibrated("expert", "final"), random_tokens(9, seed=2).tolist()
+    router = router_for(model, depth, at_least=3)
+    cache = KVCache(model.config, 1, num_recursions=router.num_recursions)
+    with torch.no_grad():
+        taken_RM = model(torch.tensor([ids]), cache=cache, router=router).routing.taken_RM
+    assert len(taken_RM) == (5 if depth == 4.2 else 3)
+    for each in range(1, len(taken_RM) + 1):
+        fast = torch.cat(list(exits(model, ids, taken_RM, each, cache, router=router)))
+        plain = exits_plain(model, ids, taken_RM, each, router=router)
+        torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_depth_takes_the_recursions_that_a_token_took_first():

@@ -253,8 +253,8 @@ def test_a_gpu_gives_the_same_records(tokenizer):
 
 
 def test_a_text_is_explained_at_a_depth():
-    """Depths, logits and thresholds are those of the budget; one beyond the trained recursions is
-    refused."""
+    """Depths, logits and thresholds are those of the budget, which may lie beyond the trained
+    recursions."""
     from mor.model.budget import budget_of, router_for
     from tests.budgets import calibrated
 
@@ -268,5 +268,30 @@ def test_a_text_is_explained_at_a_depth():
     threshold = torch.tensor(budget_of(model, 1.6).thresholds[0]).sigmoid()
     assert found.tokens[0].steps[1].threshold == pytest.approx(float(threshold))
     assert {token.depth for token in explain(model, tokenizer, text, depth="full").tokens} == {3}
-    with pytest.raises(ValueError, match="choose a smaller depth"):
-        explain(model, tokenizer, text, depth=4.6)
+    beyond = explain(model, tokenizer, text, depth=4.3)
+    with torch.no_grad():
+        output = model(ids, router=router_for(model, 4.3))
+    assert [token.depth for token in beyond.tokens] == output.routing.depth_BT[0].tolist()
+    assert {len(token.steps) for token in beyond.tokens} == {5} == {beyond.model["num_recursions"]}
+    for token, logp in zip(beyond.tokens[:-1], output.logits_BTV[0].log_softmax(-1), strict=False):
+        assert token.logprob == pytest.approx(float(logp[token.target_id]), abs=1e-4)
+
+
+@pytest.mark.parametrize("router", ["expert", "token"])
+def test_other_depths_of_the_same_text_are_recorded_as_those_budgets_read_it(router):
+    """Also of a text longer than the window."""
+    from tests.budgets import calibrated
+
+    model, tokenizer = calibrated(router, vocab_size=257).eval(), byte_tokenizer()
+    asked = [1.6, "full", 4.3]
+    found = explain(model, tokenizer, TEXT, window=20, depths=asked)
+    assert [at.asked for at in found.budgets] == asked and len(found.tokens) > 40
+    for at in found.budgets:
+        alone = explain(model, tokenizer, TEXT, window=20, depth=at.asked)
+        assert at.depth == [token.depth for token in alone.tokens]
+        for ours, token in zip(at.logprob, alone.tokens, strict=True):
+            assert (ours is None) == (token.logprob is None)
+            assert ours is None or ours == pytest.approx(token.logprob, abs=1e-4)
+        assert (at.mean_depth, at.nll) == pytest.approx((alone.mean_depth, alone.nll), abs=1e-4)
+    with pytest.raises(ValueError, match="cannot be had"):
+        explain(model, tokenizer, TEXT, depths=[9])

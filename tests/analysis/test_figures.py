@@ -18,10 +18,10 @@ ALL = ENTRIES.keys() - {"loss", "router_health"}
 
 
 FITS = {
-    "expert_choice": ALL,
-    "token_choice": ALL - {"agreement"},
+    "expert_choice": ALL - {"depth_curve"},  # which asks for a calibrated one
+    "token_choice": ALL - {"agreement", "depth_curve"},
     "random": ALL - {"agreement", "score_histogram", "separation"},
-    "fixed": {"depth_scaling", "counterfactual_gains", "drift", "kv_similarity"},
+    "fixed": {"depth_curve", "depth_scaling", "counterfactual_gains", "drift", "kv_similarity"},
     "vanilla": {"drift"},
 }
 

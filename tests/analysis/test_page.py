@@ -268,6 +268,52 @@ def test_two_models_are_aligned_by_characters(show):
     )
 
 
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_slider_moves_the_text_from_budget_to_budget_by_keys(show, scheme):
+    found = explanation("random", depths=[1.5, 2.0, "full", 4.5])
+    page = show([found, explanation("expert_choice")], color_scheme=scheme)
+    section = page.locator("[data-section=budgets]")
+    slider, said = section.get_by_label("Depth budget"), section.locator("output")
+    assert section.get_by_text("at its own depths alone").count() == 1, "of the other model"
+    slider.focus()
+    for key, at in (("Home", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("End", 3)):
+        page.keyboard.press(key)
+        budget = found.budgets[at]
+        name = ("budget 1.5", "budget 2", "full depth", "budget 4.5")[at]
+        text = f"mean depth {shown(budget.mean_depth, 2)} · {shown(budget.nll, 3)} nats per token"
+        assert said.inner_text() == f"{name} · {text}"
+        assert slider.get_attribute("aria-valuetext") == f"{name}, {text}"
+        bars = section.locator(".prose .tok").evaluate_all(
+            "nodes => nodes.map((n) => +n.style.getPropertyValue('--bars'))"
+        )
+        assert bars == budget.depth
+        assert page.evaluate(CONTRAST) >= 4.5
+    assert page.locator("#text .prose .tok").count() == 2 * len(found.tokens)
+
+
+@pytest.mark.browser
+def test_a_short_text_of_deep_tokens_keeps_still(show):
+    """The lines below them once made a panel say that it goes on, which made room for them."""
+    model = tiny("random", vocab_size=257)
+    page = show([explain(model, byte_tokenizer(), "abc", depth=6.0, depths=[6.0])])
+    heights = page.evaluate(
+        """async () => { const found = [];
+            for (let i = 0; i < 6; i++) {
+              await new Promise(requestAnimationFrame);
+              found.push(document.body.scrollHeight);
+            }
+            return found; }"""
+    )
+    assert len(set(heights)) == 1 and page.locator(".prose.cut").count() == 0
+
+
+@pytest.mark.browser
+def test_a_page_without_budgets_has_no_slider(show):
+    page = show([explanation("expert_choice")])
+    assert page.locator("[data-section=budgets], input[type=range]").count() == 0
+
+
 CONTRAST = """
 () => {
   const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });

@@ -107,6 +107,7 @@ def test_a_collapsed_router_is_reported_as_one(length, tmp_path, undrawn):
         "<dt>router collapsed</dt><dd>none of the" in page
         and "tokens takes recursion 2 or 3</dd>" in page
     )
+    assert f"unknown; mor calibrate {tmp_path} measures them" in page, "it has no table of depths"
     with (tmp_path / "tables" / "separation.csv").open(newline="") as file:
         assert [row["recursion"] for row in csv.DictReader(file)] == ["2"], (
             "nothing was scored for recursion 3"

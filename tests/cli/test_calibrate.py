@@ -1,5 +1,6 @@
 """`mor calibrate`, and --depth where a model runs."""
 
+import csv
 import json
 import shutil
 
@@ -44,16 +45,35 @@ def test_calibrate_writes_a_table_that_depths_follow(own, capsys):
     main(["eval", str(own / "run"), "--depth", "1,75%"])
     shown = capsys.readouterr().out
     assert "tokens/s" in shown and "1.5" in shown
+    curve = ["eval", str(own / "run"), "--depth", "1,1.5,full", "--max-windows", "4", "--out"]
+    main([*curve, str(own / "curve.csv")])
+    with (own / "curve.csv").open(newline="") as file:
+        assert [row["depth"] for row in csv.DictReader(file)] == ["1.0", "1.5", "full"]
+    main([*curve, str(own / "curve.svg")])
+    drawn = (own / "curve.svg").read_text()
+    assert "mean depth spent" in drawn and "microseconds per token" in drawn
     generate = ["generate", str(own / "run"), "--prompt", "The", "--max-new-tokens", "4", "--json"]
     main([*generate, "--depth", "100%"])
     assert set(last_json(capsys)["depths"]) <= {1, 2, 3}
     main([*generate, "--depth", "full"])
     assert set(last_json(capsys)["depths"]) == {2}
 
+    page = ["explain", str(own / "run"), "--text", "The square of 3", "--json"]
+    main(page)
+    (found,) = last_json(capsys)["models"]
+    asked = [budget["asked"] for budget in found["budgets"]]
+    assert asked == [1.0, 1.5, 2.0, "full", 3.0, 4.0], "a few of those that it can have"
+    main([*page, "--depths", "1,full"])
+    (found,) = last_json(capsys)["models"]
+    assert [budget["mean_depth"] for budget in found["budgets"]] == [1, 2]
+
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["eval", "RUN", "--depth", "1,2", "--out", "curve.pdf"], "written as .svg, .png, .csv"),
+        (["eval", "RUN", "--out", "a.svg"], "--out has no effect without --tasks or --depth"),
+        (["explain", "RUN", "--text", "a", "--depths", "1.5"], "run mor calibrate"),
         (["eval", "RUN", "--depth", "half"], "--depth takes a mean depth"),
         (["eval", "RUN", "--depth", "0.5"], "from 1 on"),
         (["eval", "RUN", "--depth", "2", "--by-depth"], "--by-depth has no effect"),

@@ -1,5 +1,6 @@
 """mor report: analyses of a run, and the page that collects them."""
 
+import csv
 import json
 
 import pytest
@@ -9,7 +10,9 @@ from mor import checkpoint
 from mor.analysis.report import ENTRIES
 from mor.cli import main
 from mor.data.tokenizer import byte_tokenizer
+from mor.evaluation.calibrate import calibrate
 from tests.analysis.small_corpus import TEXT
+from tests.budgets import text
 from tests.conftest import tiny
 
 
@@ -36,6 +39,7 @@ def test_the_command_reports_a_run_and_collects_again_without_analysing(
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     model = tiny("expert_choice", vocab_size=257)
+    calibrate(model, text(400), seq_len=23, max_windows=6, deepest=4)
     checkpoint.save(run / "checkpoints" / "step-00000002", model, byte_tokenizer())
     (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics(True)))
     (tmp_path / "text.txt").write_text(TEXT * 6)
@@ -60,6 +64,13 @@ def test_the_command_reports_a_run_and_collects_again_without_analysing(
         and "1.5500" in page
         and "collapsed" not in page
     )
+    assert "mor calibrate" not in page
+    with (run / "tables" / "depth_curve.csv").open(newline="") as file:
+        curve = list(csv.DictReader(file))
+    assert [row["depth"] for row in curve] == ["1.0", "1.5", "2.0", "2.5", "3.0", "full", "4.0"]
+    spent = [float(row["mean_depth"]) for row in curve]
+    assert spent[0] == 1 and spent[5] == 3 and spent == sorted(spent)
+    assert all(float(row["microseconds_per_token"]) > 0 for row in curve)
     assert "report.html" in capsys.readouterr().out
     (run / "tables" / "extra.csv").write_text("a,b\n1,2\n")
     main(["report", str(run), "--no-analyse", "--out", str(tmp_path / "again.html")])

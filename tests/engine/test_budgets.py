@@ -87,6 +87,16 @@ def test_an_engine_has_a_default_depth_and_a_deepest_one():
             Engine(model, config=EngineConfig(**wrong))
 
 
+def test_where_one_threshold_serves_all_recursions_an_engine_has_room_for_them():
+    model, prompts = calibrated("gain", "hybrid"), [[*range(9)], [4, 5]] * 2
+    depths = (1.6, None, 4.3, "full")
+    params = [SamplingParams(max_new_tokens=6, temperature=0, depth=depth) for depth in depths]
+    engine = Engine(model)
+    assert engine.deepest == 5
+    same(engine.generate(prompts, params), generate(model, prompts, params))
+    assert Engine(model, config=EngineConfig(max_depth=2)).deepest == 3
+
+
 def test_the_plain_decoder_takes_one_depth_for_all_and_others_by_request():
     model, prompts = calibrated("expert"), [[1, 2, 3], [4, 5]]
     params = [SamplingParams(max_new_tokens=3, depth=depth) for depth in (None, 1)]

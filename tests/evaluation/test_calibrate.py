@@ -7,7 +7,7 @@ from mor.evaluation.calibrate import calibrate, threshold_for
 from mor.evaluation.nll import evaluate
 from mor.model.budget import EVERYONE, NOBODY
 from mor.model.config import RouterConfig
-from tests.budgets import text
+from tests.budgets import GAIN, text
 from tests.conftest import tiny
 
 
@@ -23,6 +23,18 @@ def test_what_is_asked_for_is_spent_on_other_text(kind):
     assert model.depth_table is table
     found = evaluate(model, text(1600, seed=2), seq_len=25, depth=1.7)  # between the checked ones
     assert found.mean_depth == pytest.approx(1.7, rel=0.05) and found.causal
+
+
+def test_where_gains_are_predicted_one_threshold_serves_all_recursions():
+    model = tiny(GAIN, kv_strategy="final")
+    table = calibrate(model, text(2000), seq_len=25, deepest=4)
+    assert table.reachable() == [(1.0, 4.0)] and table.checked == (1.5, 2.0, 2.5, 3.0, 4.0)
+    for row in table.thresholds:
+        assert len({threshold for threshold in row if threshold < NOBODY}) <= 1
+    falling = [min(row) for row in table.thresholds]
+    assert falling == sorted(falling, reverse=True), "more budget takes what is worth less"
+    for depth, spent in zip(table.checked, table.spent["held out"], strict=True):
+        assert spent == pytest.approx(depth, rel=0.1)  # few tokens of 37 take most recursions
 
 
 def test_equal_weights_and_text_give_equal_tables():

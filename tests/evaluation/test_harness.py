@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -32,6 +33,8 @@ from mor.evaluation.harness import (
 )
 from mor.evaluation.nll import evaluate
 from mor.hub.modeling import MoRForCausalLM
+from mor.model.budget import router_for
+from tests.cli.printed import last_json
 from tests.conftest import tiny
 
 # Documents as the hub has them, by lm-eval's task.
@@ -327,6 +330,26 @@ def test_mistakes_are_explained(hub, tmp_path):
         evaluate_tasks(*wrapped(), ["piqa"], include_path=tmp_path)
 
 
+@pytest.mark.parametrize("depth", ["1", "4.5"])
+def test_the_command_scores_a_benchmark_at_a_depth(depth, hub, tmp_path, capsys):
+    """Every answer has the log-likelihood that the model gives it with that budget."""
+    model = wrapped("random")[0].model
+    checkpoint.save(tmp_path / "c", model, byte_tokenizer())
+    command = ["eval", str(tmp_path / "c"), "--tasks", "arc", "--include-path", str(hub), "--json"]
+    main([*command, "--depth", depth, "--out", str(tmp_path / "all.json")])
+    assert last_json(capsys)["tasks"][0]["task"] == "arc"
+    full = SimpleNamespace(full=json.loads((tmp_path / "all.json").read_text()))
+    found, tokenizer = requests(full), byte_tokenizer()
+    assert len(found) == 9
+    for (*_, context, answer), value in found.items():
+        ids, new = tokenizer.encode(context), tokenizer.encode(answer)
+        with torch.no_grad():
+            router = router_for(model, float(depth))
+            logp = model(torch.tensor([ids + new]), router=router).logits_BTV[0].log_softmax(-1)
+        expected = logp[range(len(ids) - 1, len(ids) + len(new) - 1), new].sum()
+        assert value == pytest.approx(float(expected), abs=1e-3)
+
+
 def test_the_command_prints_a_table_or_json_for_mor_and_for_others(hub, tmp_path, capsys):
     model, _ = wrapped()
     checkpoint.save(tmp_path / "c", model.model, byte_tokenizer())
@@ -356,6 +379,8 @@ def test_the_command_prints_a_table_or_json_for_mor_and_for_others(hub, tmp_path
         and tokenizer.eos_token_id == 256
     )
     for arguments, words in [
+        (["--tasks", "piqa", "--depth", "1,2"], "--tasks takes one --depth"),
+        (["--tasks", "piqa", "--depth", "1.5"], "run mor calibrate"),
         (["--tasks", "piqa", "--by-depth"], "by-depth"),
         (["--limit", "3"], "--limit"),
         (["--tasks", "nothing"], "no task 'nothing'"),

@@ -30,6 +30,7 @@ def some_models():
         for k, kv in enumerate(strategies):
             marks = () if len(strategies) == 1 or (i + k) % 3 == 0 else pytest.mark.slow
             yield pytest.param(name, kv, id=f"{name}-{kv}", marks=marks)
+    yield pytest.param("gain", "final", id="gain-final")
 
 
 @pytest.mark.parametrize("capacities", [None, (1.0, 1.0, 0.75, 0.5), (1.0, 1.0, 1.0, 1.0)])

@@ -1,6 +1,7 @@
 """Training end to end on a small corpus: learns, resumes bit for bit, says what is wrong."""
 
 import importlib
+import io
 import math
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from filelock import FileLock
+from rich.console import Console
 
 from mor import checkpoint
 from mor.cli.describe import facts
@@ -528,8 +530,11 @@ def test_an_existing_run_is_not_overwritten(squares, tmp_path):
 def test_a_long_run_ends_with_a_table_of_depths_that_later_weights_do_not_inherit(
     squares, tmp_path, monkeypatch
 ):
-    short = train(settings(squares, tmp_path / "short", steps=2), console=quiet())
+    console = Console(file=io.StringIO(), width=400)
+    short = train(settings(squares, tmp_path / "short", steps=2), console=console)
     assert checkpoint.load(short.path).model.depth_table is None
+    said = "no table of depths, as the run is short; mor calibrate makes one for --depth\n"
+    assert console.file.getvalue().count(said) == 1
     monkeypatch.setattr(importlib.import_module("mor.training.loop"), "LEAST_TOKENS", 0)
     config = settings(squares, tmp_path / "run", steps=2)
     made = train(config, console=quiet())

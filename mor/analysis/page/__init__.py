@@ -16,7 +16,7 @@ import mor.page
 from mor.analysis.explain import Explanation
 
 DIGITS = 4
-SCRIPTS = ("base.js", "text.js", "drawings.js", "detail.js", "start.js")
+SCRIPTS = ("base.js", "text.js", "drawings.js", "budgets.js", "detail.js", "start.js")
 
 
 def render(explanations: Sequence[Explanation]) -> str:
@@ -35,8 +35,7 @@ def render(explanations: Sequence[Explanation]) -> str:
             "cannot be compared; compare runs on the same task, or runs on text"
         )
     found = [e.to_dict() for e in explanations]
-    # The summary is rounded by the page alone, so that the terminal shows the same numbers.
-    data = {"models": [rounded(model) | {"summary": model["summary"]} for model in found]}
+    data = {"models": [_fewer_digits(model) for model in found]}
     plain = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
         "<", "\\u003c"
     )
@@ -57,6 +56,13 @@ def render(explanations: Sequence[Explanation]) -> str:
 def _judged_by(explanation: Explanation) -> list[str | None] | None:
     """The answers; None for next tokens, which are the text itself however it is cut."""
     return None if explanation.asked == "next token" else [t.target for t in explanation.tokens]
+
+
+def _fewer_digits(model: dict[str, Any]) -> dict[str, Any]:
+    """Means are rounded by the page alone, so that the terminal shows the same numbers."""
+    means = ("mean_depth", "nll")
+    budgets = [rounded(b) | {name: b[name] for name in means} for b in model["budgets"]]
+    return rounded(model) | {"summary": model["summary"], "budgets": budgets}
 
 
 def rounded(value: Any) -> Any:

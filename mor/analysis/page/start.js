@@ -36,9 +36,12 @@ function against() {
   });
 }
 
-// Says so where a panel holds more than is seen.
+// Says so where a panel holds more than is seen. Below its full height it shows everything: there the mark would make room for itself.
 function markCut(box, content = box) {
-  const mark = () => box.classList.toggle("cut", box.scrollHeight - box.scrollTop - box.clientHeight > 4);
+  const mark = () => {
+    const isFull = box.offsetHeight >= parseFloat(getComputedStyle(box).maxHeight) - 1;
+    box.classList.toggle("cut", isFull && box.scrollHeight - box.scrollTop - box.clientHeight > 4);
+  };
   const observer = new ResizeObserver(mark);
   box.addEventListener("scroll", mark);
   [box, content].forEach((node) => observer.observe(node));
@@ -67,6 +70,7 @@ document.querySelectorAll(".asked").forEach((node) => node.replaceChildren(asked
 against();
 part("summary", summary);
 part("text", prose);
+part("budgets", budgets);
 part("scores", scores);
 part("exits", exits);
 part("counterfactuals", counterfactuals);
@@ -76,6 +80,7 @@ if (!models.some(routed))
   document
     .querySelectorAll('.routed, [data-section="scores"], [data-section="classes"], [data-section="flow"]')
     .forEach((s) => s.remove());
+if (!models.some((m) => m.budgets.length)) document.querySelector('[data-section="budgets"]').remove();
 if (!models.some(looped)) document.querySelectorAll('[data-section="counterfactuals"]').forEach((s) => s.remove());
 modes();
 setMode(state.mode);

@@ -109,7 +109,8 @@ function prose(m, k) {
       t.piece,
     ),
   );
-  return el("div", { class: "prose", role: "listbox", tabindex: 0, "aria-label": "Text, token by token" }, tokens);
+  const look = { class: "prose", style: `--deepest:${m.model.num_recursions}` };
+  return el("div", { ...look, role: "listbox", tabindex: 0, "aria-label": "Text, token by token" }, tokens);
 }
 
 function legend() {
