@@ -62,7 +62,8 @@ def _fewer_digits(model: dict[str, Any]) -> dict[str, Any]:
     """Means are rounded by the page alone, so that the terminal shows the same numbers."""
     means = ("mean_depth", "nll")
     budgets = [rounded(b) | {name: b[name] for name in means} for b in model["budgets"]]
-    return rounded(model) | {"summary": model["summary"], "budgets": budgets}
+    fewer: dict[str, Any] = rounded(model)
+    return fewer | {"summary": model["summary"], "budgets": budgets}
 
 
 def rounded(value: Any) -> Any:
