@@ -34,6 +34,7 @@ OF_SEVERAL_MODULES = {
     "parity",
     "public_interface",
     "server/clients",
+    "server/depth",
     "style",
 }
 ON_DISK = {"threshold_R", "bias_R", "need_V"}  # buffers of routers, named in every checkpoint
