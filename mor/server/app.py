@@ -152,7 +152,8 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         """Text of token ids."""
         return JSONResponse(service.detokenize(body))
 
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health")
     async def health() -> JSONResponse:
         """200 while requests are taken; 503 before the model is loaded and after the end."""
         service.thread.check_open()
@@ -179,7 +180,8 @@ def _add_page(app: FastAPI) -> None:
     folders = [files("mor.server") / "page", files("mor") / "page"]
     parts = {part.name: part for folder in folders for part in folder.iterdir()}
 
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.head("/", include_in_schema=False)
+    @app.get("/", include_in_schema=False)
     async def index() -> Response:
         return file("playground.html")
 
