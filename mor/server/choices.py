@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -237,9 +236,9 @@ class CompletionForm(Form):
     def _best(self, choices: list[dict[str, Any]], requests: Sequence[Request]) -> list[Any]:
         """Of each prompt's choices the n with the highest log-probability per token."""
         each, n, kept = self.request.best_of or 1, self.request.n or 1, []
-        score = [mean(request.logprobs or [-math.inf]) for request in requests]
+        score = [mean(request.logprobs) for request in requests]
         for start in range(0, len(choices), each):
-            order = sorted(range(start, start + each), key=score.__getitem__, reverse=True)
+            order = sorted(range(start, start + each), key=lambda i: score[i] or 0.0, reverse=True)
             kept += [choices[i] for i in order[:n]]
         return [choice | {"index": index} for index, choice in enumerate(kept)]
 

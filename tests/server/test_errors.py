@@ -66,5 +66,7 @@ def test_what_others_raise_gets_the_same_form():
 def test_of_a_field_with_several_forms_the_message_is_about_the_one_that_was_meant(fields, said):
     with pytest.raises(ValidationError) as refused:
         CompletionRequest(**fields)
-    error = RequestValidationError([e | {"loc": ("body", *e["loc"])} for e in refused.value.errors()])
+    error = RequestValidationError(
+        [e | {"loc": ("body", *e["loc"])} for e in refused.value.errors()]
+    )
     assert answer(errors.answer_invalid, error)[1]["message"] == said

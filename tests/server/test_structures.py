@@ -40,7 +40,9 @@ def test_a_costly_structure_is_refused_and_the_others_are_compiled(structures):
             return_exceptions=True,
         )
         begun = [process._running for process in structures._all]
-        assert all("is too costly: compiling it takes longer than 0.7 s" in str(f) for f in found[:3])
+        assert all(
+            "is too costly: compiling it takes longer than 0.7 s" in str(f) for f in found[:3]
+        )
         assert found[3] is None and "cannot be followed" in str(found[4])
         with pytest.raises(ValueError, match="too costly"):
             await structures.compile(TOKENIZER, for_hours())
