@@ -1,7 +1,7 @@
 """A process that finds out whether structures can be compiled, and is gone if that takes too long.
 
-Reads lines of JSON: first the tokenizer, then structures. Answers each structure with a line, the
-reason why it cannot be followed or null.
+Reads lines of JSON: first the tokenizer, and says when it is ready; then structures. Answers each
+with a line, the reason why it cannot be followed or null.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mor.structure import Grammars, Structure
 def main() -> None:
     given = json.loads(sys.stdin.readline())
     made = Grammars(given["tokenizer"], given["end_ids"])
+    print("ready", flush=True)
     for line in sys.stdin:
         # Compiling cannot be interrupted, and nobody handles this signal: it ends the process.
         signal.setitimer(signal.ITIMER_REAL, given["limit_s"])

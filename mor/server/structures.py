@@ -59,7 +59,9 @@ class Structures:
         self._outcomes.move_to_end(structure)
         try:
             await asyncio.shield(asyncio.wrap_future(outcome))
-        except (ApiError, RuntimeError, ImportError):  # the structure is not to blame
+        except ValueError:
+            raise
+        except Exception:  # the structure is not to blame
             self._outcomes.pop(structure, None)
             raise
 
@@ -97,7 +99,7 @@ class _Process:
         """Raise ValueError for a structure that cannot be followed, or not within the limit."""
         if not self._is_open:
             raise ApiError(503, "the server is shutting down", code="draining")
-        running = self._running = self._running or self._begin(tokenizer)
+        running = self._running or self._begin(tokenizer)
         assert running.stdin is not None and running.stdout is not None
         try:
             _write(running, {"kind": structure.kind, "text": structure.text})
@@ -108,21 +110,21 @@ class _Process:
             if (reason := json.loads(answer)) is not None:
                 raise ValueError(reason)
             return
-        self._running = None
-        _close(running)
+        self._gone(running)
         if running.returncode == -signal.SIGALRM:
             raise ValueError(
                 f"the structure ({structure.kind}) is too costly: compiling it takes longer than "
                 f"{self._limit_s:g} s; make it smaller"
             )
-        if not self._is_open:
-            raise ApiError(503, "the server is shutting down", code="draining")
-        raise RuntimeError(f"the process that compiles structures ended ({running.returncode})")
+        raise ValueError(
+            f"the structure ({structure.kind}) cannot be followed: compiling it ended the process "
+            f"that tried ({running.returncode})"
+        )
 
     def _begin(self, tokenizer: Tokenizer) -> subprocess.Popen[str]:
         home = str(Path(mor.__file__).parents[1])
         path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
-        running = subprocess.Popen(
+        running = self._running = subprocess.Popen(
             [sys.executable, "-m", "mor.server.structure_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -131,9 +133,26 @@ class _Process:
             env=os.environ | {"PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C is for the server
         )
+        if not self._is_open:  # closed meanwhile
+            running.kill()
         given = {"tokenizer": tokenizer.backend.to_str(), "end_ids": list(tokenizer.end_ids)}
-        _write(running, given | {"limit_s": self._limit_s})
+        assert running.stdout is not None
+        try:
+            _write(running, given | {"limit_s": self._limit_s})
+            is_ready = bool(running.stdout.readline())
+        except BrokenPipeError:
+            is_ready = False
+        if not is_ready:
+            self._gone(running)
+            raise RuntimeError(f"no process for structures could be begun ({running.returncode})")
         return running
+
+    def _gone(self, running: subprocess.Popen[str]) -> None:
+        """Clear up after a process. Raises ApiError 503 if it was closed."""
+        self._running = None
+        _close(running)
+        if not self._is_open:
+            raise ApiError(503, "the server is shutting down", code="draining")
 
     def close(self) -> None:
         self._is_open = False

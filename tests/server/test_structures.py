@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from mor.data.tokenizer import byte_tokenizer
 from mor.server.errors import ApiError
-from mor.server.structures import MOST_WAITING, Structures
+from mor.server.structures import MOST_WAITING, PROCESSES, Structures
 from mor.structure import Structure
 from tests.server.served import make_engine, running, wait_until
 
@@ -52,6 +53,25 @@ def test_a_costly_structure_is_refused_and_the_others_are_compiled(structures):
     asyncio.run(run())
 
 
+def test_a_structure_that_breaks_the_process_is_refused_and_the_next_one_is_compiled():
+    made = Structures(limit_s=3600)
+
+    async def run():
+        await made.compile(TOKENIZER, schema(type="null"))
+        task = asyncio.create_task(made.compile(TOKENIZER, for_hours()))
+        while made._processes.qsize() == PROCESSES:
+            await asyncio.sleep(0.01)
+        next(p._running for p in made._all if p._running).kill()
+        with pytest.raises(ValueError, match=r"ended the process that tried \(-9\)"):
+            await task
+        await made.compile(TOKENIZER, schema(type="boolean"))
+
+    try:
+        asyncio.run(run())
+    finally:
+        made.close()
+
+
 def test_more_than_may_wait_are_told_to_come_again(structures):
     async def run():
         structures._compile = lambda *_: stop.wait()
@@ -63,8 +83,6 @@ def test_more_than_may_wait_are_told_to_come_again(structures):
         assert refused.value.status == 429
         stop.set()
         await asyncio.gather(*waiting)
-
-    import threading
 
     stop = threading.Event()
     asyncio.run(run())
