@@ -62,7 +62,8 @@ class Answer:
     """token_ids: the new tokens, a stop token included. text: what may be shown, but for what ended
     it. finish_reason: None until it is complete. stop_reason: the stop string or token that
     ended it; None if its length did, or its structure without an end token. changes: what bias and
-    penalties do to logits; None if there are none.
+    penalties do to logits; None if there are none. dead_end: why the settings leave no token that
+    could follow; None while they do.
 
     tokenizer: for the text, which stays empty without one. Raises ValueError for settings that need
     a tokenizer without one, and for a structure that llguidance refuses.
@@ -74,6 +75,7 @@ class Answer:
         self.params, self.prompt_ids, self.token_ids = params, prompt_ids, list[int]()
         self.finish_reason: Reason | None = None
         self.stop_reason: str | int | None = None
+        self.dead_end: str | None = None
         for name, setting in (("stop strings", params.stop), ("a structure", params.structure)):
             if setting and tokenizer is None:
                 raise ValueError(f"{name} cannot be followed without a tokenizer; give one")
@@ -149,11 +151,13 @@ class Answer:
         return rest
 
     def impossible(self) -> str:
-        """Why no token may come next, where none may."""
+        """Why no token may come next, where none may; kept as ``dead_end``."""
         reason = "logit_bias, min_new_tokens and structure together forbid every token"
-        if self.grammars is not None and (error := self.matcher.get_error()):
-            reason = f"llguidance gave up on the structure: {error.splitlines()[0]}"
-        return f"no token may follow after {len(self.token_ids)} new ones: {reason}"
+        error = None if self.grammars is None else self.grammars.error(self.matcher)
+        if error is not None:
+            reason = f"llguidance gave up on the structure: {error}"
+        self.dead_end = f"no token may follow after {len(self.token_ids)} new ones: {reason}"
+        return self.dead_end
 
 
 def allowed_rows(answers: Sequence[Answer], vocab_size: int) -> np.ndarray:

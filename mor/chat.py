@@ -35,7 +35,11 @@ class Chat:
 
         messages: role (system, user or assistant) and content of each turn.
         """
-        return self.tokenizer.encode(self._render(messages, add_generation_prompt=True))
+        return self.tokenizer.encode(self.text(messages))
+
+    def text(self, messages: Sequence[Message]) -> str:
+        """What the prompt is made of: the conversation as the template writes it."""
+        return self._render(messages, add_generation_prompt=True)
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         try:

@@ -45,24 +45,28 @@ class Structure(Settings):
                 schema = json.loads(self.text)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"the JSON schema is not JSON: {error}") from None
-            if not isinstance(schema, dict):
-                raise ValueError(f"a JSON schema must be a JSON object, got {self.text[:60]}")
+            if not isinstance(schema, dict | bool):
+                raise ValueError(
+                    f"a JSON schema must be an object, true or false, got {self.text[:60]}"
+                )
 
 
 class Grammars:
-    """Structures compiled for a tokenizer. Raises ImportError without llguidance, and ValueError
-    for a tokenizer that it cannot work with."""
+    """Structures compiled for a tokenizer, given as the ``tokenizers`` library writes it, with the
+    tokens that end a text. Raises ImportError without llguidance, and ValueError for a tokenizer
+    that it cannot work with."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: str, end_ids: Sequence[int]) -> None:
         with extra("serve", needed_for="structured output"):
             import llguidance
             import llguidance.numpy
         self._library = llguidance
-        self.end_ids = tokenizer.end_ids
+        self.end_ids = tuple(end_ids)
+        self._limits = llguidance.LLParserLimits(
+            max_grammar_size=200_000, max_lexer_states=100_000, verbose_errors=False
+        )
         try:
-            self._tokens = llguidance.LLTokenizer(
-                tokenizer.backend.to_str(), eos_token=list(tokenizer.end_ids)
-            )
+            self._tokens = llguidance.LLTokenizer(tokenizer, eos_token=list(end_ids))
         except Exception as error:  # the library has no narrower one
             raise ValueError(
                 f"structured output does not work with this tokenizer: {error}"
@@ -87,15 +91,27 @@ class Grammars:
                 "regex": matcher.grammar_from_regex,
                 "lark": matcher.grammar_from_lark,
             }[structure.kind](structure.text)
-            made = matcher(self._tokens, grammar, log_level=0)
-            reason = made.get_error()
+            made = matcher(self._tokens, grammar, log_level=0, limits=self._limits)
+            reason = made.get_error() or self._error_at_first(made)
         except Exception as error:
             reason = str(error)
         if reason:
             raise ValueError(
-                f"the structure ({structure.kind}) cannot be followed: {' '.join(reason.split())}"
+                f"the structure ({structure.kind}) cannot be followed: {_plain(reason)}"
             )
         return made
+
+    def _error_at_first(self, matcher: Any) -> str:
+        """Why there is no first token: some grammars compile, and are given up where they begin."""
+        tried = matcher.deep_copy()
+        tried.compute_bitmask()
+        return str(tried.get_error())
+
+    @staticmethod
+    def error(matcher: Any) -> str | None:
+        """Why llguidance gave up on an answer's structure; None while it has not."""
+        reason = matcher.get_error()
+        return _plain(reason) if reason else None
 
     def allowed(self, matchers: Sequence[Any], vocab_size: int) -> np.ndarray:
         """Which tokens may come next in each answer, (M, V) of bool."""
@@ -115,7 +131,14 @@ class Grammars:
         return allowed_MV
 
 
+def _plain(reason: str) -> str:
+    """A reason of llguidance in one line."""
+    return " ".join(reason.replace("<non-verbose/>", "").split())[:500]
+
+
 def _of_schema(matcher: Any, schema: str) -> str:
+    # The library takes true and false as parts of a schema alone.
+    schema = {"true": "{}", "false": '{"anyOf": [false]}'}.get(schema.strip(), schema)
     grammar: str = matcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _SPACE})
     return grammar
 
@@ -123,4 +146,4 @@ def _of_schema(matcher: Any, schema: str) -> str:
 @lru_cache(maxsize=4)
 def grammars(tokenizer: Tokenizer) -> Grammars:
     """Made once for a tokenizer: a large one takes half a second."""
-    return Grammars(tokenizer)
+    return Grammars(tokenizer.backend.to_str(), tokenizer.end_ids)

@@ -254,7 +254,7 @@ def test_what_llguidance_refuses_is_refused_with_its_reason(kind, text, words):
     ("settings", "words"),
     [
         (dict(kind="json_schema", text="{"), "the JSON schema is not JSON"),
-        (dict(kind="json_schema", text="[1]"), "must be a JSON object"),
+        (dict(kind="json_schema", text="[1]"), "must be an object, true or false"),
         (dict(kind="json_object", text="{}"), "takes no text"),
         (dict(kind="regex"), "needs a text"),
         (dict(kind="xml", text="x"), "kind must be"),
@@ -275,6 +275,19 @@ def test_a_tokenizer_is_needed_and_must_fit_the_model():
             run()
     with pytest.raises(ValueError, match="do not belong together"):
         generate(tiny(), [[1]], params, tokenizer=BYTES)
+
+
+def test_true_is_a_schema_of_any_json_and_false_of_none():
+    made = grammars(BYTES)
+    matcher = made.matcher(Structure(kind="json_schema", text="true"))
+    assert matcher.consume_tokens(BYTES.encode('[1, "a"]')) and matcher.is_accepting()
+    with pytest.raises(ValueError, match="cannot be followed: Unsatisfiable"):
+        made.matcher(Structure(kind="json_schema", text="false"))
+
+
+def test_a_structure_that_llguidance_gives_up_at_once_is_refused_before_it_runs():
+    with pytest.raises(ValueError, match=r"cannot be followed: NoExtension"):
+        grammars(BYTES).matcher(Structure(kind="json_schema", text='{"$ref": "#"}'))
 
 
 def test_compiled_once_for_all_answers():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from rich.console import Console
 from tyro.conf import Positional
 
@@ -46,9 +47,19 @@ class Generate(Command):
     """Cut tokens below this share of the likeliest one's probability."""
     repetition_penalty: PositiveFloat = 1.0
     """Above 1, tokens that have come before are less likely."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Subtracted from a token's logit for each time that the answer has it."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Subtracted once if the answer has it."""
+    logit_bias: dict[NonNegativeInt, float] = field(default_factory=dict)
+    """Tokens and what is added to their logits: 12 -5 7 2 adds -5 to token 12 and 2 to token 7."""
     seed: Seed = 0
     stop: tuple[str, ...] = ()
     """Texts that end the answer, which is printed up to the first of them."""
+    stop_token_ids: tuple[NonNegativeInt, ...] = ()
+    """Tokens that end the answer, beside those that end any text."""
+    min_new_tokens: NonNegativeInt = 0
+    """Nothing ends the answer before so many tokens."""
     json_schema: Path | None = None
     """A file with a JSON schema; the answer is JSON of it (extra serve)."""
     grammar: Path | None = None
@@ -64,12 +75,16 @@ class Generate(Command):
     device: str = "auto"
     """auto, cpu, cuda or another PyTorch device."""
     json: bool = False
+    logprobs: bool = False
+    """With --json, also the log-probability of each new token."""
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         if self.temperature == 0:
             yield "top_k top_p min_p seed", "with --temperature 0, which takes the likeliest token"
         if self.json:
             yield "show_depth", "with --json, which has the depths anyway"
+        else:
+            yield "logprobs", "without --json, which has a place for them"
         if not self.chat:
             yield "system", "without --chat, whose template has a place for it"
 
@@ -124,9 +139,14 @@ class Generate(Command):
             top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            logit_bias=self.logit_bias,
             seed=self.seed,
-            stop_token_ids=stop_token_ids,
+            stop_token_ids=(*stop_token_ids, *self.stop_token_ids),
             stop=self.stop,
+            min_new_tokens=self.min_new_tokens,
+            logprobs=self.logprobs,
             structure=self._structure(),
             depth=parse_depth(self.depth, model.config.num_recursions),
         )

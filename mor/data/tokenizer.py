@@ -40,6 +40,7 @@ _SAMPLE = (
     "  Größe 日本語 don't \t\n\n def f(x): return x**2 # 1234567 naïve CO₂ 🙂 e\u0301 A\u00a0B "
     + END_OF_TEXT
 )
+_LONG_TEXT = 20_000
 GENERATION = "generation_config.json"
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _UNUSUAL = ("日", "ж", "🛑")
@@ -173,6 +174,19 @@ class Tokenizer:
         return known
 
     @cached_property
+    def most_bytes_per_token(self) -> int | None:
+        """Of a marked-up text. None if that has no bound that is known: where text is changed
+        before it is split, or tokens take the white space around them."""
+        added = self.backend.get_added_tokens_decoder()
+        if not self.is_byte_level or self.backend.normalizer is not None:
+            return None
+        if any(token.lstrip or token.rstrip for token in added.values()):
+            return None
+        names = [token.content for token in added.values()]
+        longest = max(len(self.bytes_of(i)) for i in range(self.vocab_size))
+        return max(longest, *(len(name.encode()) for name in names))
+
+    @cached_property
     def _bytes(self) -> dict[int, bytes]:
         return {}
 
@@ -187,6 +201,8 @@ class Tokenizer:
 
     def _encoding(self, text: str, *, add_special_tokens: bool = False) -> tokenizers.Encoding:
         _check_unicode(text)
+        if len(text) > _LONG_TEXT:  # alone it would keep all other threads waiting
+            return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         return self.backend.encode(text, add_special_tokens=add_special_tokens)
 
     def encode_prompt(self, text: str) -> list[int]:

@@ -43,6 +43,8 @@ class Request:
     """What decides the depths of its tokens."""
     arrival_s: float = 0.0
     """When it was added, by ``time.monotonic()``."""
+    started_s: float | None = None
+    """When it got its first slot, by the same clock."""
     status: Status = Status.WAITING
     phase: Phase = Phase.READ
     answer: Answer = None  # type: ignore[assignment]
@@ -69,7 +71,8 @@ class Request:
     num_read: int = 0
     """Tokens whose keys and values are cached."""
     num_cached: int = 0
-    """Of these, the tokens that came from the prefix cache."""
+    """Tokens of the prompt that came from the prefix cache, until the first new token. What is read
+    again after a preemption does not count."""
     preemptions: int = 0
     faults: int = 0
     """Steps that failed while it ran."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 
@@ -121,7 +122,11 @@ class Scheduler:
         request.slot, request.status = self._free_slots.pop(), Status.RUNNING
         request.taken = [segment.taken for segment in segments]
         request.depths = [int(depth) for taken in request.taken for depth in taken.sum(1)]
-        request.num_read = request.num_cached = len(request.depths)
+        request.num_read = len(request.depths)
+        if not request.token_ids:
+            request.num_cached = request.num_read
+        if request.started_s is None:
+            request.started_s = time.monotonic()
         all_but_last = len(request.known_ids) - 1
         request.phase = Phase.READ if request.num_read < all_but_last else Phase.ENTER
         insort(self.running, request, key=_age)

@@ -60,6 +60,7 @@ def make_app(service: Service) -> ASGIApp:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.thread.start()
         yield
+        service.structures.close()
         await service.thread.stop()
 
     app = FastAPI(
@@ -151,6 +152,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         """Text of token ids."""
         return JSONResponse(service.detokenize(body))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
         """200 while requests are taken; 503 before the model is loaded and after the end."""
@@ -176,7 +178,9 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 def _add_page(app: FastAPI) -> None:
     """The playground, whose files lie in two folders."""
     folders = [files("mor.server") / "page", files("mor") / "page"]
+    parts = {part.name: part for folder in folders for part in folder.iterdir()}
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
         return file("playground.html")
@@ -186,8 +190,7 @@ def _add_page(app: FastAPI) -> None:
         return file(name)
 
     def file(name: str) -> Response:
-        found = [folder / name for folder in folders if (folder / name).is_file()]
         kind = PAGE_TYPES.get(name[name.rfind(".") :])
-        if kind is None or not found:
+        if kind is None or name not in parts:
             raise HTTPException(404)
-        return Response(found[0].read_bytes(), media_type=kind)
+        return Response(parts[name].read_bytes(), media_type=kind)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -11,8 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from mor.engine import Request, RequestOutput
-from mor.server.engine_thread import FAILED, Answer
-from mor.server.errors import ApiError
+from mor.server.engine_thread import Answer, failure
 from mor.server.protocol import ChatRequest, Common, CompletionRequest
 from mor.server.token_texts import Offsets, TokenTexts
 
@@ -31,6 +29,16 @@ class Piece(NamedTuple):
     """Recursions behind each token."""
     finish_reason: str | None
     stop_reason: str | int | None
+
+
+class Written(NamedTuple):
+    """New tokens that a client has got, and the recursions behind them."""
+
+    tokens: int = 0
+    recursions: int = 0
+
+    def plus(self, piece: Piece) -> Written:
+        return Written(self.tokens + len(piece.token_ids), self.recursions + sum(piece.depths))
 
 
 class Choice(NamedTuple):
@@ -58,24 +66,23 @@ def mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def usage(requests: Sequence[Request], prompts: int, *, unwritten: int = 0) -> dict[str, Any]:
+def usage(requests: Sequence[Request], prompts: int, written: Written) -> dict[str, Any]:
     """Tokens read and written, and how deep. prompts: how many of the requests, evenly spaced, are
-    counted as prompts; the others are further choices of the same. unwritten: new tokens of each
-    that nobody asked for."""
+    counted as prompts; the others are further choices of the same."""
     read = requests[:: max(1, len(requests) // prompts)]
     read_tokens = sum(len(request.prompt_ids) for request in read)
-    written = sum(max(0, len(request.token_ids) - unwritten) for request in requests)
-    behind = [depth for request in requests for depth in new_depths(request)]
     before = [d for request in read for d in request.depths[: len(request.prompt_ids)]]
     return {
         "prompt_tokens": read_tokens,
-        "completion_tokens": written,
-        "total_tokens": read_tokens + written,
+        "completion_tokens": written.tokens,
+        "total_tokens": read_tokens + written.tokens,
         "prompt_tokens_details": {
             "cached_tokens": sum(request.num_cached for request in read),
             "mean_depth": mean(before),
         },
-        "completion_tokens_details": {"mean_depth": mean(behind)},
+        "completion_tokens_details": {
+            "mean_depth": written.recursions / written.tokens if written.tokens else None
+        },
     }
 
 
@@ -108,11 +115,15 @@ class Form(ABC):
         self._ends_with_usage = bool(options and options.include_usage)
         self._always_usage = bool(options and options.continuous_usage_stats)
         self._offsets: dict[int, Offsets] = {}
+        self._sent = Written()
 
     # Whole.
 
     def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
         """The body of an answer that is complete."""
+        written = Written()
+        for request in requests:
+            written = written.plus(self._shown(_of_request(request)))
         return {
             "id": self.id,
             "object": self.name,
@@ -122,14 +133,14 @@ class Form(ABC):
                 self._whole(choice, request)
                 for choice, request in zip(self.choices, requests, strict=True)
             ],
-            "usage": self._usage(requests),
+            "usage": usage(requests, self.prompts, written),
         }
 
     def _whole(self, choice: Choice, request: Request) -> dict[str, Any]:
         piece = self._shown(_of_request(request))
         made = {"index": choice.number, **self.content(choice, piece, request)}
         made |= self._common(piece)
-        return made | {"mean_depth": mean(new_depths(request))}
+        return made | {"mean_depth": mean(piece.depths)}
 
     def _common(self, piece: Piece) -> dict[str, Any]:
         made: dict[str, Any] = {"finish_reason": piece.finish_reason}
@@ -147,9 +158,6 @@ class Form(ABC):
             return piece
         return Piece("", [], [], [], [], piece.finish_reason and "length", None)
 
-    def _usage(self, requests: Sequence[Request]) -> dict[str, Any]:
-        return usage(requests, self.prompts, unwritten=int(self.nothing_new))
-
     # As events.
 
     def begin(self) -> list[dict[str, Any]]:
@@ -165,7 +173,7 @@ class Form(ABC):
             "choices": choices,
         }
         if self._always_usage:
-            made["usage"] = self._usage(answer.requests)
+            made["usage"] = usage(answer.requests, self.prompts, self._sent)
         elif self._ends_with_usage:
             made["usage"] = None
         return event(made)
@@ -175,13 +183,14 @@ class Form(ABC):
         made = []
         for place, output in outputs:
             if output.finish_reason == "error":
-                raise ApiError(500, FAILED)
+                raise failure(output.request)
             choice, piece = self.choices[place], self._shown(_of_output(output))
             if choice.prompt_text is not None and len(output.request.token_ids) >= 1:
                 made += self._echo(place, output.request, answer)
+            self._sent = self._sent.plus(piece)
             new = {"index": choice.number, **self.delta(place, piece), **self._common(piece)}
             if piece.finish_reason is not None:
-                new["mean_depth"] = mean(new_depths(output.request))
+                new["mean_depth"] = mean(self._shown(_of_request(output.request)).depths)
             made.append(self.chunk([new], answer))
         return made
 
@@ -195,7 +204,7 @@ class Form(ABC):
                 "created": self.created,
                 "model": self.model_name,
                 "choices": [],
-                "usage": self._usage(answer.requests),
+                "usage": usage(answer.requests, self.prompts, self._sent),
             }
             last = event(made)
         return last + DONE
@@ -227,9 +236,9 @@ class CompletionForm(Form):
     def _best(self, choices: list[dict[str, Any]], requests: Sequence[Request]) -> list[Any]:
         """Of each prompt's choices the n with the highest log-probability per token."""
         each, n, kept = self.request.best_of or 1, self.request.n or 1, []
-        score = [mean(request.logprobs) or -math.inf for request in requests]
+        score = [mean(request.logprobs) for request in requests]
         for start in range(0, len(choices), each):
-            order = sorted(range(start, start + each), key=lambda i: -score[i])
+            order = sorted(range(start, start + each), key=lambda i: score[i] or 0.0, reverse=True)
             kept += [choices[i] for i in order[:n]]
         return [choice | {"index": index} for index, choice in enumerate(kept)]
 
@@ -270,7 +279,7 @@ class CompletionForm(Form):
             "tokens": [self.texts.text_of(i) for i in piece.token_ids],
             "token_logprobs": list(piece.logprobs),
             "top_logprobs": tops,
-            "text_offset": offsets.of(piece.token_ids),
+            "text_offset": offsets.of(piece.token_ids, piece.text),
         }
 
     def _tops(self, token_id: int, logprob: float, top: TopLogprobs) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
@@ -37,10 +38,14 @@ class ServerConfig(Settings):
     """Events that wait for a client that reads slowly; beyond, it is cut off."""
     max_body_bytes: PositiveInt = 4 * 1024**2
     """Longest request body; beyond, 413."""
+    max_header_bytes: PositiveInt = 64 * 1024
+    """Longest head of a request, its path and headers; beyond, 431."""
     request_timeout_s: PositiveFloat = 300
     """Longest time for an answer."""
     read_timeout_s: PositiveFloat = 30
-    """Longest time for a request body to arrive."""
+    """Longest time for a request's head to arrive, and for its body."""
+    structure_timeout_s: PositiveFloat = 5
+    """Longest time for compiling a JSON schema, regular expression or grammar."""
     write_timeout_s: PositiveFloat = 10
     """Longest time that a client may leave the next event unread."""
     drain_s: NonNegativeFloat = 30
@@ -50,11 +55,13 @@ class ServerConfig(Settings):
         for name in ("api_key", "allow_origin"):
             if not all(value.strip() for value in getattr(self, name)):
                 raise ValueError(f"{name} holds an empty text; leave it out")
+        _check_keys(self.api_key)
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Those given, and those of the environment."""
-        return (*self.api_key, *os.environ.get(KEYS, "").split())
+        """Those given, and those of the environment. Raises ValueError for one that no client can
+        send."""
+        return (*self.api_key, *_check_keys(os.environ.get(KEYS, "").split()))
 
     @property
     def is_open(self) -> bool:
@@ -64,6 +71,16 @@ class ServerConfig(Settings):
     def url(self, port: int) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{port}"
+
+
+def _check_keys(keys: Sequence[str]) -> Sequence[str]:
+    for key in keys:
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ValueError(
+                "a key must be of visible ASCII characters, since it is sent in a header; change "
+                f"key {keys.index(key) + 1} of those in --api-key or {KEYS}"
+            )
+    return keys
 
 
 def _is_here(host: str) -> bool:

@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from types import TracebackType
@@ -44,11 +44,14 @@ class Observer(Protocol):
 
 
 class Step(NamedTuple):
-    """What a step did, beside its outputs. started: requests that got a slot."""
+    """What a step did, beside its outputs. started: requests that got a slot. num_tokens: read and
+    new ones. block_batch: tokens in a pass of the shared block, on average; None without any."""
 
     outputs: list[RequestOutput]
     started: list[Request]
     now_s: float
+    num_tokens: int
+    block_batch: float | None
     stats: dict[str, Any] | None
     """The engine's, now and then."""
 
@@ -89,8 +92,9 @@ class Answer:
             await self._changed.wait()
         if self._failure is not None:
             raise self._failure
-        if any(request.finish_reason == "error" for request in self.requests):
-            raise ApiError(500, FAILED)
+        for request in self.requests:
+            if request.finish_reason == "error":
+                raise failure(request)
         return self.requests
 
     def put(self, place: int, output: RequestOutput, max_unread: int) -> None:
@@ -129,7 +133,14 @@ class Answer:
         self.close()
 
 
-FAILED = "the model could not finish this answer; the server's log has the reason"
+def failure(request: Request) -> ApiError:
+    """What to tell of a request that ended with an error: what its own settings have led to, and
+    of anything else that there is a log."""
+    if (reason := request.answer.dead_end) is not None:
+        return ApiError(400, reason, code="dead_end")
+    return ApiError(500, "the model could not finish this answer; the server's log has the reason")
+
+
 _State = Literal["loading", "ready", "draining", "dead"]
 
 
@@ -304,6 +315,7 @@ class EngineThread:
         try:
             self._engine = self._make()
             self._waiting: list[Request] = []
+            self._before = (0, 0, 0)
             self._looked_s = 0.0
             self._call(self._ready)
             while not self._stopping:
@@ -360,6 +372,23 @@ class EngineThread:
         started = [r for r in left if r.status is Status.RUNNING or r.token_ids]  # not aborted
         self._look(now_s, outputs, started)
 
+    def _counted(self, outputs: Sequence[RequestOutput]) -> tuple[int, float | None]:
+        """num_tokens and block_batch of a step, by the engine's counters."""
+        measured = self._engine.measured
+        tokens, passes = measured.tokens, measured.passes
+        now = (tokens["read"], tokens["block"], passes["block"])
+        read, block, blocks = (new - old for new, old in zip(now, self._before, strict=True))
+        self._before = now
+        made = [output for output in outputs if output.token_id is not None]
+        if blocks:
+            return read + len(made), block / blocks
+        # Others than depth-wise do not count passes: each sequence takes part in those of its own.
+        depths = Counter[str]()
+        for output in made:
+            depths[output.request.request_id] += output.source_depth or 0
+        most = max(depths.values(), default=0)
+        return read + len(made), depths.total() / most if most else None
+
     def _look(
         self,
         now_s: float,
@@ -368,11 +397,12 @@ class EngineThread:
         *,
         at_once: bool = False,
     ) -> None:
-        stats = None
+        stats, (num_tokens, block_batch) = None, self._counted(outputs)
         if at_once or now_s - self._looked_s > SNAPSHOT_S:
             stats, self._looked_s = self._engine.stats(), now_s
             pools = self._engine.kv.pools
             stats["pages"] = sum(pool.num_pages for pool in pools)
             stats["pages_used"] = stats["pages"] - sum(pool.num_free for pool in pools)
-        if outputs or started or stats:
-            self._call(self._take, Step(outputs, list(started), now_s, stats))
+        if outputs or started or stats or num_tokens:
+            seen = Step(outputs, list(started), now_s, num_tokens, block_batch, stats)
+            self._call(self._take, seen)

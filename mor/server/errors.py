@@ -84,12 +84,20 @@ async def answer_http_error(_: Request, error: Exception) -> JSONResponse:
 async def answer_invalid(_: Request, error: Exception) -> JSONResponse:
     """A body whose fields are not what they must be."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    first = max(error.errors(), key=_fit)
     place = [key for key in first["loc"] if key != "body"]
     param = next((key for key in place if isinstance(key, str)), None)
     said = "the body is not valid JSON" if first["type"] == "json_invalid" else first["msg"]
     said = said.removeprefix("Value error, ")
-    return ApiError(400, f"{param}: {said}" if param else said, param=param).response()
+    numbers = "".join(f"[{key}]" for key in place if isinstance(key, int))
+    return ApiError(400, f"{param}{numbers}: {said}" if param else said, param=param).response()
+
+
+def _fit(error: Mapping[str, Any]) -> tuple[bool, int, int]:
+    """Of a field that may have several forms, each that it has not is an error: how near it is to
+    the form that was meant."""
+    numbers = [key for key in error["loc"] if isinstance(key, int)]
+    return not error["type"].endswith("_type"), len(numbers), sum(numbers)
 
 
 async def answer_unforeseen(_: Request, error: Exception) -> JSONResponse:

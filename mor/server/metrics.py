@@ -46,10 +46,9 @@ _SIZES = {
 
 
 class _Times:
-    """When a running request got its slot and its tokens."""
+    """When a running request got its tokens."""
 
     def __init__(self) -> None:
-        self.started_s: float | None = None
         self.first_s: float | None = None
         self.last_s = 0.0
 
@@ -85,7 +84,7 @@ class Metrics:
             registry=self.registry,
         )
         self._running: dict[str, _Times] = {}
-        self._before: dict[str, float] = {}
+        self._preemptions = 0
 
     def _make(self, kind: Any, name: str, text: str, **settings: Any) -> Any:
         made = kind(f"mor:{name}", text, ["model_name"], registry=self.registry, **settings)
@@ -97,13 +96,17 @@ class Metrics:
 
     def step(self, seen: Step) -> None:
         for request in seen.started:
-            times = self._running[request.request_id] = _Times()
-            times.started_s = seen.now_s
-            self._times["request_queue_time_seconds"].observe(seen.now_s - request.arrival_s)
+            self._running[request.request_id] = _Times()
+            waited_s = (request.started_s or seen.now_s) - request.arrival_s
+            self._times["request_queue_time_seconds"].observe(waited_s)
             self._counters["prefix_cache_queries"].inc(len(request.prompt_ids))
             self._counters["prefix_cache_hits"].inc(request.num_cached)
         tokens = [output for output in seen.outputs if output.token_id is not None]
         self._tokens(tokens, seen.now_s)
+        if seen.num_tokens:
+            self._sizes["iteration_tokens_total"].observe(seen.num_tokens)
+        if seen.block_batch is not None:
+            self._sizes["block_batch_size"].observe(seen.block_batch)
         if seen.stats is not None:
             self._look(seen.stats)
 
@@ -116,7 +119,7 @@ class Metrics:
                 continue
             if times.first_s is None:
                 times.first_s = now_s
-                arrival_s, started_s = output.request.arrival_s, times.started_s
+                arrival_s, started_s = output.request.arrival_s, output.request.started_s
                 self._times["time_to_first_token_seconds"].observe(now_s - arrival_s)
                 if started_s is not None:
                     self._times["request_prefill_time_seconds"].observe(now_s - started_s)
@@ -143,25 +146,6 @@ class Metrics:
         self._gauges["num_requests_running"].set(stats["running"])
         self._gauges["num_requests_waiting"].set(stats["waiting"])
         self._gauges["kv_cache_usage_perc"].set(stats["kv_bytes_used"] / max(1, stats["kv_bytes"]))
-        grown = self._grown(stats)
-        self._counters["num_preemptions"].inc(grown["preemptions"])
-        if steps := grown["sample"]:
-            made = grown["read_tokens"] + grown["sample_tokens"]
-            self._sizes["iteration_tokens_total"].observe(made / steps)
-        if grown["block"]:
-            self._sizes["block_batch_size"].observe(grown["block_tokens"] / grown["block"])
-
-    def _grown(self, stats: dict[str, Any]) -> dict[str, float]:
-        """By how much the engine's counters grew since the last look."""
-        passes, tokens = stats["passes"], stats["tokens"]
-        now = {
-            "preemptions": stats["preemptions"],
-            "sample": passes.get("sample", 0),
-            "block": passes.get("block", 0),
-            "sample_tokens": tokens.get("sample", 0),
-            "read_tokens": tokens.get("read", 0),
-            "block_tokens": tokens.get("block", 0),
-        }
-        grown = {name: value - self._before.get(name, 0) for name, value in now.items()}
-        self._before = now
-        return grown
+        preemptions = stats["preemptions"]
+        self._counters["num_preemptions"].inc(preemptions - self._preemptions)
+        self._preemptions = preemptions

@@ -17,8 +17,13 @@ from mor.server.errors import ApiError
 
 _BODY = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
+Count = Annotated[int, Field(lt=2**31)]
+Schema = dict[str, Any] | bool
+"""A JSON schema: true takes any JSON, false none."""
+MOST_STOPS = 64
 Words = Annotated[list[str], Field(fail_fast=True)]
 Word = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 SHARES: dict[Effort, float] = {
     "none": 0,
@@ -44,7 +49,7 @@ class JsonSchema(BaseModel):
     model_config = _BODY
 
     name: str | None = None
-    schema_: Annotated[dict[str, Any] | bool | None, Field(alias="schema")] = None
+    schema_: Annotated[Schema | None, Field(alias="schema")] = None
 
 
 class ResponseFormat(BaseModel):
@@ -59,7 +64,7 @@ class StructuredOutputs(BaseModel):
 
     model_config = _BODY
 
-    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    json_: Annotated[Schema | str | None, Field(alias="json")] = None
     """A JSON schema."""
     regex: str | None = None
     choice: Annotated[list[Word], Field(min_length=1)] | None = None
@@ -77,9 +82,9 @@ class Common(BaseModel):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    n: Annotated[Count, Field(ge=1)] | None = None
+    max_tokens: Annotated[Count, Field(ge=0)] | None = None
+    min_tokens: Annotated[Count, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**63)] | None = None
@@ -87,7 +92,7 @@ class Common(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Choice i of a prompt draws with seed + i. None: another one for each request."""
-    stop: Word | list[Word] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stop_token_ids: Ids | None = None
     ignore_eos: bool | None = None
     """Go on after a token that ends a text."""
@@ -95,7 +100,10 @@ class Common(BaseModel):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^\d+$")], Annotated[float, Field(ge=-100, le=100)]]
+        dict[
+            Annotated[str, Field(pattern=r"^[0-9]{1,10}$")],
+            Annotated[float, Field(ge=-100, le=100)],
+        ]
         | None
     ) = None
     response_format: ResponseFormat | None = None
@@ -143,10 +151,14 @@ class Common(BaseModel):
         """Alternatives to give with each token; None: no log-probabilities at all."""
         raise NotImplementedError
 
-    def structure(self) -> tuple[str, str] | None:
-        """Kind and text of what the answer must look like. Raises ApiError if two things ask for
-        it."""
-        asked = [*_of_format(self.response_format), *_of_outputs(self.structured_outputs)]
+    def structure(self) -> tuple[str, str, str] | None:
+        """Kind and text of what the answer must look like, and the field that asks for it. Raises
+        ApiError if two things do."""
+        named = {
+            "response_format": _of_format(self.response_format),
+            "structured_outputs": _of_outputs(self.structured_outputs),
+        }
+        asked = [(*each, name) for name, given in named.items() for each in given]
         if len(asked) > 1:
             raise ApiError(
                 400,
@@ -181,7 +193,7 @@ class CompletionRequest(Common):
         Field(union_mode="left_to_right"),
     ] = None
     """Text or token ids, or a list of either. Null and empty text begin a new document."""
-    best_of: Annotated[int, Field(ge=1)] | None = None
+    best_of: Annotated[Count, Field(ge=1)] | None = None
     """Write this many and give the n likeliest."""
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=50)] | None = None
@@ -247,7 +259,7 @@ class ChatRequest(Common):
     """Answer a conversation."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_completion_tokens: Annotated[Count, Field(ge=0)] | None = None
     logprobs: bool | None = None
     top_logprobs_: Annotated[
         Annotated[int, Field(ge=0, le=50)] | None, Field(alias="top_logprobs")

@@ -13,6 +13,7 @@ import uvicorn
 
 from mor.server.app import make_app
 from mor.server.errors import ApiError
+from mor.server.http import heads_limited
 from mor.server.service import Service
 
 LINGER_S = 5
@@ -34,6 +35,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=int(config.drain_s) + LINGER_S,
+                http=heads_limited(config.max_header_bytes, config.read_timeout_s),
             )
         )
         self.service = service

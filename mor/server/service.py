@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from mor.chat import Chat
@@ -26,13 +26,14 @@ from mor.server.protocol import (
     Message,
     TokenizeRequest,
 )
+from mor.server.structures import Structures
 from mor.server.token_texts import TokenTexts
-from mor.structure import Structure, grammars
+from mor.structure import Structure
 
 DEFAULT_LENGTH = 16
 """New tokens of a completion that names no number, as OpenAI has it."""
 LONG_TEXT = 20_000
-"""Characters from which on a text is tokenized outside the event loop."""
+"""Characters from which on a text is worked on outside the event loop."""
 SEEDS = 2**63
 T = TypeVar("T")
 
@@ -74,6 +75,7 @@ class Service:
         self._make, self._created = make, int(time.time())
         self._served: Served | None = None
         self.metrics = Metrics(model_name)
+        self.structures = Structures(limit_s=config.structure_timeout_s)
         self.thread = EngineThread(
             self._make_engine,
             self.metrics,
@@ -105,6 +107,7 @@ class Service:
         """Jobs and form of a completion. Raises ApiError 400 for what cannot be honoured."""
         served = self.served
         self._check(body)
+        self._check_ids("prompt", (i for p in body.prompts if isinstance(p, list) for i in p))
         prompts, each = body.prompts, body.best_of or body.n or 1
         self._check_choices(len(prompts) * each)
         jobs, choices = list[Job](), list[Choice]()
@@ -114,7 +117,7 @@ class Service:
             settings["logprobs"] = True
         for prompt in prompts:
             ids = await self._ids(prompt)
-            length = self._length(len(ids), body.wanted_length(), DEFAULT_LENGTH)
+            length = self._length(len(ids), body, DEFAULT_LENGTH)
             shown = None
             if body.echo:
                 shown = prompt if isinstance(prompt, str) else served.tokenizer.decode(ids)
@@ -130,9 +133,11 @@ class Service:
         each = body.n or 1
         self._check_choices(each)
         chat = self._chat()
-        ids = await self._conversation(body.messages)
+        text = await self._conversation(body.messages)
+        self._check_fits(text, "messages")
+        ids = await self._encode(text, "messages")
         settings = await self._settings(body, chat.stop_token_ids)
-        length = self._length(len(ids), body.wanted_length(), served.engine.max_len)
+        length = self._length(len(ids), body, served.engine.max_len)
         jobs = [Job(ids, _params(settings, length, number)) for number in range(each)]
         choices = [Choice(number, None) for number in range(each)]
         return jobs, self._form(ChatForm, body, choices, 1)
@@ -143,10 +148,10 @@ class Service:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give either prompt or messages", param="prompt")
         if body.messages is not None:
-            ids = await self._conversation(body.messages)
+            ids = await self._encode(await self._conversation(body.messages), "messages")
         else:
             marked = body.add_special_tokens is not False
-            ids = await self._encode(body.prompt or "", marked=marked)
+            ids = await self._encode(body.prompt or "", "prompt", marked=marked)
         found = {"count": len(ids), "max_model_len": served.engine.max_len, "tokens": ids}
         texts = [served.texts.text_of(i) for i in ids] if body.return_token_strs else None
         return found | {"token_strs": texts}
@@ -204,30 +209,53 @@ class Service:
             )
         return served.chat
 
-    async def _conversation(self, messages: Sequence[Message]) -> list[int]:
+    async def _conversation(self, messages: Sequence[Message]) -> str:
+        """A conversation as the template writes it."""
         plain, chat = [message.plain() for message in messages], self._chat()
         try:
-            return await _outside(sum(map(_size, plain)), lambda: chat.prompt(plain))
+            return await _outside(sum(map(_size, plain)), lambda: chat.text(plain))
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from None
 
     async def _ids(self, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
             return prompt
-        ids = await self._encode(prompt, marked=True)
+        self._check_fits(prompt, "prompt")
+        ids = await self._encode(prompt, "prompt", marked=True)
         return ids or [self.served.tokenizer.end_of_text_id]
 
-    async def _encode(self, text: str, *, marked: bool) -> list[int]:
+    async def _encode(self, text: str, param: str, *, marked: bool = False) -> list[int]:
         tokenizer = self.served.tokenizer
         encode = tokenizer.encode_prompt if marked else tokenizer.encode
         try:
             return await _outside(len(text), lambda: encode(text))
         except ValueError as error:
-            raise ApiError(400, str(error), param="prompt") from None
+            raise ApiError(400, str(error), param=param) from None
 
-    def _length(self, prompt: int, wanted: int | None, default: int) -> int:
+    def _check_fits(self, text: str, param: str) -> None:
+        """Refuse a text that has too many tokens whatever they are, before it is tokenized."""
+        served = self.served
+        longest, most = served.tokenizer.most_bytes_per_token, served.engine.max_len
+        size = len(text.encode(errors="replace"))
+        if longest is not None and size > most * longest:
+            raise ApiError(
+                400,
+                f"the model holds {most} tokens, of {longest} bytes at most; the prompt alone has "
+                f"{size} bytes",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def _check_ids(self, param: str, ids: Iterable[int]) -> None:
+        count = self.served.engine.model.config.vocab_size
+        if any(token_id >= count for token_id in ids):
+            raise ApiError(400, f"{param} has token ids outside 0..{count - 1}", param=param)
+
+    def _length(self, prompt: int, body: Common, default: int) -> int:
         """New tokens to make: at least one, since the engine reads a prompt by making one."""
-        most = self.served.engine.max_len
+        if not prompt:
+            raise ApiError(400, "a prompt is empty; give at least one token id", param="prompt")
+        wanted, most = body.wanted_length(), self.served.engine.max_len
         room = most - prompt
         length = min(default, room) if wanted is None else max(1, wanted)
         if length < 1 or length > room:
@@ -240,35 +268,38 @@ class Service:
                 param="max_tokens" if wanted is not None else "prompt",
                 code="context_length_exceeded",
             )
+        if (least := body.min_tokens or 0) > length:
+            raise ApiError(
+                400,
+                f"min_tokens={least} is more than the {length} tokens that are made at most",
+                param="min_tokens",
+            )
         return length
 
     async def _settings(self, body: Common, end_ids: Sequence[int]) -> dict[str, Any]:
         """For SamplingParams, without the length."""
         seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed
         ends = () if body.ignore_eos else end_ids
+        self._check_ids("stop_token_ids", body.stop_token_ids or ())
         settings = body.sampling() | self._depth(body)
         settings["seed"] = seed
         settings["stop_token_ids"] = tuple(dict.fromkeys((*ends, *(body.stop_token_ids or ()))))
         if (top := body.top_logprobs) is not None:
             settings |= {"logprobs": True, "top_logprobs": top}
+        self._check_ids("logit_bias", settings.get("logit_bias", ()))
         if (structure := body.structure()) is not None:
             settings["structure"] = await self._structure(*structure)
         return settings
 
-    async def _structure(self, kind: Any, text: str) -> Structure:
+    async def _structure(self, kind: Any, text: str, param: str) -> Structure:
         """A structure that the engine finds compiled. Raises ApiError 400 if it cannot be
         followed."""
-        tokenizer = self.served.tokenizer
-
-        def compiled() -> Structure:
-            made = Structure(kind=kind, text=text)
-            grammars(tokenizer).matcher(made)
-            return made
-
         try:
-            return await asyncio.to_thread(compiled)
+            made = Structure(kind=kind, text=text)
+            await self.structures.compile(self.served.tokenizer, made)
         except (ValueError, ImportError) as error:
-            raise ApiError(400, str(error), param="response_format") from None
+            raise ApiError(400, str(error), param=param) from None
+        return made
 
     def _depth(self, body: Common) -> dict[str, float]:
         """The setting for a wanted depth. The engine itself refuses one that cannot be had."""
@@ -327,8 +358,8 @@ def _size(message: dict[str, str]) -> int:
     return len(message["content"])
 
 
-async def _outside(characters: int, work: Callable[[], list[int]]) -> list[int]:
-    """Long texts are tokenized in another thread, so that nobody waits for them."""
+async def _outside(characters: int, work: Callable[[], T]) -> T:
+    """Long texts are worked on in another thread, so that nobody waits for them."""
     return await asyncio.to_thread(work) if characters > LONG_TEXT else work()
 
 

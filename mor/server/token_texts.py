@@ -38,6 +38,9 @@ class TokenTexts:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special
+
     def _find(self, token_id: int) -> bytes:
         name = self._backend.id_to_token(token_id)
         if name is None or token_id in self._special:
@@ -55,14 +58,17 @@ class TokenTexts:
 class Offsets:
     """Where tokens begin in their text, in characters."""
 
-    def __init__(self, texts: TokenTexts, start: int = 0) -> None:
-        self._texts, self._place = texts, start
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts, self._place = texts, 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def of(self, token_ids: Iterable[int]) -> list[int]:
-        """Of tokens that follow those of earlier calls."""
-        found = []
+    def of(self, token_ids: Iterable[int], text: str) -> list[int]:
+        """Of tokens that follow those of earlier calls, and ``text`` the text of the earlier ones.
+        A special token counts only where the text has its name: where a client wrote it."""
+        found, before = [], self._place
         for token_id in token_ids:
             found.append(self._place)
-            self._place += len(self._decoder.decode(self._texts.bytes_of(token_id)))
+            said = self._decoder.decode(self._texts.bytes_of(token_id))
+            if not self._texts.is_special(token_id) or text.startswith(said, self._place - before):
+                self._place += len(said)
         return found

@@ -5,7 +5,9 @@ import re
 
 import pytest
 
+from mor.checkpoint import load
 from mor.cli import main
+from mor.generation import SamplingParams, generate
 from tests.cli.printed import last_json
 
 
@@ -32,6 +34,31 @@ def test_a_prompt_is_not_echoed_before_the_options_are_checked(run, capsys):
         main(["generate", str(run / "run"), "--prompt", "The square", "--max-depth", "9"])
     printed = capsys.readouterr()
     assert printed.out == "" and "max_depth must be a whole number in 1..2, got 9" in printed.err
+
+
+def test_penalties_biases_and_ends_are_those_of_the_engine(run, capsys):
+    common = ["generate", str(run / "run"), "--prompt", "The square", "--max-new-tokens", "12"]
+    flags = ["--frequency-penalty", "1.5", "--presence-penalty", "-1", "--logit-bias", "40", "9"]
+    flags += ["50", "-5", "--stop-token-ids", "40", "--min-new-tokens", "5", "--logprobs"]
+    main([*common, *flags, "--temperature", "0", "--json"])
+    found = last_json(capsys)
+    _, model, tokenizer = load(run / "run")
+    params = SamplingParams(
+        max_new_tokens=12,
+        temperature=0,
+        frequency_penalty=1.5,
+        presence_penalty=-1,
+        logit_bias={40: 9, 50: -5},
+        stop_token_ids=(*tokenizer.end_ids, 40),
+        min_new_tokens=5,
+        logprobs=True,
+    )
+    prompt = tokenizer.encode_prompt("The square")
+    (want,) = generate(model, [prompt], params, tokenizer=tokenizer)
+    assert found["token_ids"] == want.token_ids and len(want.token_ids) >= 5
+    assert found["logprobs"] == pytest.approx(want.logprobs)
+    plain = SamplingParams(max_new_tokens=12, temperature=0)
+    assert generate(model, [prompt], plain)[0].token_ids != want.token_ids
 
 
 def test_stop_strings_and_structures_from_the_command_line(run, tmp_path, capsys):

@@ -2,6 +2,7 @@
 than complete characters."""
 
 import random
+import sys
 
 import pytest
 import tokenizers
@@ -162,3 +163,17 @@ def test_a_token_costs_the_same_at_the_end_of_a_long_text():
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ValueError, match="must not be empty"):
         TextStream(byte_tokenizer(), ["a", ""])
+
+
+def test_a_token_costs_the_same_for_one_stop_string_as_for_thousands():
+    def calls(stop):
+        stream, counted = TextStream(byte_tokenizer(), stop), []
+        sys.setprofile(lambda frame, event, argument: counted.append(event))
+        try:
+            for _ in range(50):
+                stream.feed(list(b"text"))
+        finally:
+            sys.setprofile(None)
+        return len(counted)
+
+    assert calls(["never 0"]) == calls([f"never {i}" for i in range(3000)])

@@ -1,6 +1,7 @@
 """Tokenizers: any text comes back."""
 
 import json
+import threading
 
 import pytest
 import tokenizers
@@ -223,3 +224,35 @@ def test_a_run_means_the_tokenizer_of_its_newest_checkpoint(tmp_path):
         folder.mkdir(parents=True)
         tokenizer.save(folder)
     assert Tokenizer.find(str(tmp_path)).vocab_size == 300
+
+
+def test_a_long_text_lets_other_threads_run():
+    tokenizer, text, over = byte_tokenizer(), "ab cd ef " * 60_000, threading.Event()
+    ticks = []
+
+    def tick():
+        while not over.wait(0.001):
+            ticks.append(1)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    ids = tokenizer.encode(text)
+    over.set()
+    thread.join()
+    assert len(ids) == len(text)
+    assert len(ticks) > 5, "alone it would have kept the thread waiting to its end"
+
+
+def test_how_long_a_token_can_be_is_known_where_text_is_not_changed_before():
+    assert byte_tokenizer().most_bytes_per_token == len(END_OF_TEXT)
+    merged = train_bpe(["aaaaaaaa" * 50] * 20, 262)
+    assert merged.most_bytes_per_token == max(
+        len(END_OF_TEXT), *(len(merged.bytes_of(i)) for i in range(merged.vocab_size))
+    )
+    for change in (
+        lambda backend: setattr(backend, "normalizer", tokenizers.normalizers.NFC()),
+        lambda backend: backend.add_tokens([tokenizers.AddedToken("x", lstrip=True)]),
+    ):
+        backend = byte_tokenizer().backend
+        change(backend)
+        assert Tokenizer(backend).most_bytes_per_token is None

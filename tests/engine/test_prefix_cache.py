@@ -37,6 +37,18 @@ def test_prefix_hits_are_not_read_again():
     assert read == 19 and again.num_cached == 16 and engine.measured.tokens["read"] == 22
 
 
+def test_what_a_preempted_request_has_written_is_no_cached_prompt():
+    engine = Engine(tiny(), config=EngineConfig(page_size=2))
+    request = engine.add_request([1, 2, 3], SamplingParams(max_new_tokens=16, temperature=0))
+    for _ in range(2):  # the second time, what was read again is cached
+        written = len(request.token_ids)
+        while len(request.token_ids) < written + 5:
+            engine.step()
+        engine.scheduler._preempt(request)
+    engine.step()
+    assert request.depths and engine.prefix_cache.hits and request.num_cached == 0
+
+
 def test_prefix_cache_forgets_the_end_of_a_chain_first():
     cache = PrefixCache(2)
     parts = [Segment([], [], None) for _ in range(3)]

@@ -189,14 +189,20 @@ def test_a_stop_string_ends_the_text_before_it_and_is_named(client):
     [
         (COMPLETIONS, {"prompt": 3}, "prompt", "prompt"),
         (COMPLETIONS, {"prompt": []}, "prompt", "empty list"),
-        (COMPLETIONS, {"prompt": [[]]}, None, "prompt is empty"),
+        (COMPLETIONS, {"prompt": [[]]}, "prompt", "prompt is empty"),
         (COMPLETIONS, {"prompt": "a", "temperature": -1}, "temperature", "greater than"),
         (COMPLETIONS, {"prompt": "a", "n": 1000}, "n", "may have 8"),
         (COMPLETIONS, {"prompt": "a", "max_tokens": 128}, "max_tokens", "holds 128 tokens"),
         (COMPLETIONS, {"prompt": "a" * 128}, "prompt", "prompt alone has 128"),
         (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
         (COMPLETIONS, {"prompt": "a", "best_of": 2, "stream": True}, "best_of", "streamed"),
-        (COMPLETIONS, {"prompt": "a", "logit_bias": {"300": 1}}, None, "logit_bias"),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {"300": 1}}, "logit_bias", "outside 0..258"),
+        (COMPLETIONS, {"prompt": "a", "stop_token_ids": [259]}, "stop_token_ids", "0..258"),
+        (COMPLETIONS, {"prompt": [1, 259]}, "prompt", "outside 0..258"),
+        (COMPLETIONS, {"prompt": "a", "min_tokens": 17}, "min_tokens", "min_tokens=17 is more"),
+        (COMPLETIONS, {"prompt": "a", "n": 10**3000}, "n", "less than 2147483648"),
+        (COMPLETIONS, {"prompt": "a" * 10**6}, "prompt", "1000000 bytes"),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 10**6}]}, "messages", "bytes"),
         (COMPLETIONS, {"prompt": "a", "depth": 2.0}, "depth", "calibrate"),
         (CHAT, {"messages": []}, "messages", "at least 1"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages",
@@ -264,7 +270,7 @@ def test_the_page_and_its_files_are_served_and_no_others(client):
     assert page.headers["content-type"].startswith("text/html") and "mor" in page.text
     for name in ("start.js", "look.css"):
         assert client.get(f"/page/{name}").status_code == 200
-    for name in ("__init__.py", "..%2Fapp.py", "nothing.js"):
+    for name in ("__init__.py", "..%2Fapp.py", "nothing.js", "a" * 300 + ".js"):
         assert client.get(f"/page/{name}").status_code == 404
 
 

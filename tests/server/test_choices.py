@@ -1,9 +1,11 @@
 """What an answer looks like: numbers of tokens, depths, log-probabilities."""
 
+import json
 from types import SimpleNamespace
 
 from mor.data.tokenizer import byte_tokenizer
-from mor.server.choices import Choice, CompletionForm, new_depths, usage
+from mor.engine import RequestOutput
+from mor.server.choices import Choice, CompletionForm, Written, new_depths, usage
 from mor.server.protocol import CompletionRequest
 from mor.server.token_texts import TokenTexts
 
@@ -29,7 +31,8 @@ def test_depths_are_those_of_the_tokens_that_predicted_the_new_ones():
 
 
 def test_choices_of_one_prompt_count_it_once():
-    found = usage([request(3, 2, [1, 2, 3, 1])] * 2 + [request(1, 2, [3, 1])] * 2, 2)
+    made = [request(3, 2, [1, 2, 3, 1])] * 2 + [request(1, 2, [3, 1])] * 2
+    found = usage(made, 2, Written(tokens=8, recursions=16))
     assert found == {
         "prompt_tokens": 4,
         "completion_tokens": 8,
@@ -67,3 +70,34 @@ def test_the_best_choices_come_first_and_are_numbered_anew():
         made.logprobs, made.text = [score, score], text
     found = form(n=2, best_of=3).whole(requests)["choices"]
     assert [(choice["index"], choice["text"]) for choice in found] == [(0, "b"), (1, "c")]
+
+
+def test_of_the_best_certainty_itself_comes_first():
+    requests = [request(3, 1, [1, 2, 3]) for _ in range(2)]
+    for made, score, text in zip(requests, (-0.1, 0.0), "ab", strict=True):
+        made.logprobs, made.text = [score], text
+    assert form(n=1, best_of=2).whole(requests)["choices"][0]["text"] == "b"
+
+
+def test_usage_of_an_event_counts_the_tokens_that_came_with_it_and_before():
+    made = form(stream=True, stream_options={"continuous_usage_stats": True})
+    whole = request(3, 3, [1, 2, 3, 1, 2], stop=None)
+    answer = SimpleNamespace(requests=[whole])
+    outputs = [
+        (0, RequestOutput(whole, i, depth, None, "length" if i == 2 else None))
+        for i, depth in enumerate((3, 1, 2))
+    ]
+    found = [json.loads(e.removeprefix(b"data: ")) for e in made.events(answer, outputs)]
+    assert [e["usage"]["completion_tokens"] for e in found] == [1, 2, 3]
+    depths = [e["usage"]["completion_tokens_details"]["mean_depth"] for e in found]
+    assert depths == [3, 2, 2]
+
+
+def test_an_answer_without_a_token_has_no_depth():
+    body = CompletionRequest(prompt="abc", max_tokens=0, echo=True)
+    texts = TokenTexts(byte_tokenizer())
+    asked = dict(prompts=1, nothing_new=True)
+    made = CompletionForm(body, "model", texts, [Choice(0, "abc")], **asked)
+    found = made.whole([request(3, 1, [1, 2, 3])])
+    assert found["choices"][0]["mean_depth"] is None
+    assert found["usage"]["completion_tokens_details"]["mean_depth"] is None

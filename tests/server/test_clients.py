@@ -15,9 +15,7 @@ import httpx2
 import openai
 import pytest
 import requests
-import schemathesis
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
 
 from mor.engine import SamplingParams
 from tests.server.served import NAME, make_engine, parts, running
@@ -219,6 +217,8 @@ def test_lm_eval_s_own_client_scores_as_the_model_does(server, tmp_path):
 @pytest.mark.parametrize("cases", [6, pytest.param(400, marks=pytest.mark.slow)])
 def test_nothing_that_the_openapi_document_allows_makes_the_server_fail(cases):
     """400 for each of the four paths with bodies and the one with a name make 2,000."""
+    import schemathesis  # which takes seconds
+
     codes = set[int]()
     # Short answers: what is tried here are requests.
     with running(functools.partial(make_engine, max_len=24), max_choices=4) as server:
@@ -230,6 +230,8 @@ def test_nothing_that_the_openapi_document_allows_makes_the_server_fail(cases):
 
 
 def try_cases(operation, server, cases, codes):
+    from hypothesis import HealthCheck, Phase, given, settings
+
     @given(case=operation.as_strategy())
     @settings(
         max_examples=cases if operation.body or operation.path_parameters else 1,

@@ -8,6 +8,9 @@ from mor.server.config import ServerConfig
 def test_keys_are_those_given_and_those_of_the_environment(monkeypatch):
     monkeypatch.setenv("MOR_API_KEY", "b  c")
     assert ServerConfig(api_key=("a",)).keys == ("a", "b", "c")
+    monkeypatch.setenv("MOR_API_KEY", "b é")
+    with pytest.raises(ValueError, match="change key 2"):
+        ServerConfig().keys  # noqa: B018
     monkeypatch.delenv("MOR_API_KEY")
     assert ServerConfig().keys == ()
 
@@ -34,4 +37,7 @@ def test_wrong_settings_are_refused_and_addresses_are_urls():
         ServerConfig(port=70000)
     with pytest.raises(ValueError, match="api_key holds an empty text"):
         ServerConfig(api_key=("",))
+    for key in ("schlüssel", "a b", "a\n"):
+        with pytest.raises(ValueError, match="key must be of visible ASCII characters"):
+            ServerConfig(api_key=(key,))
     assert ServerConfig(host="::1").url(80) == "http://[::1]:80"

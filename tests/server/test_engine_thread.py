@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import math
 import threading
 
 import pytest
@@ -10,8 +11,9 @@ from mor.engine import SamplingParams
 from mor.server.engine_thread import EngineThread, Job
 from mor.server.errors import ApiError
 from mor.server.metrics import Metrics
+from mor.structure import Structure
 from tests.engine.requests import all_memory_is_back
-from tests.server.served import SLOTS, make_engine
+from tests.server.served import SLOTS, make_engine, parts
 
 
 def in_loop(test):
@@ -226,3 +228,13 @@ async def test_a_request_that_fails_in_the_engine_is_an_error_without_its_reason
     assert failed.value.status == 500 and "secret" not in str(failed.value)
     with await thread.submit([job()], streamed=True) as answer:
         assert [output.finish_reason for _, output in await answer.arrived()] == ["error"]
+
+
+@in_loop
+async def test_settings_that_leave_no_token_are_told_to_who_sent_them(thread):
+    structure = Structure(kind="regex", text="b")
+    wrong = job(structure=structure, logit_bias={parts()[1].encode("b")[0]: -math.inf})
+    answer = await thread.submit([wrong], streamed=False)
+    with pytest.raises(ApiError, match="structure together forbid every token") as failed:
+        await answer.finished()
+    assert failed.value.status == 400

@@ -5,10 +5,12 @@ import json
 
 import pytest
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from mor.server import errors
 from mor.server.errors import ApiError, ErrorBody
+from mor.server.protocol import CompletionRequest
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,27 @@ def test_what_others_raise_gets_the_same_form():
     assert status == 500 and "secret" not in said["message"]
     wrong = {"loc": ("body", "stop", 0), "msg": "Value error, too short", "type": "value_error"}
     status, said = answer(errors.answer_invalid, RequestValidationError([wrong]))
-    assert (status, said["param"], said["message"]) == (400, "stop", "stop: too short")
+    assert (status, said["param"], said["message"]) == (400, "stop", "stop[0]: too short")
     broken = {"loc": ("body", 7), "msg": "JSON decode error", "type": "json_invalid"}
     status, said = answer(errors.answer_invalid, RequestValidationError([broken]))
     assert (said["param"], said["message"]) == (None, "the body is not valid JSON")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"prompt": [1, "a"]}, "prompt[1]: Input should be a valid integer"),
+        ({"prompt": [2**40]}, "prompt[0]: Input should be less than 2147483648"),
+        ({"prompt": ["a", 1]}, "prompt[1]: Input should be a valid string"),
+        ({"prompt": [[1], [2, -1]]}, "prompt[1][1]: Input should be greater than or equal to 0"),
+        ({"stop": ["a", ""]}, "stop[1]: String should have at least 1 character"),
+        ({"stop": 3}, "stop: Input should be a valid string"),
+    ],
+)
+def test_of_a_field_with_several_forms_the_message_is_about_the_one_that_was_meant(fields, said):
+    with pytest.raises(ValidationError) as refused:
+        CompletionRequest(**fields)
+    error = RequestValidationError(
+        [e | {"loc": ("body", *e["loc"])} for e in refused.value.errors()]
+    )
+    assert answer(errors.answer_invalid, error)[1]["message"] == said

@@ -2,7 +2,9 @@
 
 import re
 
-from tests.server.served import running
+import pytest
+
+from tests.server.served import make_engine, running
 
 
 def values(text):
@@ -21,6 +23,7 @@ def test_requests_tokens_depths_and_intervals_are_counted():
         client.post("/v1/completions", json=body | {"stream": True, "n": 2})
         server.wait_until_idle()
         found = values(client.get("/metrics").text)
+    unread = 4 * 3 - found["mor:prefix_cache_hits_total", ""]
     depths = first["choices"][0]["depths"]
     assert found["mor:request_success_total", 'finished_reason="length"'] == 3
     assert found["mor:prompt_tokens_total", ""] == 15
@@ -32,13 +35,22 @@ def test_requests_tokens_depths_and_intervals_are_counted():
     for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
         assert found[f"mor:{name}_seconds_count", ""] == 3
         assert found[f"mor:{name}_seconds_sum", ""] > 0
+    waited, first = (
+        found[f"mor:{name}_seconds_sum", ""]
+        for name in ("request_queue_time", "time_to_first_token")
+    )
+    assert found["mor:request_prefill_time_seconds_sum", ""] == pytest.approx(first - waited)
+    assert 0 < waited < first
     for name in ("request_prefill_time", "request_decode_time"):
         assert found[f"mor:{name}_seconds_count", ""] == 3
     assert found["mor:request_generation_tokens_sum", ""] == 18
     assert found["mor:num_requests_running", ""] == found["mor:num_requests_waiting", ""] == 0
     assert 0 <= found["mor:kv_cache_usage_perc", ""] < 1
     assert found["mor:prefix_cache_queries_total", ""] == 15
-    assert found["mor:iteration_tokens_total_count", ""] >= 1
+    # Each reads its prompt but for the last token, and what is cached.
+    assert found["mor:iteration_tokens_total_sum", ""] == 18 + unread
+    assert found["mor:iteration_tokens_total_count", ""] >= 12
+    assert found["mor:block_batch_size_count", ""] >= 12
 
 
 def test_requests_that_are_left_are_counted_as_such():
@@ -50,3 +62,13 @@ def test_requests_that_are_left_are_counted_as_such():
         found = values(client.get("/metrics").text)
     assert found["mor:request_success_total", 'finished_reason="abort"'] == 1
     assert not server.service.metrics._running
+
+
+@pytest.mark.parametrize("batching", ["lock_step", "depth_wise"])
+def test_tokens_in_a_pass_are_counted_however_the_engine_batches(batching):
+    with running(lambda: make_engine(batching=batching)) as server, server.client() as client:
+        client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 4, "ignore_eos": True})
+        found = values(client.get("/metrics").text)
+    assert found["mor:block_batch_size_count", ""] >= 4
+    mean = found["mor:block_batch_size_sum", ""] / found["mor:block_batch_size_count", ""]
+    assert mean == 1, "one request takes part in each of its passes"

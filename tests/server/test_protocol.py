@@ -63,16 +63,19 @@ def test_forms_become_structures_and_two_of_them_are_refused():
     assert ChatRequest(messages=TURNS, response_format=form).structure() == (
         "json_schema",
         json.dumps(schema),
+        "response_format",
     )
     for given, wanted in (
         ({"json": schema}, ("json_schema", json.dumps(schema))),
         ({"json": "{}"}, ("json_schema", "{}")),
+        ({"json": False}, ("json_schema", "false")),
         ({"regex": "a+"}, ("regex", "a+")),
         ({"choice": ["a.b", "c"]}, ("regex", r"a\.b|c")),
         ({"grammar": "start: A"}, ("lark", "start: A")),
         ({"json_object": True}, ("json_object", "")),
     ):
-        assert ChatRequest(messages=TURNS, structured_outputs=given).structure() == wanted
+        found = ChatRequest(messages=TURNS, structured_outputs=given).structure()
+        assert found == (*wanted, "structured_outputs")
     assert ChatRequest(messages=TURNS, response_format={"type": "text"}).structure() is None
     both = ChatRequest(messages=TURNS, response_format=form, structured_outputs={"regex": "a"})
     with pytest.raises(ApiError, match="one form only"):
@@ -90,3 +93,20 @@ def test_a_header_names_ignored_fields_and_none_that_could_break_it():
 def test_two_words_for_the_depth_are_refused():
     with pytest.raises(ApiError, match="say the same"):
         CompletionRequest(prompt="a", depth=2.0, reasoning_effort="low").check_supported()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logit_bias": {"1" * 5000: 1}},
+        {"logit_bias": {"\u0661": 1}},
+        {"stop": ["a"] * 65},
+        {"stop": "a" * 1001},
+        {"n": 10**4000},
+        {"max_tokens": 2**31},
+    ],
+)
+def test_fields_have_limits_that_no_honest_client_reaches(fields):
+    with pytest.raises(ValidationError):
+        CompletionRequest(prompt="a", **fields)
+    CompletionRequest(prompt="a", stop=["a" * 1000] * 64, logit_bias={"1": 1}, n=2, max_tokens=5)

@@ -32,4 +32,12 @@ def test_offsets_count_characters_that_are_complete():
     tokenizer = train_bpe(["ab"], 257)
     texts, ids = TokenTexts(tokenizer), tokenizer.encode("a日b")
     offsets = Offsets(texts)
-    assert offsets.of(ids[:2]) + offsets.of(ids[2:]) == [0, 1, 1, 1, 2]
+    assert offsets.of(ids[:2], "a") + offsets.of(ids[2:], "日b") == [0, 1, 1, 1, 2]
+
+
+def test_a_special_token_counts_where_the_text_has_it():
+    tokenizer = train_bpe(["ab"], 257)
+    end, ids = tokenizer.end_of_text_id, tokenizer.encode("ab")
+    offsets, name = Offsets(TokenTexts(tokenizer)), "<|endoftext|>"
+    assert offsets.of([end, *ids], "ab") == [0, 0, 1], "before the text, by the tokenizer"
+    assert offsets.of([ids[0], end, ids[1]], f"a{name}b") == [2, 3, 3 + len(name)]
