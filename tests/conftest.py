@@ -84,6 +84,10 @@ def tiny(
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(6.0)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
     return model
 
 
@@ -129,13 +133,16 @@ def cases(quick="all"):
                 kept = j == i % 2 if from_0 else kept
                 marks = () if kept else pytest.mark.slow
                 found.append(pytest.param(make, id=f"{name}-{sharing}-{kv}", marks=marks))
+    for name, kv in zip(("fixed", "expert", "token"), KV_STRATEGIES, strict=True):
+        make = _maker(ROUTERS[name], "middle_cycle", kv, deepened=True, lora_rank=3)
+        found.append(pytest.param(make, id=f"deepened-{name}-{kv}"))
     return found
 
 
 @functools.cache
-def _maker(router, sharing, kv):
+def _maker(router, sharing, kv, **settings):
     """The same function at every call, so that what was found of its model can be kept."""
-    return functools.partial(tiny, router, sharing=sharing, kv_strategy=kv)
+    return functools.partial(tiny, router, sharing=sharing, kv_strategy=kv, **settings)
 
 
 def random_tokens(*shape, seed=0, vocab=37):

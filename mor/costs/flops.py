@@ -50,6 +50,24 @@ def router_params(config: ModelConfig) -> int:
     )
 
 
+def _lora_params(config: ModelConfig) -> tuple[int, int]:
+    """Of one layer's adapters, and of those for keys and values."""
+    D, H, rank = config.dim, config.head_dim, config.lora_rank
+    key_value = rank * 2 * (D + config.num_kv_heads * H)
+    queries = rank * 2 * (D + config.num_heads * H)
+    return key_value + queries + rank * 3 * (D + config.ffn_dim), key_value
+
+
+def _reinjection_params(config: ModelConfig) -> int:
+    return 2 * config.dim * config.dim if config.deepened else 0
+
+
+def added_params(config: ModelConfig) -> int:
+    """What later recursions alone have: adapters, and in a deepened model re-injection and gate."""
+    gate = config.dim if config.deepened else 0
+    return config.shared_layers * _lora_params(config)[0] + _reinjection_params(config) + gate
+
+
 def unique_params(config: ModelConfig) -> int:
     """All parameters; shared layers and tied embeddings count once."""
     blocks = config.prelude_layers + config.shared_layers + config.coda_layers
@@ -58,6 +76,7 @@ def unique_params(config: ModelConfig) -> int:
         blocks * (_block_matrix_params(config) + 2 * config.dim)
         + config.dim
         + router_params(config)
+        + added_params(config)
         + embeddings
     )
 
@@ -125,8 +144,19 @@ def forward_flops(config: ModelConfig, work: Workload) -> float:
     for r, (kept, pairs) in enumerate(zip(work.kept, work.pairs, strict=True), start=1):
         weights = block if r in reads(r) else block - key_value
         total += config.shared_layers * (2 * weights * kept + per_pair * pairs)
+        total += 2 * _added_weights(config, r) * kept
     total += 2 * config.dim * config.vocab_size * work.logits
     return total + _router_flops(config, work)
+
+
+def _added_weights(config: ModelConfig, recursion: int) -> int:
+    """Of adapters and re-injection, those that a pass of this recursion (from 1) applies."""
+    if recursion == 1:
+        return 0
+    adapters, key_value = _lora_params(config)
+    if recursion not in READS[config.kv_strategy](recursion):
+        adapters -= key_value
+    return config.shared_layers * adapters + _reinjection_params(config)
 
 
 def _router_flops(config: ModelConfig, work: Workload) -> float:
@@ -204,10 +234,12 @@ def decode_seconds(
     for r, share in enumerate(shares, start=1):
         seen = context * share if recursive else context
         weights = block if r in reads(r) else block - key_value
-        flops = config.shared_layers * (2 * weights + per_pair * seen)
+        added = _added_weights(config, r)
+        flops = config.shared_layers * (2 * weights + per_pair * seen) + 2 * added
         num_bytes = config.shared_layers * (
             dtype_bytes * block / batch + entry * (seen + (r in reads(r)))
         )
+        num_bytes += dtype_bytes * added / batch
         seconds += share * machine.seconds(flops, num_bytes)
     return seconds
 

@@ -69,7 +69,7 @@ class Runner:
         # Started on nothing, the router shows what it will want to remember of each token.
         tokens = _tokens(self.ids, self.position)
         with torch.no_grad():
-            memory = self.router.start(self.h_SD, tokens, self.max_depth)
+            memory = model.recursions.start(self.router, self.h_SD, tokens, self.max_depth)
         self.memory: Memory = {name: value.clone() for name, value in memory.items()}
         self.model_s = 0.0
         self.compiled = compiled and longest is not None
@@ -120,10 +120,11 @@ class Runner:
 
         writes: False if it is known that no token is at a recursion that writes keys and values.
         """
-        stage, position, h_MD, angles, lanes = self._begin_pass(slot, writes)
+        stage, position, h_MD, memory, angles, lanes = self._begin_pass(slot, writes)
+        recursion = self.recursion[stage]
         with self._in_model():
-            out_MD = self.model.recursions.stack(h_MD, angles, lanes, layers).contiguous()
-        self._end_pass(slot, stage, position, h_MD, out_MD)
+            out_MD = self.model.recursions.stack(recursion, h_MD, memory, angles, lanes, layers)
+        self._end_pass(slot, stage, position, h_MD, out_MD.contiguous(), memory)
 
     def coda(self, slot: Tensor) -> Tensor:
         """States after the coda, (M, D), of tokens that took their last pass; input of the head."""
@@ -159,7 +160,7 @@ class Runner:
         self.h_SD[slot] = x_MD
         tokens = _tokens(ids, position)
         with self._in_model():
-            memory = self.router.start(x_MD, tokens, self.max_depth)
+            memory = self.model.recursions.start(self.router, x_MD, tokens, self.max_depth)
         for name, value in memory.items():
             self.memory[name][slot] = value
         first, gate = torch.zeros_like(slot), self.gate[slot]
@@ -167,7 +168,7 @@ class Runner:
 
     def _begin_pass(
         self, slot: Tensor, writes: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Angles, LanePass]:
+    ) -> tuple[Tensor, Tensor, Tensor, Memory, Angles, LanePass]:
         stage, position = self.stage[slot], self.position[slot]
         recursion = self.recursion[stage]
         new = ~self.took_SR[slot, recursion]
@@ -175,13 +176,20 @@ class Runner:
         lanes = self.kv.append(
             slot, recursion + 1, position, new, kind=1, longest=self.longest, writes=writes
         )
-        return stage, position, self.h_SD[slot], self._angles(position), lanes
+        memory = {name: value[slot] for name, value in self.memory.items()}
+        return stage, position, self.h_SD[slot], memory, self._angles(position), lanes
 
     def _end_pass(
-        self, slot: Tensor, stage: Tensor, position: Tensor, h_MD: Tensor, out_MD: Tensor
+        self,
+        slot: Tensor,
+        stage: Tensor,
+        position: Tensor,
+        h_MD: Tensor,
+        out_MD: Tensor,
+        memory: Memory,
     ) -> None:
-        memory, gate = self._memory(slot), self.gate[slot]
-        h_MD = self.router.combine(self.recursion[stage], h_MD, out_MD, gate, memory)
+        gate, recursion = self.gate[slot], self.recursion[stage]
+        h_MD = self.model.recursions.combine(self.router, recursion, h_MD, out_MD, gate, memory)
         self.h_SD[slot] = h_MD
         tokens = _tokens(self.ids[slot], position)
         self._route(slot, stage + 1, gate, h_MD, tokens, memory, entering=False)
@@ -214,9 +222,6 @@ class Runner:
             elif entering:
                 break
         self.stage[slot], self.gate[slot] = stages, gate
-
-    def _memory(self, slot: Tensor) -> Memory:
-        return {name: value[slot] for name, value in self.memory.items()}
 
     def _angles(self, position: Tensor) -> Angles:
         cos, sin = self.angles

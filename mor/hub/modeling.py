@@ -33,9 +33,11 @@ from mor.model.kv_cache import KVCache
 from mor.model.packing import pack
 from mor.model.routing import Routing
 from mor.model.transformer import (
+    Deepening,
     Output,
     RMSNorm,
     Transformer,
+    ZeroLinear,
     check_finite,
     check_targets,
     check_tensors,
@@ -298,7 +300,11 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
         """As Transformer.init_weights does, for weights that a checkpoint does not hold."""
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+        elif isinstance(module, Deepening):
+            init.zeros_(module.gate)
+        elif isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=self.config.init_std)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)

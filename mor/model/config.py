@@ -18,6 +18,7 @@ from pydantic import Field
 from mor.settings import (
     Listed,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Seed,
@@ -171,6 +172,13 @@ class ModelConfig(Settings):
     """cycle: (0,1,2)(0,1,2); sequence: (0,0)(1,1)(2,2)."""
     kv_strategy: KVStrategyName = "recursion_wise"
     router: RouterConfig = field(default_factory=RouterConfig)
+    deepened: bool = False
+    """Later recursions look back at what came out of the prelude and end with a gate of their own.
+    Both are zero at first: a deepened model starts as the model that it was made of."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of adapters in the shared layers that act at later recursions only; 0: none."""
+    lora_alpha: PositiveFloat | None = None
+    """Adapters count lora_alpha / lora_rank. None: 2 * lora_rank."""
     max_seq_len: PositiveInt = 2048
     rope_theta: PositiveFloat = 10_000.0
     norm_eps: NonNegativeFloat = 1e-5
@@ -210,13 +218,25 @@ class ModelConfig(Settings):
                     f"router.capacities={given} must not grow with depth when tokens drop out for "
                     "good; sort them or set router.hierarchical=False"
                 )
+        if (self.deepened or self.lora_rank) and self.num_recursions == 1:
+            raise ValueError(
+                "deepened=True and lora_rank act at recursions after the first and need "
+                "num_recursions >= 2"
+            )
+        if self.deepened and (self.shared_order == "sequence" or self.capacities[0] < 1):
+            raise ValueError(
+                "deepened=True keeps the first recursion as it is in the source: it needs "
+                "shared_order='cycle' and a first capacity of 1"
+            )
         if self.kv_strategy != "recursion_wise" and self.capacities[0] < 1:
             raise ValueError(
                 f"kv_strategy={self.kv_strategy!r} reads the first recursion's keys of every "
                 f"token; the first capacity must be 1, got {self.capacities[0]}"
             )
         for name, reason in self._without_effect():
-            if (value := getattr(self, name)) != self.__dataclass_fields__[name].default:
+            group, _, setting = name.rpartition(".")
+            owner: Any = getattr(self, group) if group else self
+            if (value := getattr(owner, setting)) != owner.__dataclass_fields__[setting].default:
                 warnings.warn(f"{name}={value!r} has no effect {reason}", NoEffect, stacklevel=5)
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
@@ -230,6 +250,11 @@ class ModelConfig(Settings):
             yield "shared_order", "with one recursion"
         elif self.kv_strategy == "hybrid" and self.router.kind == "fixed":
             yield "kv_strategy", "with router.kind='fixed', where no token leaves"
+        if not self.lora_rank:
+            yield "lora_alpha", "without lora_rank"
+        if self.deepened:
+            for name in ("gate", "alpha", "combination"):
+                yield f"router.{name}", "with deepened=True, which has a gate of its own"
 
     @property
     def num_layers(self) -> int:
@@ -254,6 +279,11 @@ class ModelConfig(Settings):
     def least_depth(self) -> int:
         """Recursions that a token takes at least: 0 where the first one leaves tokens out."""
         return int(self.capacities[0] == 1)
+
+    @property
+    def lora_scale(self) -> float:
+        """What the product of an adapter is multiplied by."""
+        return (self.lora_alpha or 2 * self.lora_rank) / max(1, self.lora_rank)
 
     @property
     def family(self) -> Literal["vanilla", "recursive", "mor"]:

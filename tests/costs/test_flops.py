@@ -74,8 +74,9 @@ def test_34_layer_vanilla_as_the_paper_counts_it():
         dict(kind="expert_choice", causal_selection="aux_router", architecture="mlp"),
     ],
 )
-def test_parameter_count_equals_the_tensors(router, tied):
-    model = tiny(RouterConfig(**router), tie_embeddings=tied)
+@pytest.mark.parametrize("added", [{}, dict(deepened=True), dict(deepened=True, lora_rank=3)])
+def test_parameter_count_equals_the_tensors(added, router, tied):
+    model = tiny(RouterConfig(**router), tie_embeddings=tied, **added)
     assert unique_params(model.config) == sum(p.numel() for p in model.parameters())
     stored = [t for n, t in model.state_dict().items() if not n.endswith(("threshold_R", "bias_R"))]
     assert unique_params(model.config) == sum(t.numel() for t in stored), "nothing is stored twice"
