@@ -11,6 +11,7 @@ from mor.costs.flops import kv_bytes, non_embedding_params, unique_params
 from mor.data.config import DataConfig
 from mor.data.manifest import is_prepared
 from mor.data.problems import PREFIX
+from mor.data.word_problems import WORDS_PREFIX
 from mor.model.config import ModelConfig
 from mor.run_folder import RunFolder
 from mor.settings import flat
@@ -134,6 +135,8 @@ def data_facts(data: DataConfig) -> dict[str, str]:
     tokenizer, validation = data.tokenizer or "bpe", f"{data.validation_share:.1%} of the text"
     if (data.path or "").startswith(PREFIX):
         tokenizer, validation = "the task's own", "problems of its own"
+    elif (data.path or "").startswith(WORDS_PREFIX):
+        validation = "problems of its own"
     elif data.path and is_prepared(data.path):
         tokenizer, validation = "that of the prepared data", "the prepared split"
     return {
@@ -146,7 +149,8 @@ def data_facts(data: DataConfig) -> dict[str, str]:
 def corpus_name(data: DataConfig) -> str:
     if data.path is None:
         return "Python's own documentation (the default; choose text with --data.path)"
-    return data.path if data.path.startswith(PREFIX) else f"text of {data.path}"
+    made = data.path.startswith((PREFIX, WORDS_PREFIX))
+    return data.path if made else f"text of {data.path}"
 
 
 def shown_settings(found: Facts) -> dict[str, Any]:

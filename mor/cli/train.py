@@ -168,6 +168,7 @@ class Train(Command):
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         from mor.data.problems import PREFIX
+        from mor.data.word_problems import WORDS_PREFIX
 
         settings, data = self.settings, self.settings.data
         if "WORLD_SIZE" not in os.environ:
@@ -189,7 +190,7 @@ class Train(Command):
         if settings.optim.schedule == "cosine":
             yield "optim.cooldown", "with the cosine schedule"
         text = "text_field validation_share share_of"
-        if (data.path or "").startswith(PREFIX):
+        if (data.path or "").startswith((PREFIX, WORDS_PREFIX)):
             yield f"{_below('data', text)} data.validation_path", "with a task, which has its own"
         elif data.path and is_prepared(data.path):
             yield _below("data", text), "with prepared data"
