@@ -70,7 +70,8 @@ class Convert(Command):
     num_layers: PositiveInt | None = None
     """Effective depth. Default: the one nearest to the source's that the sharing scheme allows."""
     router: RouterKind | None = None
-    """Default: expert_choice with several recursions; fixed gives a Recursive Transformer."""
+    """Default: expert_choice with several recursions, gain with --deepen; fixed gives a Recursive
+    Transformer."""
     recipe: Recipe = "recommended"
     """Gate, keys and values where they are not given; see mor train --help."""
     gate: Literal["paper", "residual"] | None = None
@@ -155,7 +156,7 @@ class Convert(Command):
         if adapter is None:
             raise ValueError(f"--adapter is lora:RANK or lora:RANK:ALPHA, got {self.adapter!r}")
         rank, alpha = adapter.groups()
-        kind = given.get("router", "expert_choice")
+        kind = given.get("router", "gain")
         return Deepening(
             block=(int(ends[1]), int(ends[2])),
             num_recursions=self.num_recursions or 2,

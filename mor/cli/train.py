@@ -52,6 +52,7 @@ class Start(Settings):
     config: Path | None = None
     resume: bool = False
     branch_from: str | None = None
+    init_from: str | None = None
     cooldown_steps: PositiveInt | None = None
 
     def refuse(self, named: Sequence[str]) -> None:
@@ -65,6 +66,15 @@ class Start(Settings):
                     f"{flag(mode)} keeps the settings the run was started with and takes only "
                     f"{', '.join(map(flag, allowed))}; leave out {', '.join(ignored)}"
                 )
+        chosen = [
+            flag(name) for name in sorted(set(named)) if name in ModelChoice.__dataclass_fields__
+        ]
+        chosen += [flag(name) for name in sorted(set(named)) if name.startswith("model.")]
+        if self.init_from and chosen:
+            raise ValueError(
+                f"--init-from takes the model of the checkpoint as it is; leave out "
+                f"{', '.join(chosen)}"
+            )
         if self.branch_from is None and self.cooldown_steps is not None:
             raise ValueError("--branch-from CHECKPOINT and --cooldown-steps N go together")
         if self.branch_from is not None and (self.cooldown_steps is None) != ("steps" in named):
@@ -175,13 +185,14 @@ class Train(Command):
             yield "parallel", "without torchrun"
         if self.resume or settings.branch_from:
             return  # the other settings are those of the run, which are not read yet
-        for name, reason in settings.model.without_effect():
-            yield f"{name} model.{name}", reason
-        if self.config is None:
+        if settings.init_from is None:
+            for name, reason in settings.model.without_effect():
+                yield f"{name} model.{name}", reason
+        if self.config is None and settings.init_from is None:
             yield from self.choice.without_effect()
         if self.config or "model.vocab_size" in self.named:
             used = with_vocabulary(settings).model.vocab_size
-            if settings.model.vocab_size != used:
+            if settings.model.vocab_size != used and settings.init_from is None:
                 yield "model.vocab_size", f"beside the tokenizer, which has {used:,} tokens"
         if reason := _too_late(settings):
             yield "keep_steps", reason
@@ -247,9 +258,15 @@ class Train(Command):
 
 
 def with_vocabulary(settings: TrainConfig) -> TrainConfig:
-    """The same with a model as large as the tokenizer makes it."""
+    """The same with a model as large as the tokenizer makes it, or that of the checkpoint it starts
+    from."""
+    from mor import checkpoint
     from mor.data.stream import vocab_size
 
+    if settings.init_from:
+        return settings.with_model_of(
+            checkpoint.read_config(checkpoint.resolve(settings.init_from))
+        )
     model = settings.model.replace(vocab_size=vocab_size(settings.data))
     return replace(settings, model=model)
 

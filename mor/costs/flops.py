@@ -7,11 +7,12 @@ paper's (recovered from its step counts) and the exact one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import fsum
+from typing import NamedTuple
 
-from mor.model.config import ModelConfig
+from mor.model.config import ModelConfig, Trained
 from mor.model.kv_cache import READS
 from mor.settings import PositiveFloat, PositiveInt, Settings, checked
 
@@ -43,11 +44,20 @@ def _router_nets(config: ModelConfig) -> int:
 def router_params(config: ModelConfig) -> int:
     if config.router.kind == "expert_choice":
         return config.num_recursions * _router_nets(config) * _score_net_params(config, 1)
+    if config.router.kind == "gain":
+        return (config.num_recursions - 1) * _gain_net_params(config)
     return (
         _score_net_params(config, config.num_recursions)
         if config.router.kind == "token_choice"
         else 0
     )
+
+
+def _gain_net_params(config: ModelConfig) -> int:
+    """A net that reads two states side by side."""
+    D = config.dim
+    hidden = {"linear": 0, "mlp": 2 * D, "wide_mlp": 8 * D}[config.router.architecture]
+    return (2 * D + 1) * hidden if hidden else 2 * D
 
 
 def _lora_params(config: ModelConfig) -> tuple[int, int]:
@@ -136,17 +146,46 @@ def sequence_workload(
 
 def forward_flops(config: ModelConfig, work: Workload) -> float:
     """Exact FLOPs of a forward over ``work``, with GQA, routers and head."""
+    return fsum(part.products + part.attention for part in _parts(config, work))
+
+
+class _Part(NamedTuple):
+    """FLOPs of a part of the forward. trained_with: the least that has to be trained for its
+    weights to be. reads_added, reads_block: whether what such weights made flows through it."""
+
+    products: float
+    attention: float
+    trained_with: Trained
+    reads_added: bool
+    reads_block: bool
+
+
+def _parts(config: ModelConfig, work: Workload) -> Iterator[_Part]:
     key_value = _attention_params(config)[1]
     block, per_pair = _block_matrix_params(config), 4 * config.num_heads * config.head_dim
-    reads = READS[config.kv_strategy]
-    own_layers = config.prelude_layers + config.coda_layers
-    total = own_layers * (2 * block * work.tokens + per_pair * work.own_pairs)
+    reads, own = READS[config.kv_strategy], (2 * block * work.tokens, per_pair * work.own_pairs)
+    yield _Part(*(config.prelude_layers * x for x in own), "all", False, False)
     for r, (kept, pairs) in enumerate(zip(work.kept, work.pairs, strict=True), start=1):
         weights = block if r in reads(r) else block - key_value
-        total += config.shared_layers * (2 * weights * kept + per_pair * pairs)
-        total += 2 * _added_weights(config, r) * kept
-    total += 2 * config.dim * config.vocab_size * work.logits
-    return total + _router_flops(config, work)
+        products, attention = 2 * weights * kept, per_pair * pairs
+        S, later = config.shared_layers, r > 1
+        yield _Part(S * products, S * attention, "block", later, True)
+        yield _Part(2 * _added_weights(config, r) * kept, 0, "added", True, True)
+    yield _Part(*(config.coda_layers * x for x in own), "all", True, True)
+    yield _Part(2 * config.dim * config.vocab_size * work.logits, 0, "all", True, True)
+    yield _Part(_router_flops(config, work), 0, "added", True, True)
+
+
+def backward_flops(config: ModelConfig, work: Workload, trained: Trained) -> float:
+    """Of a backward pass that makes gradients of the trained weights, and of whatever lies between
+    them and the loss. Products cost once again for each of the two, attention twice."""
+    order = ("added", "block", "all")
+    total = 0.0
+    for part in _parts(config, work):
+        is_trained = order.index(part.trained_with) <= order.index(trained)
+        passes_on = {"added": part.reads_added, "block": part.reads_block, "all": True}[trained]
+        total += (is_trained + passes_on) * part.products + 2 * passes_on * part.attention
+    return total
 
 
 def _added_weights(config: ModelConfig, recursion: int) -> int:
@@ -162,6 +201,8 @@ def _added_weights(config: ModelConfig, recursion: int) -> int:
 def _router_flops(config: ModelConfig, work: Workload) -> float:
     if config.router.kind == "token_choice":
         return 2 * _score_net_params(config, config.num_recursions) * work.tokens
+    if config.router.kind == "gain":
+        return 2 * _gain_net_params(config) * sum(work.kept[:-1])
     if config.router.kind != "expert_choice":
         return 0
     candidates = (
@@ -173,10 +214,16 @@ def _router_flops(config: ModelConfig, work: Workload) -> float:
 
 
 def train_flops(
-    config: ModelConfig, length: int, *, capacities: Sequence[float] | None = None
+    config: ModelConfig,
+    length: int,
+    *,
+    capacities: Sequence[float] | None = None,
+    trained: Trained = "all",
 ) -> float:
-    """Forward and backward of one training sequence: three forwards."""
-    return 3 * forward_flops(config, sequence_workload(config, length, capacities=capacities))
+    """Forward and backward of one training sequence: three forwards, or less if not all weights
+    are trained."""
+    work = sequence_workload(config, length, capacities=capacities)
+    return forward_flops(config, work) + backward_flops(config, work, trained)
 
 
 def kv_entry_bytes(config: ModelConfig, dtype_bytes: int) -> int:

@@ -24,15 +24,21 @@ from mor.settings import (
     Seed,
     Settings,
     Share,
+    UnitInterval,
     checked,
     suggestion,
 )
 
-RouterKind = Literal["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
+RouterKind = Literal[
+    "fixed", "expert_choice", "token_choice", "gain", "random", "position", "frequency"
+]
 KVStrategyName = Literal["recursion_wise", "shared", "hybrid"]
 Sharing = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
 Selection = Literal["topk", "threshold"]
 Recipe = Literal["recommended", "paper"]
+Trained = Literal["added", "block", "all"]
+"""Parts of a model: what later recursions have of their own with the router, the shared layers too,
+or everything."""
 
 # No model has as many layers or recursions; a damaged file may ask for them, and memory would end.
 _MOST = 10_000
@@ -53,7 +59,7 @@ TRANSFORMERS_NAMES = {
 # Options that only some routers read. Setting one for another router is a warning, not silence.
 _UNLEARNT: tuple[RouterKind, ...] = ("random", "position", "frequency")
 _READ_BY: dict[str, tuple[RouterKind, ...]] = {
-    "architecture": ("expert_choice", "token_choice"),
+    "architecture": ("expert_choice", "token_choice", "gain"),
     "score": ("expert_choice", "token_choice"),
     "alpha": ("expert_choice", "token_choice", *_UNLEARNT),
     "gate": ("expert_choice", "token_choice", *_UNLEARNT),
@@ -67,6 +73,8 @@ _READ_BY: dict[str, tuple[RouterKind, ...]] = {
     "bias_update_rate": ("token_choice",),
     "combination": ("token_choice",),
     "seed": ("random",),
+    "gain_weight": ("gain",),
+    "explore": ("gain",),
 }
 _BALANCING = {"balancing_weight": "loss", "bias_update_rate": "loss_free"}
 
@@ -80,7 +88,8 @@ class RouterConfig(Settings, prefix="router"):
 
     kind: RouterKind = "fixed"
     """fixed: every token takes every recursion; expert_choice: each recursion picks its tokens;
-    token_choice: each token picks its depth once; random: the control; position and frequency:
+    token_choice: each token picks its depth once; gain: a token goes on where that is predicted to
+    lower its loss, as training has measured it; random: the control; position and frequency:
     baselines whose depth follows from the position, or from how rare the token is."""
     architecture: Literal["linear", "mlp", "wide_mlp"] = "linear"
     score: Literal["sigmoid", "tanh", "none", "softmax"] | None = None
@@ -105,6 +114,11 @@ class RouterConfig(Settings, prefix="router"):
     combination: Literal["last", "every"] = "last"
     """last: only the last pass is gated (public code); every: all passes are (paper's equation)."""
     seed: Seed = 0
+    gain_weight: NonNegativeFloat = 0.05
+    """Weight of the binary cross-entropy against measured gains."""
+    explore: UnitInterval = 0.2
+    """Share of tokens that training sends on whatever the router says, so that their gain is
+    known."""
 
     def __post_init__(self) -> None:
         for name, reason in self.without_effect():

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mor.model.config import ModelConfig, RouterConfig
-from mor.model.packing import PackedTokens, tally
+from mor.model.packing import PackedTokens, take, tally
 from mor.model.random import hash_uniform
 from mor.model.routing import AuxiliaryLoss, Decision, Memory, Routing, RoutingStep
 
@@ -402,6 +402,87 @@ class TokenChoiceRouter(Router):
         self.bias_R += self.config.bias_update_rate * torch.sign(load.mean() - load)
 
 
+class GainRouter(ExpertChoiceRouter):
+    """A token goes on where that is predicted to lower its loss enough.
+
+    What is enough, training measures: the largest gains that together make 99% of all gain are
+    worth a recursion (the rule of Think-at-Hard 2, arXiv 2609.35748). The same threshold decides in
+    training and in use, and the score is a prediction and no gate: the output replaces the state.
+    """
+
+    has_topk = False
+
+    def __init__(self, config: RouterConfig, dim: int, num_recursions: int) -> None:
+        super().__init__(config, dim, num_recursions)
+        self.is_hierarchical = True
+        self.nets, self.aux_nets = (
+            nn.ModuleList(score_net(config.architecture, 2 * dim, 1) for _ in range(count))
+            for count in (num_recursions - 1, 0)
+        )
+
+    def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
+        return {"entered": x_MD}
+
+    def decide(
+        self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
+    ) -> Decision:
+        if recursion == 0:
+            return Decision()
+        both = (F.rms_norm(x, x.shape[-1:]) for x in (h_CD, memory["entered"]))
+        seen_CD = torch.cat([*both], dim=-1).detach()  # the router learns from gains alone
+        logit = router_logits(self.nets[recursion - 1], seen_CD).squeeze(-1)
+        takes = logit.sigmoid() > self.threshold_R[recursion]
+        return Decision(takes, logit=logit, causal_logit=logit)
+
+    def combine(
+        self,
+        recursion: int | Tensor,
+        h_KD: Tensor,
+        out_KD: Tensor,
+        gate: Tensor | None,
+        memory: Memory,
+    ) -> Tensor:
+        return out_KD
+
+    def losses(self, routing: Routing) -> dict[str, AuxiliaryLoss]:
+        return {}
+
+    def gain_loss(self, routing: Routing, gain_RM: Tensor) -> AuxiliaryLoss:
+        """Of the predictions for tokens that took a recursion. gain_RM: by how much each recursion
+        lowered the loss of each packed token, nats; NaN where that is not known."""
+        total = torch.zeros((), device=gain_RM.device)
+        for step in routing.steps[1:]:
+            if len(step.tokens):
+                logit, gain = step.decision.logit, step.gather(gain_RM[step.recursion])
+                assert logit is not None
+                logit = logit if step.kept is None else take(logit, step.kept)
+                total = total + _worth_loss(logit[~gain.isnan()], gain[~gain.isnan()])
+        return AuxiliaryLoss(total, self.config.gain_weight)
+
+    def shown_score(self, routing: Routing, recursion: int) -> Tensor | None:
+        """The predicted probability that a recursion is worth it; 1 for the first."""
+        if recursion == 0:
+            return torch.ones(len(routing.tokens), device=routing.tokens.row.device)
+        return super().shown_score(routing, recursion)
+
+
+def _worth_loss(logit: Tensor, gain: Tensor, share: float = 0.99) -> Tensor:
+    """Binary cross-entropy against whether a gain is among the largest that make this share of all
+    gain. Gains near the cutoff count little, both answers count the same. 0 where nothing gains."""
+    positive = gain[gain > 0].sort(descending=True).values
+    if not len(positive) or not len(gain):
+        return logit.sum() * 0
+    enough = int((positive.cumsum(0) < share * positive.sum()).sum())
+    cutoff = positive[min(enough, len(positive) - 1)]
+    worth = (gain >= cutoff).to(logit.dtype)
+    weight = (gain - cutoff).abs().clamp(1e-6, 1).to(logit.dtype)
+    sums = (weight * worth).sum(), (weight * (1 - worth)).sum()
+    if min(sums) > 0:
+        weight = weight * torch.where(worth > 0, sums[1], sums[0])
+    loss = F.binary_cross_entropy_with_logits(logit, worth, weight, reduction="sum")
+    return loss / weight.sum()
+
+
 class RandomRouter(Router):
     """The control: depth is drawn from (seed, token, position), causal and reproducible."""
 
@@ -480,6 +561,7 @@ ROUTERS: dict[str, type[Router]] = {
     "fixed": FixedDepthRouter,
     "expert_choice": ExpertChoiceRouter,
     "token_choice": TokenChoiceRouter,
+    "gain": GainRouter,
     "random": RandomRouter,
     "position": PositionRouter,
     "frequency": FrequencyRouter,

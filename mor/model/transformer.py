@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from mor.model.compiling import compiled
 from mor.model.config import ModelConfig, Selection
 from mor.model.kv_cache import READS, AttentionPass, Cache, KVStore, check_fits
-from mor.model.loss import IGNORED, linear_cross_entropy
+from mor.model.loss import IGNORED, linear_cross_entropies
 from mor.model.packing import PackedTokens, pack
 from mor.model.routers import Router, build_router
 from mor.model.routing import Memory, Routing, RoutingRule, RoutingStep, route
@@ -40,11 +40,12 @@ it as their last argument, or none at the first recursion."""
 class Output:
     """logits_BTV: zeros at padding; with ``logits="last"`` (B, 1, V), the last token of each row.
     With targets there are none, and ``nll`` is the mean negative log-likelihood of the targets, in
-    nats."""
+    nats; nll_M that of each packed token, without gradients."""
 
     logits_BTV: Tensor
     routing: Routing
     nll: Tensor | None = None
+    nll_M: Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -425,8 +426,8 @@ class Transformer(nn.Module):
             x_MD = checkpointed(block, x_MD, angles, everyone, layer, recompute=recompute)
         if targets_BT is not None:
             target = targets_BT.flatten()[tokens.place]
-            nll = linear_cross_entropy(self.final_norm(x_MD), self.head_weight, target)
-            return Output(x_MD.new_empty(0), routing, nll)
+            nll, nll_M = linear_cross_entropies(self.final_norm(x_MD), self.head_weight, target)
+            return Output(x_MD.new_empty(0), routing, nll, nll_M)
         if logits == "none":
             return Output(x_MD.new_empty(0), routing)
         return Output(self._logits(x_MD, tokens, logits), routing)

@@ -7,15 +7,15 @@ is used.
 from __future__ import annotations
 
 import math
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
 from mor.data.config import DataConfig
 from mor.files import naming, read_json
-from mor.model.config import ModelConfig, preset
+from mor.model.config import ModelConfig, Trained, preset
 from mor.run_folder import RunFolder
 from mor.settings import (
     Listed,
@@ -94,6 +94,13 @@ class TrainConfig(Settings):
     max_skipped: NonNegativeInt = 5
     """Skipped steps in a row (loss or gradient not finite) after which the run stops; it stops at
     once where the weights are not finite."""
+    init_from: str | None = None
+    """Checkpoint whose weights, model settings and tokenizer a new run starts with, such as one
+    that `mor convert` made."""
+    train: Trained | None = None
+    """added: what later recursions have of their own, and the router, so that the model stays its
+    source at depth 1; block: the shared layers too; all: everything. None: added for a deepened
+    model, else all."""
     branch_from: str | None = None
     """Checkpoint of another run to start from, with that run's settings."""
     log_every: PositiveInt = 10
@@ -123,15 +130,46 @@ class TrainConfig(Settings):
             raise ValueError(
                 "optim.name='muon' needs whole matrices; use parallel='ddp', or optim.name='adamw'"
             )
+        if self.init_from is None:
+            self.check_model()
+
+    def check_model(self) -> None:
+        """Raise ValueError if the run asks for what its model has not. A run that starts from a
+        checkpoint is checked when it knows that one's model."""
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"seq_len={self.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}"
             )
-        if self.capacity_warmup_steps and self.model.router.kind in ("fixed", "token_choice"):
+        kind = self.model.router.kind
+        if self.capacity_warmup_steps and kind in ("fixed", "token_choice", "gain"):
+            raise ValueError(f"capacity_warmup_steps needs a router with capacities, not {kind!r}")
+        if self.train == "added" and not (self.model.deepened or self.model.lora_rank):
             raise ValueError(
-                "capacity_warmup_steps needs a router with capacities, not "
-                f"{self.model.router.kind!r}"
+                "train='added' is for models with parts of their own for later recursions "
+                "(deepened or lora_rank), as mor convert --deepen makes them; this one has none"
             )
+
+    def with_model_of(self, checkpoint_config: ModelConfig) -> Self:
+        """The same for the model of the checkpoint that it starts from. Raises ValueError for other
+        settings of model or tokenizer, and as :meth:`check_model`."""
+        if self.model not in (checkpoint_config, type(self)().model):
+            raise ValueError(
+                f"init_from={self.init_from!r} brings its own model; leave out the settings of "
+                "another one"
+            )
+        if self.data.tokenizer is not None or self.data.vocab_size is not None:
+            raise ValueError(
+                f"init_from={self.init_from!r} brings its own tokenizer; leave out data.tokenizer "
+                "and data.vocab_size"
+            )
+        found = replace(self, model=checkpoint_config)
+        found.check_model()
+        return found
+
+    @property
+    def trained(self) -> Trained:
+        """What is trained."""
+        return self.train or ("added" if self.model.deepened else "all")
 
 
 def capacities_at(config: TrainConfig, step: int) -> tuple[float, ...]:
@@ -148,7 +186,10 @@ def step_flops(config: TrainConfig, step: int, num_ranks: int = 1) -> float:
 
     sequences = config.batch_size * config.accumulate * num_ranks
     return sequences * train_flops(
-        config.model, config.seq_len, capacities=capacities_at(config, step)
+        config.model,
+        config.seq_len,
+        capacities=capacities_at(config, step),
+        trained=config.trained,
     )
 
 

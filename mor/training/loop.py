@@ -38,7 +38,7 @@ from mor.training import distributed, sharded_state
 from mor.training.config import TrainConfig, step_flops, total_steps
 from mor.training.distributed import Ranks, own_share, reshard, spread
 from mor.training.log import MetricsLog, Speed, health_text
-from mor.training.optim import build_optimizers, learning_rate
+from mor.training.optim import build_optimizers, freeze, learning_rate
 from mor.training.resume import Saved, branched, can_branch, continued, record
 from mor.training.step import StepResult, TrainState, train_step
 from mor.training.tracing import tracing
@@ -123,7 +123,13 @@ def _prepare(
     config, saved = found.config, found.saved
     total = total_steps(config, ranks.size)
     ranks.first_does(lambda: _check_room(config, run, console))
-    model = found.model.train() if found.model else _fresh_model(config, found.corpus)
+    model = (
+        found.model.train() if found.model else Transformer(config.model).init_weights(config.seed)
+    )
+    if saved is None and model.router.needs_token_counts:
+        counts = found.corpus.train.token_counts(config.model.vocab_size, config.seq_len)
+        model.router.fit(counts)
+    freeze(model, config.trained)
     state = _on_ranks(config, model.to(ranks.device), ranks)
     if saved:
         state.load(saved.folder)
@@ -150,7 +156,8 @@ def _prepare(
 
 @dataclass(frozen=True)
 class _Beginning:
-    """Where a run starts from: fresh weights, or a checkpoint of it (own) or of another run.
+    """Where a run starts from: fresh weights, the weights of a model (without saved), or a
+    checkpoint of it (own) or of another run.
 
     config: with the schedule in force. chosen: with the one that was asked for; they differ where a
     run was lengthened. notes: what is other than it was.
@@ -176,14 +183,21 @@ def _beginning(
 ) -> _Beginning:
     """Settings, data and checkpoint, which fit each other."""
     start = ranks.first_does(lambda: _start(config, run, resume, console))
-    loaded = checkpoint.load(start) if start else None
+    source = start or (checkpoint.resolve(config.init_from) if config.init_from else None)
+    loaded = checkpoint.load(source) if source else None
     corpus = corpus or load_corpus(config.data, loaded.tokenizer if loaded else None)
-    model = config.model.replace(vocab_size=corpus.tokenizer.vocab_size)
-    config = dataclasses.replace(config, model=model)
+    if loaded and config.init_from:
+        config = config.with_model_of(loaded.config)
+        with naming(str(source)):
+            corpus.tokenizer.check_fits(config.model.vocab_size)
+    else:
+        model = config.model.replace(vocab_size=corpus.tokenizer.vocab_size)
+        config = dataclasses.replace(config, model=model)
     _check_length(corpus, config)
     data = corpus.fingerprint()
     if start is None or loaded is None:
-        return _Beginning(config, config, corpus, data, None, None, is_own=False)
+        model = loaded.model if loaded else None
+        return _Beginning(config, config, corpus, data, None, model, is_own=False)
     saved, is_own = Saved.of(start), start in run.checkpoints()
     if not is_own:  # the path itself: what is newest in another run may change
         config = dataclasses.replace(config, branch_from=str(start))
@@ -245,13 +259,6 @@ def _check_room(config: TrainConfig, run: RunFolder, console: Console) -> None:
 def checkpoint_bytes(model: ModelConfig) -> int:
     """Of a checkpoint of training, about: weights and the optimizer's two moments, in float32."""
     return 3 * 4 * unique_params(model)
-
-
-def _fresh_model(config: TrainConfig, corpus: Corpus) -> Transformer:
-    model = Transformer(config.model).init_weights(config.seed)
-    if model.router.needs_token_counts:
-        model.router.fit(corpus.train.token_counts(config.model.vocab_size, config.seq_len))
-    return model
 
 
 def _on_ranks(config: TrainConfig, model: Transformer, ranks: Ranks) -> TrainState:

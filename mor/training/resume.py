@@ -29,6 +29,7 @@ from mor.training.config import (
 FREE = (
     "out",
     "branch_from",
+    "init_from",
     "eval_every",
     "eval_windows",
     "save_minutes",
@@ -46,7 +47,7 @@ LENGTH = ("steps", "flops")
 SCHEDULE = ("optim.warmup", "optim.cooldown")
 # A step's sequences may be shared out otherwise, over another number of processes.
 SHARED_OUT = ("batch_size", "accumulate")
-RESUMABLE = (*LENGTH, *SHARED_OUT, *MACHINE, *(name for name in FREE if name != "branch_from"))
+RESUMABLE = (*LENGTH, *SHARED_OUT, *MACHINE, *(name for name in FREE if not name.endswith("_from")))
 """Settings that may be given anew when a run is resumed."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from mor import checkpoint
 from mor.data.stream import Batch, DataState
 from mor.device import autocast
+from mor.model.loss import IGNORED
+from mor.model.other_depths import ExploringRouter
+from mor.model.routers import GainRouter
 from mor.model.routing import Routing
 from mor.model.transformer import Output, Transformer
 from mor.training import sharded_state
@@ -133,7 +136,7 @@ def _backward(config: TrainConfig, state: TrainState, batches: Iterator[Any]) ->
         batch, state.data = next(batches)
         with reducing(state.forward, last=i == config.accumulate - 1):
             with autocast(device, config.precision):
-                output = _forward(config, state.forward, batch.to(device), capacities)
+                output = _forward(config, state, batch.to(device), capacities)
                 loss = compute_loss(output)
             (loss / config.accumulate).backward()
         assert output.nll is not None
@@ -147,17 +150,40 @@ def _backward(config: TrainConfig, state: TrainState, batches: Iterator[Any]) ->
 
 
 def _forward(
-    config: TrainConfig,
-    forward: nn.Module,
-    batch: Batch,
-    capacities: Sequence[float],
+    config: TrainConfig, state: TrainState, batch: Batch, capacities: Sequence[float]
 ) -> Output:
-    output: Output = forward(
-        batch.tokens_BT,
+    router, router_config = state.model.router, config.model.router
+    learns_gains = isinstance(router, GainRouter)
+    inputs = dict(
         targets_BT=batch.targets_BT,
         documents_BT=batch.documents_BT,
         selection="topk",
         capacities=capacities,
-        recompute=config.recompute,
+        router=ExploringRouter(router, router_config.explore, state.step) if learns_gains else None,
     )
+    output: Output = state.forward(batch.tokens_BT, **inputs, recompute=config.recompute)
+    if isinstance(router, GainRouter):
+        gain_RM = measured_gains(state.model, batch, output, inputs)
+        losses = output.routing.losses | {"gain": router.gain_loss(output.routing, gain_RM)}
+        output = replace(output, routing=replace(output.routing, losses=losses))
     return output
+
+
+@torch.no_grad()
+def measured_gains(
+    model: Transformer, batch: Batch, output: Output, inputs: dict[str, Any]
+) -> Tensor:
+    """By how much each recursion lowered the loss of the tokens that took it, nats, (R, M); NaN for
+    those without a target. Of the first recursion nothing is known.
+
+    The loss without a recursion is that of the same forward with all tokens capped before it.
+    """
+    assert output.nll_M is not None
+    capped = [
+        model(batch.tokens_BT, **inputs, max_depth=depth).nll_M
+        for depth in range(1, model.config.num_recursions)
+    ]
+    nll_RM = torch.stack([*capped, output.nll_M])
+    gain_RM = torch.cat([torch.full_like(nll_RM[:1], torch.nan), nll_RM[:-1] - nll_RM[1:]])
+    target = batch.targets_BT.flatten()[output.routing.tokens.place]
+    return gain_RM.masked_fill(target == IGNORED, torch.nan)
