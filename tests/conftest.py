@@ -133,9 +133,12 @@ def cases(quick="all"):
                 kept = j == i % 2 if from_0 else kept
                 marks = () if kept else pytest.mark.slow
                 found.append(pytest.param(make, id=f"{name}-{sharing}-{kv}", marks=marks))
-    for name, kv in zip(("fixed", "expert", "token"), KV_STRATEGIES, strict=True):
-        make = _maker(ROUTERS[name], "middle_cycle", kv, deepened=True, lora_rank=3)
-        found.append(pytest.param(make, id=f"deepened-{name}-{kv}"))
+    gain = RouterConfig(kind="gain", architecture="mlp")
+    deepened = (ROUTERS["fixed"], ROUTERS["expert"], ROUTERS["token"], gain)
+    for router, kv in zip(deepened, (*KV_STRATEGIES, "hybrid"), strict=True):
+        make = _maker(router, "middle_cycle", kv, deepened=True, lora_rank=3)
+        found.append(pytest.param(make, id=f"deepened-{router.kind}-{kv}"))
+    found.append(pytest.param(_maker(gain, "cycle", "recursion_wise"), id="gain-recursion_wise"))
     return found
 
 

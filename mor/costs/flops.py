@@ -8,7 +8,7 @@ paper's (recovered from its step counts) and the exact one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum
 from typing import NamedTuple
 
@@ -224,6 +224,18 @@ def train_flops(
     are trained."""
     work = sequence_workload(config, length, capacities=capacities)
     return forward_flops(config, work) + backward_flops(config, work, trained)
+
+
+def measuring_flops(config: ModelConfig, length: int, *, source_is_known: bool = False) -> float:
+    """What a router that learns from gains adds to a training sequence: a forward for each depth
+    that tokens might have stopped at. source_is_known: none for depth 1."""
+    if config.router.kind != "gain":
+        return 0
+    work = sequence_workload(config, length)
+    return fsum(
+        forward_flops(config, replace(work, kept=work.kept[:depth], pairs=work.pairs[:depth]))
+        for depth in range(2 if source_is_known else 1, config.num_recursions)
+    )
 
 
 def kv_entry_bytes(config: ModelConfig, dtype_bytes: int) -> int:

@@ -466,11 +466,15 @@ class GainRouter(ExpertChoiceRouter):
         return super().shown_score(routing, recursion)
 
 
+LEAST_GAIN = 1e-3
+"""Nats. What is below may be rounding: the gain of recursions that change nothing yet."""
+
+
 def _worth_loss(logit: Tensor, gain: Tensor, share: float = 0.99) -> Tensor:
     """Binary cross-entropy against whether a gain is among the largest that make this share of all
     gain. Gains near the cutoff count little, both answers count the same. 0 where nothing gains."""
-    positive = gain[gain > 0].sort(descending=True).values
-    if not len(positive) or not len(gain):
+    positive = gain[gain > LEAST_GAIN].sort(descending=True).values
+    if not len(positive):
         return logit.sum() * 0
     enough = int((positive.cumsum(0) < share * positive.sum()).sum())
     cutoff = positive[min(enough, len(positive) - 1)]

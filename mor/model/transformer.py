@@ -374,6 +374,7 @@ class Transformer(nn.Module):
         logits: Logits = "all",
         recompute: bool = False,
         keep_states: bool = False,
+        entered_BTD: Tensor | None = None,
     ) -> Output:
         """Logits for the next token at every position, and the routing that led there.
 
@@ -391,12 +392,20 @@ class Transformer(nn.Module):
         logits: of ``all`` tokens, the ``last`` of each row, or ``none``.
         recompute: keep no activations inside the layers; backward makes them again.
         keep_states: put the states before the first pass and after each one into the record.
+        entered_BTD: the states that leave the prelude, where they are known; it is skipped then.
         Raises ValueError for an empty batch, ids and targets outside the vocabulary, a mask that is
         not made of truth values, capacities that the settings would refuse, a depth or a cache that
         does not fit, and top-k with a cache. On a CUDA device ids and targets are checked there, by
         an assertion.
         """
         self._check(tokens_BT, mask_BT, documents_BT, targets_BT, cache, selection, logits)
+        if entered_BTD is not None and (
+            cache is not None or entered_BTD.shape != (*tokens_BT.shape, self.config.dim)
+        ):
+            raise ValueError(
+                "entered_BTD holds a state for each token, (batch, length, dim), and goes with no "
+                f"cache; got {tuple(entered_BTD.shape)} for tokens {tuple(tokens_BT.shape)}"
+            )
         start = None if cache is None else cache.length
         tokens = pack(tokens_BT, mask_BT, start=start, documents_BT=documents_BT)
         if not len(tokens):
@@ -406,12 +415,15 @@ class Transformer(nn.Module):
         store: KVStore = cache or Scratch(
             kept=() if self.config.kv_strategy == "recursion_wise" else (1,)
         )
-        x_MD = self._embed(tokens.ids)
         angles = rotary_angles(tokens.position, self.config.head_dim, self.config.rope_theta)
 
         everyone = store.open(0, (0,), tokens)
-        for layer, block in enumerate(self.prelude):
-            x_MD = checkpointed(block, x_MD, angles, everyone, layer, recompute=recompute)
+        if entered_BTD is None:
+            x_MD = self._embed(tokens.ids)
+            for layer, block in enumerate(self.prelude):
+                x_MD = checkpointed(block, x_MD, angles, everyone, layer, recompute=recompute)
+        else:
+            x_MD = entered_BTD.flatten(0, 1)[tokens.place]
         x_MD, routing = self.recursions(
             x_MD,
             angles,

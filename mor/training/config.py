@@ -101,6 +101,10 @@ class TrainConfig(Settings):
     """added: what later recursions have of their own, and the router, so that the model stays its
     source at depth 1; block: the shared layers too; all: everything. None: added for a deepened
     model, else all."""
+    source_cache: str | None = None
+    """Folder that keeps what the frozen source says of the training text, for train='added' and one
+    process: the states that leave the prelude, in half precision, and the loss at depth 1. It takes
+    2 * dim + 4 bytes per token; runs and epochs share it."""
     branch_from: str | None = None
     """Checkpoint of another run to start from, with that run's settings."""
     log_every: PositiveInt = 10
@@ -143,6 +147,10 @@ class TrainConfig(Settings):
         kind = self.model.router.kind
         if self.capacity_warmup_steps and kind in ("fixed", "token_choice", "gain"):
             raise ValueError(f"capacity_warmup_steps needs a router with capacities, not {kind!r}")
+        if self.source_cache and self.trained != "added":
+            raise ValueError(
+                f"source_cache needs a source that stays as it is, not train={self.trained!r}"
+            )
         if self.train == "added" and not (self.model.deepened or self.model.lora_rank):
             raise ValueError(
                 "train='added' is for models with parts of their own for later recursions "
@@ -181,16 +189,21 @@ def capacities_at(config: TrainConfig, step: int) -> tuple[float, ...]:
 
 
 def step_flops(config: TrainConfig, step: int, num_ranks: int = 1) -> float:
-    """Training FLOPs of a step, exact for static capacities. Document masks are ignored."""
-    from mor.costs.flops import train_flops
+    """Training FLOPs of a step, exact for static capacities. Document masks are ignored, and what a
+    source_cache saves of the prelude; without static capacities they are expected ones."""
+    from mor.costs.flops import measuring_flops, train_flops
 
     sequences = config.batch_size * config.accumulate * num_ranks
-    return sequences * train_flops(
+    measuring = measuring_flops(
+        config.model, config.seq_len, source_is_known=config.source_cache is not None
+    )
+    training = train_flops(
         config.model,
         config.seq_len,
         capacities=capacities_at(config, step),
         trained=config.trained,
     )
+    return sequences * (training + measuring)
 
 
 def total_steps(config: TrainConfig, num_ranks: int = 1) -> int:

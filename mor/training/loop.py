@@ -40,6 +40,7 @@ from mor.training.distributed import Ranks, own_share, reshard, spread
 from mor.training.log import MetricsLog, Speed, health_text
 from mor.training.optim import build_optimizers, freeze, learning_rate
 from mor.training.resume import Saved, branched, can_branch, continued, record
+from mor.training.source_cache import SourceCache
 from mor.training.step import StepResult, TrainState, train_step
 from mor.training.tracing import tracing
 from mor.training.trackers import TRACKERS, Tolerant, Tracker, routing_histograms
@@ -133,13 +134,22 @@ def _prepare(
     state = _on_ranks(config, model.to(ranks.device), ranks)
     if saved:
         state.load(saved.folder)
+    if config.source_cache:
+        if ranks.size > 1:
+            raise ValueError("source_cache is for one process; leave it out with torchrun")
+        state.source = SourceCache(Path(config.source_cache), state.model, config.seq_len)
     tracker = _tracker(config, state)
     progress = ProgressBar(console, label, total=total, done=state.step, counted=True)
     kept = state.step if found.is_own else 0
     log = MetricsLog(run, step=kept, active=ranks.is_first, tracker=tracker)
     earlier = saved.schedules if saved and found.is_own else []
     facts = record(found.chosen, found.data, ranks.size, earlier, config.optim)
-    for line in [*([announce(config, ranks.size)] if announce else []), *found.notes]:
+    kept_lines = [cache_line(state.source, config, total - state.step)] if state.source else []
+    for line in [
+        *([announce(config, ranks.size)] if announce else []),
+        *found.notes,
+        *kept_lines,
+    ]:
         progress.note(line)
     trainer = Trainer(config, state, found.corpus, run, log, progress, total, facts)
     trainer.skipped_in_a_row = saved.skipped_in_a_row if saved and found.is_own else 0
@@ -254,6 +264,16 @@ def _check_room(config: TrainConfig, run: RunFolder, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def cache_line(cache: SourceCache, config: TrainConfig, steps: int) -> str:
+    """What is there, and what the run may add to it."""
+    tokens = steps * config.batch_size * config.accumulate * config.seq_len
+    return (
+        f"{config.source_cache}: {in_bytes(cache.nbytes)} of the source's states and losses, at "
+        f"most {in_bytes(round(tokens * cache.bytes_per_token))} more in this run "
+        f"({cache.bytes_per_token:,.0f} bytes per token)"
+    )
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:

@@ -30,6 +30,7 @@ FREE = (
     "out",
     "branch_from",
     "init_from",
+    "source_cache",
     "eval_every",
     "eval_windows",
     "save_minutes",

@@ -28,6 +28,7 @@ from mor.training import sharded_state
 from mor.training.config import TrainConfig, capacities_at, step_flops
 from mor.training.distributed import Ranks, reducing, whole
 from mor.training.optim import learning_rate
+from mor.training.source_cache import SourceCache
 
 
 @dataclass
@@ -46,6 +47,8 @@ class TrainState:
     train_s: float = 0.0
     skipped: int = 0
     """Steps whose loss or gradient was not finite."""
+    source: SourceCache | None = None
+    """What the frozen source says of the training text, where it is kept."""
 
     _COUNTERS = ("step", "tokens", "flops", "train_s", "skipped")
 
@@ -154,16 +157,20 @@ def _forward(
 ) -> Output:
     router, router_config = state.model.router, config.model.router
     learns_gains = isinstance(router, GainRouter)
-    inputs = dict(
+    inputs: dict[str, Any] = dict(
         targets_BT=batch.targets_BT,
         documents_BT=batch.documents_BT,
         selection="topk",
         capacities=capacities,
         router=ExploringRouter(router, router_config.explore, state.step) if learns_gains else None,
     )
+    known = state.source.of(batch) if state.source else None
+    if known is not None:
+        inputs["entered_BTD"] = known.entered_BTD
     output: Output = state.forward(batch.tokens_BT, **inputs, recompute=config.recompute)
     if isinstance(router, GainRouter):
-        gain_RM = measured_gains(state.model, batch, output, inputs)
+        source_nll_M = known.nll_M if known is not None else None
+        gain_RM = measured_gains(state.model, batch, output, inputs, source_nll_M)
         losses = output.routing.losses | {"gain": router.gain_loss(output.routing, gain_RM)}
         output = replace(output, routing=replace(output.routing, losses=losses))
     return output
@@ -171,18 +178,22 @@ def _forward(
 
 @torch.no_grad()
 def measured_gains(
-    model: Transformer, batch: Batch, output: Output, inputs: dict[str, Any]
+    model: Transformer,
+    batch: Batch,
+    output: Output,
+    inputs: dict[str, Any],
+    source_nll_M: Tensor | None = None,
 ) -> Tensor:
     """By how much each recursion lowered the loss of the tokens that took it, nats, (R, M); NaN for
     those without a target. Of the first recursion nothing is known.
 
     The loss without a recursion is that of the same forward with all tokens capped before it.
+    source_nll_M: the loss at depth 1, where it is known.
     """
     assert output.nll_M is not None
-    capped = [
-        model(batch.tokens_BT, **inputs, max_depth=depth).nll_M
-        for depth in range(1, model.config.num_recursions)
-    ]
+    capped = [] if source_nll_M is None else [source_nll_M]
+    for depth in range(1 + len(capped), model.config.num_recursions):
+        capped.append(model(batch.tokens_BT, **inputs, max_depth=depth).nll_M)
     nll_RM = torch.stack([*capped, output.nll_M])
     gain_RM = torch.cat([torch.full_like(nll_RM[:1], torch.nan), nll_RM[:-1] - nll_RM[1:]])
     target = batch.targets_BT.flatten()[output.routing.tokens.place]

@@ -72,6 +72,7 @@ def test_34_layer_vanilla_as_the_paper_counts_it():
             for a in ("linear", "mlp", "wide_mlp")
         ),
         dict(kind="expert_choice", causal_selection="aux_router", architecture="mlp"),
+        *(dict(kind="gain", architecture=a) for a in ("linear", "mlp", "wide_mlp")),
     ],
 )
 @pytest.mark.parametrize("added", [{}, dict(deepened=True), dict(deepened=True, lora_rank=3)])
