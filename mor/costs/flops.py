@@ -163,22 +163,29 @@ class _Part(NamedTuple):
 def _parts(config: ModelConfig, work: Workload) -> Iterator[_Part]:
     key_value = _attention_params(config)[1]
     block, per_pair = _block_matrix_params(config), 4 * config.num_heads * config.head_dim
-    reads, own = READS[config.kv_strategy], (2 * block * work.tokens, per_pair * work.own_pairs)
-    yield _Part(*(config.prelude_layers * x for x in own), "all", False, False)
+    reads, own, own_attention = (
+        READS[config.kv_strategy],
+        2 * block * work.tokens,
+        per_pair * work.own_pairs,
+    )
+    first, last = config.prelude_layers, config.coda_layers
+    yield _Part(first * own, first * own_attention, "all", False, False)
     for r, (kept, pairs) in enumerate(zip(work.kept, work.pairs, strict=True), start=1):
         weights = block if r in reads(r) else block - key_value
         products, attention = 2 * weights * kept, per_pair * pairs
         S, later = config.shared_layers, r > 1
         yield _Part(S * products, S * attention, "block", later, True)
         yield _Part(2 * _added_weights(config, r) * kept, 0, "added", True, True)
-    yield _Part(*(config.coda_layers * x for x in own), "all", True, True)
+    yield _Part(last * own, last * own_attention, "all", True, True)
     yield _Part(2 * config.dim * config.vocab_size * work.logits, 0, "all", True, True)
     yield _Part(_router_flops(config, work), 0, "added", True, True)
 
 
 def backward_flops(config: ModelConfig, work: Workload, trained: Trained) -> float:
     """Of a backward pass that makes gradients of the trained weights, and of whatever lies between
-    them and the loss. Products cost once again for each of the two, attention twice."""
+    them and the loss. Products cost once again for each of the two, attention twice. Where not all
+    is trained this is a little too much: the first weights that are need no gradient of what they
+    read."""
     order = ("added", "block", "all")
     total = 0.0
     for part in _parts(config, work):

@@ -206,8 +206,8 @@ def _beginning(
     _check_length(corpus, config)
     data = corpus.fingerprint()
     if start is None or loaded is None:
-        model = loaded.model if loaded else None
-        return _Beginning(config, config, corpus, data, None, model, is_own=False)
+        made = loaded.model if loaded else None
+        return _Beginning(config, config, corpus, data, None, made, is_own=False)
     saved, is_own = Saved.of(start), start in run.checkpoints()
     if not is_own:  # the path itself: what is newest in another run may change
         config = dataclasses.replace(config, branch_from=str(start))

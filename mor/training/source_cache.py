@@ -91,7 +91,8 @@ class SourceCache:
 
     def _read(self, opened: Any, name: bytes) -> np.ndarray:
         opened.seek(self.place[name] * self.record.itemsize)
-        return np.frombuffer(opened.read(self.record.itemsize), self.record)[0]
+        found: np.ndarray = np.frombuffer(opened.read(self.record.itemsize), self.record)[0]
+        return found
 
     @torch.no_grad()
     def _add(self, batch: Batch, new: list[int], names: list[bytes]) -> None:

@@ -193,7 +193,9 @@ def measured_gains(
     assert output.nll_M is not None
     capped = [] if source_nll_M is None else [source_nll_M]
     for depth in range(1 + len(capped), model.config.num_recursions):
-        capped.append(model(batch.tokens_BT, **inputs, max_depth=depth).nll_M)
+        nll_M = model(batch.tokens_BT, **inputs, max_depth=depth).nll_M
+        assert nll_M is not None
+        capped.append(nll_M)
     nll_RM = torch.stack([*capped, output.nll_M])
     gain_RM = torch.cat([torch.full_like(nll_RM[:1], torch.nan), nll_RM[:-1] - nll_RM[1:]])
     target = batch.targets_BT.flatten()[output.routing.tokens.place]
