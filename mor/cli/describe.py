@@ -125,14 +125,17 @@ def model_facts(model: ModelConfig) -> dict[str, Any]:
         "vocabulary": model.vocab_size,
         "context": model.max_seq_len,
         "router": model.router.kind,
-        **({"gate": model.router.gate, "capacities": list(model.capacities)} if routed else {}),
+        **({"gate": "its own" if model.deepened else model.router.gate} if routed else {}),
+        **({"capacities": list(model.capacities)} if routed else {}),
         **({"kv_strategy": model.kv_strategy} if model.num_recursions > 1 else {}),
     }
 
 
-def data_facts(data: DataConfig) -> dict[str, str]:
-    """Text, tokenizer and validation text of a run, in words."""
-    tokenizer, validation = data.tokenizer or "bpe", f"{data.validation_share:.1%} of the text"
+def data_facts(data: DataConfig, *, init_from: str | None = None) -> dict[str, str]:
+    """Text, tokenizer and validation text of a run, in words. init_from: the checkpoint that it
+    started from, if it did."""
+    tokenizer = f"that of {init_from}" if init_from else data.tokenizer or "bpe"
+    validation = f"{data.validation_share:.1%} of the text"
     if (data.path or "").startswith(PREFIX):
         tokenizer, validation = "the task's own", "problems of its own"
     elif (data.path or "").startswith(WORDS_PREFIX):

@@ -185,15 +185,8 @@ class Train(Command):
             yield "parallel", "without torchrun"
         if self.resume or settings.branch_from:
             return  # the other settings are those of the run, which are not read yet
-        if settings.init_from is None:
-            for name, reason in settings.model.without_effect():
-                yield f"{name} model.{name}", reason
-        if self.config is None and settings.init_from is None:
-            yield from self.choice.without_effect()
-        if self.config or "model.vocab_size" in self.named:
-            used = with_vocabulary(settings).model.vocab_size
-            if settings.model.vocab_size != used and settings.init_from is None:
-                yield "model.vocab_size", f"beside the tokenizer, which has {used:,} tokens"
+        if settings.init_from is None:  # which brings its own model
+            yield from self._of_model()
         if reason := _too_late(settings):
             yield "keep_steps", reason
         if settings.flops is not None:
@@ -209,6 +202,17 @@ class Train(Command):
             yield "data.vocab_size", f"with the tokenizer {data.tokenizer!r}, which has its own"
         if data.validation_path:
             yield "data.validation_share", "with a validation_path"
+
+    def _of_model(self) -> Iterator[tuple[str, str]]:
+        settings = self.settings
+        for name, reason in settings.model.without_effect():
+            yield f"{name} model.{name}", reason
+        if self.config is None:
+            yield from self.choice.without_effect()
+        if self.config or "model.vocab_size" in self.named:
+            used = with_vocabulary(settings).model.vocab_size
+            if settings.model.vocab_size != used:
+                yield "model.vocab_size", f"beside the tokenizer, which has {used:,} tokens"
 
     def refuse_contradictions(self, given: Mapping[str, str]) -> None:
         """Raise ValueError if a flag that chooses the model and one that refines it differ."""

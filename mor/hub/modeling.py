@@ -31,6 +31,7 @@ from mor.hub.configuration import MoRConfig
 from mor.model.config import Selection
 from mor.model.kv_cache import KVCache
 from mor.model.packing import pack
+from mor.model.routers import GainRouter
 from mor.model.routing import Routing
 from mor.model.transformer import (
     Deepening,
@@ -281,6 +282,12 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
             warnings.warn(
                 "balancing='loss_free' needs callbacks=[mor.hub.LoadBalancing()] in "
                 "Trainer: nothing balances the load",
+                stacklevel=2,
+            )
+        if self.training and isinstance(self.model.router, GainRouter):
+            warnings.warn(
+                "router.kind='gain' learns nothing here: no gains are measured. Train it with "
+                "mor train",
                 stacklevel=2,
             )
         logits, aux_loss = output.logits_BTV, output.routing.weighted_loss

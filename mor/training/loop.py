@@ -123,6 +123,10 @@ def _prepare(
     found = _beginning(config, run, ranks, resume, corpus, console)
     config, saved = found.config, found.saved
     total = total_steps(config, ranks.size)
+    if ranks.size > 1 and (config.source_cache or config.model.router.kind == "gain"):
+        raise ValueError(
+            "source_cache and router.kind='gain' are for one process; leave torchrun out"
+        )
     ranks.first_does(lambda: _check_room(config, run, console))
     model = (
         found.model.train() if found.model else Transformer(config.model).init_weights(config.seed)
@@ -135,8 +139,6 @@ def _prepare(
     if saved:
         state.load(saved.folder)
     if config.source_cache:
-        if ranks.size > 1:
-            raise ValueError("source_cache is for one process; leave it out with torchrun")
         state.source = SourceCache(Path(config.source_cache), state.model, config.seq_len)
     tracker = _tracker(config, state)
     progress = ProgressBar(console, label, total=total, done=state.step, counted=True)
