@@ -60,8 +60,8 @@ class Convert(Command):
     block_layers: PositiveInt | None = None
     """With --suggest-split: layers of the block. Default: a third of the source's."""
     text: str | None = None
-    """With --suggest-split: text, as mor train --data.path takes it; the share that training would
-    hold out is read. Default: Python's own documentation."""
+    """With --suggest-split: a file or folder of text, or prepared data, of which the held-out split
+    is read. Default: what training holds out of Python's own documentation."""
     sharing: Sharing | None = None
     """Default: middle_cycle."""
     init: Literal["stepwise", "average", "lower", "upper", "random"] | None = None
@@ -170,10 +170,13 @@ class Convert(Command):
         from mor.conversion.convert import read_source
         from mor.conversion.deepen import angular_distances, splits
         from mor.data.config import DataConfig
-        from mor.data.stream import load_corpus
+        from mor.data.stream import load_corpus, load_tokens
 
         found = read_source(self.source)
-        held_out = load_corpus(DataConfig(path=self.text), found.tokenizer).validation
+        if self.text is None:
+            held_out = load_corpus(DataConfig(), found.tokenizer).validation
+        else:
+            held_out = load_tokens(self.text, found.tokenizer)
         length = min(256, found.config.max_seq_len)
         distance_LL = angular_distances(found.model, held_out, seq_len=length, max_windows=16)
         layers = self.block_layers or max(1, found.config.num_layers // 3)
@@ -183,7 +186,8 @@ class Convert(Command):
             return
         console.print(
             f"blocks of {layers} layers and the angle by which they turn a state (1 = 180 "
-            f"degrees), on {length} x 16 tokens of {self.text or 'Python documentation'}:",
+            f"degrees), in up to 16 windows of {length} tokens of "
+            f"{self.text or 'Python documentation'}:",
             highlight=False,
             soft_wrap=True,
         )

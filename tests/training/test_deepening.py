@@ -243,6 +243,8 @@ def test_states_and_losses_of_the_source_are_computed_once(tmp_path, monkeypatch
     torch.testing.assert_close(found.entered_BTD, entered_BTD, atol=1e-3, rtol=1e-3)
     skipped = model(twice.tokens_BT, entered_BTD=entered_BTD).logits_BTV
     assert torch.equal(skipped, model(twice.tokens_BT).logits_BTV)
+    with pytest.raises(ValueError, match="a state for each token"):
+        model(twice.tokens_BT, entered_BTD=entered_BTD[:1])
     assert len(cache.place) == 3 and cache.nbytes == 3 * 11 * (2 * 24 + 4)
 
     with (tmp_path / "c" / "records.bin").open("ab") as file:
