@@ -137,8 +137,12 @@ def cases(quick="all"):
     deepened = (ROUTERS["fixed"], ROUTERS["expert"], ROUTERS["token"], gain)
     for router, kv in zip(deepened, (*KV_STRATEGIES, "hybrid"), strict=True):
         make = _maker(router, "middle_cycle", kv, deepened=True, lora_rank=3)
-        found.append(pytest.param(make, id=f"deepened-{router.kind}-{kv}"))
-    found.append(pytest.param(_maker(gain, "cycle", "recursion_wise"), id="gain-recursion_wise"))
+        kept = quick != "singles" or router.kind in ("token_choice", "gain")
+        marks = () if kept else pytest.mark.slow
+        found.append(pytest.param(make, id=f"deepened-{router.kind}-{kv}", marks=marks))
+    marks = pytest.mark.slow if quick == "singles" else ()
+    make = _maker(gain, "cycle", "recursion_wise")
+    found.append(pytest.param(make, id="gain-cycle-recursion_wise", marks=marks))
     return found
 
 
