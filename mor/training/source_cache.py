@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mor.data.stream import Batch
-from mor.files import read_json
+from mor.files import alone_in, read_json
 from mor.model.transformer import Transformer
 
 _DIGEST = 16  # bytes
@@ -34,28 +35,35 @@ class SourceOf(NamedTuple):
 
 
 class SourceCache:
-    """A folder with a record for each sequence. One process at a time writes to it.
+    """A folder with a record for each sequence, held for this process until :meth:`close`.
 
-    Raises ValueError if it belongs to another source or to sequences of another length.
+    Raises ValueError if another process holds it, and if it belongs to another source or to
+    sequences of another length.
     """
 
     def __init__(self, folder: Path, model: Transformer, seq_len: int) -> None:
         self.model, self.seq_len, dim = model, seq_len, model.config.dim
         self.record = np.dtype([("nll", "<f4", (seq_len,)), ("state", "<f2", (seq_len, dim))])
         self.records, self.names = folder / "records.bin", folder / "names.bin"
+        self._held = ExitStack()
+        self._held.enter_context(alone_in(folder, doing="keeping the source's states in"))
         about = {"source": fingerprint(model), "seq_len": seq_len, "dim": dim}
         file = folder / "source.json"
         if file.is_file():
             before = read_json(file)
             if changed := [name for name in about if before.get(name) != about[name]]:
+                self.close()
                 raise ValueError(
                     f"{folder} was computed for another {' and '.join(changed)} than this run's; "
                     "delete it, or choose another folder"
                 )
         else:
-            folder.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(about))
         self._open()
+
+    def close(self) -> None:
+        """Let other processes have it."""
+        self._held.close()
 
     def _open(self) -> None:
         """Read the names of what is there. A record without a name was not finished."""

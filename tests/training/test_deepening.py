@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nan
 
 from mor import checkpoint
@@ -15,6 +16,7 @@ from mor.conversion.convert import convert
 from mor.conversion.deepen import Deepening
 from mor.data.config import DataConfig
 from mor.data.stream import Batch
+from mor.files import LOCK
 from mor.model.config import RouterConfig
 from mor.model.other_depths import ExploringRouter
 from mor.model.routers import _worth_loss
@@ -249,6 +251,9 @@ def test_states_and_losses_of_the_source_are_computed_once(tmp_path, monkeypatch
 
     with (tmp_path / "c" / "records.bin").open("ab") as file:
         file.write(b"half a record")  # of a run that was killed
+    cache.close()
+    with FileLock(tmp_path / "c" / LOCK), pytest.raises(ValueError, match="another process"):
+        SourceCache(tmp_path / "c", model, 11)  # two would number their records alike
     again = SourceCache(tmp_path / "c", model, 11)
     monkeypatch.setattr(again, "model", None)  # nothing is left to compute
     for a, b in zip(again.of(batch), cache.of(batch), strict=True):
@@ -260,11 +265,11 @@ def test_states_and_losses_of_the_source_are_computed_once(tmp_path, monkeypatch
 
 def test_a_cache_of_another_source_is_refused(tmp_path):
     model = tiny("gain", deepened=True, lora_rank=3).requires_grad_(False)
-    SourceCache(tmp_path, model, 11)
+    SourceCache(tmp_path, model, 11).close()
     for name, parameter in model.named_parameters():
         if "deepening" in name or "lora" in name or "router" in name:
             parameter.add_(1.0)
-    SourceCache(tmp_path, model, 11)  # what is trained is not of the source
+    SourceCache(tmp_path, model, 11).close()  # what is trained is not of the source
     with pytest.raises(ValueError, match="another seq_len"):
         SourceCache(tmp_path, model, 12)
     model.coda[0].feed_forward.up_proj.weight[0, 0] += 0.01
