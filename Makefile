@@ -11,11 +11,11 @@ demo: .venv/.core
 	$(BIN)/mor demo
 
 test: .venv/.dev
-	$(BIN)/pytest -q -n 2 tests
+	$(BIN)/pytest -q -n 2 --dist worksteal tests
 
 # Also cross products of what the other tests cover, and long runs.
 test-all: .venv/.dev
-	$(BIN)/pytest -q -n 2 --slow tests
+	$(BIN)/pytest -q -n 2 --dist worksteal --slow tests
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .

@@ -32,7 +32,7 @@ from mor.model.transformer import Transformer
 
 PROMPT = 16  # tokens, where latency is measured
 MODES = ("depth_wise", "lock_step", "auto")
-PARTS = ("models", "batching", "transformers", "overhead", "latency")
+PARTS = ("models", "depths", "batching", "transformers", "overhead", "latency")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,8 @@ class Settings:
     parts use random weights in the shape of the preset in any case."""
     baseline: Path | None = None
     batches: tuple[int, ...] = (1, 8, 32)
+    depths: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
+    """Of the part `depths`."""
     lengths: Lengths = field(default_factory=Lengths)
     rounds: int = 5
     seconds: float = 1.2
@@ -94,6 +96,24 @@ def models(settings):
         rows += decode_rows(baseline, tested, batch=batch, slots=2 * batch, **common)
     rows += decode_rows(baseline, tested, batch=max(settings.batches), slots=None, **common)
     return dict(rows=[asdict(row) for row in rows], roofline=asdict(machine))
+
+
+def depths(settings):
+    """MoR-3 with depth budgets, against vanilla: whether speed follows from what is spent."""
+    machine = measure_machine(torch.device(settings.device), getattr(torch, settings.dtype))
+    batch = max(settings.batches)
+    rows = decode_rows(
+        make(settings, 1),
+        {"mor-3": make(settings, 3)},
+        batch=batch,
+        slots=2 * batch,
+        lengths=settings.lengths,
+        machine=machine,
+        rounds=settings.rounds,
+        seconds=settings.seconds,
+        depths=settings.depths,
+    )
+    return [asdict(row) for row in rows]
 
 
 def batching(settings):

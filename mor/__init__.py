@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mor.generation import SamplingParams, generate
     from mor.model import Transformer
     from mor.model.config import ModelConfig, RouterConfig, preset
+    from mor.structure import Structure
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOME = {
     "load": "mor.checkpoint",
     "generate": "mor.generation",
     "SamplingParams": "mor.generation",
+    "Structure": "mor.structure",
     "Engine": "mor.engine",
     "EngineConfig": "mor.engine",
     "evaluate": "mor.evaluation.nll",
@@ -38,6 +40,7 @@ __all__ = [
     "ModelConfig",
     "RouterConfig",
     "SamplingParams",
+    "Structure",
     "Transformer",
     "evaluate",
     "explain",

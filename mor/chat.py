@@ -17,9 +17,11 @@ class Chat:
     Raises ValueError if the tokenizer has no template, ImportError if transformers is missing.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, template: str | None = None) -> None:
+        """template: in place of the tokenizer's own."""
         with extra("hf", needed_for="chat"):
             self.theirs = tokenizer.to_transformers()
+        self.theirs.chat_template = template or self.theirs.chat_template
         if not self.theirs.chat_template:
             raise ValueError(
                 "this checkpoint's tokenizer has no chat template; it was not trained to chat, so "

@@ -8,8 +8,10 @@ checksums.json shows whether one was damaged later.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mor.data.tokenizer import COMPANIONS, Tokenizer
-from mor.files import CHECKSUMS, naming, read_json, replacing, verify, write_checksums
+from mor.files import (
+    CHECKSUMS,
+    naming,
+    read_json,
+    renew_checksum,
+    replacing,
+    verify,
+    write_checksums,
+)
+from mor.model.budget import DepthTable
 from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
 from mor.run_folder import RunFolder
@@ -45,7 +56,8 @@ _READ = (_CONFIG, "adapter_config.json", *WEIGHT_FILES, "tokenizer.json", *COMPA
 _READ_TO_CONTINUE = (f"{_STATE}/*", f"{_STATE}/*/*")
 _PREFIX = "model."  # MoRForCausalLM holds the Transformer under this name
 # Entries of config.json that are not settings of ModelConfig.
-_OUR_EXTRAS = {"model_type", "architectures", "eos_token_id", "auto_map"}
+_TABLE = "depth_table"
+_OUR_EXTRAS = {"model_type", "architectures", "eos_token_id", "auto_map", _TABLE}
 
 
 class Checkpoint(NamedTuple):
@@ -64,7 +76,14 @@ def save(
     """Write a checkpoint directory, replacing one of the same name only when the new one is
     complete. progress: plain values for whoever continues from it."""
     with replacing(path) as folder:
-        write(folder, model.config, model.state_dict(), tokenizer, progress=progress)
+        write(
+            folder,
+            model.config,
+            model.state_dict(),
+            tokenizer,
+            progress=progress,
+            depth_table=model.depth_table,
+        )
     return path
 
 
@@ -75,6 +94,7 @@ def write(
     tokenizer: Tokenizer,
     *,
     progress: Mapping[str, Any] | None = None,
+    depth_table: DepthTable | None = None,
 ) -> None:
     """Fill a folder, which may hold the optimizers' state already; checksums cover all of it.
 
@@ -86,11 +106,13 @@ def write(
     tokenizer.check_fits(config.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     ends = list(tokenizer.end_ids)
-    extras = {
+    extras: dict[str, Any] = {
         "model_type": "mor",
         "architectures": ["MoRForCausalLM"],
         "eos_token_id": ends if len(ends) > 1 else ends[0],
     }
+    if depth_table is not None:
+        extras[_TABLE] = asdict(depth_table)
     (folder / _CONFIG).write_text(json.dumps(extras | config.to_dict(), indent=2))
     save_file(
         {_PREFIX + name: tensor.detach().contiguous() for name, tensor in state.items()},
@@ -164,11 +186,12 @@ def load(
     """
     folder = resolve(path)
     check(folder)
-    config = read_config(folder)
+    config, table = read_config(folder), read_depth_table(folder)
     tokenizer = Tokenizer.load(folder)
     with naming(folder):
         tokenizer.check_fits(config.vocab_size)
     model = build(config, open_weights(folder), dtype=dtype)
+    model.depth_table = table
     return Checkpoint(config, model.to(device), tokenizer)
 
 
@@ -272,6 +295,38 @@ def read_config(folder: Path) -> ModelConfig:
         if unknown and "transformers_version" not in values:
             raise ValueError(f"{', '.join(unknown)}: not a setting of a mor model")
     return config
+
+
+def read_depth_table(folder: Path) -> DepthTable | None:
+    """What depth budgets ask of the model's scores, if it was calibrated. Raises ValueError if the
+    table is damaged."""
+    file = folder / _CONFIG
+    found = read_json(file).get(_TABLE)
+    with naming(file):
+        return None if found is None else DepthTable.from_dict(found)
+
+
+def write_depth_table(path: str | Path, table: DepthTable) -> Path:
+    """Give the checkpoint that ``path`` means a table, in place of the one that it may have. It
+    stands in config.json, which whoever loads, exports or uploads the model takes along."""
+    folder = resolve(path)
+    check(folder)
+    values = read_json(folder / _CONFIG) | {_TABLE: asdict(table)}
+    with replacing(folder) as changed:
+        shutil.copytree(folder, changed, copy_function=_link_or_copy)
+        (changed / _CONFIG).unlink()  # it may be a link, and the old folder keeps its own
+        (changed / _CONFIG).write_text(json.dumps(values, indent=2))
+        if (changed / CHECKSUMS).is_file():
+            renew_checksum(changed, _CONFIG)
+    return folder
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """Weights are large, and the same in both folders."""
+    try:
+        os.link(source, target)
+    except OSError:  # a filesystem without links
+        shutil.copy2(source, target)
 
 
 def has_progress(folder: Path) -> bool:

@@ -129,6 +129,13 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2))
 
 
+def renew_checksum(folder: Path, name: str) -> None:
+    """Write the checksum of one file that was changed on purpose; the others stay as they are. The
+    list of checksums becomes a new file, in case the old one has other names."""
+    sums = read_json(folder / CHECKSUMS) | {name: _checksum(folder / name)}
+    write_json(folder / CHECKSUMS, sums)
+
+
 def verify(folder: Path, read: Sequence[str]) -> None:
     """Raise ValueError naming the first file that is missing, has changed since its checksum was
     written, or has none. read: patterns of the files that somebody is about to read, by their paths

@@ -43,7 +43,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache_folder(tmp_path_factory):
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    """One for all processes of a run of the tests, since gathering the default corpus takes a
+    while."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["XDG_CACHE_HOME"] = str(base / "cache")
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +56,30 @@ def one_thread():
     take ten times as long with two."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures of analyses are empty files, where a test is about the page that holds them."""
+
+    def save(figure, folder, name):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.png").write_bytes(b"png")
+        (folder / f"{name}.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+
+    monkeypatch.setattr("mor.analysis.report.save", save)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium; for a module, as Playwright keeps an event loop running in this thread."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as running:
+        started = running.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="session")
@@ -108,11 +136,12 @@ ROUTERS = {
     "expert-from-0": RouterConfig(kind="expert_choice", capacities=(0.6, 0.4, 0.2)),
 }
 KV_STRATEGIES = ("recursion_wise", "shared", "hybrid")
+FINAL = ("expert", "expert-aux-router", "token", "random")
 
 
-def cases(quick="all"):
+def cases(quick="all", *, with_final=False):
     """Every router with every KV strategy and every sharing scheme that it allows: (id, model
-    maker).
+    maker). with_final: also some with the strategy that the engine does not have.
 
     quick: which of them run without ``slow``. all · pairs: enough that each router meets each KV
     strategy and each sharing scheme, and these each other · singles: enough that each router, each
@@ -135,7 +164,10 @@ def cases(quick="all"):
                 found.append(pytest.param(make, id=f"{name}-{sharing}-{kv}", marks=marks))
     gain = RouterConfig(kind="gain", architecture="mlp")
     deepened = (ROUTERS["fixed"], ROUTERS["expert"], ROUTERS["token"], gain)
-    for router, kv in zip(deepened, (*KV_STRATEGIES, "hybrid"), strict=True):
+    strategies = [*KV_STRATEGIES, "hybrid"]
+    if with_final:
+        deepened, strategies = (*deepened, gain), [*strategies, "final"]
+    for router, kv in zip(deepened, strategies, strict=True):
         make = _maker(router, "middle_cycle", kv, deepened=True, lora_rank=3)
         kept = quick != "singles" or router.kind in ("token_choice", "gain")
         marks = () if kept else pytest.mark.slow
@@ -143,6 +175,9 @@ def cases(quick="all"):
     marks = pytest.mark.slow if quick == "singles" else ()
     make = _maker(gain, "cycle", "recursion_wise")
     found.append(pytest.param(make, id="gain-cycle-recursion_wise", marks=marks))
+    for name in FINAL if with_final else ():
+        make = _maker(ROUTERS[name], "middle_cycle", "final")
+        found.append(pytest.param(make, id=f"{name}-middle_cycle-final"))
     return found
 
 

@@ -47,15 +47,11 @@ class Reference:
         """One layer over ``states`` {position: vector}. keys_of(position, own) -> [(k, v)] that it
         may see."""
         c, w = self.c, self.w
-        own = {}
         normed = {
             p: rms_norm(x, w[f"{name}.attention_norm.weight"], c.norm_eps)
             for p, x in states.items()
         }
-        for p, x in normed.items():
-            k = (self.linear(f"{name}.attention.k_proj", x, later)).view(c.num_kv_heads, c.head_dim)
-            v = (self.linear(f"{name}.attention.v_proj", x, later)).view(c.num_kv_heads, c.head_dim)
-            own[p] = torch.stack([rope(h, p, c.rope_theta) for h in k]), v
+        own = {p: self.entry(name, p, x, later) for p, x in states.items()}
         write(own)
         out = {}
         for p, x in normed.items():
@@ -76,6 +72,14 @@ class Reference:
             out[p] = h + self.linear(f"{name}.feed_forward.down_proj", hidden, later)
         return out
 
+    def entry(self, name, p, x, later):
+        """Key and value of a state at position p."""
+        c = self.c
+        x = rms_norm(x, self.w[f"{name}.attention_norm.weight"], c.norm_eps)
+        k = self.linear(f"{name}.attention.k_proj", x, later).view(c.num_kv_heads, c.head_dim)
+        v = self.linear(f"{name}.attention.v_proj", x, later).view(c.num_kv_heads, c.head_dim)
+        return torch.stack([rope(h, p, c.rope_theta) for h in k]), v
+
     def own_layers(self, kind, count, states):
         for i in range(count):
             states = self.block(
@@ -86,13 +90,21 @@ class Reference:
             )
         return states
 
-    def keys_for(self, recursion, layer, first):
-        """METHOD section 6: which keys a token active at this recursion sees."""
+    def keys_for(self, recursion, layer, first, everyone):
+        """METHOD section 6: which keys a token active at this recursion sees. everyone: the states
+        of all tokens before it; those that left are as they were then."""
         strategy = self.c.kv_strategy
 
         def keys_of(p, own):
             if strategy == "recursion_wise" or recursion == 0:
                 return [own[j] for j in sorted(own) if j <= p]
+            if strategy == "final":
+                name = f"recursions.shared_blocks.{layer}"
+                return [
+                    own[j] if j in own else self.entry(name, j, everyone[j], later=True)
+                    for j in sorted(everyone)
+                    if j <= p
+                ]
             base = first[layer]
             if strategy == "shared":
                 return [base[j] for j in sorted(base) if j <= p]
@@ -100,11 +112,15 @@ class Reference:
 
         return keys_of
 
-    def stack(self, recursion, layers, states, first):
+    def stack(self, recursion, layers, states, first, everyone):
         before = states
         if self.c.deepened and recursion:
-            states = {p: h + self.look_back(h, self.entered[p]) for p, h in states.items()}
-        states = self.layers_of(recursion, layers, states, first)
+            # Those that left are seen as if they went on.
+            states, everyone = (
+                {p: h + self.look_back(h, self.entered[p]) for p, h in some.items()}
+                for some in (states, everyone)
+            )
+        states = self.layers_of(recursion, layers, states, first, everyone)
         if self.c.deepened and recursion:
             gate = self.w["recursions.deepening.gate"]
             states = {p: before[p] + gate * (out - before[p]) for p, out in states.items()}
@@ -115,7 +131,7 @@ class Reference:
         both = torch.cat([rms_norm(x, ones, self.c.norm_eps) for x in (h, entered)])
         return self.w["recursions.deepening.reinject.weight"] @ both
 
-    def layers_of(self, recursion, layers, states, first):
+    def layers_of(self, recursion, layers, states, first, everyone):
         for layer in layers:
 
             def write(own, layer=layer):
@@ -125,7 +141,7 @@ class Reference:
             states = self.block(
                 f"recursions.shared_blocks.{layer}",
                 states,
-                self.keys_for(recursion, layer, first),
+                self.keys_for(recursion, layer, first, everyone),
                 write,
                 later=recursion > 0,
             )
@@ -173,27 +189,31 @@ class Reference:
     def fixed(self, states, selection):
         first = {}
         for recursion, layers in self.layer_of_pass():
-            states = self.stack(recursion, layers, states, first)
+            states = self.stack(recursion, layers, states, first, states)
         return states, {}, [self.c.num_recursions] * len(states)
 
     def expert_choice(self, states, selection):
         c, r = self.c, self.c.router
         length, first, selected = len(states), {}, sorted(states)
         depth, bce_sum, z_sum = [0] * length, 0.0, 0.0
+        by_gain = r.causal_selection == "gain"
         for recursion, layers in self.layer_of_pass():
             candidates = selected if r.hierarchical else sorted(states)
             name = f"recursions.router.nets.{recursion}"
             logit = {p: self.net(name, states[p])[0] for p in candidates}
             causal = logit
-            if r.causal_selection == "aux_router":
+            rank = logit
+            if r.causal_selection != "aux_loss":
                 aux = f"recursions.router.aux_nets.{recursion}"
-                causal = {p: self.net(aux, states[p].detach())[0] for p in candidates}
+                seen = {p: states[p] if by_gain else states[p].detach() for p in candidates}
+                causal = {p: self.net(aux, seen[p])[0] for p in candidates}
+                rank = causal if by_gain else logit
             capacity = c.capacities[recursion]
             if capacity == 1:
                 selected = list(candidates)
             elif selection == "topk":
                 k = max(1, int(capacity * length))
-                selected = sorted(sorted(candidates, key=lambda p: -logit[p].item())[:k])
+                selected = sorted(sorted(candidates, key=lambda p: -rank[p].item())[:k])
             else:
                 limit = self.w["recursions.router.threshold_R"][recursion]
                 selected = [p for p in candidates if torch.sigmoid(causal[p]) > limit]
@@ -207,12 +227,16 @@ class Reference:
             bce_sum = bce_sum + bce
             if not selected:
                 continue
-            out = self.stack(recursion, layers, {p: states[p] for p in selected}, first)
+            active = {p: states[p] for p in selected}
+            out = self.stack(recursion, layers, active, first, states)
             states = dict(states)
             for p in selected:
-                states[p] = self.gated(states[p], out[p], r.gate_scale * self.score(logit[p]))
+                gate = r.gate_scale * self.score(logit[p] + (2.0 if by_gain else 0.0))
+                states[p] = self.gated(states[p], out[p], gate)
                 depth[p] += 1
-        losses = {"selection": bce_sum} | ({"z_loss": z_sum} if r.z_loss_weight else {})
+        # Without exits there is nothing to learn gains from.
+        losses = {"gain": torch.zeros(())} if by_gain else {"selection": bce_sum}
+        losses |= {"z_loss": z_sum} if r.z_loss_weight else {}
         return states, losses if selection == "topk" else {}, depth
 
     def token_choice(self, states, selection):
@@ -226,7 +250,7 @@ class Reference:
             active = [p for p in sorted(states) if depth[p] > recursion]
             if not active:
                 continue
-            out = self.stack(recursion, layers, {p: states[p] for p in active}, first)
+            out = self.stack(recursion, layers, {p: states[p] for p in active}, first, states)
             states = dict(states)
             for p in active:
                 gate, last = r.gate_scale * scores[p][recursion], depth[p] == recursion + 1

@@ -1,17 +1,22 @@
 """The scripts behind published numbers run as printed, and their figures are right where these can
 be known."""
 
+import dataclasses
 import json
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mor.cli import main
 from mor.costs import flops as costs
+from mor.generation import SamplingParams, generate
 from mor.model.config import preset
+from mor.model.random import hash_uniform
 from tests.small_llama import save_llama
 from tests.test_flat_tasks import FLAT
 
@@ -116,11 +121,12 @@ def test_data_prepare_measures_both_sides(folder, run):
 
 def test_train_speed_counts_the_flops_of_what_was_routed(run, tmp_path):
     out = tmp_path / "speed.jsonl"
-    arguments = ["--batch", 1, "--rounds", 1, "--models", "mor-2", "--json", "--out", out]
+    arguments = ["--size", "tiny", "--batch", 4, "--rounds", 1, "--models", "mor-2", "--json"]
+    arguments += ["--out", out]
     result = run("train_speed.py", *arguments)
-    shape = dict(num_layers=14, max_seq_len=512)
+    shape = dict(num_layers=14, max_seq_len=64)
     flops = [
-        costs.train_flops(preset("mini", **shape, **other), 512)
+        costs.train_flops(preset("tiny", **shape, **other), 64)
         for other in ({}, dict(num_recursions=2, recipe="paper"))
     ]
     vanilla, mor = result["rows"]
@@ -132,8 +138,9 @@ def test_train_speed_counts_the_flops_of_what_was_routed(run, tmp_path):
     assert json.loads(out.read_text()) == result
 
 
-def test_head_loss_sees_that_chunks_take_less_memory(run):
-    tokens, vocab = 500, 80_000
+def test_head_loss_sees_that_chunks_take_less_memory(run, monkeypatch):
+    monkeypatch.setattr("mor.model.loss.CHUNK_LOGITS", 1 << 21)
+    tokens, vocab = 50, 80_000
     chunked, whole, *_ = run(
         "head_loss.py", "--tokens", tokens, "--dim", 8, "--vocab", vocab, "--rounds", 1
     )["rows"]
@@ -212,16 +219,34 @@ def test_int8_reports_what_it_costs(folder, run):
     assert found["tokens_per_s"][0]["batch"] == 2 and found["tokens_per_s"][0]["speedup"] > 0
 
 
-def acceptance(*arguments):
-    command = [sys.executable, BENCHMARKS / "gpu_acceptance.py", "--device", "cpu", "--tiny"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return done, lines
+@pytest.fixture
+def acceptance(monkeypatch):
+    """The script as a module, its stages beside it."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import acceptance_stages
+    import gpu_acceptance
+
+    return gpu_acceptance, acceptance_stages
 
 
-def test_every_stage_of_the_acceptance_script_runs(tmp_path):
-    done, lines = acceptance("--out", tmp_path / "kept.jsonl")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_every_stage_of_the_acceptance_script_runs(acceptance, tmp_path, monkeypatch, capsys):
+    """All in this process, where starting one for each takes longer than what it does."""
+    script, stages = acceptance
+
+    def inside(name, settings):
+        results = []
+        monkeypatch.setattr(stages.Bench, "_say", staticmethod(results.append))
+        stages.run(name, settings.device, tiny=settings.tiny)
+        yield from results
+
+    arguments = ["--device", "cpu", "--tiny", "--out", tmp_path / "kept.jsonl"]
+    monkeypatch.setattr(script, "run_outside", inside)
+    monkeypatch.setattr(sys, "argv", ["gpu_acceptance.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    said = capsys.readouterr().out
+    assert not ended.value.code, said
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     promises = [line for line in lines if line["holds"] is not None]
     assert all(line["holds"] for line in promises)
     stages = ["capture", "kernel", "gradients", "engine", "compiled", "training", "memory"]
@@ -231,18 +256,127 @@ def test_every_stage_of_the_acceptance_script_runs(tmp_path):
     ratios = [line for line in lines if line["stage"] in ("train_time", "decoding")]
     assert any(line["name"] == "mor-2: time over FLOPs" and line["value"] > 0 for line in ratios)
     assert any(line["name"] == "equal KV bytes: mor-4 over vanilla" for line in ratios)
-    assert f"{len(promises)} of {len(promises)} promises hold" in done.stdout
+    assert f"{len(promises)} of {len(promises)} promises hold" in said
     kept = (tmp_path / "kept.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in kept] == lines
 
 
-def test_a_stage_that_dies_or_hangs_is_a_broken_promise(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import gpu_acceptance as script
+def test_a_stage_of_the_acceptance_script_is_a_process_of_its_own():
+    command = [sys.executable, BENCHMARKS / "gpu_acceptance.py", "--device", "cpu", "--tiny"]
+    done = subprocess.run([*command, "--stage", "memory"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["holds"] for line in lines] == [None, True, None, True, None]
 
+
+def test_the_acceptance_script_ends_in_nine_minutes_and_draws_weights_on_the_device(acceptance):
+    """A model of the 360M shape takes 10 to 18 s to draw on the host."""
+    _, stages = acceptance
+    assert sum(stage.limit_s for stage in stages.STAGES.values()) <= 9 * 60
+    meta = stages.Bench("decoding", torch.device("meta"), tiny=False)
+    model = stages.decoder(meta, 3, torch.bfloat16)  # where it needs no memory, and no time
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+
+
+def judged(stages, model, got, params, monkeypatch):
+    said = []
+    monkeypatch.setattr(stages.Bench, "_say", staticmethod(said.append))
+    bench = stages.Bench("engine", torch.device("cpu"), tiny=True)
+    stages.agreement(bench, "it", model, [got.prompt_ids], params, [got])
+    return said[0].holds
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_another_token_is_excused_only_by_a_tie(temperature, acceptance, monkeypatch):
+    _, stages = acceptance
+    model = stages.small(stages.ROUTERS["expert"], "recursion_wise")
+    params = SamplingParams(max_new_tokens=4, temperature=temperature, seed=1)
+    answer = generate(model, [[5, 6, 7]], params)[0]
+    assert judged(stages, model, answer, params, monkeypatch)
+    other = dataclasses.replace(answer, token_ids=list(answer.token_ids))
+    other.token_ids[2] = (other.token_ids[2] + 1) % stages.VOCAB
+    assert not judged(stages, model, other, params, monkeypatch)
+
+
+def test_how_near_a_tie_is(acceptance):
+    _, stages = acceptance
+    logits = torch.tensor([0.0, 1.0, 1.0 - 5e-4, -2.0])
+    greedy, drawn = stages.GREEDY, SamplingParams(temperature=1.0, seed=3)
+    gaps = [stages.token_gap(logits, greedy, 0, token) for token in range(4)]
+    assert gaps == pytest.approx([1.0, 0.0, 5e-4, 3.0], abs=1e-6)
+    # Place the draw at the border between two tokens, and well inside one.
+    share = float(hash_uniform(torch.tensor(3), torch.tensor(0)))
+    border = torch.tensor([share, 1 - share]).log() if share > 0.5 else None
+    assert border is not None and stages.token_gap(border, drawn, 0, 0) < stages.NEAR_TIE
+    assert stages.token_gap(border, drawn, 0, 1) < stages.NEAR_TIE
+    inside = torch.tensor([share + 0.1, 0.9 - share]).log()
+    assert stages.token_gap(inside, drawn, 0, 1) == float("inf")
+
+
+@pytest.mark.parametrize("router", ["expert", "token", "random"])
+def test_another_depth_is_excused_only_by_a_tie(router, acceptance, monkeypatch):
+    _, stages = acceptance
+    model = stages.small(stages.ROUTERS[router], "recursion_wise")
+    params = SamplingParams(max_new_tokens=1, temperature=0)
+    answer = generate(model, [[5, 6, 7]], params)[0]
+    other = dataclasses.replace(answer, depths=[*answer.depths[:2], answer.depths[2] % 3 + 1])
+    assert not judged(stages, model, other, params, monkeypatch)
+    memory = model(torch.tensor([[5, 6, 7]])).routing
+    if router == "expert":
+        model.router.threshold_R[1] = memory.steps[1].decision.causal_logit[-1].sigmoid()
+    elif router == "token":
+        model.router.bias_R -= memory.memory["score"][-1]
+    answer = generate(model, [[5, 6, 7]], params)[0]
+    other = dataclasses.replace(answer, depths=[*answer.depths[:2], answer.depths[2] % 3 + 1])
+    assert judged(stages, model, other, params, monkeypatch) == (router != "random")
+
+
+def test_the_host_has_what_the_replays_leave_of_a_turn(acceptance, monkeypatch):
+    """Not the difference of a lone replay's wall time to a step's, which are measured apart."""
+    _, stages = acceptance
+    now = [0.0]
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: now[0])
+
+    class Graph:
+        def __init__(self, seconds):
+            self.own_s, self.spent_s = seconds, 0.0
+
+        def replay(self):
+            now[0] += self.own_s
+            self.spent_s += self.own_s
+
+        def seconds(self):
+            return self.spent_s
+
+    steps = SimpleNamespace(graphs={"launch": 3.0, 2: 1.0})
+    before = dict(steps.graphs)
+
+    def turn(seconds):
+        for key in ("launch", 2, "launch"):
+            steps.graphs[key].replay()
+            now[0] += 0.5
+
+    load = SimpleNamespace(turn=turn, engine=SimpleNamespace(strategy=SimpleNamespace(steps=steps)))
+    assert stages.host_share(load, 1.0, Graph) == pytest.approx(1.5 / 8.5)
+    assert steps.graphs == before
+
+
+def test_a_stage_that_dies_or_hangs_is_a_broken_promise(acceptance, monkeypatch):
+    script, _ = acceptance
     settings = script.Settings(device="cpu", tiny=True)
     monkeypatch.setitem(script.STAGES, "memory", script.STAGES["memory"]._replace(limit_s=0))
     hung, _ = script.run_outside("memory", settings)
     assert hung.holds is False and "stopped after 0 s" in hung.detail
     dead, _ = script.run_outside("kernel", script.Settings(device="nowhere", tiny=True))
     assert dead.holds is False and "exit code 1" in dead.detail and "nowhere" in dead.detail
+
+
+@pytest.mark.slow  # two processes
+def test_serve_speed_measures_every_part():
+    flags = ["--preset", "tiny", "--concurrent", "2", "--turns", "1", "--new", "2"]
+    flags += ["--rounds", "1", "--requests", "40"]
+    command = [sys.executable, str(BENCHMARKS / "serve_speed.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["throughput"]["streamed_ratio"] > 0 and found["first_token"]["server_ms"] > 0
+    assert 0 < found["masks"]["share"] < 1 and len(found["memory"]["resident_mb"]) == 10

@@ -13,7 +13,7 @@ from tests.conftest import cases, random_tokens, tiny
     [
         pytest.param(*case.values, dtype, noise, marks=case.marks, id=f"{case.id}-{dtype}")
         for quick, dtype, noise in (("singles", torch.float32, 1e-6), ("all", torch.float64, 1e-14))
-        for case in cases(quick)
+        for case in cases(quick, with_final=True)
     ],
 )
 def test_future_tokens_change_no_earlier_logit(make, dtype, noise):

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, bit for bit, and damage is named."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ from mor.data.tokenizer import byte_tokenizer
 from mor.files import remove_folder
 from mor.run_folder import RunFolder
 from mor.training.loop import train
-from tests.conftest import tiny
+from tests.conftest import random_tokens, tiny
 from tests.hub.wrapped import wrapped
 from tests.training.small_run import quiet, settings
 
@@ -287,3 +288,34 @@ def test_loading_what_is_no_checkpoint_says_so(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="its model_type is 'llama', not 'mor'"):
         checkpoint.load(tmp_path)
+
+
+def test_a_table_of_depths_goes_where_the_weights_go(tmp_path):
+    """Saved and loaded by us and by transformers, put in later, and refused when damaged."""
+    from mor.hub import MoRForCausalLM
+    from mor.model.budget import router_for
+    from tests.budgets import calibrated
+
+    model, tokenizer = calibrated("expert", vocab_size=257), byte_tokenizer()
+    ours = checkpoint.save(tmp_path / "ours", model, tokenizer)
+    theirs = tmp_path / "theirs"
+    MoRForCausalLM.from_pretrained(ours).save_pretrained(theirs)
+    tokenizer.save(theirs)
+    tokens = random_tokens(2, 9)
+    want = model(tokens, router=router_for(model, 2.4)).logits_BTV
+    for folder in (ours, theirs):
+        loaded = checkpoint.load(folder).model
+        assert loaded.depth_table == model.depth_table
+        assert torch.equal(loaded(tokens, router=router_for(loaded, 2.4)).logits_BTV, want)
+        again = MoRForCausalLM.from_pretrained(folder).eval()
+        assert torch.equal(again(tokens, depth=2.4).logits, want)
+
+    other = dataclasses.replace(model.depth_table, checked=(), spent={})
+    for folder in (ours, theirs):
+        assert checkpoint.write_depth_table(folder, other) == folder
+        assert checkpoint.load(folder).model.depth_table == other
+    config = json.loads((theirs / "config.json").read_text())
+    config["depth_table"]["budgets"] = [1.0]
+    (theirs / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config.json: depth_table is damaged"):
+        checkpoint.load(theirs)

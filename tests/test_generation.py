@@ -19,7 +19,7 @@ def greedy_by_full_forward(model, prompt, count):
     return ids[len(prompt) :], model(torch.tensor([ids[:-1]])).routing.depth_BT[0].tolist()
 
 
-@pytest.mark.parametrize("make", cases("pairs"))
+@pytest.mark.parametrize("make", cases("pairs", with_final=True))
 def test_greedy_decoding_equals_repeated_full_forwards_token_by_token_and_depth_by_depth(make):
     model = make()
     prompts = [random_tokens(n, seed=n).tolist() for n in (5, 1, 9)]
@@ -151,6 +151,17 @@ def test_sampling_follows_the_distribution_that_its_settings_leave():
         (dict(top_p=0), "top_p"),
         (dict(top_p=1.5), "top_p"),
         (dict(temperature=float("nan")), "temperature"),
+        (dict(min_p=1.5), "min_p"),
+        (dict(repetition_penalty=0), "repetition_penalty"),
+        (dict(frequency_penalty=2.5), "frequency_penalty"),
+        (dict(presence_penalty=-3), "presence_penalty"),
+        (dict(logit_bias={1: float("inf")}), "logit_bias"),
+        (dict(logit_bias={1: float("nan")}), "logit_bias"),
+        (dict(logit_bias={-1: 0.0}), "logit_bias"),
+        (dict(stop=("a", "")), "stop"),
+        (dict(stop=5), "stop"),
+        (dict(min_new_tokens=9, max_new_tokens=8), "min_new_tokens=9 is more than max_new_tokens"),
+        (dict(structure="json"), "structure"),
     ],
 )
 def test_bad_sampling_settings_are_refused(settings, words):
@@ -222,6 +233,13 @@ def test_settings_of_another_type_are_refused(params):
         generate(tiny("fixed"), [[1]], params)
 
 
+def test_what_needs_a_tokenizer_or_another_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="stop strings cannot be followed without a tokenizer"):
+        generate(tiny("fixed"), [[1]], SamplingParams(max_new_tokens=1, stop=("a",)))
+    with pytest.raises(ValueError, match=r"logit_bias has token ids outside 0\.\.36"):
+        generate(tiny("fixed"), [[1]], SamplingParams(max_new_tokens=1, logit_bias={37: 1.0}))
+
+
 def test_stop_tokens_outside_the_vocabulary_are_refused():
     with pytest.raises(ValueError, match=r"stop_token_ids has token ids outside 0\.\.36"):
         generate(tiny("fixed"), [[1]], SamplingParams(max_new_tokens=1, stop_token_ids=(37,)))
@@ -249,6 +267,10 @@ def test_settings_may_be_numbers_of_numpy_and_tensors():
         stop_token_ids=np.array([1, 2]),
     )
     assert given == plain and type(given.seed) is int
+    bias = SamplingParams(logit_bias={np.int64(3): np.float32(0.5)}, stop="a").logit_bias
+    assert bias == {3: 0.5} and type(next(iter(bias))) is int
+    assert SamplingParams(stop="ab").stop == SamplingParams(stop=["ab"]).stop == ("ab",)
+    assert hash(SamplingParams(logit_bias={3: 0.5})) is not None
     for stops in (torch.tensor([1, 2]), [np.int64(1), 2], (1, torch.tensor(2))):
         assert SamplingParams(stop_token_ids=stops).stop_token_ids == (1, 2)
     for wrong in (np.array([1.0]), np.array([True]), np.array(1), [[1]]):

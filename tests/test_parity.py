@@ -82,6 +82,7 @@ def definition_cases():
         "expert-wide-none": expert | dict(architecture="wide_mlp", score="none", z_loss_weight=0.1),
         "expert-residual": expert | dict(gate="residual", alpha=1.0),
         "expert-aux-router": expert | dict(causal_selection="aux_router"),
+        "expert-gain": expert | dict(causal_selection="gain", gate="residual", alpha=1.0),
         "expert-flat": expert | dict(hierarchical=False),
         "token": token,
         "token-residual": token | dict(gate="residual", z_loss_weight=0.1),
@@ -94,6 +95,10 @@ def definition_cases():
         for n, r in routers.items()
         for kv in ("recursion_wise", "shared", "hybrid")
     ]
+    found += [
+        (f"{n}-final", routers[n], "final", "middle_cycle")
+        for n in ("expert", "expert-residual", "expert-gain", "token", "token-every")
+    ]
     from_0 = expert | dict(capacities=(0.6, 0.4, 0.2))
     found.append(("expert-from-0", from_0, "recursion_wise", "middle_cycle"))
     found += [
@@ -105,7 +110,12 @@ def definition_cases():
     added = dict(deepened=True, lora_rank=3, lora_alpha=5.0)
     return plain + [
         pytest.param(r, kv, "middle_cycle", added, id=f"deepened-{r['kind']}-{kv}")
-        for r, kv in ((dict(kind="fixed"), "recursion_wise"), (expert, "hybrid"), (token, "shared"))
+        for r, kv in (
+            (dict(kind="fixed"), "recursion_wise"),
+            (expert, "hybrid"),
+            (token, "shared"),
+            (expert, "final"),
+        )
     ]
 
 
@@ -214,7 +224,7 @@ def test_sharing_applies_the_layers_of_the_papers_table(sharing, expected):
     assert applied == expected
 
 
-@pytest.mark.parametrize("make", cases("pairs"))
+@pytest.mark.parametrize("make", cases("pairs", with_final=True))
 def test_full_forward_equals_prefill_and_decoding(make):
     model = make()
     tokens = random_tokens(3, 19)
@@ -234,7 +244,7 @@ def test_full_forward_equals_prefill_and_decoding(make):
 
 
 @pytest.mark.parametrize("selection", ["threshold", "topk"])
-@pytest.mark.parametrize("make", cases("pairs"))
+@pytest.mark.parametrize("make", cases("pairs", with_final=True))
 def test_batch_equals_single_and_padding_changes_nothing(make, selection):
     model = make()
     lengths, width = [11, 4, 1, 8], 13
@@ -260,7 +270,7 @@ def test_batch_equals_single_and_padding_changes_nothing(make, selection):
         assert (batch.logits_BTV[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("make", cases("pairs"))
+@pytest.mark.parametrize("make", cases("pairs", with_final=True))
 def test_ragged_prompts_and_idle_rows_decode_like_single_sequences(make):
     model = make()
     lengths = [5, 9, 2]
@@ -293,7 +303,7 @@ def test_ragged_prompts_and_idle_rows_decode_like_single_sequences(make):
     assert cache.length.tolist() == sent
 
 
-@pytest.mark.parametrize("make", cases("pairs"))
+@pytest.mark.parametrize("make", cases("pairs", with_final=True))
 def test_gradients_with_padding_equal_those_without(make):
     model = make()
     row = random_tokens(1, 6)

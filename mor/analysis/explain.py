@@ -25,8 +25,10 @@ from mor.data.problems import Task
 from mor.data.spelling import spells
 from mor.data.tokenizer import Tokenizer
 from mor.evaluation.score import Score
+from mor.model.budget import Depth, budget_of, router_for
 from mor.model.kv_cache import KVCache
 from mor.model.loss import IGNORED
+from mor.model.routers import Router
 from mor.model.routing import Routing
 from mor.model.transformer import Transformer
 from mor.statistics import GroupMean, group_means
@@ -215,6 +217,7 @@ def explain(
     counts: Mapping[int, int] | None = None,
     answers: Sequence[int] | None = None,
     task: Task | None = None,
+    depth: Depth = None,
 ) -> Explanation:
     """Read ``text`` and record what happened to every token.
 
@@ -222,7 +225,8 @@ def explain(
     in windows that overlap by half, and each token is shown as in the window that gives it most
     context. counts: occurrences of token ids in a corpus (default: in the text). answers: of a
     model trained on a task, what is right at each token (see ``Task.answers``), in place of the
-    next token. task: the one that the text belongs to, if any; it names the kinds of tokens.
+    next token. task: the one that the text belongs to, if any; it names the kinds of tokens. depth:
+    the mean depth (model/budget.py), of a budget that stays within the trained recursions.
 
     Raises ValueError for an empty text, a window that does not fit the model, answers that do not
     fit the text and a model that gives NaN or infinity.
@@ -248,7 +252,7 @@ def explain(
         kind=kinds(tokenizer, ids, pieces, task),
         count=[counts.get(i, 0) for i in ids],
     )
-    reader = _Reader(model, tokenizer, guesses)
+    reader = _Reader(model, tokenizer, guesses, _router(model, depth))
     tokens: list[TokenRecord] = []
     end = 0
     for found in reader.read(ids, targets, window):
@@ -305,6 +309,18 @@ def describe(model: Transformer) -> dict[str, Any]:
     )
 
 
+def _router(model: Transformer, depth: Depth) -> Router:
+    """What decides the depths, over the trained recursions. Raises ValueError for a budget that
+    goes beyond them."""
+    trained = model.config.num_recursions
+    if (most := budget_of(model, depth).recursions) > trained:
+        raise ValueError(
+            f"depth={depth} lets tokens take up to {most} recursions; an explanation shows the "
+            f"{trained} that were trained: choose a smaller depth"
+        )
+    return router_for(model, depth, at_least=trained)
+
+
 def shown(value: float, digits: int) -> str:
     """A number rounded as the page rounds it, halves away from zero."""
     return str(Decimal(value).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
@@ -324,8 +340,10 @@ def windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
 class _Reader:
     """Reads windows of ids and records, token by token, what the text alone does not show."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, guesses: int) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, guesses: int, router: Router
+    ) -> None:
+        self.model, self.tokenizer, self.router = model, tokenizer, router
         self.guesses = min(guesses, model.config.vocab_size)
         self.names: dict[int, str] = {}
 
@@ -340,7 +358,7 @@ class _Reader:
         """Fields of the tokens from ``first`` on, to which ``targets`` belong."""
         model, device = self.model, self.model.embedding.weight.device
         cache = KVCache(model.config, 1, device=device, dtype=model.embedding.weight.dtype)
-        output = model(torch.tensor([ids], device=device), cache=cache)
+        output = model(torch.tensor([ids], device=device), cache=cache, router=self.router)
         taken_RT = output.routing.taken_RM
         own = self._predictions(output.logits_BTV[0, first:], targets)
         depths = taken_RT.sum(0).tolist()
@@ -357,7 +375,7 @@ class _Reader:
                     predicted[i] = found
                 done += len(logits_MV)
             by_depth[depth] = predicted
-        routed = routing_columns(model, output.routing)
+        routed = routing_columns(self.router, output.routing)
         return [
             _token_fields(
                 t,
@@ -415,9 +433,9 @@ class _Reader:
         return self.names[token_id]
 
 
-def routing_columns(model: Transformer, routing: Routing) -> list[dict[str, list[Any]]]:
+def routing_columns(router: Router, routing: Routing) -> list[dict[str, list[Any]]]:
     """For each recursion: taken, score, threshold and gate of every token of one sequence."""
-    router, found = model.router, []
+    found = []
     for r, step in enumerate(routing.steps):
         scored = router.shown_score(routing, r)
         score = [None] * len(routing.tokens) if scored is None else _known(scored)

@@ -14,7 +14,9 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from mor.cli.command import Command
+from mor.cli.depth import parse_depth
 from mor.engine.bench import DecodeRow, Lengths
+from mor.model.budget import Depth
 from mor.model.transformer import Transformer
 from mor.settings import PositiveFloat, PositiveInt, Some
 
@@ -39,6 +41,9 @@ class Bench(Command):
     """Most tokens in a pass. Each model has twice as many slots. The last batch is measured once
     more with as many slots as fit into the bytes of the baseline's keys and values."""
     lengths: Lengths = field(default_factory=Lengths)
+    depths: tuple[str, ...] = ()
+    """Mean depths to serve all requests with, such as 1.5 2 full: a row for each. Default: each
+    model's own rule."""
     rounds: PositiveInt = 5
     seconds: PositiveFloat = 1.0
     """Length of one turn of one model; models take turns."""
@@ -68,6 +73,10 @@ class Bench(Command):
         dtype = torch.bfloat16 if (self.dtype, place.type) == ("auto", "cuda") else torch.float32
         dtype = dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         baseline, models = self._models()
+        depths: list[Depth] = [None]
+        if self.depths:  # a share of full depth is of the first model's
+            trained = next(iter(models.values())).config.num_recursions
+            depths = [parse_depth(depth, trained) for depth in self.depths]
         for model in (baseline, *models.values()):
             model.to(place, dtype)
         weight = baseline.embedding.weight
@@ -76,6 +85,7 @@ class Bench(Command):
             machine=measure_machine(weight.device, weight.dtype),
             rounds=self.rounds,
             seconds=self.seconds,
+            depths=depths,
         )
         rows: list[DecodeRow] = []
         for batch in self.batches:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,12 +16,15 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from mor.cli.command import Command
+from mor.cli.depth import parse_depth
 from mor.cli.show import cell, print_json
 from mor.data.manifest import is_prepared
 from mor.model.config import Selection
 from mor.settings import NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
+    from mor.checkpoint import Checkpoint
+    from mor.data.stream import Windows
     from mor.evaluation.harness import HarnessResult
     from mor.evaluation.nll import Evaluation
 
@@ -42,6 +46,9 @@ class Eval(Command):
     """One row for each cap on the depth."""
     max_depth: PositiveInt | None = None
     """Cap on every token's recursions."""
+    depth: str | None = None
+    """Mean depths, one row for each, such as 1.5,2,2.5,3,full (55% is a share of full depth); with
+    --tasks, one of them."""
     seq_len: PositiveInt | None = None
     """Tokens in a window, of which each sees those before it. Default: as in training."""
     max_windows: PositiveInt | None = None
@@ -70,6 +77,8 @@ class Eval(Command):
             yield "include_path shots limit batch_size out", "without --tasks"
             if self.by_depth:
                 yield "max_depth", "with --by-depth, which has a row for each"
+            if self.depth:
+                yield "by_depth max_depth selection", "with --depth, a causal rule of its own"
             if self.data is None:
                 yield "text_field split", "without --data"
             elif is_prepared(self.data):
@@ -77,6 +86,8 @@ class Eval(Command):
         else:
             of_text = "data text_field split seq_len max_windows"
             of_routing = "selection routing by_depth max_depth device"
+            if self.depth and "," in self.depth:
+                raise ValueError("--tasks takes one --depth; run it once for each")
             yield f"{of_text} {of_routing}", "with --tasks, which is always causal and whole"
 
     def run(self, console: Console) -> None:
@@ -100,6 +111,7 @@ class Eval(Command):
             limit=self.limit,
             batch_size=self.batch_size,
             include_path=self.include_path,
+            depth=parse_depth(self.depth, model.config.num_recursions),
         )
         if self.out:
             result.write_full(self.out)
@@ -135,6 +147,9 @@ class Eval(Command):
         model, deepest = loaded.model, loaded.config.num_recursions
         if (self.max_depth or 1) > deepest:
             raise ValueError(f"--max-depth: the model has at most {deepest} recursions")
+        if self.depth:
+            self._run_depths(console, loaded, data, text, seq_len=length, document_mask=mask)
+            return
         caps = range(1, deepest + 1) if self.by_depth else [self.max_depth or deepest]
         rows: list[Evaluation] = []
         for cap in caps:
@@ -151,6 +166,57 @@ class Eval(Command):
             return
         title = f"{self.checkpoint}: {rows[0].tokens:,} tokens in windows of {length}"
         console.print(_nll_table(rows, f"{title}\n{text}"))
+
+    def _run_depths(
+        self,
+        console: Console,
+        loaded: Checkpoint,
+        data: Windows,
+        text: str,
+        **settings: Any,
+    ) -> None:
+        """Loss against what is spent, in recursions and in time."""
+        from mor.evaluation.nll import evaluate
+        from mor.model.budget import budget_of
+
+        model, rows = loaded.model, list[DepthRow]()
+        depths = [
+            parse_depth(each, loaded.config.num_recursions)
+            for each in (self.depth or "").split(",")
+        ]
+        for depth in depths:
+            budget_of(model, depth)  # all can be had, before the first is measured
+        for depth in depths:
+            started = time.perf_counter()
+            found = evaluate(model, data, max_windows=self.max_windows, depth=depth, **settings)
+            rows.append(DepthRow(depth, found, time.perf_counter() - started))
+        if self.json:
+            print_json([{"text": text, "depth": r.depth, **_plain(r.found)} for r in rows])
+            return
+        tokens = rows[0].found.tokens
+        title = f"{self.checkpoint}: {tokens:,} tokens in windows of {settings['seq_len']}"
+        console.print(_depth_table(rows, f"{title}\n{text}"))
+
+
+class DepthRow(NamedTuple):
+    """depth: what was asked for. seconds: that the evaluation took."""
+
+    depth: float | Literal["full"] | None
+    found: Evaluation
+    seconds: float
+
+
+def _depth_table(rows: Sequence[DepthRow], title: str) -> Table:
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for name in ("depth", "spent", "NLL", "perplexity", "bits/byte", "deepest", "tokens/s"):
+        made.add_column(name, justify="right", overflow="fold")
+    for depth, found, seconds in rows:
+        figures = (found.mean_depth, found.nll, found.perplexity, found.bits_per_byte)
+        asked = depth if isinstance(depth, str) else f"{depth:g}"
+        speed = f"{found.tokens / seconds:,.0f}"
+        shown = ("" if x is None else cell(x) for x in figures)
+        made.add_row(asked, *shown, str(found.max_depth), speed)
+    return made
 
 
 def _plain(row: Evaluation) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from mor.cli.command import Command
+from mor.cli.depth import parse_depth
 from mor.settings import PositiveInt
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Explain(Command):
     corpus: Path | None = None
     """Text, or prepared data, of which the validation split is read: tokens are counted in it to
     tell rare from frequent ones. Default: the text itself."""
+    depth: str | None = None
+    """Mean depth, such as 2.2, 55% (of full depth) or full. Default: the model's own rule."""
     guesses: PositiveInt = 5
     """Guesses that are kept for each token and recursion."""
     device: str = "auto"
@@ -127,6 +130,7 @@ class Explain(Command):
             counts=_counts(self.corpus, tokenizer) if self.corpus else None,
             answers=_answers(task, text, tokenizer) if task else None,
             task=task,
+            depth=parse_depth(self.depth, model.config.num_recursions),
         )
 
 

@@ -13,7 +13,16 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from mor.cli.command import Command
-from mor.settings import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, Share
+from mor.cli.depth import parse_depth
+from mor.settings import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Share,
+    UnitInterval,
+)
 
 
 class Generate(Command):
@@ -33,9 +42,23 @@ class Generate(Command):
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: Share = 0.95
     """Keep the likeliest tokens up to this probability."""
+    min_p: UnitInterval = 0.0
+    """Cut tokens below this share of the likeliest one's probability."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Above 1, tokens that have come before are less likely."""
     seed: Seed = 0
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer, which is printed up to the first of them."""
+    json_schema: Path | None = None
+    """A file with a JSON schema; the answer is JSON of it (extra serve)."""
+    grammar: Path | None = None
+    """A file with a grammar for the answer, in llguidance's Lark (extra serve)."""
+    regex: str | None = None
+    """A regular expression that the whole answer matches (extra serve)."""
     max_depth: PositiveInt | None = None
     """Cap on every token's recursions."""
+    depth: str | None = None
+    """Mean depth, such as 2.2, 55% (of full depth) or full. Default: the model's own rule."""
     show_depth: bool = False
     """Colour each token by its recursion depth."""
     device: str = "auto"
@@ -44,7 +67,7 @@ class Generate(Command):
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         if self.temperature == 0:
-            yield "top_k top_p seed", "with --temperature 0, which takes the likeliest token"
+            yield "top_k top_p min_p seed", "with --temperature 0, which takes the likeliest token"
         if self.json:
             yield "show_depth", "with --json, which has the depths anyway"
         if not self.chat:
@@ -60,9 +83,9 @@ class Generate(Command):
         self._check()
         config, model, tokenizer = load(self.checkpoint, device=pick_device(self.device))
         chat = Chat(tokenizer) if self.chat else None
-        stops = chat.stop_token_ids if chat else tokenizer.end_ids
+        params = self._params(chat.stop_token_ids if chat else tokenizer.end_ids, model)
         if chat and self.prompt is None:
-            self._converse(model, tokenizer, chat)
+            self._converse(model, tokenizer, chat, params)
             return
         assert self.prompt is not None
         ids = (
@@ -72,15 +95,11 @@ class Generate(Command):
         )
         ids = ids or [tokenizer.end_of_text_id]
         if not self.show_depth and not self.json:
-            self._print_stream(model, tokenizer, ids, stops, lead="" if chat else self.prompt)
+            self._print_stream(model, tokenizer, ids, params, lead="" if chat else self.prompt)
             return
-        result = generate(model, [ids], self._params(stops), max_depth=self.max_depth)[0]
+        (result,) = generate(model, [ids], params, tokenizer=tokenizer, max_depth=self.max_depth)
         if self.json:
-            found = {
-                "prompt": self.prompt,
-                "text": tokenizer.decode([i for i in result.token_ids if i not in stops]),
-                **asdict(result),
-            }
+            found = {"prompt": self.prompt, **asdict(result)}
             print(json.dumps(found | {"mean_depth": result.mean_depth}))
             return
         console.print(depth_legend(config, console))
@@ -95,7 +114,7 @@ class Generate(Command):
                 "no prompt was given; add --prompt TEXT (only plain --chat reads lines instead)"
             )
 
-    def _params(self, stop_token_ids: tuple[int, ...]) -> Any:
+    def _params(self, stop_token_ids: tuple[int, ...], model: Any) -> Any:
         from mor.generation import SamplingParams
 
         return SamplingParams(
@@ -103,9 +122,27 @@ class Generate(Command):
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
             seed=self.seed,
             stop_token_ids=stop_token_ids,
+            stop=self.stop,
+            structure=self._structure(),
+            depth=parse_depth(self.depth, model.config.num_recursions),
         )
+
+    def _structure(self) -> Any:
+        """What the answer must look like; None if it may be anything."""
+        from mor.structure import Structure
+
+        given = {"json_schema": self.json_schema, "lark": self.grammar, "regex": self.regex}
+        wanted = {kind: value for kind, value in given.items() if value is not None}
+        if len(wanted) > 1:
+            raise ValueError("give one of --json-schema, --grammar and --regex")
+        for kind, value in wanted.items():
+            text = value.read_text(encoding="utf-8") if isinstance(value, Path) else value
+            return Structure.from_dict({"kind": kind, "text": text})
+        return None
 
     def _messages(self, *turns: str) -> list[dict[str, str]]:
         """The system message, then user and assistant in turn."""
@@ -115,28 +152,20 @@ class Generate(Command):
         return ([] if self.system is None else [{"role": "system", "content": self.system}]) + said
 
     def _print_stream(
-        self, model: Any, tokenizer: Any, ids: list[int], stops: tuple[int, ...], *, lead: str = ""
+        self, model: Any, tokenizer: Any, ids: list[int], params: Any, *, lead: str = ""
     ) -> str:
         """Print ``lead`` once the options have passed their checks, then the new text, which is
         returned."""
         from mor.generation import stream
 
-        new: list[int] = []
         shown = ""
-        for event in stream(model, [ids], self._params(stops), max_depth=self.max_depth):
-            print(lead, end="")
-            lead = ""
-            if event.finish_reason != "stop":  # the token that ends a text is none of it
-                new.append(event.token_id)
-            text = tokenizer.decode(new)
-            # A character of several tokens is printed when it is complete.
-            if not text.endswith("\ufffd") or event.finish_reason:
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
+        for event in stream(model, [ids], params, tokenizer=tokenizer, max_depth=self.max_depth):
+            print(lead + event.text, end="", flush=True)
+            shown, lead = shown + event.text, ""
         print()
         return shown
 
-    def _converse(self, model: Any, tokenizer: Any, chat: Any) -> None:
+    def _converse(self, model: Any, tokenizer: Any, chat: Any, params: Any) -> None:
         """Answer each line of the standard input, remembering those before."""
         turns: list[str] = []
         if sys.stdin.isatty():
@@ -144,7 +173,4 @@ class Generate(Command):
         for line in sys.stdin:
             if line.strip():
                 ids = chat.prompt(self._messages(*turns, line.strip()))
-                turns += [
-                    line.strip(),
-                    self._print_stream(model, tokenizer, ids, chat.stop_token_ids),
-                ]
+                turns += [line.strip(), self._print_stream(model, tokenizer, ids, params)]

@@ -29,7 +29,11 @@ COMMANDS = {
     "info": Entry("mor.cli.info:Info", "what a run or checkpoint is and how far it got"),
     "compare": Entry("mor.cli.compare:Compare", "runs or checkpoints side by side"),
     "eval": Entry("mor.cli.evaluate:Eval", "loss of a checkpoint, or its scores on benchmarks"),
+    "calibrate": Entry(
+        "mor.cli.calibrate:Calibrate", "learn what --depth asks of a checkpoint's router"
+    ),
     "generate": Entry("mor.cli.generate:Generate", "continue a text with a checkpoint, or chat"),
+    "serve": Entry("mor.cli.serve:Serve", "answer over HTTP, as OpenAI's clients expect it"),
     "explain": Entry("mor.cli.explain:Explain", "a page that shows what a model does with a text"),
     "report": Entry("mor.cli.report:Report", "a page of the figures and tables of a run or study"),
     "convert": Entry("mor.cli.convert:Convert", "turn Llama-type models into mor's, or back"),

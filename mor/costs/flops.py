@@ -7,13 +7,13 @@ paper's (recovered from its step counts) and the exact one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import fsum
 from typing import NamedTuple
 
 from mor.model.config import ModelConfig, Trained
-from mor.model.kv_cache import READS
+from mor.model.kv_cache import LEFT, READS
 from mor.settings import PositiveFloat, PositiveInt, Settings, checked
 
 
@@ -38,7 +38,7 @@ def _score_net_params(config: ModelConfig, outputs: int) -> int:
 
 def _router_nets(config: ModelConfig) -> int:
     """Networks an expert-choice router runs at each recursion."""
-    return 2 if config.router.causal_selection == "aux_router" else 1
+    return 1 if config.router.causal_selection == "aux_loss" else 2
 
 
 def router_params(config: ModelConfig) -> int:
@@ -176,6 +176,10 @@ def _parts(config: ModelConfig, work: Workload) -> Iterator[_Part]:
         S, later = config.shared_layers, r > 1
         yield _Part(S * products, S * attention, "block", later, True)
         yield _Part(2 * _added_weights(config, r) * kept, 0, "added", True, True)
+        if LEFT in reads(r + 1) and r < len(work.kept):  # entries of those that leave now
+            left = kept - work.kept[r]
+            yield _Part(S * 2 * key_value * left, 0, "block", True, True)
+            yield _Part(2 * _added_to_left(config) * left, 0, "added", True, True)
     yield _Part(last * own, last * own_attention, "all", True, True)
     yield _Part(2 * config.dim * config.vocab_size * work.logits, 0, "all", True, True)
     yield _Part(_router_flops(config, work), 0, "added", True, True)
@@ -186,9 +190,13 @@ def backward_flops(config: ModelConfig, work: Workload, trained: Trained) -> flo
     them and the loss. Products cost once again for each of the two, attention twice. Where not all
     is trained this is a little too much: the first weights that are need no gradient of what they
     read."""
+    return _backward_flops(_parts(config, work), trained)
+
+
+def _backward_flops(parts: Iterable[_Part], trained: Trained) -> float:
     order = ("added", "block", "all")
     total = 0.0
-    for part in _parts(config, work):
+    for part in parts:
         is_trained = order.index(part.trained_with) <= order.index(trained)
         passes_on = {"added": part.reads_added, "block": part.reads_block, "all": True}[trained]
         total += (is_trained + passes_on) * part.products + 2 * passes_on * part.attention
@@ -203,6 +211,11 @@ def _added_weights(config: ModelConfig, recursion: int) -> int:
     if recursion not in READS[config.kv_strategy](recursion):
         adapters -= key_value
     return config.shared_layers * adapters + _reinjection_params(config)
+
+
+def _added_to_left(config: ModelConfig) -> int:
+    """Of these, the ones that make entries of a token that left."""
+    return config.shared_layers * _lora_params(config)[1] + _reinjection_params(config)
 
 
 def _router_flops(config: ModelConfig, work: Workload) -> float:
@@ -245,6 +258,23 @@ def measuring_flops(config: ModelConfig, length: int, *, source_is_known: bool =
     )
 
 
+def train_exit_flops(
+    config: ModelConfig, length: int, num_recursions: int, *, trained: Trained = "all"
+) -> float:
+    """Forward and backward of a sequence's exits: coda and head after each recursion but the last,
+    and the head once more there."""
+    block, per_pair = _block_matrix_params(config), 4 * config.num_heads * config.head_dim
+    layers = (num_recursions - 1) * config.coda_layers
+    products, attention = 2 * block * length, per_pair * length * (length + 1) / 2
+    head = 2 * config.dim * config.vocab_size * length
+    parts = (
+        _Part(layers * products, layers * attention, "all", True, True),
+        _Part(num_recursions * head, 0, "all", True, True),
+    )
+    forward = fsum(part.products + part.attention for part in parts)
+    return forward + _backward_flops(parts, trained)
+
+
 def kv_entry_bytes(config: ModelConfig, dtype_bytes: int) -> int:
     """Key and value of one token in one layer."""
     return 2 * config.num_kv_heads * config.head_dim * dtype_bytes
@@ -254,6 +284,8 @@ def kv_bytes(config: ModelConfig, tokens: int, kept: Sequence[float], dtype_byte
     """Cache of ``tokens`` tokens of which ``kept[r]`` took recursion r."""
     reads = READS[config.kv_strategy]
     written = fsum(k for r, k in enumerate(kept, start=1) if r in reads(r))
+    if LEFT in reads(2):
+        written += kept[0] - kept[-1]
     layers_x_tokens = (
         config.prelude_layers + config.coda_layers
     ) * tokens + config.shared_layers * written

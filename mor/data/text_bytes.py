@@ -70,7 +70,7 @@ def text_bytes(backend: tokenizers.Tokenizer, end_of_text_id: int) -> TextBytes:
         visible[ids] = [visible_bytes(text) for text in texts]
     elif ids:
         first[ids], inside[ids], visible[ids] = _decoded(backend, ids)
-        if b'"ByteFallback"' in _state(backend.decoder):
+        if has_byte_tokens(backend):
             of_bytes = [i for i in ids if _BYTE.fullmatch(names[i])]
             first[of_bytes] = inside[of_bytes] = 1
             visible[of_bytes] = [visible_bytes(bytes([int(names[i][1:-1], 16)])) for i in of_bytes]
@@ -78,6 +78,24 @@ def text_bytes(backend: tokenizers.Tokenizer, end_of_text_id: int) -> TextBytes:
         spaced = [i for i in ids if backend.decode([i]).startswith(" ")]
         first[spaced] -= 1
     return TextBytes(first, inside, visible, end_of_text_id)
+
+
+def is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    """Whether the text of tokens is their bytes in a row, and nothing else happens to it."""
+    state = _state(backend.decoder)
+    return bool(state) and json.loads(state)["type"] == "ByteLevel"
+
+
+def has_byte_tokens(backend: tokenizers.Tokenizer) -> bool:
+    """Whether there are tokens like <0x0A> for single bytes, of SentencePiece's byte fallback."""
+    return b'"ByteFallback"' in _state(backend.decoder)
+
+
+def bytes_of_name(name: str) -> bytes:
+    """What a token of a byte-level tokenizer adds to the text. An added token with a character that
+    stands for no byte is its own text."""
+    found = [_ALPHABET.get(character) for character in name]
+    return b"".join(byte for byte in found if byte) if all(found) else name.encode()
 
 
 def unknown_ids(backend: tokenizers.Tokenizer) -> set[int]:

@@ -23,7 +23,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mor.data.long_pieces import in_short_pieces
 from mor.data.spelling import spelling
-from mor.data.text_bytes import TextBytes, text_bytes, unknown_ids
+from mor.data.text_bytes import (
+    TextBytes,
+    bytes_of_name,
+    has_byte_tokens,
+    is_byte_level,
+    text_bytes,
+    unknown_ids,
+)
 from mor.files import check_links, extra, naming, parse_json
 from mor.hub_access import asking_the_hub
 from mor.run_folder import RunFolder
@@ -144,8 +151,34 @@ class Tokenizer:
     @cached_property
     def markup_ids(self) -> set[int]:
         """Tokens that are no text where a text is marked up; what is unknown is text."""
+        return self.special_token_ids - unknown_ids(self.backend)
+
+    @cached_property
+    def special_token_ids(self) -> set[int]:
+        """Tokens that give no text when they are decoded."""
         added = self.backend.get_added_tokens_decoder()
-        return {i for i, token in added.items() if token.special} - unknown_ids(self.backend)
+        return {i for i, token in added.items() if token.special}
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        return is_byte_level(self.backend)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token adds to the text, for a byte-level tokenizer."""
+        if (known := self._bytes.get(token_id)) is None:
+            name = self.backend.id_to_token(token_id)
+            if name is None or token_id in self.special_token_ids:
+                name = ""
+            known = self._bytes[token_id] = bytes_of_name(name)
+        return known
+
+    @cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        return {}
+
+    @cached_property
+    def has_byte_tokens(self) -> bool:
+        return has_byte_tokens(self.backend)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that may be marked up, as a chat template does. Raises ValueError if the

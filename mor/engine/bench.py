@@ -19,6 +19,7 @@ from mor.costs import flops as costs
 from mor.engine.engine import Batching, Engine, EngineConfig
 from mor.files import naming
 from mor.generation import SamplingParams
+from mor.model.budget import Depth, budget_of, corners, shares_of
 from mor.model.config import ModelConfig
 from mor.model.transformer import Transformer
 from mor.settings import NonNegativeFloat, Settings
@@ -191,11 +192,14 @@ def load_for(
     lengths: Lengths,
     prompt: int = 1,
     batching: Batching = "depth_wise",
+    depth: Depth = None,
     **settings: Any,
 ) -> SteadyLoad:
-    """A steady load on an engine with memory for every token at full depth.
+    """A steady load on an engine with memory for every token at full depth, or at the deepest of a
+    depth budget.
 
-    batch: lanes. prompt: tokens in new prompts. settings: further ones of the engine.
+    batch: lanes. prompt: tokens in new prompts. depth: mean depth of all requests; None: the
+    model's own rule. settings: further ones of the engine.
     """
     config, weight = model.config, model.embedding.weight
     if lengths.longest + prompt > config.max_seq_len:
@@ -204,7 +208,8 @@ def load_for(
             f"sequence holds {config.max_seq_len}, prompt included; choose a smaller mean"
         )
     longest = min(config.max_seq_len, int(4 * lengths.mean) + 1 + prompt)
-    every_recursion = [longest] * config.num_recursions
+    deepest = max(config.num_recursions, budget_of(model, depth).recursions)
+    every_recursion = [longest] * deepest
     bytes_per_slot = costs.kv_bytes(config, longest, every_recursion, weight.dtype.itemsize)
     engine_config = EngineConfig(
         max_num_seqs=slots,
@@ -213,6 +218,8 @@ def load_for(
         kv_cache_memory=int(slots * bytes_per_slot),
         prefix_caching=False,
         batching=batching,
+        depth=depth,
+        deepest=deepest,
         **settings,
     )
     with naming(f"{name} at batch {batch} with {slots} slots"):
@@ -229,18 +236,23 @@ def decode_rows(
     machine: costs.Machine,
     rounds: int = 5,
     seconds: float = 1.5,
+    depths: Sequence[Depth] = (None,),
 ) -> list[DecodeRow]:
-    """The baseline and each model at one batch size.
+    """The baseline, and each model with each of the depth budgets, at one batch size.
 
     slots: of each. None: models get as many slots (and lanes) as fit into the bytes that the
     baseline's keys and values take with ``batch`` slots.
     """
     base_bytes, loads = _kv_bytes_per_token(baseline), list[SteadyLoad]()
-    for name, model in (("vanilla", baseline), *models.items()):
+    budgets = [(model, name, depth) for name, model in models.items() for depth in depths]
+    for model, name, depth in [(baseline, "vanilla", None), *budgets]:
         lanes, own_slots = batch, slots
         if own_slots is None:
             lanes = own_slots = int(batch * base_bytes / _kv_bytes_per_token(model))
-        loads.append(load_for(name, model, batch=lanes, slots=own_slots, lengths=lengths))
+        label = name if depth is None else f"{name} at {depth}"
+        loads.append(
+            load_for(label, model, batch=lanes, slots=own_slots, lengths=lengths, depth=depth)
+        )
     take_turns(loads, rounds=rounds, seconds=seconds)
     return [_row(load, loads[0], lengths, machine) for load in loads]
 
@@ -279,13 +291,20 @@ def _ideal_seconds(load: SteadyLoad, lengths: Lengths, machine: costs.Machine) -
         machine,
         batch=config.lanes or config.max_num_seqs,
         context=lengths.mean / 2,
-        shares=shares(model.config, median(load.depth)),
+        shares=shares(model.config, median(load.depth), config.depth, load.engine.deepest),
         dtype_bytes=model.embedding.weight.dtype.itemsize,
     )
 
 
-def shares(config: ModelConfig, mean_depth: float) -> list[float]:
-    """Share of tokens at each recursion: the capacities, scaled to a measured mean depth."""
+def shares(
+    config: ModelConfig, mean_depth: float, depth: Depth = None, deepest: int = 1
+) -> Sequence[float]:
+    """Share of tokens at each recursion: those of a depth budget, or else the capacities, scaled to
+    a measured mean depth. deepest: recursions that the budget may take."""
+    if depth == "full":
+        return [1.0] * config.num_recursions
+    if depth is not None:
+        return shares_of(corners(config, max(deepest, config.num_recursions)), mean_depth)
     least = config.least_depth  # recursions that all tokens take
     extra = sum(config.capacities[least:])
     factor = (mean_depth - least) / extra if extra else 0.0

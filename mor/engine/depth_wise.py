@@ -48,6 +48,11 @@ class DepthWise(Strategy):
         self._end_tokens()
         return False
 
+    def take_over(self, requests: list[Request]) -> None:
+        """Go on with tokens that the device has chosen."""
+        if requests:
+            self._advance(requests, self.work.slots(requests))
+
     def _end_tokens(self) -> None:
         """Coda, head and sampling for the tokens that took their last pass."""
         work = self.work

@@ -3,7 +3,7 @@
 An engine admits requests, reads their prompts in chunks, and leaves the making of new tokens to a
 strategy: by_load.py, depth_wise.py, device_loop.py or lock_step.py.
 
-A rows that hold tokens · B rows of the batch · R recursions · T columns
+A rows that hold tokens · B rows of the batch · R recursions · T columns · V vocab
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from mor.answer import Answer
 from mor.costs import flops as costs
 from mor.data.tokenizer import Tokenizer
 from mor.engine.attention import AttentionBackend, decode_attention
@@ -34,11 +36,20 @@ from mor.engine.pages import SHARED
 from mor.engine.prefix_cache import PrefixCache
 from mor.engine.request import Phase, Request, RequestOutput, Status
 from mor.engine.runner import Runner
+from mor.engine.sampling import finite_rows, score_rows
 from mor.engine.scheduler import Scheduler
-from mor.engine.strategy import Strategy, Work
+from mor.engine.strategy import Strategy, Work, not_finite
 from mor.engine.weights import Watch, compiles, for_decoding
 from mor.files import naming
-from mor.generation import SamplingParams, check_prompt, per_prompt
+from mor.generation import (
+    PositiveDepth,
+    SamplingParams,
+    begin,
+    check_budget,
+    per_prompt,
+)
+from mor.model.budget import Budget, has_depths
+from mor.model.compiling import failed_to_compile
 from mor.model.transformer import Output, Transformer
 from mor.settings import PositiveInt, Settings
 
@@ -77,6 +88,11 @@ class EngineConfig(Settings):
     """Longest prompt and continuation together. None: what the model holds."""
     max_depth: PositiveInt | None = None
     """Caps the recursions of every token."""
+    depth: PositiveDepth | Literal["full"] | None = None
+    """Mean depth of requests that name none (SamplingParams.depth). None: the model's own rule."""
+    deepest: PositiveInt | None = None
+    """Recursions that a token may take with the largest depth that requests may ask for. None: the
+    trained ones. More take memory for their tables, and time in every pass."""
     batching: Batching = "auto"
     """depth_wise: tokens at any depth share a pass. lock_step: all sequences take their next token
     together, and finished ones are replaced at once. static: as lock_step, but a batch ends with
@@ -94,7 +110,7 @@ class EngineConfig(Settings):
     """int8: weights of layers and head in 8 bits, activations quantized on the fly (CPU)."""
     compile: bool | None = None
     """Compile all but attention and sampling: the first launches take a minute or two, the others
-    have fewer kernels. None: on CUDA where Triton is installed."""
+    have fewer kernels. None: on CUDA where Triton is installed, and not if it fails."""
 
     def __post_init__(self) -> None:
         if self.loop == "device" and (self.batching, self.loop) not in STRATEGIES:
@@ -142,7 +158,8 @@ def _bytes_of_machine() -> int:
 class Engine:
     """Serves a model to any number of requests, from any number of threads.
 
-    tokenizer: for prompts given as text and for :meth:`text`; requests of token ids need none.
+    tokenizer: for prompts given as text, the text of answers, stop strings and structures; requests
+    of token ids without these need none.
     ``requests`` are the unfinished ones, by id. ``measured`` counts seconds, passes and tokens in
     each part of the model.
     Raises ValueError for settings that do not go with the model or its device.
@@ -174,7 +191,22 @@ class Engine:
         _check_parts(model, tokenizer, config)
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.max_len = config.max_len or model.config.max_seq_len
+        self.deepest = config.deepest or model.config.num_recursions
+        if self.deepest < model.config.num_recursions:
+            raise ValueError(
+                f"deepest={self.deepest} is below the model's {model.config.num_recursions} "
+                "recursions, which requests without a depth take; cap those with max_depth"
+            )
+        if self.deepest > model.config.num_recursions and not has_depths(model.config):
+            raise ValueError(
+                f"deepest={self.deepest}: this model has one depth, of "
+                f"{model.config.num_recursions} recursions; leave it out"
+            )
+        if config.max_depth is not None and self.deepest > model.config.num_recursions:
+            raise ValueError("max_depth and deepest say different things; leave out one of them")
+        self._budget(SamplingParams())
         self._strategy = _choose_strategy(config, model)
+        self._compiles = compiles(model.embedding.weight.device, config.compile)
         self._watch = Watch(model)
         with self._naming_memory():
             self.kv = self._make_cache()
@@ -195,11 +227,10 @@ class Engine:
         return self._work.runner
 
     def _make_runner(self) -> Runner:
-        compiled = compiles(self.kv.device, self.config.compile)
         return Runner(
-            for_decoding(self.model, self.config.quantize, compiled=compiled),
+            for_decoding(self.model, self.config.quantize, compiled=self._compiles),
             self.kv,
-            compiled=compiled,
+            compiled=self._compiles,
             max_depth=self.config.max_depth,
             longest=self.max_len if self._strategy.static_shapes else None,
         )
@@ -230,7 +261,7 @@ class Engine:
         config, slots = self.model.config, self.config.max_num_seqs + 1
         weight, length = self.model.embedding.weight, self.max_len + self.config.page_size
         row = 4 * length * (1 + (config.kv_strategy == "hybrid")) + 64  # and lists of pages
-        tables = slots * ((config.num_recursions + 1) * row + 4 * config.dim)
+        tables = slots * ((self.deepest + 1) * row + 4 * config.dim)
         angles = 3 * 4 * config.head_dim * self.max_len
         everything = [length] * config.num_recursions
         full = slots * costs.kv_bytes(config, length, everything, weight.dtype.itemsize)
@@ -249,6 +280,7 @@ class Engine:
             decode_attention=decode_attention(config.attention, weight.device, weight.dtype),
             device=weight.device,
             dtype=weight.dtype,
+            num_recursions=self.deepest,
         )
 
     def add_request(
@@ -259,16 +291,15 @@ class Engine:
         request_id: str | None = None,
     ) -> Request:
         """Queue a prompt: text, or token ids. Raises ValueError for one that the model or its cache
-        can never hold (see :func:`mor.generation.check_prompt`), and for an id that is in use.
+        can never hold (see :func:`mor.generation.check_prompt`), for settings that need a tokenizer
+        if the engine has none, for a structure that cannot be followed, and for an id in use.
 
         request_id: None: the engine gives "#0", "#1" and so on; other ids may not begin so.
         """
         params = SamplingParams() if params is None else params
-        return self._queue(self._check(prompt, params), params, request_id)
+        return self._queue(self._check(prompt, params), request_id)
 
-    def _queue(
-        self, ids: list[int], params: SamplingParams, request_id: str | None = None
-    ) -> Request:
+    def _queue(self, answer: Answer, request_id: str | None = None) -> Request:
         with self._lock:
             self._check_open()
             number = self._next_number
@@ -283,7 +314,15 @@ class Engine:
                 raise ValueError(
                     f"a request with id {request_id!r} is still unfinished; choose another id"
                 )
-            request = Request(request_id, ids, params, number, arrival_s=time.monotonic())
+            request = Request(
+                request_id,
+                answer.prompt_ids,
+                answer.params,
+                number,
+                self._budget(answer.params),
+                arrival_s=time.monotonic(),
+                answer=answer,
+            )
             self._next_number += 1
             self.requests[request_id] = request
             self.scheduler.add(request)
@@ -308,7 +347,7 @@ class Engine:
                 self._work.finish(here, "abort")
             else:  # from within a step, as when a stream that nobody holds is collected
                 self._leaving.append(here)
-            return RequestOutput(here, None, None, None, "abort")
+            return RequestOutput.without_token(here)
 
     @property
     def has_unfinished(self) -> bool:
@@ -338,6 +377,7 @@ class Engine:
     def _work_on(self) -> None:
         was_idle = not self.scheduler.running
         self.strategy.admit()
+        self.runner.give_budgets({r.slot: r.budget for r in self.scheduler.running})
         if was_idle and self._follow_model(thorough=True):
             return  # they wait again; nothing was computed with them
         with torch.inference_mode():
@@ -356,11 +396,11 @@ class Engine:
         """
         return self._stream(self._check_all(prompts, params))
 
-    def _stream(self, checked: list[tuple[list[int], SamplingParams]]) -> Iterator[RequestOutput]:
+    def _stream(self, answers: list[Answer]) -> Iterator[RequestOutput]:
         own, arrived, streams = list[Request](), deque[RequestOutput](), self._work.streams
         try:
-            for ids, params in checked:
-                own.append(self._queue(ids, params))
+            for answer in answers:
+                own.append(self._queue(answer))
                 streams[own[-1].request_id] = arrived
             while self._are_running(own) or arrived:
                 if not arrived:
@@ -382,8 +422,8 @@ class Engine:
         """Continue prompts together; finished requests in order. Arguments as in :meth:`stream`."""
         own = list[Request]()
         try:
-            for ids, settings in self._check_all(prompts, params):
-                own.append(self._queue(ids, settings))
+            for answer in self._check_all(prompts, params):
+                own.append(self._queue(answer))
             while self._are_running(own):
                 self.step()
         finally:
@@ -392,13 +432,10 @@ class Engine:
         return own
 
     def text(self, request: Request) -> str:
-        """What a request has written, without its stop token."""
+        """What a request has written, without what ended it, as far as it may be shown."""
         if self.tokenizer is None:
             raise ValueError("this engine has no tokenizer; read request.token_ids")
-        ids = request.token_ids
-        if ids and ids[-1] in request.params.stop_token_ids:
-            ids = ids[:-1]
-        return self.tokenizer.decode(ids)
+        return request.text
 
     def stats(self) -> dict[str, Any]:
         """What is going on, for logs and dashboards."""
@@ -428,34 +465,46 @@ class Engine:
         self,
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> list[tuple[list[int], SamplingParams]]:
-        checked = []
+    ) -> list[Answer]:
+        answers = []
         for i, (prompt, own) in enumerate(zip(*per_prompt(prompts, params), strict=True)):
             with naming(f"prompt {i}"):
-                checked.append((self._check(prompt, own), own))
-        return checked
+                answers.append(self._check(prompt, own))
+        return answers
 
-    def _check(self, prompt: str | Sequence[int], params: SamplingParams) -> list[int]:
-        """The token ids of a prompt. Raises ValueError if it can never be served."""
+    def _check(self, prompt: str | Sequence[int], params: SamplingParams) -> Answer:
+        """The answer to a prompt, before its first token. Raises ValueError if it can never be
+        served."""
         given: Any = prompt
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("this engine has no tokenizer; give the prompt as token ids")
             given = self.tokenizer.encode_prompt(prompt)
-        ids = check_prompt(self.model.config, given, params, max_len=self.max_len)
-        stops, most = len(params.stop_token_ids), self.strategy.max_stop_tokens
-        if most is not None and stops > most:
-            raise ValueError(
-                f"loop='device' takes up to {most} stop tokens, got {stops}; use loop='host'"
-            )
-        needed = self.kv.pages_for(len(ids) + params.max_new_tokens - 1)
+        answer = begin(
+            self.model.config, given, params, tokenizer=self.tokenizer, max_len=self.max_len
+        )
+        most = self._budget(params).recursions
+        needed = self.kv.pages_for(len(answer.prompt_ids) + params.max_new_tokens - 1, most=most)
         there = [pool.num_pages for pool in self.kv.pools]
         if any(n > pages for n, pages in zip(needed, there, strict=True)):
             raise ValueError(
                 f"the request may need {needed} pages (own layers, shared layers), but there are "
                 f"{there}; shorten it or raise kv_cache_memory"
             )
-        return ids
+        return answer
+
+    def _budget(self, params: SamplingParams) -> Budget:
+        """What decides the depth of a request's tokens. Raises ValueError for a depth that the
+        model or this engine cannot have."""
+        depth = self.config.depth if params.depth is None else params.depth
+        budget = check_budget(self.model, depth, self.config.max_depth)
+        if budget.recursions > self.deepest:
+            raise ValueError(
+                f"depth={depth} lets tokens take up to {budget.recursions} recursions, but this "
+                f"engine holds {self.deepest}; make it with EngineConfig(deepest="
+                f"{budget.recursions})"
+            )
+        return budget
 
     def _check_open(self) -> None:
         if self._stopped:
@@ -487,6 +536,9 @@ class Engine:
         """After a step that failed halfway, all requests wait again: they are computed again. Those
         that run when a step fails a second time then run one by one, until it is known which of
         them is the cause."""
+        if self._compiles and failed_to_compile(error):
+            self._do_without_compiling(error)
+            return
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
         suspects = [r for r in self.requests.values() if r.status is Status.RUNNING]
@@ -506,12 +558,29 @@ class Engine:
                 stacklevel=3,
             )
 
+    def _do_without_compiling(self, error: Exception) -> None:
+        """Begin anew as it is without compiling, unless that was asked for."""
+        said = " ".join(str(error).split("\n\n")[0].split())[:400]
+        reason = f"compiling the engine failed ({type(error).__name__}: {said})"
+        if self.config.compile:
+            self._stop(f"{reason}; EngineConfig(compile=False) does without")
+            return
+        warnings.warn(
+            f"{reason}; it goes on without, which is slower. EngineConfig(compile=False) does not "
+            "try",
+            stacklevel=3,
+        )
+        self._compiles = False
+        self.scheduler.restart(self.requests.values())
+        self._work.runner = self._make_runner()
+        self.strategy = self._strategy(self._work)
+
     def _stop(self, reason: str) -> None:
         """End all requests, touching nothing that may be broken."""
         self._stopped = reason
         for request in self.requests.values():
             request.status, request.finish_reason, request.error = Status.FINISHED, "error", reason
-            self._work.put_out(RequestOutput(request, None, None, None, "error"))
+            self._work.put_out(RequestOutput.without_token(request))
         self.requests.clear()
 
     def _read_prompts(self) -> None:
@@ -525,19 +594,59 @@ class Engine:
         requests = self.scheduler.make_room([self.requests[i] for i in chunk], needed)
         if not requests:
             return
-        ids = [chunk[r.request_id] for r in requests]
+        for group in self._read_together(requests, chunk):
+            self._read(group, [chunk[r.request_id] for r in group])
+
+    def _read_together(
+        self, requests: list[Request], chunk: dict[str, list[int]]
+    ) -> Iterator[list[Request]]:
+        """Requests that are read in one forward: those whose prompts are scored apart from the
+        others, and only so many that their logits, padded, are not many more than the tokens."""
+        if others := [request for request in requests if not request.scores_prompt]:
+            yield others
+        group, width, most = list[Request](), 0, self._prefill_chunk
+        for request in (request for request in requests if request.scores_prompt):
+            width = max(width, len(chunk[request.request_id]))
+            if group and width * (len(group) + 1) > most:
+                yield group
+                group, width = [], len(chunk[request.request_id])
+            group.append(request)
+        if group:
+            yield group
+
+    def _read(self, requests: list[Request], ids: list[list[int]]) -> None:
         slots, starts = [r.slot for r in requests], [r.num_read for r in requests]
+        scored = requests[0].scores_prompt
         with self.measured.part("read", sum(map(len, ids))):
-            output = self.runner.read(slots, ids, starts, "none")
+            output = self.runner.read(slots, ids, starts, "all" if scored else "none")
         taken_ATR = self._taken(output)
-        for request, part, taken_TR in zip(requests, ids, taken_ATR, strict=True):
-            self._note_read(request, taken_TR[: len(part)])
+        for row, (request, part) in enumerate(zip(requests, ids, strict=True)):
+            if not scored or self._score(request, output.logits_BTV[row, : len(part)]):
+                self._note_read(request, taken_ATR[row, : len(part)])
+
+    def _score(self, request: Request, logits_TV: Tensor) -> bool:
+        """Note the log-probabilities of the prompt's next tokens, under the logits of the tokens
+        just read. False if they are not finite: then the request has failed."""
+        known = len(request.prompt_logprobs)
+        following = request.prompt_ids[known : known + len(logits_TV)]
+        logits_TV = logits_TV[: len(following)]
+        if not finite_rows(logits_TV).all():
+            self._work.fail(request, not_finite(known))
+            return False
+        found = score_rows(logits_TV, following, request.params.top_logprobs)
+        request.prompt_logprobs += [logprob for logprob, _ in found]
+        if request.params.top_logprobs:
+            request.prompt_top_logprobs += [top for _, top in found]
+        return True
+
+    @property
+    def _prefill_chunk(self) -> int:
+        return self.config.prefill_chunk or (2048 if self.kv.device.type == "cuda" else 256)
 
     def _next_chunk(self) -> dict[str, list[int]]:
         """The ids that each request reads now, by request. The last token of a prompt is not among
         them: it is decoded like a new one, since its logits are needed."""
-        on_cuda, chunk = self.kv.device.type == "cuda", dict[str, list[int]]()
-        budget = self.config.prefill_chunk or (2048 if on_cuda else 256)
+        chunk, budget = dict[str, list[int]](), self._prefill_chunk
         for request in self._work.in_phase(Phase.READ):
             if budget:
                 part = request.known_ids[request.num_read : -1][:budget]
@@ -556,6 +665,6 @@ class Engine:
     def _taken(self, output: Output) -> np.ndarray:
         """Whether each token of a forward took each recursion, (A, T, R)."""
         taken = [output.routing.selected_BT(r) for r in range(len(output.routing.steps))]
-        left_out = self.runner.model.config.num_recursions - len(taken)  # by max_depth
+        left_out = self.deepest - len(taken)  # by max_depth, or by all of their budgets
         taken += [torch.zeros_like(taken[0])] * left_out
         return torch.stack(taken, dim=-1).cpu().numpy()

@@ -54,7 +54,8 @@ class PagedKV:
     """Pools, tables and counts for ``num_slots`` running sequences of up to ``max_len`` tokens.
 
     A further slot, ``idle``, has no sequence: passes of fixed size are filled up with it, and what
-    they write goes to a place that is never read. Raises ValueError if ``num_bytes`` does not hold
+    they write goes to a place that is never read. num_recursions: that any token may take; None:
+    the trained ones. Raises ValueError if ``num_bytes`` does not hold
     a page of each kind.
     """
 
@@ -69,10 +70,12 @@ class PagedKV:
         decode_attention: DecodeAttention,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        num_recursions: int | None = None,
     ) -> None:
+        self.num_recursions = num_recursions or config.num_recursions
         self.page_size, self.max_len = page_size, max_len
         self.num_slots, self.idle = num_slots, num_slots
-        self.num_streams = config.num_recursions + 1
+        self.num_streams = self.num_recursions + 1
         self.device, self.decode_attention = torch.device(device), decode_attention
         self._set_rules(config)
         self._make_pools(config, num_bytes, dtype)
@@ -84,6 +87,11 @@ class PagedKV:
 
     def _set_rules(self, config: ModelConfig) -> None:
         """What the strategy for keys and values says about each stream."""
+        if config.kv_strategy == "final":
+            raise ValueError(
+                "the engine does not keep keys and values of kv_strategy='final' yet; decode with "
+                "mor.generate, or with transformers"
+            )
         reads = [(0,), *(READS[config.kv_strategy](r) for r in range(1, self.num_streams))]
         self.writes = np.array([stream in r for stream, r in enumerate(reads)])
         self.writes_on_device = torch.tensor(self.writes, device=self.device)
@@ -100,7 +108,8 @@ class PagedKV:
         layers = (config.prelude_layers + config.coda_layers, config.shared_layers)
         entry_bytes = costs.kv_entry_bytes(config, dtype.itemsize)
         self.page_bytes = [n * self.page_size * entry_bytes for n in layers]
-        writing = zip(config.capacities, self.writes[1:], strict=True)
+        # A further recursion takes from the pages of the others: how much is not known here.
+        writing = zip(config.capacities, self.writes[1:], strict=False)
         pages_per_stream = self.num_slots * -(-self.max_len // self.page_size)
         num_pages = divide_memory(
             num_bytes,
@@ -136,6 +145,8 @@ class PagedKV:
         self.view_RL = self.table_RL.clone() if with_view else self.table_RL
         self.count = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.host_count = np.zeros((self.num_slots + 1, self.num_streams), dtype=np.int64)
+        self.most = np.full(self.num_slots + 1, self.num_recursions)
+        """Recursions that each slot's tokens may take."""
         self.reserved = np.zeros_like(self.host_count)
         """Entries of each virtual sequence that have places, those to come included."""
 
@@ -151,17 +162,27 @@ class PagedKV:
             (p.num_pages - p.num_free) * b for p, b in zip(self.pools, self.page_bytes, strict=True)
         )
 
-    def pages_for(self, tokens: int | np.ndarray, slots: Sequence[int] | None = None) -> list[int]:
-        """Pages of each kind that ``tokens`` more tokens take at most, if they take every
-        recursion.
+    def pages_for(
+        self,
+        tokens: int | np.ndarray,
+        slots: Sequence[int] | None = None,
+        *,
+        most: int | None = None,
+    ) -> list[int]:
+        """Pages of each kind that ``tokens`` more tokens take at most, if they take every recursion
+        that they may.
 
         slots: the sequences that each get so many, less what they have reserved; None: one new
-        sequence. tokens: one number, or one for each slot and stream.
+        sequence, whose tokens take ``most`` recursions at most (None: all). tokens: one number, or
+        one for each slot and stream.
         """
         reserved = np.zeros((1, self.num_streams), dtype=np.int64)
+        limit = np.array([most or self.num_recursions])
         if slots is not None:
             reserved = (self.reserved - self.host_count)[list(slots)]
-        pages = -(-np.maximum(tokens - reserved, 0) // self.page_size) * self.writes
+            limit = self.most[list(slots)]
+        used = self.writes & (np.arange(self.num_streams) <= limit[:, None])
+        pages = -(-np.maximum(tokens - reserved, 0) // self.page_size) * used
         return [int(pages[:, 0].sum()) if self.page_bytes[OWN] else 0, int(pages[:, 1:].sum())]
 
     def pages_for_entry(self, slot: np.ndarray, stream: np.ndarray) -> list[int]:
@@ -206,15 +227,19 @@ class PagedKV:
         self.host_count[slot] = count
         self.count.view(self.host_count.shape)[slot] = torch.from_numpy(count).to(self.device)
 
-    def refresh(self) -> None:
-        """Copy what the device has counted to the host."""
-        self.host_count[:] = self.count.view(self.host_count.shape).cpu().numpy()
+    def refresh(self, counted: np.ndarray | None = None) -> None:
+        """Copy what the device has counted to the host, unless it is there already (``counted``,
+        of every virtual sequence)."""
+        if counted is None:
+            counted = self.count.cpu().numpy()
+        self.host_count[:] = counted.reshape(self.host_count.shape)
 
     def reserve(self, slot: np.ndarray, stream: np.ndarray, entries: int | np.ndarray = 1) -> None:
         """Places for this many more entries of virtual sequences; callers make room first."""
         row = slot * self.num_streams + stream
         missing = self.host_count.take(row) + entries - self.reserved.take(row)
-        if not (short := (missing > 0) & self.writes[stream]).any():
+        may_write = self.writes[stream] & (stream <= self.most[slot])
+        if not (short := (missing > 0) & may_write).any():
             return
         new = [
             self._add_page(int(slot[i]), int(stream[i]))

@@ -27,11 +27,11 @@ class Segment:
 class PrefixCache:
     """Segments of earlier prompts, found by their tokens from the beginning of the prompt.
 
-    Keys, values and depth of a token depend on it and the tokens before it alone, since routing is
-    causal: equal beginnings have equal segments. A segment is stored under the number of the
-    segment before it (0: none) and its own tokens, so looking up a prompt follows a chain. Segments
-    are ordered by their last use, each before the ones that it follows, so the end of a chain is
-    evicted first and no segment is left without its beginning.
+    Keys, values and depth of a token depend on it, the tokens before it and the rule for depths
+    alone, since routing is causal: equal beginnings under equal rules have equal segments. A
+    segment is stored under the number of the one before it (0: none) and its own tokens: looking up
+    a prompt follows a chain. Segments are ordered by their last use, each before the ones that it
+    follows, so the end of a chain is evicted first and no segment is left without its beginning.
     """
 
     def __init__(self, segment_size: int) -> None:
@@ -43,23 +43,23 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._segments)
 
-    def match(self, ids: Sequence[int]) -> list[Segment]:
+    def match(self, ids: Sequence[int], rule: bytes = b"") -> list[Segment]:
         """Segments of the longest known beginning of ``ids`` that leaves at least one token to
-        read: the engine needs its logits."""
-        keys = list(self._chain(ids[: len(ids) - 1]))
+        read: the engine needs its logits. rule: what decides the depth of these tokens."""
+        keys = list(self._chain(ids[: len(ids) - 1], rule))
         self._mark_used(keys)
         self.hits += len(keys)
         return [self._segments[key][1] for key in keys]
 
-    def add(self, ids: Sequence[int], make: Callable[[int], Segment]) -> None:
+    def add(self, ids: Sequence[int], make: Callable[[int], Segment], rule: bytes = b"") -> None:
         """Cache the segments of ``ids`` that are not known yet.
 
         make: called for each of them, with its index, in order.
         """
-        keys = list(self._chain(ids))
+        keys = list(self._chain(ids, rule))
         number = self._segments[keys[-1]][0] if keys else 0
         for index in range(len(keys), len(ids) // self.segment_size):
-            keys.append((number, self._tokens(ids, index)))
+            keys.append((number, self._tokens(ids, index, rule)))
             number = self._last_number = self._last_number + 1
             self._segments[keys[-1]] = number, make(index)
         self._mark_used(keys)
@@ -77,16 +77,19 @@ class PrefixCache:
         for key in reversed(keys):  # the beginning of a chain is used last, so evicted last
             self._segments.move_to_end(key)
 
-    def _chain(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def _chain(self, ids: Sequence[int], rule: bytes) -> Iterator[tuple[int, bytes]]:
         """Keys of the cached segments of ``ids``, from the beginning to the first unknown one."""
         number = 0
         for index in range(len(ids) // self.segment_size):
-            key = (number, self._tokens(ids, index))
+            key = (number, self._tokens(ids, index, rule))
             if key not in self._segments:
                 return
             yield key
             number = self._segments[key][0]
 
-    def _tokens(self, ids: Sequence[int], index: int) -> bytes:
+    def _tokens(self, ids: Sequence[int], index: int, rule: bytes) -> bytes:
+        """The key of a segment's tokens; that of the first also has the rule, which thereby is that
+        of all that follow it."""
         start = index * self.segment_size
-        return np.asarray(ids[start : start + self.segment_size], dtype=np.int64).tobytes()
+        tokens = np.asarray(ids[start : start + self.segment_size], dtype=np.int64).tobytes()
+        return tokens if index else rule + tokens

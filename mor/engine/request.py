@@ -8,7 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from mor.generation import SamplingParams
+from mor.answer import Answer
+from mor.generation import SamplingParams, TopLogprobs
+from mor.model.budget import Budget
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -37,17 +39,26 @@ class Request:
     params: SamplingParams
     number: int
     """Counts the requests of an engine: lower is older."""
+    budget: Budget
+    """What decides the depths of its tokens."""
     arrival_s: float = 0.0
     """When it was added, by ``time.monotonic()``."""
     status: Status = Status.WAITING
     phase: Phase = Phase.READ
-    token_ids: list[int] = field(default_factory=list)
-    """The new tokens, a stop token included."""
+    answer: Answer = None  # type: ignore[assignment]
+    """What it has written. None: it has no tokenizer."""
     depths: list[int] = field(default_factory=list)
     """Recursions that each prompt token and each new token took. The last new token is never read,
     so it has none."""
     logprobs: list[float] = field(default_factory=list)
     """Log-probability of each new token under the model, if ``params.logprobs``."""
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    """The likeliest tokens at each new one, as many as ``params.top_logprobs``."""
+    prompt_logprobs: list[float | None] = field(default_factory=list)
+    """Log-probability of each token of the prompt, if ``params.prompt_logprobs``, as far as it has
+    been read. None for the first, which nothing predicts."""
+    prompt_top_logprobs: list[TopLogprobs | None] = field(default_factory=list)
+    """The likeliest tokens there, if both are asked for."""
     finish_reason: FinishReason | None = None
     error: str | None = None
     """What went wrong, if ``finish_reason`` is "error"."""
@@ -64,6 +75,36 @@ class Request:
     """Steps that failed while it ran."""
     taken: list[np.ndarray] = field(default_factory=list)
     """Whether each prompt token took each recursion: (tokens, recursions) per chunk read."""
+
+    def __post_init__(self) -> None:
+        self.answer = self.answer or Answer(self.params, self.prompt_ids)
+        self._forget_prompt()
+
+    def _forget_prompt(self) -> None:
+        params = self.params
+        self.prompt_logprobs = [None] if params.prompt_logprobs else []
+        self.prompt_top_logprobs = [None] if params.prompt_logprobs and params.top_logprobs else []
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The new tokens, a stop token included."""
+        return self.answer.token_ids
+
+    @property
+    def text(self) -> str:
+        """What it has written, without what ended it, as far as it may be shown; nothing without a
+        tokenizer."""
+        return self.answer.text
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        """The stop string or token that ended it."""
+        return self.answer.stop_reason
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt must be read for its log-probabilities, cached or not."""
+        return 0 < len(self.prompt_logprobs) < len(self.prompt_ids)
 
     @property
     def known_ids(self) -> list[int]:
@@ -83,6 +124,8 @@ class Request:
         """Back to waiting, without keys and values: they are computed again."""
         self.status, self.phase, self.slot = Status.WAITING, Phase.READ, -1
         self.num_read, self.depths, self.taken = 0, [], []
+        if not self.token_ids:
+            self._forget_prompt()
 
     @property
     def mean_depth(self) -> float:
@@ -101,3 +144,13 @@ class RequestOutput:
     logprob: float | None
     """Of the new token under the model; None unless the request asked for it."""
     finish_reason: FinishReason | None
+    text: str = ""
+    """What may be shown now: characters that are complete, and no beginning of a stop string. The
+    last output has the rest."""
+    top_logprobs: TopLogprobs | None = None
+    """The likeliest tokens at this place, if the request asked for them."""
+
+    @classmethod
+    def without_token(cls, request: Request) -> RequestOutput:
+        """The end of a request that has ended."""
+        return cls(request, None, None, None, request.finish_reason, request.answer.end())

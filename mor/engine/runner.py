@@ -10,7 +10,7 @@ A rows that hold tokens · D model · M lanes · R recursions · S slots · T co
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from mor.engine.kv_passes import LanePass, PagedBatch
 from mor.engine.paged_kv import PagedKV
+from mor.model.budget import Budget, BudgetRouter, has_depths
 from mor.model.compiling import compiled
 from mor.model.packing import PackedTokens
-from mor.model.routers import at_least_fp32
+from mor.model.routers import Router, at_least_fp32
 from mor.model.routing import Memory
 from mor.model.transformer import Angles, Logits, Output, Transformer, passes, rotary_angles
 
@@ -29,9 +30,9 @@ class Runner:
     """State of the newest token of every slot. ``stage`` counts the passes it has behind it,
     skipped ones included.
 
-    max_depth: caps the recursions of every token. longest: if given, attention is sized for so many
-    entries and nothing is looked up on the device; then, what stands between the layers can be
-    compiled too. ``model_s`` adds up the seconds inside the
+    max_depth: caps the recursions of every token; then there are no depth budgets. longest: if
+    given, attention is sized for so many entries and nothing is looked up on the device; then, what
+    stands between the layers can be compiled too. ``model_s`` adds up the seconds inside the
     model's layers, router and head.
     """
 
@@ -45,8 +46,16 @@ class Runner:
         compiled: bool = False,
     ) -> None:
         config, device = model.config, model.embedding.weight.device
-        self.model, self.kv, self.router, self.longest = model, kv, model.router, longest
-        self.max_depth = max_depth or config.num_recursions
+        self.model, self.kv, self.longest = model, kv, longest
+        self.max_depth, trained = max_depth or kv.num_recursions, config.num_recursions
+        further = config.capacities[-1:] * (kv.num_recursions - trained)
+        self.capacities = (*config.capacities, *further)
+        self.budgets = [Budget(trained, (), own=True)] * (kv.num_slots + 1)
+        rows = [budget.row(kv.num_recursions) for budget in self.budgets]
+        self.threshold_SR, self.budget_router = torch.tensor(rows, device=device), None
+        if has_depths(config) and max_depth is None:
+            self.budget_router = BudgetRouter(model.router, self.threshold_SR[:1].clone())
+        self.router: Router = self.budget_router or model.router
         self.passes = passes(config, self.max_depth)
         # One more: where a token is that took its last pass. It has no recursion of its own.
         self.recursion = torch.tensor(
@@ -60,7 +69,7 @@ class Runner:
         self.ids, self.position, self.stage = (
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(3)
         )
-        self.took_SR = torch.zeros(slots, config.num_recursions, dtype=torch.bool, device=device)
+        self.took_SR = torch.zeros(slots, kv.num_recursions, dtype=torch.bool, device=device)
         angles = rotary_angles(
             torch.arange(kv.max_len, device=device), config.head_dim, config.rope_theta
         )
@@ -69,8 +78,10 @@ class Runner:
         # Started on nothing, the router shows what it will want to remember of each token.
         tokens = _tokens(self.ids, self.position)
         with torch.no_grad():
-            memory = model.recursions.start(self.router, self.h_SD, tokens, self.max_depth)
+            memory = model.recursions.start(model.router, self.h_SD, tokens, self.max_depth)
         self.memory: Memory = {name: value.clone() for name, value in memory.items()}
+        if self.budget_router is not None:
+            self.memory["threshold"] = self.threshold_SR
         self.model_s = 0.0
         self.compiled = compiled and longest is not None
         if self.compiled:
@@ -87,6 +98,33 @@ class Runner:
         yield
         self.model_s += time.perf_counter() - start
 
+    def give_budgets(self, budgets: Mapping[int, Budget]) -> None:
+        """Depth budgets by slot, of all running requests, for the tokens that come next."""
+        if self.budget_router is None:
+            return
+        if new := {slot: b for slot, b in budgets.items() if self.budgets[slot] != b}:
+            rows = [budget.row(self.kv.num_recursions) for budget in new.values()]
+            places = torch.tensor(list(new), device=self.threshold_SR.device)
+            self.threshold_SR[places] = torch.tensor(rows, device=self.threshold_SR.device)
+            for slot, budget in new.items():
+                self.budgets[slot] = budget
+        if self.longest is None:  # else what is recorded or compiled must serve every mixture
+            own = [budget.own for budget in budgets.values()]
+            self.budget_router.with_own = any(own)
+            # Further recursions are passes of this runner, and the model's router knows of none.
+            is_plain = all(own) and self.kv.num_recursions == self.model.config.num_recursions
+            self.router = self.model.router if is_plain else self.budget_router
+
+    def _router_of(self, slots: Sequence[int]) -> Router | None:
+        """For an ordinary forward with a row for each slot; None: the model's own."""
+        budgets = [self.budgets[slot] for slot in slots]
+        if all(budget.own for budget in budgets):
+            return None
+        most = max(budget.recursions for budget in budgets)
+        with_own = any(budget.own for budget in budgets)
+        rows = self.threshold_SR[list(slots), :most]
+        return BudgetRouter(self.model.router, rows, with_own=with_own)
+
     def read(
         self,
         slots: Sequence[int],
@@ -100,10 +138,16 @@ class Runner:
         mask_AT = torch.arange(width, device=device) < torch.tensor(
             [[len(i)] for i in ids], device=device
         )
-        cache = PagedBatch(self.kv, slots, starts)
+        cache, router = PagedBatch(self.kv, slots, starts), self._router_of(slots)
+        deepest = (router or self.model.router).num_recursions
         with self._in_model():
             return self.model(
-                tokens_AT, mask_BT=mask_AT, cache=cache, logits=logits, max_depth=self.max_depth
+                tokens_AT,
+                mask_BT=mask_AT,
+                cache=cache,
+                logits=logits,
+                max_depth=min(self.max_depth, deepest),
+                router=router,
             )
 
     def enter(self, slot: Tensor, ids: Tensor, position: Tensor) -> None:
@@ -160,7 +204,9 @@ class Runner:
         self.h_SD[slot] = x_MD
         tokens = _tokens(ids, position)
         with self._in_model():
-            memory = self.model.recursions.start(self.router, x_MD, tokens, self.max_depth)
+            memory = self.model.recursions.start(self.model.router, x_MD, tokens, self.max_depth)
+            if isinstance(self.router, BudgetRouter):
+                memory = self.router.with_thresholds(memory, self.threshold_SR[slot])
         for name, value in memory.items():
             self.memory[name][slot] = value
         first, gate = torch.zeros_like(slot), self.gate[slot]
@@ -207,7 +253,7 @@ class Runner:
     ) -> None:
         """Move every slot on to the next pass that its token takes, or past the last one. stages:
         the passes that are next in order. entering: all are at the first; else none is."""
-        end, capacities = len(self.passes), self.model.config.capacities
+        end, capacities = len(self.passes), self.capacities
         for stage, (recursion, _) in list(enumerate(self.passes))[0 if entering else 1 :]:
             with self._in_model():
                 decision = self.router.decide(

@@ -49,6 +49,7 @@ class Scheduler:
             if self.running and any(map(_runs_alone, (request, self.running[0]))):
                 return
             segments = self._cached_beginning(request)
+            self.kv.most[slot] = request.budget.recursions
             self.kv.attach(slot, segments)
             left = len(request.known_ids) - sum(len(segment.taken) for segment in segments)
             # If none is running, the oldest request always fits: the engine refused it otherwise.
@@ -90,7 +91,7 @@ class Scheduler:
                 request.slot, start, taken[start:end], taken_before=taken[:start].sum(0)
             )
 
-        self.prefix_cache.add(request.known_ids[: request.num_read], segment)
+        self.prefix_cache.add(request.known_ids[: request.num_read], segment, request.budget.key)
 
     def clear_prefix_cache(self) -> None:
         while self._evict_prefix():
@@ -108,7 +109,10 @@ class Scheduler:
             request.start_over()
 
     def _cached_beginning(self, request: Request) -> list[Segment]:
-        return [] if self.prefix_cache is None else self.prefix_cache.match(request.known_ids)
+        """What is cached of it; nothing if all of the prompt's logits are needed."""
+        if self.prefix_cache is None or request.scores_prompt:
+            return []
+        return self.prefix_cache.match(request.known_ids, request.budget.key)
 
     def _start_running(self, request: Request, segments: Sequence[Segment]) -> None:
         """Move the oldest waiting request to the next free slot, and attach ``segments`` to it."""

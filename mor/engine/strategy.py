@@ -18,8 +18,15 @@ from torch import Tensor
 
 from mor.engine.request import FinishReason, Phase, Request, RequestOutput
 from mor.engine.runner import Runner
-from mor.engine.sampling import next_tokens
+from mor.engine.sampling import Drawn, next_tokens
 from mor.engine.scheduler import Scheduler
+
+
+def not_finite(tokens: int) -> str:
+    return (
+        f"the logits after {tokens} tokens are not finite; the model's weights hold or lead to inf "
+        "or nan"
+    )
 
 
 class Measurements:
@@ -70,49 +77,41 @@ class Work:
     def sample(self, requests: Sequence[Request], depths: Sequence[int], logits_MV: Tensor) -> None:
         """Draw and take the next token of each request. depths: recursions of the tokens that these
         logits come from."""
-        params = [request.params for request in requests]
-        drawn = [len(request.token_ids) for request in requests]
         with self.measured.part("sample", len(requests)):
-            tokens, logprobs = next_tokens(logits_MV, params, drawn)
-        for request, token, depth, logprob in zip(requests, tokens, depths, logprobs, strict=True):
+            found = next_tokens(logits_MV, [request.answer for request in requests])
+        for request, drawn, depth in zip(requests, found, depths, strict=True):
             request.phase = Phase.ENTER
-            self.take(request, token, depth=depth, logprob=logprob)
+            self.take(request, drawn, depth=depth)
 
-    def take(
-        self, request: Request, token_id: int | None, *, depth: int, logprob: float | None
-    ) -> None:
+    def take(self, request: Request, drawn: Drawn, *, depth: int) -> None:
         """Record a request's next token. The request finishes if that was the last, or if there is
-        none because the logits are not finite.
+        none.
 
         depth: recursions of the token that predicted it, which is read now.
         """
-        if token_id is None:
-            self.fail(
-                request,
-                f"the logits after {len(request.known_ids)} tokens are not finite; the model's "
-                "weights hold or lead to inf or nan",
-            )
+        if drawn.token_id is None:
+            self.fail(request, drawn.error or not_finite(len(request.known_ids)))
             return
+        params = request.params
         request.depths.append(depth)
         request.num_read += 1
-        request.token_ids.append(token_id)
-        logprob = logprob if request.params.logprobs else None
+        text = request.answer.take(drawn.token_id)
+        logprob = drawn.logprob if params.logprobs else None
         if logprob is not None:
             request.logprobs.append(logprob)
-        reason: FinishReason | None = None
-        if token_id in request.params.stop_token_ids:
-            reason = "stop"
-        elif len(request.token_ids) == request.params.max_new_tokens:
-            reason = "length"
+        top = drawn.top if params.top_logprobs else None
+        if top is not None:
+            request.top_logprobs.append(top)
+        reason = request.answer.finish_reason
         if reason is not None:
             self.finish(request, reason)
-        self.put_out(RequestOutput(request, token_id, depth, logprob, reason))
+        self.put_out(RequestOutput(request, drawn.token_id, depth, logprob, reason, text, top))
 
     def fail(self, request: Request, error: str) -> None:
         """End a request without a further token."""
         request.error = error
         self.finish(request, "error")
-        self.put_out(RequestOutput(request, None, None, None, "error"))
+        self.put_out(RequestOutput.without_token(request))
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
@@ -134,11 +133,10 @@ class Strategy(ABC):
     """How running requests get their next tokens. An engine has one, for all its life.
 
     static_shapes: the runner must size attention by the longest request and look no value up on the
-    device. max_stop_tokens: a request may have no more; None: any number.
+    device.
     """
 
     static_shapes: ClassVar[bool] = False
-    max_stop_tokens: ClassVar[int | None] = None
 
     def __init__(self, work: Work) -> None:
         self.work = work

@@ -29,6 +29,7 @@ from mor.evaluation.finite import require_finite
 from mor.evaluation.quiet import quiet, without_bars
 from mor.files import extra
 from mor.hub_access import asking_the_hub
+from mor.model.budget import Depth, budget_of
 from mor.settings import suggestion
 
 with extra("eval", needed_for="mor eval --tasks"):
@@ -42,7 +43,7 @@ with extra("eval", needed_for="mor eval --tasks"):
     from lm_eval.utils import handle_non_serializable
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import mor.hub  # noqa: F401 (registers the model class)
+    import mor.hub
 
 STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks"
 
@@ -151,15 +152,22 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 8,
     include_path: Path | None = None,
+    depth: Depth = None,
 ) -> HarnessResult:
     """Score a transformers model on some of TASK_NAMES.
 
     limit: items of each task, spread evenly over its documents (MMLU: over all subjects; ARC: half
     easy, half challenge). include_path: a folder of lm-eval task files (YAML), which take the place
-    of lm-eval's own by their names, for instance to read local data. Raises ValueError for an
+    of lm-eval's own by their names, for instance to read local data. depth: the mean depth, for a
+    calibrated mor model (mor/model/budget.py). Raises ValueError for an
     unknown task, for data that cannot be read and for settings out of range.
     """
     check_tasks(tasks)
+    if depth is not None:
+        if not isinstance(model, mor.hub.MoRForCausalLM):
+            raise ValueError(f"depth goes with a mor model, not with a {type(model).__name__}")
+        budget_of(model.model, depth)
+        model.depth = depth
     if shots < 0 or batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(
             f"shots must be 0 or more, batch_size and limit 1 or more; got {shots}, {batch_size}, "

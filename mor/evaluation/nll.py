@@ -14,6 +14,7 @@ from mor.data.stream import Batch, Scored, TaskData, Windows
 from mor.device import Precision, autocast, moved
 from mor.evaluation.finite import require_finite, values_of
 from mor.evaluation.score import Score
+from mor.model.budget import Depth, router_for
 from mor.model.config import Selection
 from mor.model.loss import IGNORED
 from mor.model.routers import Router
@@ -52,6 +53,7 @@ def evaluate(
     max_windows: int | None = None,
     selection: Selection = "threshold",
     max_depth: int | None = None,
+    depth: Depth = None,
     router: Router | None = None,
     document_mask: bool = False,
     precision: Precision = "auto",
@@ -65,13 +67,18 @@ def evaluate(
 
     selection: ``topk`` reproduces the paper's evaluation, which sees the future, and is labelled
     so.
+    depth: the mean depth to spend (model/budget.py), or "full".
     router: decides in place of the model's own.
     document_mask: documents do not see each other, as a model trained so expects.
     precision: of the products; losses are made and added up in float32 and more.
 
     Raises ValueError for windows longer than the model's context, for data without a token to
-    predict, and if the model gives NaN or infinity.
+    predict, for a depth that the model cannot have or that another setting would change, and if the
+    model gives NaN or infinity.
     """
+    if depth is not None:
+        _check_depth_alone(selection=selection, max_depth=max_depth, router=router)
+        router = router_for(model, depth)
     router = router or model.router
     length = window_length(model, seq_len)
     score, read = Score(), 0
@@ -104,6 +111,15 @@ def evaluate(
         mean_depth=float(taken.sum()) / read,
         share_per_recursion=(taken / read).tolist(),
     )
+
+
+def _check_depth_alone(
+    *, selection: Selection, max_depth: int | None, router: Router | None
+) -> None:
+    if selection == "topk":
+        raise ValueError("a depth is a causal rule; it goes with selection='threshold'")
+    if max_depth is not None or router is not None:
+        raise ValueError("depth, max_depth and router all say how deep; give one of them")
 
 
 def window_length(model: Transformer, seq_len: int | None) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,10 +28,11 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from mor.hub.configuration import MoRConfig
+from mor.model.budget import Depth, DepthTable, router_for
 from mor.model.config import Selection
 from mor.model.kv_cache import KVCache
 from mor.model.packing import pack
-from mor.model.routers import GainRouter
+from mor.model.routers import Router
 from mor.model.routing import Routing
 from mor.model.transformer import (
     Deepening,
@@ -65,11 +66,17 @@ class MoRCache(Cache):
         super().__init__(layers=[])
         self.is_empty = True
 
-    def prepare(self, model: Transformer, batch: int) -> KVCache:
-        """The keys and values of ``batch`` sequences."""
+    def prepare(self, model: Transformer, batch: int, num_recursions: int) -> KVCache:
+        """The keys and values of ``batch`` sequences, for tokens of up to so many recursions."""
         if self.is_empty:
             weight = model.embedding.weight
-            self.kv = KVCache(model.config, batch, device=weight.device, dtype=weight.dtype)
+            self.kv = KVCache(
+                model.config,
+                batch,
+                num_recursions=num_recursions,
+                device=weight.device,
+                dtype=weight.dtype,
+            )
             self.depth_BT = torch.zeros(batch, 0, dtype=torch.int64, device=weight.device)
             self.mask_BT = self.depth_BT.bool()
             self.is_empty = False
@@ -161,11 +168,15 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     _input_embed_layer = "embedding"
     _no_split_modules = ["Recursions", "Block"]  # noqa: RUF012 (a list to transformers)
     supports_gradient_checkpointing = True
+    depth: Depth = None
+    """Of forwards in evaluation mode that name none."""
     accepts_loss_kwargs = True
 
     def __init__(self, config: MoRConfig) -> None:
         super().__init__(config)
         self.model = Transformer(config.to_model_config())
+        if (table := getattr(config, "depth_table", None)) is not None:
+            self.model.depth_table = DepthTable.from_dict(table)
         self.gradient_checkpointing = False
         self.is_balanced = False
         self.post_init()  # type: ignore[no-untyped-call]
@@ -196,6 +207,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_transformer(cls, model: Transformer, **settings: Any) -> MoRForCausalLM:
         """Wrap a model without a copy. settings: those of transformers, such as eos_token_id."""
+        if model.depth_table is not None:
+            settings["depth_table"] = asdict(model.depth_table)
         with torch.device("meta"):
             made = cls(MoRConfig.from_model_config(model.config, **settings))
         made.model = model
@@ -213,6 +226,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         selection: Selection | None = None,
         max_depth: int | None = None,
+        depth: Depth = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -228,7 +242,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         ``topk`` for training steps (training mode with labels), otherwise ``threshold``, which is
         causal.
         logits_to_keep: 1 gives the last real token of each row, a larger number the last columns,
-        0 all, a tensor those columns. max_depth: caps the recursions.
+        0 all, a tensor those columns. max_depth: caps the recursions. depth: the mean depth
+        (mor/model/budget.py), or "full"; ``generate`` takes it from the GenerationConfig as well.
         position_ids: (B, T) or (1, T), the tokens before each one in its sequence, which is what
         the model counts by itself; any others are refused. Where they start again at 0 in a row,
         another document begins, as packing collators mean it.
@@ -245,7 +260,11 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         )
         self._tell_of_adapters()
         cache = _usable(past_key_values if cache is None else cache, use_cache)
-        kv = cache.prepare(self.model, len(input_ids)) if cache is not None else None
+        if depth is None and not self.training and selection != "topk" and max_depth is None:
+            depth = self.depth
+        router = self._router(depth, selection, max_depth)
+        deepest = self.model.router.num_recursions if router is None else router.num_recursions
+        kv = cache.prepare(self.model, len(input_ids), deepest) if cache is not None else None
         mask_BT = _own_mask(attention_mask, input_ids, cache)
         documents_BT = None
         if position_ids is not None:
@@ -259,6 +278,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
             cache=kv,
             selection=selection or ("topk" if training_step else "threshold"),
             max_depth=max_depth,
+            router=router,
             logits="last" if last_only else "all",
             recompute=self.gradient_checkpointing and self.training,
         )
@@ -270,6 +290,20 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         made = MoROutput(loss, output.logits_BTV[:, kept], cache, aux_loss, output.routing.depth_BT)
         return made if return_dict is not False else made.to_tuple()
+
+    def _router(
+        self, depth: Depth, selection: Selection | None, max_depth: int | None
+    ) -> Router | None:
+        """That of a depth; None for the model's own. Raises ValueError for what goes with no
+        depth."""
+        if depth is None:
+            return None
+        if max_depth is not None or selection == "topk" or self.training:
+            raise ValueError(
+                "depth is a causal rule for evaluation mode; it goes with neither max_depth, "
+                "selection='topk' nor training"
+            )
+        return router_for(self.model, depth)
 
     def _losses(
         self, output: Output, labels: Tensor, num_items_in_batch: Tensor | int | None
@@ -284,10 +318,10 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
                 "Trainer: nothing balances the load",
                 stacklevel=2,
             )
-        if self.training and isinstance(self.model.router, GainRouter):
+        if self.training and self.model.router.learns_from_exits:
             warnings.warn(
-                "router.kind='gain' learns nothing here: no gains are measured. Train it with "
-                "mor train",
+                "a router that predicts gains learns nothing here, where none are measured; train "
+                "it with mor train",
                 stacklevel=2,
             )
         logits, aux_loss = output.logits_BTV, output.routing.weighted_loss
@@ -379,6 +413,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        if (depth := getattr(generation_config, "depth", None)) is not None:
+            model_kwargs.setdefault("depth", depth)
         if generation_config.use_cache and model_kwargs.get(_CACHE) is None:
             model_kwargs[_CACHE] = MoRCache()
 

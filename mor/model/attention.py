@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -31,11 +32,23 @@ FLEX_BLOCK = 128
 """Queries, and keys, that FlexAttention decides upon together."""
 
 
-def attention(q_AKNH: Tensor, k_ASGH: Tensor, v_ASGH: Tensor, mask_AKS: Tensor | None) -> Tensor:
+REPEATED = 16
+"""Passes of a shape after which it gets cuDNN's kernel on Hopper."""
+
+
+def attention(
+    q_AKNH: Tensor,
+    k_ASGH: Tensor,
+    v_ASGH: Tensor,
+    mask_AKS: Tensor | None,
+    *,
+    repeated: bool = False,
+) -> Tensor:
     """Grouped-query softmax attention, (A, K, N, H).
 
     mask_AKS: which key each query may see, as truth values or as a bias (:func:`as_bias`); None
-    means causal, query i sees keys 0..i (then K = S).
+    means causal, query i sees keys 0..i (then K = S). repeated: whether these shapes come so often
+    that a kernel made for them alone pays.
     """
     mask = None if mask_AKS is None else mask_AKS.unsqueeze(1)
     groups = q_AKNH.shape[2] // k_ASGH.shape[2]
@@ -46,7 +59,7 @@ def attention(q_AKNH: Tensor, k_ASGH: Tensor, v_ASGH: Tensor, mask_AKS: Tensor |
             t.unsqueeze(3).expand(-1, -1, -1, groups, -1).flatten(2, 3) for t in (k_ASGH, v_ASGH)
         )
         groups = 1
-    with _kernels(q_AKNH.device, masked=mask is not None):
+    with _kernels(q_AKNH.device, cudnn=repeated and mask is None):
         out = F.scaled_dot_product_attention(
             q_AKNH.transpose(1, 2),
             k_ASGH.transpose(1, 2),
@@ -58,12 +71,13 @@ def attention(q_AKNH: Tensor, k_ASGH: Tensor, v_ASGH: Tensor, mask_AKS: Tensor |
     return out.transpose(1, 2)
 
 
-def _kernels(device: torch.device, *, masked: bool) -> AbstractContextManager[object]:
-    """Which of PyTorch's kernels may run. cuDNN's is the fastest on Hopper, but gave wrong
-    gradients with masks there, and wrong values with few key/value heads on later GPUs."""
+def _kernels(device: torch.device, *, cudnn: bool) -> AbstractContextManager[object]:
+    """Which of PyTorch's kernels may run. cuDNN's is the fastest on Hopper, but makes a plan for
+    every shape, which takes as long as many passes, gave wrong gradients with masks there, and
+    wrong values with few key/value heads on later GPUs."""
     if device.type != "cuda":
         return nullcontext()
-    if not masked and torch.cuda.get_device_capability(device)[0] == 9:
+    if cudnn and torch.cuda.get_device_capability(device)[0] == 9:
         return nullcontext()
     return sdpa_kernel(
         [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -101,6 +115,10 @@ def plain_packed_attention(
     return plain_attention(q_MNH[None], k_SGH[None], v_SGH[None], visible_MS[None])[0]
 
 
+_PASSES: Counter[tuple[int, int]] = Counter()
+"""Passes in this process by rows and queries of a row, where all rows have the same number."""
+
+
 class PackedAttention:
     """Attention of packed queries over packed keys; what it needs to know of the rows is made once
     for all layers of a pass.
@@ -115,6 +133,16 @@ class PackedAttention:
     def __init__(self, queries: PackedTokens, keys: PackedTokens) -> None:
         self.queries, self.keys = queries, keys
         self._bias_AKS: Tensor | None = None
+
+    @functools.cached_property
+    def _repeated(self) -> bool:
+        """Whether passes of this shape come again and again. Once for all layers, and for their
+        recomputation: a shape does not change its kernel within a pass."""
+        if self.queries.per_row is None:
+            return False
+        shape = self.queries.num_rows, self.queries.per_row
+        _PASSES[shape] += 1
+        return _PASSES[shape] > REPEATED
 
     def __call__(self, q_MNH: Tensor, k_SGH: Tensor, v_SGH: Tensor) -> Tensor:
         return self._kernel(q_MNH)(q_MNH, k_SGH, v_SGH)
@@ -135,7 +163,8 @@ class PackedAttention:
         """Any device, any precision."""
         mask = None if self.queries is self.keys else self._bias(q_MNH.dtype)
         k_ASGH, v_ASGH = self._key_lines(k_SGH), self._key_lines(v_SGH)
-        return self.queries.unpad(attention(self.queries.pad(q_MNH), k_ASGH, v_ASGH, mask))
+        q_AKNH = self.queries.pad(q_MNH)
+        return self.queries.unpad(attention(q_AKNH, k_ASGH, v_ASGH, mask, repeated=self._repeated))
 
     def _key_lines(self, x_SGH: Tensor) -> Tensor:
         """Padded keys of the rows that hold queries."""
@@ -174,20 +203,23 @@ class PackedAttention:
     # FlexAttention
 
     def flex(self, q_MNH: Tensor, k_SGH: Tensor, v_SGH: Tensor) -> Tensor:
-        """Keys of all tokens; skips blocks of keys that no query of a block sees."""
-        out_ANKH = _compiled_flex()(
-            self.queries.pad(q_MNH).transpose(1, 2),
-            self._key_lines(k_SGH).transpose(1, 2),
-            self._key_lines(v_SGH).transpose(1, 2),
+        """Keys of all tokens, all rows in one line; skips blocks of keys that no query of a block
+        sees, and so the other rows."""
+        out_1NMH = _compiled_flex()(
+            q_MNH.transpose(0, 1)[None],
+            k_SGH.transpose(0, 1)[None],
+            v_SGH.transpose(0, 1)[None],
             block_mask=self._block_mask,
             enable_gqa=q_MNH.shape[1] != k_SGH.shape[1],
             kernel_options={"BACKEND": "TRITON"},  # not the one for few queries, without gradients
         )
-        return self.queries.unpad(out_ANKH.transpose(1, 2))
+        return out_1NMH[0].transpose(0, 1)
 
     @functools.cached_property
     def _block_mask(self) -> BlockMask:
-        return positions_mask(self._position_AK, self.keys.longest)
+        begin = self.keys.count.cumsum(0) - self.keys.count
+        first = begin[self.queries.row]
+        return ranges_mask(first, first + self.queries.position, len(self.keys))
 
 
 def _causal_varlen(q_MNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, ends: Tensor, most: int) -> Any:
@@ -207,32 +239,33 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return compiled(flex_attention)
 
 
-def positions_mask(position_AK: Tensor, num_keys: int) -> BlockMask:
-    """Query k of row a sees the keys 0..position_AK[a, k], of ``num_keys``. Made from the first and
-    last position in each block of queries, not from all pairs."""
+def ranges_mask(first: Tensor, last: Tensor, num_keys: int) -> BlockMask:
+    """Query m sees the keys first[m]..last[m] of ``num_keys``; neither number ever falls from one
+    query to the next. Made from the ends of each block of queries, not from all pairs."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    queries = position_AK.shape[1]
-    blocks = -(-num_keys // FLEX_BLOCK)
-
-    def of_blocks(reduce: Callable[..., Tensor], fill: int) -> Tensor:
-        filled = F.pad(position_AK, (0, -queries % FLEX_BLOCK), value=fill)
-        return reduce(filled.unflatten(1, (-1, FLEX_BLOCK)), dim=-1)
-
-    seen = of_blocks(torch.amax, -1) // FLEX_BLOCK + 1
-    whole = (of_blocks(torch.amin, num_keys) + 1) // FLEX_BLOCK  # seen by all queries of a block
-    whole = torch.minimum(whole, seen).clamp(max=num_keys // FLEX_BLOCK)
-    every = torch.arange(blocks, device=position_AK.device).expand(*seen.shape, blocks)
-    in_part = (every + whole[..., None]) % blocks
+    queries, blocks = len(first), -(-num_keys // FLEX_BLOCK)
+    start = torch.arange(0, queries, FLEX_BLOCK, device=first.device)
+    end = (start + FLEX_BLOCK - 1).clamp(max=queries - 1)
+    # Blocks of keys that some query sees, and those among them that all queries see whole.
+    seen, seen_end = first[start] // FLEX_BLOCK, last[end] // FLEX_BLOCK + 1
+    whole = -(-first[end] // FLEX_BLOCK)
+    num_whole = ((last[start] + 1) // FLEX_BLOCK - whole).clamp(min=0)
+    every = torch.arange(blocks, device=first.device)
+    before = (whole - seen)[:, None]
+    in_part = seen[:, None] + every + torch.where(every >= before, num_whole[:, None], 0)
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return key <= position_AK[row, query]
+        return (first[query] <= key) & (key <= last[query])
+
+    def listed(blocks_of_queries: Tensor) -> Tensor:
+        return blocks_of_queries[None, None].int().contiguous()
 
     return BlockMask.from_kv_blocks(
-        (seen - whole)[:, None].int(),
-        in_part[:, None].int(),
-        whole[:, None].int(),
-        every[:, None].int().contiguous(),
+        listed(seen_end - seen - num_whole),
+        listed(in_part % blocks),
+        listed(num_whole),
+        listed((whole[:, None] + every) % blocks),
         BLOCK_SIZE=FLEX_BLOCK,
         mask_mod=sees,
         seq_lengths=(queries, num_keys),

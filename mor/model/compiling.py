@@ -18,3 +18,9 @@ def compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
     return torch.compile(function, fullgraph=True, **settings)
+
+
+def failed_to_compile(error: BaseException) -> bool:
+    """Whether this comes from PyTorch's compiler or what it calls, such as a C compiler or Triton,
+    and not from what was compiled."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton"))

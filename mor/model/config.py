@@ -32,7 +32,7 @@ from mor.settings import (
 RouterKind = Literal[
     "fixed", "expert_choice", "token_choice", "gain", "random", "position", "frequency"
 ]
-KVStrategyName = Literal["recursion_wise", "shared", "hybrid"]
+KVStrategyName = Literal["recursion_wise", "shared", "hybrid", "final"]
 Sharing = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
 Selection = Literal["topk", "threshold"]
 Recipe = Literal["recommended", "paper"]
@@ -67,16 +67,22 @@ _READ_BY: dict[str, tuple[RouterKind, ...]] = {
     "hierarchical": ("expert_choice",),
     "causal_selection": ("expert_choice",),
     "selection_weight": ("expert_choice",),
+    "gain_weight": ("expert_choice", "gain"),
     "z_loss_weight": ("expert_choice", "token_choice"),
     "balancing": ("token_choice",),
     "balancing_weight": ("token_choice",),
     "bias_update_rate": ("token_choice",),
     "combination": ("token_choice",),
     "seed": ("random",),
-    "gain_weight": ("gain",),
     "explore": ("gain",),
 }
-_BALANCING = {"balancing_weight": "loss", "bias_update_rate": "loss_free"}
+# And options that only some values of another one read.
+_READ_WITH: dict[str, tuple[RouterKind, str, tuple[str, ...]]] = {
+    "balancing_weight": ("token_choice", "balancing", ("loss",)),
+    "bias_update_rate": ("token_choice", "balancing", ("loss_free",)),
+    "selection_weight": ("expert_choice", "causal_selection", ("aux_loss", "aux_router")),
+    "gain_weight": ("expert_choice", "causal_selection", ("gain",)),
+}
 
 
 class NoEffect(UserWarning):
@@ -89,7 +95,8 @@ class RouterConfig(Settings, prefix="router"):
     kind: RouterKind = "fixed"
     """fixed: every token takes every recursion; expert_choice: each recursion picks its tokens;
     token_choice: each token picks its depth once; gain: a token goes on where that is predicted to
-    lower its loss, as training has measured it; random: the control; position and frequency:
+    lower its loss, in training too, which measures it with tokens that stop earlier (with gates and
+    top-k: expert_choice with causal_selection gain); random: the control; position and frequency:
     baselines whose depth follows from the position, or from how rare the token is."""
     architecture: Literal["linear", "mlp", "wide_mlp"] = "linear"
     score: Literal["sigmoid", "tanh", "none", "softmax"] | None = None
@@ -102,10 +109,16 @@ class RouterConfig(Settings, prefix="router"):
     """Share of the sequence kept at each recursion. Paper: 1, (R-1)/R, ..., 1/R."""
     hierarchical: bool = True
     """Only tokens selected at one recursion compete for the next."""
-    causal_selection: Literal["aux_loss", "aux_router"] = "aux_loss"
-    """What learns to imitate top-k causally: the router's own logits, or a second network."""
+    causal_selection: Literal["aux_loss", "aux_router", "gain"] = "aux_loss"
+    """What selects tokens causally. aux_loss: the router's own logits, which learn to imitate
+    top-k; aux_router: a second network that does; gain: a second network that learns what going on
+    gains, from exits in steps in which all tokens take all recursions, and that top-k compares
+    tokens by as well (without top-k and such steps: kind gain)."""
     selection_weight: NonNegativeFloat = 0.001
     """Weight of the binary cross-entropy against top-k membership."""
+    gain_weight: NonNegativeFloat = 0.1
+    """Weight of the binary cross-entropy against gains: of kind gain, and of causal_selection
+    gain."""
     z_loss_weight: NonNegativeFloat = 0.0
     balancing: Literal["loss", "loss_free", "none"] = "loss"
     balancing_weight: NonNegativeFloat = 0.1
@@ -114,8 +127,6 @@ class RouterConfig(Settings, prefix="router"):
     combination: Literal["last", "every"] = "last"
     """last: only the last pass is gated (public code); every: all passes are (paper's equation)."""
     seed: Seed = 0
-    gain_weight: NonNegativeFloat = 0.05
-    """Weight of the binary cross-entropy against measured gains."""
     explore: UnitInterval = 0.2
     """Share of tokens that training sends on whatever the router says, so that their gain is
     known."""
@@ -145,10 +156,9 @@ class RouterConfig(Settings, prefix="router"):
         for name, kinds in _READ_BY.items():
             if self.kind not in kinds:
                 yield name, f"with router.kind={self.kind!r}"
-        if self.kind == "token_choice":
-            for name, balancing in _BALANCING.items():
-                if self.balancing != balancing:
-                    yield name, f"with router.balancing={self.balancing!r}"
+        for name, (kind, other, values) in _READ_WITH.items():
+            if self.kind == kind and getattr(self, other) not in values:
+                yield name, f"with router.{other}={getattr(self, other)!r}"
 
     def _changed(self, name: str) -> bool:
         return bool(getattr(self, name) != self.__dataclass_fields__[name].default)
@@ -185,6 +195,10 @@ class ModelConfig(Settings):
     shared_order: Literal["cycle", "sequence"] = "cycle"
     """cycle: (0,1,2)(0,1,2); sequence: (0,0)(1,1)(2,2)."""
     kv_strategy: KVStrategyName = "recursion_wise"
+    """What a recursion sees of tokens that left before it. recursion_wise: nothing; shared: every
+    token's entries of the first recursion, and no other; hybrid: those of tokens that left, and new
+    ones of the others; final: entries made from the state that they left with, and new ones of the
+    others."""
     router: RouterConfig = field(default_factory=RouterConfig)
     deepened: bool = False
     """Later recursions look back at what came out of the prelude and end with a gate of their own.
@@ -242,6 +256,11 @@ class ModelConfig(Settings):
                 "deepened=True keeps the first recursion as it is in the source: it needs "
                 "shared_order='cycle' and a first capacity of 1"
             )
+        if self.kv_strategy == "final" and kind == "expert_choice" and not self.router.hierarchical:
+            raise ValueError(
+                "kv_strategy='final' shows tokens by the state that they left with, so that none "
+                "may come back; use router.hierarchical=True or another kv_strategy"
+            )
         if self.kv_strategy != "recursion_wise" and self.capacities[0] < 1:
             raise ValueError(
                 f"kv_strategy={self.kv_strategy!r} reads the first recursion's keys of every "
@@ -262,7 +281,7 @@ class ModelConfig(Settings):
         if self.num_recursions == 1:
             yield "kv_strategy", "with one recursion"
             yield "shared_order", "with one recursion"
-        elif self.kv_strategy == "hybrid" and self.router.kind == "fixed":
+        elif self.kv_strategy in ("hybrid", "final") and self.router.kind == "fixed":
             yield "kv_strategy", "with router.kind='fixed', where no token leaves"
         if not self.lora_rank:
             yield "lora_alpha", "without lora_rank"

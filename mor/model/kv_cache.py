@@ -1,10 +1,11 @@
 """Keys and values by recursion.
 
 Entries live in *streams*: stream 0 holds every token's entries for prelude and coda, stream r >= 1
-holds those of the tokens that took recursion r. An entry remembers its token's position; a query
-sees the entries at or before its own position. A strategy is the list of streams that recursion r
-reads, later ones replacing earlier ones at the same position; r writes its own stream only if it
-reads it. That is all there is to the three strategies.
+holds those of the tokens that took recursion r, stream LEFT those that tokens make of the state
+with which they leave. An entry remembers its token's position; a query sees the entries at or
+before its own position. A strategy is the list of streams that recursion r reads, later ones
+replacing earlier ones at the same position; r writes its own stream only if it reads it. That is
+all there is to the four strategies.
 
 B rows · A rows with tokens · S entries · M tokens · N heads · G key/value heads · H head dim · K
 selected tokens
@@ -26,10 +27,14 @@ from mor.model.packing import PackedTokens
 EMPTY = torch.iinfo(torch.int64).max  # position of a place without an entry: after every query
 _PADDED_QUERY = EMPTY - 1  # sees every entry, so that its (unused) softmax is finite
 
+LEFT = -1
+"""The stream of tokens that left."""
+
 READS: dict[str, Callable[[int], tuple[int, ...]]] = {
     "recursion_wise": lambda r: (r,),
     "shared": lambda r: (min(r, 1),),
     "hybrid": lambda r: (1, r) if r > 1 else (r,),
+    "final": lambda r: (LEFT, r) if r > 1 else (r,),
 }
 
 
@@ -94,28 +99,48 @@ class KVPass:
         )
         if not (was_empty and reads == (stream,)):
             key_AS = store.positions(reads[0], tokens.rows)
+            if len(reads) > 1:
+                key_AS = self._merge(tokens)
             query_AK = tokens.pad(tokens.position, fill=_PADDED_QUERY)
             self.mask_AKS = key_AS[:, None, :] <= query_AK[:, :, None]
-        if len(reads) > 1:
-            fresh_AS = store.positions(stream, tokens.rows)
-            lane, slot = (fresh_AS != EMPTY).nonzero(as_tuple=True)
-            self._overlay = lane, slot, fresh_AS[lane, slot]
+
+    def _merge(self, tokens: PackedTokens) -> Tensor:
+        """Where each entry of several streams goes, so that a key's slot is its position; returns
+        the positions of the keys there are."""
+        self._places = []
+        for stream in self.reads:
+            position_AS = self.store.positions(stream, tokens.rows)
+            lane, slot = (position_AS != EMPTY).nonzero(as_tuple=True)
+            self._places.append((lane, slot, position_AS[lane, slot]))
+        width = 1 + max(int(position.max()) for _, _, position in self._places if len(position))
+        key_AS = torch.full((len(position_AS), width), EMPTY, device=position_AS.device)
+        for lane, _, position in self._places:
+            key_AS[lane, position] = position
+        return key_AS
 
     def write(self, layer: int, k_MGH: Tensor, v_MGH: Tensor) -> None:
         self.store.write(self.stream, layer, k_MGH, v_MGH)
 
     def attend(self, layer: int, q_MNH: Tensor) -> Tensor:
-        k, v = self.store.read(self.reads[0], layer, self.tokens.rows)
-        if len(self.reads) > 1:
-            # Every token is in stream 1, in order, so there a token's slot is its position.
-            lane, slot, position = self._overlay
-            k_fresh, v_fresh = self.store.read(self.stream, layer, self.tokens.rows)
-            k = k.index_put((lane, position), k_fresh[lane, slot])
-            v = v.index_put((lane, position), v_fresh[lane, slot])
+        k, v = self._entries(layer)
         if self.mask_AKS is not None and self.mask_AKS.dtype == torch.bool:
             # Once for all layers: the kernel would make a copy for each, and keep it for backward.
             self.mask_AKS = as_bias(self.mask_AKS, q_MNH.dtype)
         return self.tokens.unpad(attention(self.tokens.pad(q_MNH), k, v, self.mask_AKS))
+
+    def _entries(self, layer: int) -> tuple[Tensor, Tensor]:
+        k, v = self.store.read(self.reads[-1], layer, self.tokens.rows)
+        if len(self.reads) == 1:
+            return k, v
+        assert self.mask_AKS is not None
+        shape = (len(k), self.mask_AKS.shape[-1], *k.shape[2:])
+        merged = k.new_zeros(shape), v.new_zeros(shape)
+        for stream, (lane, slot, position) in zip(self.reads, self._places, strict=True):
+            for into, x in zip(
+                merged, self.store.read(stream, layer, self.tokens.rows), strict=True
+            ):
+                into[lane, position] = x[lane, slot]
+        return merged
 
 
 @dataclass
@@ -125,6 +150,12 @@ class _Stream:
     k: list[Tensor] = field(default_factory=list)  # one (B, S, G, H) per layer
     v: list[Tensor] = field(default_factory=list)
     place: tuple[Tensor, Tensor] | None = None  # (row, slot) of the tokens being written
+
+    def sort(self) -> None:
+        """Bring entries into the order of their positions, those that are gone to the end."""
+        self.position_BS, order_BS = self.position_BS.sort(1)
+        row_B1 = torch.arange(len(order_BS), device=order_BS.device)[:, None]
+        self.k, self.v = ([t[row_B1, order_BS] for t in each] for each in (self.k, self.v))
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy and a pickle hold: the entries, without the graph that they came from."""
@@ -155,18 +186,21 @@ class KVCache:
         reads = READS[config.kv_strategy]
         entry = (batch, 0, config.num_kv_heads, config.head_dim)
         self.config, self.batch, self.dtype = config, batch, dtype
-        self.streams: list[_Stream] = []
-        for stream in range((num_recursions or config.num_recursions) + 1):
-            layers = config.shared_layers if stream else config.prelude_layers + config.coda_layers
-            layers = layers if stream in reads(stream) else 0
-            self.streams.append(
-                _Stream(
-                    torch.zeros(batch, dtype=torch.int64, device=device),
-                    torch.full((batch, 0), EMPTY, device=device),
-                    [torch.zeros(entry, device=device, dtype=dtype) for _ in range(layers)],
-                    [torch.zeros(entry, device=device, dtype=dtype) for _ in range(layers)],
-                )
+        self.num_recursions = num_recursions or config.num_recursions
+
+        def empty(layers: int) -> _Stream:
+            return _Stream(
+                torch.zeros(batch, dtype=torch.int64, device=device),
+                torch.full((batch, 0), EMPTY, device=device),
+                [torch.zeros(entry, device=device, dtype=dtype) for _ in range(layers)],
+                [torch.zeros(entry, device=device, dtype=dtype) for _ in range(layers)],
             )
+
+        self.streams = [empty(config.prelude_layers + config.coda_layers)]
+        for stream in range(1, self.num_recursions + 1):
+            self.streams.append(empty(config.shared_layers if stream in reads(stream) else 0))
+        if LEFT in reads(2):  # the last one, so that it lies at LEFT
+            self.streams.append(empty(config.shared_layers))
 
     @property
     def length(self) -> Tensor:
@@ -191,9 +225,9 @@ class KVCache:
         return sum(t.nbytes for stream in self.streams for t in (*stream.k, *stream.v))
 
     def open(self, stream: int, reads: tuple[int, ...], tokens: PackedTokens) -> KVPass:
-        if stream >= len(self.streams):
+        if stream > self.num_recursions:
             raise ValueError(
-                f"the cache was made for {len(self.streams) - 1} recursions, but the router has "
+                f"the cache was made for {self.num_recursions} recursions, but the router has "
                 f"more; make it with num_recursions={stream} or more"
             )
         return KVPass(self, stream, reads, tokens)
@@ -233,6 +267,8 @@ class KVCache:
         for s in self.streams:
             s.length = (s.position_BS < limit).sum(1)
             s.position_BS = s.position_BS.masked_fill(s.position_BS >= limit, EMPTY)
+            if s is self.streams[LEFT]:  # tokens leave in another order than they stand in
+                s.sort()
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep, reorder or repeat sequences: row i becomes what row ``rows[i]`` was.

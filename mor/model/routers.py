@@ -52,6 +52,13 @@ GATES: dict[str, Callable[[Tensor, Tensor, Tensor | float], Tensor]] = {
 }
 
 
+GAIN_THRESHOLD = 0.1
+"""Nats that a recursion must promise, before a budget says otherwise."""
+OPEN = 2.0
+"""Added to the logit of a gate that nothing else holds open: without it some runs learn gates near
+a half and lose what recursions give (LOG.md)."""
+
+
 class Processes(Protocol):
     """The processes of a training run, as routers see them; each gives a tensor of one shape."""
 
@@ -89,6 +96,11 @@ def score_net(architecture: str, dim: int, outputs: int) -> nn.Module:
     return nn.Sequential(into, nn.GELU(), out)
 
 
+def evenly_by_position(tokens: PackedTokens) -> Tensor:
+    """A number in [0, 1) for each token: multiples of the golden ratio fill it evenly."""
+    return (tokens.position.double() * ((5**0.5 - 1) / 2)) % 1
+
+
 class Router(nn.Module):
     """Base of all routers: every token takes every recursion, and the stack's output replaces its
     state.
@@ -98,12 +110,16 @@ class Router(nn.Module):
 
     is_hierarchical = False
     """Only tokens that took a recursion are candidates for the next."""
+    may_return = False
+    """A token that stayed out of a recursion may take a later one."""
     has_topk = False
     """Training selects in a way that sees the future."""
     is_learned = False
     """Scores tokens with weights that training fits."""
     needs_token_counts = False
     """:meth:`fit` has to be called before training."""
+    learns_from_exits = False
+    """Its losses need a record with exits."""
     balances_between_steps = False
     """:meth:`after_step` has to be called after every optimizer step."""
     processes: Processes = _SingleProcess()
@@ -146,6 +162,23 @@ class Router(nn.Module):
         """
         return out_KD
 
+    def urge(
+        self,
+        recursion: int,
+        decision: Decision | None,
+        tokens: PackedTokens | None,
+        memory: Memory,
+    ) -> Tensor:
+        """How much each candidate wants a recursion, (C,), on a scale of the recursion's own: what
+        a depth budget compares with its threshold (budget.py). Routers that learn nothing spread
+        evenly over [0, 1); this one by position, as :class:`PositionRouter`.
+
+        decision: what :meth:`decide` said. Both it and tokens are None where depths are chosen
+        before the first recursion.
+        """
+        assert tokens is not None
+        return evenly_by_position(tokens)
+
     def chosen_depth(self, memory: Memory) -> Tensor | None:
         """Depths that tokens chose before the first recursion, (M,), counted from 1; None where
         each recursion decides."""
@@ -172,13 +205,14 @@ class Router(nn.Module):
     def health(
         self, routings: Sequence[Routing], processes: Processes | None = None
     ) -> dict[str, Any]:
-        """What shows whether routing works, over the forwards of one step on all processes.
+        """What shows whether routing works, over the forwards of one step on all processes, which
+        have the same number of recursions.
 
         mean_depth; share_per_recursion: of all tokens; depth_entropy: of the depths that tokens
         took, 1 if all that the capacities allow are equally frequent; dead_positions: share of
         columns in which no row reached the last recursion.
         """
-        processes, R = processes or self.processes, self.num_recursions
+        processes, R = processes or self.processes, len(routings[0].steps)
         taken = torch.stack([r.taken_RM.sum(1) for r in routings]).sum(0)
         depths_R1 = tally(torch.cat([r.depth for r in routings]), R + 1)
         counts = processes.sum(torch.cat([taken, depths_R1])).double()
@@ -194,11 +228,11 @@ class Router(nn.Module):
         self, routings: Sequence[Routing], depths_R1: Tensor, processes: Processes
     ) -> dict[str, Any]:
         share = depths_R1 / depths_R1.sum()
-        last = self.num_recursions - 1
+        last = len(routings[0].steps) - 1
         depths = last + 1 + any(routing.rule.capacities[0] < 1 for routing in routings)
         reached = torch.stack([r.selected_BT(last).any(0) for r in routings]).any(0)
         return {
-            "depth_entropy": float(torch.special.entr(share).sum()) / math.log(depths),
+            "depth_entropy": float(torch.special.entr(share).sum()) / math.log(max(2, depths)),
             "dead_positions": 1 - float(processes.max(reached.float()).mean()),
         }
 
@@ -223,7 +257,10 @@ class ExpertChoiceRouter(Router):
     """Each recursion picks its tokens (arXiv 2507.10524, expert-choice routing).
 
     Training selects with ``topk``, which compares a token with later ones. ``threshold`` looks at
-    the token alone: its logit (the router's own or the auxiliary router's) against ``threshold_R``.
+    the token alone: its logit (the router's own or the second network's) against ``threshold_R``.
+
+    With ``gain`` the second network's score is the gain that it expects of going on, in nats up to
+    1; top-k compares it, too, and the router's own score is the gate and nothing else.
     """
 
     has_topk = is_learned = True
@@ -231,25 +268,42 @@ class ExpertChoiceRouter(Router):
 
     def __init__(self, config: RouterConfig, dim: int, num_recursions: int) -> None:
         super().__init__(config, dim, num_recursions)
-        self.is_hierarchical = config.hierarchical
+        self.is_hierarchical, self.may_return = config.hierarchical, not config.hierarchical
         self.score, self.gate = SCORES[config.score_name], GATES[config.gate]
-        auxiliary = num_recursions if config.causal_selection == "aux_router" else 0
+        auxiliary = 0 if config.causal_selection == "aux_loss" else num_recursions
         self.nets, self.aux_nets = (
             nn.ModuleList(score_net(config.architecture, dim, 1) for _ in range(count))
             for count in (num_recursions, auxiliary)
         )
-        self.register_buffer("threshold_R", torch.full((num_recursions,), 0.5))
+        self.learns_from_exits = self.predicts_gain = config.causal_selection == "gain"
+        self.open = OPEN if self.predicts_gain else 0.0
+        threshold = GAIN_THRESHOLD if self.predicts_gain else 0.5
+        self.register_buffer("threshold_R", torch.full((num_recursions,), threshold))
 
     def decide(
         self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
     ) -> Decision:
         logit = causal = router_logits(self.nets[recursion], h_CD).squeeze(-1)
-        if self.aux_nets:  # learns from its own loss alone: no gradient goes back into the states
-            causal = router_logits(self.aux_nets[recursion], h_CD.detach()).squeeze(-1)
+        if self.aux_nets:
+            # What imitates top-k learns from its own loss alone: no gradient goes into the states.
+            seen_CD = h_CD if self.predicts_gain else h_CD.detach()
+            causal = router_logits(self.aux_nets[recursion], seen_CD).squeeze(-1)
         takes = None if capacity == 1 else causal.sigmoid() > self.threshold_R[recursion]
-        gate = self.config.gate_scale * self.score(logit)
+        gate = self.config.gate_scale * self.score(logit + self.open)
         # The logit ranks as the score does, and does not saturate.
-        return Decision(takes, gate, logit, logit, causal)
+        rank = causal if self.predicts_gain else logit
+        return Decision(takes, gate, rank, logit, causal)
+
+    def urge(
+        self,
+        recursion: int,
+        decision: Decision | None,
+        tokens: PackedTokens | None,
+        memory: Memory,
+    ) -> Tensor:
+        """The logit that the threshold looks at: unlike its sigmoid it does not saturate."""
+        assert decision is not None and decision.causal_logit is not None
+        return decision.causal_logit
 
     def combine(
         self,
@@ -264,12 +318,15 @@ class ExpertChoiceRouter(Router):
 
     def losses(self, routing: Routing) -> dict[str, AuxiliaryLoss]:
         """Binary cross-entropy of the causal logits against membership in the top-k, which teaches
-        the threshold to decide the same; and the z-loss."""
+        the threshold to decide the same, or against the gain that exits show; and the z-loss."""
         if routing.rule.selection != "topk":
             return {}
         zero = torch.zeros((), device=routing.tokens.row.device)
-        selection = sum((self._selection_loss(step) for step in routing.steps), zero)
-        found = {"selection": AuxiliaryLoss(selection, self.config.selection_weight)}
+        if self.predicts_gain:
+            found = {"gain": AuxiliaryLoss(self._gain_loss(routing), self.config.gain_weight)}
+        else:
+            selection = sum((self._selection_loss(step) for step in routing.steps), zero)
+            found = {"selection": AuxiliaryLoss(selection, self.config.selection_weight)}
         if self.config.z_loss_weight:
             logits = [step.decision.logit for step in routing.steps]
             squares = [logit.square().mean() for logit in logits if logit is not None]
@@ -280,6 +337,18 @@ class ExpertChoiceRouter(Router):
         causal = step.decision.causal_logit
         assert causal is not None
         return F.binary_cross_entropy_with_logits(causal, step.chosen.to(causal.dtype))
+
+    def _gain_loss(self, routing: Routing) -> Tensor:
+        """Mean over the recursions from the second on; 0 without exits, whose tokens take all."""
+        total = torch.zeros((), device=routing.tokens.row.device)
+        if routing.exits is None:
+            return total
+        for step in routing.steps[1:]:
+            assert step.decision.causal_logit is not None and step.candidate_index is None
+            expected = take(step.decision.causal_logit, routing.exits.index)
+            gain = routing.exits.gain(step.recursion).clamp(max=1).to(expected.dtype)
+            total = total + F.binary_cross_entropy_with_logits(expected, gain)
+        return total / max(1, len(routing.steps) - 1)
 
     def threshold(self, recursion: int) -> float | None:
         return float(self.threshold_R[recursion])
@@ -356,6 +425,19 @@ class TokenChoiceRouter(Router):
     ) -> Tensor:
         return gate_K1 * out_KD + last_K1 * first_KD
 
+    def urge(
+        self,
+        recursion: int,
+        decision: Decision | None,
+        tokens: PackedTokens | None,
+        memory: Memory,
+    ) -> Tensor:
+        """How far the best logit of a depth that takes the recursion lies above the best of one
+        that does not. It falls with depth, so a token that refuses a recursion refuses those that
+        follow."""
+        logit_MR = memory["logit"]
+        return logit_MR[:, recursion:].amax(1) - logit_MR[:, :recursion].amax(1)
+
     def chosen_depth(self, memory: Memory) -> Tensor | None:
         return memory["depth"]
 
@@ -380,7 +462,8 @@ class TokenChoiceRouter(Router):
     def shown_score(self, routing: Routing, recursion: int) -> Tensor | None:
         """The depth's share of all depths' scores."""
         score_MR = routing.memory["score"]
-        return score_MR[:, recursion] / score_MR.sum(-1)
+        trained = min(recursion, self.num_recursions - 1)
+        return score_MR[:, trained] / score_MR.sum(-1)
 
     def _routing_health(
         self, routings: Sequence[Routing], depths_R1: Tensor, processes: Processes
@@ -414,7 +497,7 @@ class GainRouter(ExpertChoiceRouter):
 
     def __init__(self, config: RouterConfig, dim: int, num_recursions: int) -> None:
         super().__init__(config, dim, num_recursions)
-        self.is_hierarchical = True
+        self.is_hierarchical = self.learns_from_exits = True
         self.nets, self.aux_nets = (
             nn.ModuleList(score_net(config.architecture, 2 * dim, 1) for _ in range(count))
             for count in (num_recursions - 1, 0)
@@ -445,19 +528,22 @@ class GainRouter(ExpertChoiceRouter):
         return out_KD
 
     def losses(self, routing: Routing) -> dict[str, AuxiliaryLoss]:
-        return {}
-
-    def gain_loss(self, routing: Routing, gain_RM: Tensor) -> AuxiliaryLoss:
-        """Of the predictions for tokens that took a recursion. gain_RM: by how much each recursion
-        lowered the loss of each packed token, nats; NaN where that is not known."""
-        total = torch.zeros((), device=gain_RM.device)
+        """Of the predictions for tokens that took a recursion, against what it gained them; without
+        exits none, and no loss."""
+        if routing.exits is None:
+            return {}
+        index, nll_RK = routing.exits.index, routing.exits.nll_RK.detach()
+        total = torch.zeros((), device=nll_RK.device)
         for step in routing.steps[1:]:
-            if len(step.tokens):
-                logit, gain = step.decision.logit, step.gather(gain_RM[step.recursion])
-                assert logit is not None
-                logit = logit if step.kept is None else take(logit, step.kept)
-                total = total + _worth_loss(logit[~gain.isnan()], gain[~gain.isnan()])
-        return AuxiliaryLoss(total, self.config.gain_weight)
+            assert step.decision.logit is not None
+            logit = step.decision.logit
+            if step.candidate_index is not None:
+                zeros = logit.new_zeros(len(routing.tokens))
+                logit = zeros.index_copy(0, step.candidate_index, logit)
+            took = step.taken(routing.tokens)[index]
+            gain = nll_RK[step.recursion - 1] - nll_RK[step.recursion]
+            total = total + _worth_loss(take(logit, index)[took], gain[took])
+        return {"gain": AuxiliaryLoss(total, self.config.gain_weight)}
 
     def shown_score(self, routing: Routing, recursion: int) -> Tensor | None:
         """The predicted probability that a recursion is worth it; 1 for the first."""
@@ -501,6 +587,18 @@ class RandomRouter(Router):
         from 1 - c on."""
         return hash_uniform(self.config.seed, tokens.ids, tokens.position)
 
+    def urge(
+        self,
+        recursion: int,
+        decision: Decision | None,
+        tokens: PackedTokens | None,
+        memory: Memory,
+    ) -> Tensor:
+        if decision is not None and decision.rank is not None:
+            return decision.rank
+        assert tokens is not None
+        return self.need(tokens)
+
     def decide(
         self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
     ) -> Decision:
@@ -524,8 +622,7 @@ class PositionRouter(RandomRouter):
     """A baseline: depth follows from the position alone, spread as evenly as possible."""
 
     def need(self, tokens: PackedTokens) -> Tensor:
-        # Multiples of the golden ratio fill [0, 1) evenly.
-        return (tokens.position.double() * ((5**0.5 - 1) / 2)) % 1
+        return evenly_by_position(tokens)
 
 
 class FrequencyRouter(RandomRouter):

@@ -83,6 +83,12 @@ class RoutingStep:
         """``x`` with the rows of those tokens replaced."""
         return new if self.index is None else x.index_copy(0, self.index, new)
 
+    def taken(self, tokens: PackedTokens) -> Tensor:
+        """Whether each token of the packed batch went in."""
+        if self.index is None:
+            return torch.ones_like(tokens.row, dtype=torch.bool)
+        return torch.zeros_like(tokens.row, dtype=torch.bool).index_fill_(0, self.index, True)
+
     @property
     def chosen(self) -> Tensor:
         """Whether each candidate went in."""
@@ -147,6 +153,26 @@ def top_k(
 
 
 @dataclass(frozen=True)
+class Exits:
+    """What some tokens would predict after each recursion that they took: by coda and head on the
+    state there, or by another forward in which no token goes further.
+
+    index: their places in the packed batch, (K,). nll_RK: negative log-likelihoods of their
+    targets, in nats.
+    """
+
+    index: Tensor
+    nll_RK: Tensor
+
+    def gain(self, recursion: int) -> Tensor:
+        """Nats that going on wins a token before this recursion (counted from 0, not the first):
+        up to the best depth from there on; 0 if none is better. (K,), without gradient. For tokens
+        that took all."""
+        nll_RK = self.nll_RK.detach()
+        return (nll_RK[recursion - 1] - nll_RK[recursion:].amin(0)).clamp(min=0)
+
+
+@dataclass(frozen=True)
 class AuxiliaryLoss:
     value: Tensor
     weight: float
@@ -157,7 +183,7 @@ class Routing:
     """The record of one forward: everything that was decided, for losses and for analysis.
 
     memory: what the router remembered of each token. states: if they were asked for, every token's
-    state before the first pass and after each one, (M, D).
+    state before the first pass and after each one, (M, D). exits: if they were asked for.
     """
 
     tokens: PackedTokens
@@ -165,6 +191,7 @@ class Routing:
     memory: Memory
     steps: Sequence[RoutingStep]
     states: Sequence[Tensor] = ()
+    exits: Exits | None = None
     losses: dict[str, AuxiliaryLoss] = field(default_factory=dict)
 
     @property
@@ -177,11 +204,7 @@ class Routing:
 
     def selected(self, recursion: int) -> Tensor:
         """Whether each packed token took this recursion (counted from 0)."""
-        index, device = self.steps[recursion].index, self.tokens.row.device
-        if index is None:
-            return torch.ones(len(self.tokens), dtype=torch.bool, device=device)
-        none = torch.zeros(len(self.tokens), dtype=torch.bool, device=device)
-        return none.index_fill_(0, index, True)
+        return self.steps[recursion].taken(self.tokens)
 
     @property
     def taken_RM(self) -> Tensor:

@@ -21,12 +21,15 @@ from torch.utils.checkpoint import checkpoint
 
 from mor.model.compiling import compiled
 from mor.model.config import ModelConfig, Selection
-from mor.model.kv_cache import READS, AttentionPass, Cache, KVStore, check_fits
-from mor.model.loss import IGNORED, linear_cross_entropies
-from mor.model.packing import PackedTokens, pack
+from mor.model.kv_cache import LEFT, READS, AttentionPass, Cache, KVStore, check_fits
+from mor.model.loss import CHUNK_LOGITS, IGNORED, linear_cross_entropies
+from mor.model.packing import PackedTokens, pack, take
 from mor.model.routers import Router, build_router
-from mor.model.routing import Memory, Routing, RoutingRule, RoutingStep, route
+from mor.model.routing import Exits, Memory, Routing, RoutingRule, RoutingStep, route
 from mor.model.scratch import Scratch
+
+if TYPE_CHECKING:
+    from mor.model.budget import DepthTable
 
 Logits = Literal["all", "last", "none"]
 Angles = tuple[Tensor, Tensor]
@@ -124,10 +127,12 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Queries (M, N, H), and keys and values (M, G, H) if the pass writes any."""
         q_MNH = rotate(self.q_proj(x_MD, *later).unflatten(-1, (-1, self.head_dim)), angles)
-        if not with_kv:
-            return q_MNH, None, None
+        return (q_MNH, *self.keys_values(x_MD, angles, *later)) if with_kv else (q_MNH, None, None)
+
+    def keys_values(self, x_MD: Tensor, angles: Angles, *later: Later) -> tuple[Tensor, Tensor]:
+        """(M, G, H) each."""
         k_MGH = rotate(self.k_proj(x_MD, *later).unflatten(-1, (-1, self.head_dim)), angles)
-        return q_MNH, k_MGH, self.v_proj(x_MD, *later).unflatten(-1, (-1, self.head_dim))
+        return k_MGH, self.v_proj(x_MD, *later).unflatten(-1, (-1, self.head_dim))
 
 
 class FeedForward(nn.Module):
@@ -174,6 +179,12 @@ class Block(nn.Module):
         x_MD = x_MD + self.attention.o_proj(mixed_MNH.flatten(-2), *later)
         out_MD: Tensor = x_MD + self.feed_forward(self.feed_forward_norm(x_MD), *later)
         return out_MD
+
+    def show(
+        self, x_MD: Tensor, angles: Angles, kv: AttentionPass, layer: int, *later: Later
+    ) -> None:
+        """Let others see these states, which the layer is not applied to."""
+        kv.write(layer, *self.attention.keys_values(self.attention_norm(x_MD), angles, *later))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what :meth:`compile_parts` made: it belongs to this block's weights, so a copy or
@@ -263,15 +274,21 @@ class Recursions(nn.Module):
     ) -> Tensor:
         """One pass of these layers. recursion: one number, or (K,) where tokens at different
         recursions share the pass."""
-        later = _later(recursion)
-        if self.deepening is not None and later:
-            x_KD = self.deepening.begin(x_KD, memory["entered"], *later)
-        adapting = later if self.config.lora_rank else ()
+        x_KD, adapting = self._begin(recursion, x_KD, memory)
         for layer in layers:
             x_KD = checkpointed(
                 self.shared_blocks[layer], x_KD, angles, kv, layer, *adapting, recompute=recompute
             )
         return x_KD
+
+    def _begin(
+        self, recursion: int | Tensor, x_KD: Tensor, memory: Memory
+    ) -> tuple[Tensor, tuple[Later, ...]]:
+        """What the first layer reads, and what tells layers whom their adapters act on."""
+        later = _later(recursion)
+        if self.deepening is not None and later:
+            x_KD = self.deepening.begin(x_KD, memory["entered"], *later)
+        return x_KD, later if self.config.lora_rank else ()
 
     def combine(
         self,
@@ -301,6 +318,11 @@ class Recursions(nn.Module):
         keep_states: bool = False,
     ) -> tuple[Tensor, Routing]:
         router, reads = router or self.router, READS[self.config.kv_strategy]
+        if router.may_return and LEFT in reads(2):
+            raise ValueError(
+                f"kv_strategy={self.config.kv_strategy!r} shows tokens by the state that they left "
+                "with; a token that skips a recursion must not take a later one"
+            )
         memory = self.start(router, x_MD, tokens, rule.max_depth)
         steps: list[RoutingStep] = []
         states, passes_kv = [x_MD], dict[int, AttentionPass]()
@@ -308,6 +330,8 @@ class Recursions(nn.Module):
             # Route: who goes in? In "sequence" order a recursion has several passes, decided once.
             if recursion == len(steps):
                 steps.append(route(router, recursion, x_MD, tokens, memory, steps, rule))
+                if LEFT in reads(recursion + 1):
+                    self._show_left(steps, x_MD, angles, tokens, memory, store)
             step = steps[recursion]
             if recursion == 0 and len(step.tokens) < len(tokens):
                 self._check_first()
@@ -326,8 +350,30 @@ class Recursions(nn.Module):
                 x_MD = step.scatter(new_KD, x_MD)
             if keep_states:
                 states.append(x_MD)
-        routing = Routing(tokens, rule, memory, steps, states if keep_states else ())
-        return x_MD, replace(routing, losses=router.losses(routing))
+        return x_MD, Routing(tokens, rule, memory, steps, states if keep_states else ())
+
+    def _show_left(
+        self,
+        steps: Sequence[RoutingStep],
+        x_MD: Tensor,
+        angles: Angles,
+        tokens: PackedTokens,
+        memory: Memory,
+        store: KVStore,
+    ) -> None:
+        """Entries of the tokens that took the recursion before the last step, and not its own: as
+        if their state began it."""
+        before, now = steps[-2:]
+        count = len(before.tokens) - len(now.tokens)  # known without waiting for the device
+        if count:
+            has_left = before.taken(tokens) & ~now.taken(tokens)
+            left = has_left.int().argsort(descending=True, stable=True)[:count]
+            kv = store.open(LEFT, (LEFT,), tokens.select(left))
+            here = take(angles[0], left), take(angles[1], left)
+            own_memory = {name: take(value, left) for name, value in memory.items()}
+            x_KD, adapting = self._begin(now.recursion, take(x_MD, left), own_memory)
+            for layer, block in enumerate(self.shared_blocks):
+                block.show(x_KD, here, kv, layer, *adapting)  # type: ignore[operator]
 
     def _check_first(self) -> None:
         if self.config.kv_strategy != "recursion_wise":
@@ -350,6 +396,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.depth_table: DepthTable | None = None  # what depth budgets ask of the router's scores
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.prelude = nn.ModuleList(Block(config) for _ in range(config.prelude_layers))
         self.recursions = Recursions(config)
@@ -375,6 +422,7 @@ class Transformer(nn.Module):
         recompute: bool = False,
         keep_states: bool = False,
         entered_BTD: Tensor | None = None,
+        exit_rows: int = 0,
     ) -> Output:
         """Logits for the next token at every position, and the routing that led there.
 
@@ -388,11 +436,15 @@ class Transformer(nn.Module):
         future.
         capacities: replaces the configured ones (warm-up); they must fit as those must.
         max_depth: caps the recursions.
-        router: decides in place of the model's own, such as one of :mod:`mor.model.other_depths`.
+        router: decides in place of the model's own, such as one of :mod:`mor.model.other_depths`,
+        or that of a depth budget (:func:`mor.model.budget.router_for`).
         logits: of ``all`` tokens, the ``last`` of each row, or ``none``.
         recompute: keep no activations inside the layers; backward makes them again.
         keep_states: put the states before the first pass and after each one into the record.
         entered_BTD: the states that leave the prelude, where they are known; it is skipped then.
+        exit_rows: of that many rows, the first ones, also note what tokens would predict after each
+        recursion (:class:`mor.model.routing.Exits`); with targets and where all tokens take all
+        recursions.
         Raises ValueError for an empty batch, ids and targets outside the vocabulary, a mask that is
         not made of truth values, capacities that the settings would refuse, a depth or a cache that
         does not fit, and top-k with a cache. On a CUDA device ids and targets are checked there, by
@@ -413,7 +465,7 @@ class Transformer(nn.Module):
         router = router or self.router
         rule = self._rule(router, selection, capacities, max_depth)
         store: KVStore = cache or Scratch(
-            kept=() if self.config.kv_strategy == "recursion_wise" else (1,)
+            kept=() if self.config.kv_strategy == "recursion_wise" else (LEFT, 1)
         )
         angles = rotary_angles(tokens.position, self.config.head_dim, self.config.rope_theta)
 
@@ -432,10 +484,13 @@ class Transformer(nn.Module):
             rule,
             router=router,
             recompute=recompute,
-            keep_states=keep_states,
+            keep_states=keep_states or exit_rows > 0,
         )
         for layer, block in enumerate(self.coda, start=len(self.prelude)):
             x_MD = checkpointed(block, x_MD, angles, everyone, layer, recompute=recompute)
+        if exit_rows:
+            routing = self._with_exits(routing, x_MD, angles, targets_BT, exit_rows)
+        routing = replace(routing, losses=router.losses(routing))
         if targets_BT is not None:
             target = targets_BT.flatten()[tokens.place]
             nll, nll_M = linear_cross_entropies(self.final_norm(x_MD), self.head_weight, target)
@@ -443,6 +498,45 @@ class Transformer(nn.Module):
         if logits == "none":
             return Output(x_MD.new_empty(0), routing)
         return Output(self._logits(x_MD, tokens, logits), routing)
+
+    def _with_exits(
+        self,
+        routing: Routing,
+        x_MD: Tensor,
+        angles: Angles,
+        targets_BT: Tensor | None,
+        rows: int,
+    ) -> Routing:
+        """x: states after the coda."""
+        tokens, R = routing.tokens, len(routing.steps)
+        if targets_BT is None or len(routing.states) != R + 1 or min(routing.rule.capacities) < 1:
+            raise ValueError(
+                "exits need targets, shared_order='cycle', and capacities of 1: every token is to "
+                "be predicted after every recursion"
+            )
+        most = tokens.batch_shape[1] * rows
+        first = tokens.select((tokens.place < most).nonzero().squeeze(1))
+        target = targets_BT.flatten()[first.place]
+        asked = (target != IGNORED).nonzero().squeeze(1)
+        here = angles[0][: len(first)], angles[1][: len(first)]
+        ends = []
+        for state_MD in routing.states[1:-1]:
+            h_KD, own = state_MD[: len(first)], Scratch(kept=()).open(0, (0,), first)
+            for layer, block in enumerate(self.coda, start=len(self.prelude)):
+                h_KD = block(h_KD, here, own, layer)
+            ends.append(h_KD)
+        nll = [self._nll_of_each(h[asked], target[asked]) for h in (*ends, x_MD[: len(first)])]
+        return replace(routing, exits=Exits(asked, torch.stack(nll)))
+
+    def _nll_of_each(self, x_KD: Tensor, target: Tensor) -> Tensor:
+        """Negative log-likelihoods in fp32, (K,); logits are dropped and made again."""
+
+        def of(x: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(self.predict(x).float(), target, reduction="none")
+
+        rows = max(1, CHUNK_LOGITS // self.config.vocab_size)
+        parts = zip(x_KD.split(rows), target.split(rows), strict=True)
+        return torch.cat([checkpointed(of, *part, recompute=True) for part in parts])
 
     if TYPE_CHECKING:  # nn.Module's own __call__ returns Any
 

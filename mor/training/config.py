@@ -6,7 +6,9 @@ is used.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -77,6 +79,16 @@ class TrainConfig(Settings):
     """Tokens in a training sequence."""
     capacity_warmup_steps: NonNegativeInt = 0
     """Steps in which capacities fall from 1 to their value along a cosine."""
+    full_depth_share: UnitInterval = 0.0
+    """Share of the steps, evenly spread, in which all tokens take all recursions."""
+    recursions_drawn: Listed[tuple[PositiveInt, PositiveInt]] | None = None
+    """Least and most recursions of a step in which all tokens take all of them; each number between
+    comes equally often. Beyond the model's own, the last one is repeated. None: the model's own."""
+    exit_share: UnitInterval = 0.0
+    """Share of the sequences of such a step that are also predicted after each recursion: exits
+    that are to be used must be trained, and show the router what going on gains."""
+    exit_weight: NonNegativeFloat = 0.1
+    """Weight of the mean loss of these exits."""
     eval_every: PositiveInt = 100
     """Steps between validations."""
     eval_windows: PositiveInt = 64
@@ -107,6 +119,9 @@ class TrainConfig(Settings):
     2 * dim + 4 bytes per token; runs and epochs share it."""
     branch_from: str | None = None
     """Checkpoint of another run to start from, with that run's settings."""
+    calibrate: bool = True
+    """At the end, learn from validation text what depth budgets ask of the router, as `mor
+    calibrate` does, if the run has read ten times the tokens that this takes; with one process."""
     log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl."""
     seed: Seed = 0
@@ -156,6 +171,49 @@ class TrainConfig(Settings):
                 "train='added' is for models with parts of their own for later recursions "
                 "(deepened or lora_rank), as mor convert --deepen makes them; this one has none"
             )
+        self._check_exits()
+
+    def _check_exits(self) -> None:
+        router = self.model.router
+        if router.kind == "gain" and (self.full_depth_share or self.exit_share):
+            raise ValueError(
+                "router.kind='gain' measures gains by itself, with tokens that stop earlier; leave "
+                "out full_depth_share and exit_share, or take router.kind='expert_choice' with "
+                "router.causal_selection='gain', which learns from exits"
+            )
+        if self.full_depth_share and router.kind in ("fixed", "token_choice"):
+            raise ValueError(
+                f"full_depth_share needs a router with capacities, not {router.kind!r}"
+            )
+        drawn = self.recursions_drawn
+        can_draw = self.has_full_steps and self.model.num_recursions > 1
+        if drawn and not (can_draw and drawn[0] <= drawn[1]):
+            raise ValueError(
+                f"recursions_drawn={drawn} names the least and the most recursions of steps in "
+                "which all tokens take them; give two numbers that do not fall, and a model with "
+                "several recursions and router.kind='fixed' or full_depth_share"
+            )
+        if drawn and drawn[0] == 1 and self.trained == "added":
+            raise ValueError(
+                f"recursions_drawn={drawn} has steps of one recursion, in which nothing is used of "
+                "what train='added' trains; let it begin at 2"
+            )
+        if self.exit_share and (self.model.num_recursions == 1 or not self.has_full_steps):
+            raise ValueError(
+                "exit_share needs several recursions and steps in which all tokens take them; set "
+                "full_depth_share, such as 0.5"
+            )
+        by_gain = router.kind == "expert_choice" and router.causal_selection == "gain"
+        if by_gain and not (self.exit_share and router.gain_weight):
+            raise ValueError(
+                "router.causal_selection='gain' learns from exits alone; set full_depth_share=0.5 "
+                "and exit_share=0.25, or take router.kind='gain', which measures gains by itself"
+            )
+
+    @property
+    def has_full_steps(self) -> bool:
+        """Whether there are steps in which all tokens take all recursions."""
+        return self.full_depth_share > 0 or min(self.model.capacities) == 1
 
     def with_model_of(self, checkpoint_config: ModelConfig) -> Self:
         """The same for the model of the checkpoint that it starts from. Raises ValueError for other
@@ -181,55 +239,88 @@ class TrainConfig(Settings):
 
 
 def capacities_at(config: TrainConfig, step: int) -> tuple[float, ...]:
-    """Capacities of a step (from 0): a cosine from 1 to the configured ones during warm-up."""
-    if step >= config.capacity_warmup_steps:
-        return config.model.capacities
-    excess = 0.5 * (1 + math.cos(math.pi * step / config.capacity_warmup_steps))
-    return tuple(c + (1 - c) * excess for c in config.model.capacities)
+    """Capacities of a step (from 0), one for each of its recursions: a cosine from 1 to the
+    configured ones during warm-up; all 1 in a share of the steps."""
+    given, warmup = config.model.capacities, config.capacity_warmup_steps
+    if min(given) == 1 or _spread(step, 0.6180339887) < config.full_depth_share:
+        return (1.0,) * _recursions_at(config, step)
+    if step >= warmup:
+        return given
+    excess = 0.5 * (1 + math.cos(math.pi * step / warmup))
+    return tuple(c + (1 - c) * excess for c in given)
+
+
+def _recursions_at(config: TrainConfig, step: int) -> int:
+    if config.recursions_drawn is None:
+        return config.model.num_recursions
+    least, most = config.recursions_drawn
+    return least + int(_spread(step, 0.7548776662) * (most - least + 1))
+
+
+def _spread(step: int, ratio: float) -> float:
+    """Numbers in [0, 1) that fill it evenly as steps go on, and at no fixed distance, so that what
+    is logged every so often shows all of them."""
+    return ((step + 1) * ratio) % 1
+
+
+def exit_rows_at(config: TrainConfig, step: int) -> int:
+    """Sequences of each forward of a step that are predicted after each recursion."""
+    return _exit_rows(config, capacities_at(config, step))
+
+
+def _exit_rows(config: TrainConfig, capacities: Sequence[float]) -> int:
+    has_exits = min(capacities) == 1 and len(capacities) > 1
+    return math.ceil(config.exit_share * config.batch_size) if has_exits else 0
 
 
 def step_flops(config: TrainConfig, step: int, num_ranks: int = 1) -> float:
     """Training FLOPs of a step, exact for static capacities. Document masks are ignored, and what a
     source_cache saves of the prelude; without static capacities they are expected ones."""
-    from mor.costs.flops import measuring_flops, train_flops
+    return _flops_with(config, capacities_at(config, step), num_ranks)
 
-    sequences = config.batch_size * config.accumulate * num_ranks
-    measuring = measuring_flops(
-        config.model, config.seq_len, source_is_known=config.source_cache is not None
-    )
-    training = train_flops(
-        config.model,
-        config.seq_len,
-        capacities=capacities_at(config, step),
-        trained=config.trained,
-    )
-    return sequences * (training + measuring)
+
+def _flops_with(config: TrainConfig, capacities: Sequence[float], num_ranks: int) -> float:
+    """Training FLOPs of a step with these capacities."""
+    from mor.costs.flops import measuring_flops, train_exit_flops, train_flops
+
+    model, length = config.model, config.seq_len
+    each = train_flops(model, length, capacities=capacities, trained=config.trained)
+    each += measuring_flops(model, length, source_is_known=config.source_cache is not None)
+    exits = train_exit_flops(model, length, len(capacities), trained=config.trained)
+    exits *= _exit_rows(config, capacities)
+    return config.accumulate * num_ranks * (config.batch_size * each + exits)
+
+
+def _flops_by_step(config: TrainConfig, num_ranks: int) -> Iterator[float]:
+    """Training FLOPs of one step after the other, without end."""
+    known: dict[tuple[float, ...], float] = {}
+    for step in itertools.count():
+        capacities = capacities_at(config, step)
+        if capacities not in known:
+            known[capacities] = _flops_with(config, capacities, num_ranks)
+        yield known[capacities]
 
 
 def total_steps(config: TrainConfig, num_ranks: int = 1) -> int:
     """Steps of the whole run. Raises ValueError for a budget that is less than one step."""
     if config.flops is None:
         return config.steps
-    left, warm = config.flops, config.capacity_warmup_steps
+    left = config.flops
     if left < (first := step_flops(config, 0, num_ranks)):
         raise ValueError(
             f"flops={left:g} is less than the {first:.3g} FLOPs of a single step; raise it, or "
             "lower batch_size, accumulate or seq_len"
         )
-    for step in range(warm):
-        cost = step_flops(config, step, num_ranks)
+    for step, cost in enumerate(_flops_by_step(config, num_ranks)):
         if left < cost / 2:
             return step
         left -= cost
-    return warm + round(left / step_flops(config, warm, num_ranks))
+    raise AssertionError("steps do not end")
 
 
 def total_flops(config: TrainConfig, num_ranks: int = 1) -> float:
     """Training FLOPs of the whole run."""
-    steps = total_steps(config, num_ranks)
-    warm = min(steps, config.capacity_warmup_steps)
-    rest = (steps - warm) * step_flops(config, warm, num_ranks)
-    return sum(step_flops(config, step, num_ranks) for step in range(warm)) + rest
+    return sum(itertools.islice(_flops_by_step(config, num_ranks), total_steps(config, num_ranks)))
 
 
 def load_config(path: Path) -> TrainConfig:

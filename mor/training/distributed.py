@@ -95,16 +95,17 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 @contextmanager
 def ranks(device: str = "auto", precision: Precision = "auto") -> Iterator[Ranks]:
-    """The ranks that torchrun's environment describes; without it this process alone. device:
-    ``auto``, or a torch device. precision: see :func:`mor.device.pick_device`."""
-    place = pick_device(device, precision)
+    """The ranks that torchrun's environment describes, each on the GPU of its ``LOCAL_RANK``;
+    without it this process alone. device: ``auto``, or a torch device. precision: see
+    :func:`mor.device.pick_device`."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Ranks(0, 1, place)
+        yield Ranks(0, 1, pick_device(device, precision))
         return
-    if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(place)
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        # Named before anything is put on a GPU: else every rank would keep memory on the first.
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    place = pick_device(device, precision)
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), size, place)

@@ -26,6 +26,7 @@ from mor import checkpoint
 from mor.costs.flops import unique_params
 from mor.data.stream import Corpus, Fingerprint, load_corpus
 from mor.device import peak_flops_per_s
+from mor.evaluation.calibrate import FITTED_TOKENS, LEAST_TOKENS, calibrate, num_forwards
 from mor.evaluation.finite import NotFiniteError
 from mor.evaluation.nll import Evaluation, evaluate
 from mor.files import naming, remove_folder, write_json
@@ -197,6 +198,8 @@ def _beginning(
     start = ranks.first_does(lambda: _start(config, run, resume, console))
     source = start or (checkpoint.resolve(config.init_from) if config.init_from else None)
     loaded = checkpoint.load(source) if source else None
+    if loaded is not None:
+        loaded.model.depth_table = None  # of weights that are about to change
     corpus = corpus or load_corpus(config.data, loaded.tokenizer if loaded else None)
     if loaded and config.init_from:
         config = config.with_model_of(loaded.config)
@@ -346,7 +349,9 @@ class Trainer:
             if self.saved_step != self.state.step:
                 self.save()
             path = self.run.checkpoint(self.state.step)
-            if not finished:
+            if finished:
+                self._calibrate(path)
+            else:
                 self.progress.note(
                     f"interrupted: saved after step {self.state.step}; continue with --resume"
                 )
@@ -355,6 +360,24 @@ class Trainer:
         # Freed after its process group, DDP can wait forever for gloo's threads.
         self.state.forward = self.state.model
         return TrainResult(path, self.state, self.corpus, finished)
+
+    def _calibrate(self, path: Path) -> None:
+        """Give the last checkpoint its table of depths, where that is a small part of the run."""
+        config, state = self.config, self.state
+        learns = state.model.router.is_learned and state.ranks.size == 1
+        if not (config.calibrate and learns) or checkpoint.read_depth_table(path):
+            return
+        tokens = int(state.tokens / (10 * num_forwards(state.model.config)))
+        if tokens < LEAST_TOKENS or self.corpus.validation.num_windows(config.seq_len) < 2:
+            return
+        table = calibrate(
+            state.model,
+            self.corpus.validation,
+            seq_len=config.seq_len,
+            max_windows=max(1, min(tokens, FITTED_TOKENS) // config.seq_len),
+            document_mask=config.data.document_mask,
+        )
+        checkpoint.write_depth_table(path, table)
 
     def _say_interrupted(self) -> None:
         self.progress.note("stopping after this step, with a checkpoint; Ctrl-C again stops now")
@@ -609,6 +632,7 @@ def why_not_written(error: Exception, model: ModelConfig, path: Path) -> str:
 _AGAINST_COLLAPSE = {
     "aux_loss": "raise router.selection_weight",
     "aux_router": "raise router.selection_weight",
+    "gain": "ask for a depth, or raise full_depth_share or exit_share",
     "loss": "raise router.balancing_weight",
     "loss_free": "raise router.bias_update_rate",
     "none": "set router.balancing to 'loss'",

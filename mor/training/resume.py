@@ -38,6 +38,7 @@ FREE = (
     "keep",
     "keep_steps",
     "max_skipped",
+    "calibrate",
     "log_every",
     "profile",
     "tracker",

@@ -8,7 +8,7 @@ B rows of the batch · T columns
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from mor import checkpoint
 from mor.data.stream import Batch, DataState
 from mor.device import autocast
 from mor.model.loss import IGNORED
-from mor.model.other_depths import ExploringRouter
-from mor.model.routers import GainRouter
-from mor.model.routing import Routing
+from mor.model.other_depths import ExploringRouter, RepeatLastRouter
+from mor.model.routers import GainRouter, Router
+from mor.model.routing import AuxiliaryLoss, Exits, Routing
 from mor.model.transformer import Output, Transformer
 from mor.training import sharded_state
-from mor.training.config import TrainConfig, capacities_at, step_flops
+from mor.training.config import TrainConfig, capacities_at, exit_rows_at, step_flops
 from mor.training.distributed import Ranks, reducing, whole
 from mor.training.optim import learning_rate
 from mor.training.source_cache import SourceCache
@@ -133,13 +133,13 @@ def train_step(
 
 def _backward(config: TrainConfig, state: TrainState, batches: Iterator[Any]) -> StepResult:
     """Gradients of the mean loss over the step's batches, clipped."""
-    device, capacities = state.ranks.device, capacities_at(config, state.step)
+    device = state.ranks.device
     routings, losses = [], []
     for i in range(config.accumulate):
         batch, state.data = next(batches)
         with reducing(state.forward, last=i == config.accumulate - 1):
             with autocast(device, config.precision):
-                output = _forward(config, state, batch.to(device), capacities)
+                output = _forward(config, state, batch.to(device))
                 loss = compute_loss(output)
             (loss / config.accumulate).backward()
         assert output.nll is not None
@@ -152,51 +152,73 @@ def _backward(config: TrainConfig, state: TrainState, batches: Iterator[Any]) ->
     return StepResult(on_host[0], on_host[1], routings)
 
 
-def _forward(
-    config: TrainConfig, state: TrainState, batch: Batch, capacities: Sequence[float]
-) -> Output:
-    router, router_config = state.model.router, config.model.router
-    learns_gains = isinstance(router, GainRouter)
-    inputs: dict[str, Any] = dict(
-        targets_BT=batch.targets_BT,
-        documents_BT=batch.documents_BT,
-        selection="topk",
-        capacities=capacities,
-        router=ExploringRouter(router, router_config.explore, state.step) if learns_gains else None,
-    )
+def _forward(config: TrainConfig, state: TrainState, batch: Batch) -> Output:
+    """The forward of a step, with all that its losses need."""
+    router, inputs = state.model.router, _inputs(config, state, batch)
     known = state.source.of(batch) if state.source else None
     if known is not None:
         inputs["entered_BTD"] = known.entered_BTD
-    output: Output = state.forward(batch.tokens_BT, **inputs, recompute=config.recompute)
-    if isinstance(router, GainRouter):
+    output: Output = state.forward(
+        batch.tokens_BT,
+        **inputs,
+        exit_rows=exit_rows_at(config, state.step),
+        recompute=config.recompute,
+    )
+    routing = output.routing
+    losses = routing.losses
+    if routing.exits is not None:
+        exit_loss = routing.exits.nll_RK[:-1].mean()
+        losses = losses | {"exits": AuxiliaryLoss(exit_loss, config.exit_weight)}
+    elif isinstance(router, GainRouter):
         source_nll_M = known.nll_M if known is not None else None
-        gain_RM = measured_gains(state.model, batch, output, inputs, source_nll_M)
-        losses = output.routing.losses | {"gain": router.gain_loss(output.routing, gain_RM)}
-        output = replace(output, routing=replace(output.routing, losses=losses))
-    return output
+        routing = with_capped(state.model, batch, output, inputs, source_nll_M)
+        losses = losses | router.losses(routing)
+    return replace(output, routing=replace(routing, losses=losses))
+
+
+def _inputs(config: TrainConfig, state: TrainState, batch: Batch) -> dict[str, Any]:
+    """Text, and how deep its tokens go, of a forward of this step."""
+    capacities, trained = capacities_at(config, state.step), config.model.num_recursions
+    return dict(
+        targets_BT=batch.targets_BT,
+        documents_BT=batch.documents_BT,
+        selection="topk",
+        capacities=(*capacities, *capacities[-1:] * (trained - len(capacities)))[:trained],
+        max_depth=len(capacities),
+        router=_router_at(config, state, len(capacities)),
+    )
+
+
+def _router_at(config: TrainConfig, state: TrainState, num_recursions: int) -> Router | None:
+    """What decides in place of the model's router in this step."""
+    router = state.model.router
+    if num_recursions > router.num_recursions:
+        return RepeatLastRouter(router, num_recursions)
+    if isinstance(router, GainRouter):
+        return ExploringRouter(router, config.model.router.explore, state.step)
+    return None
 
 
 @torch.no_grad()
-def measured_gains(
+def with_capped(
     model: Transformer,
     batch: Batch,
     output: Output,
     inputs: dict[str, Any],
     source_nll_M: Tensor | None = None,
-) -> Tensor:
-    """By how much each recursion lowered the loss of the tokens that took it, nats, (R, M); NaN for
-    those without a target. Of the first recursion nothing is known.
+) -> Routing:
+    """The record of a forward with exits: what tokens lose that stop after each recursion, by the
+    same forward with all tokens capped there. Without gradients.
 
-    The loss without a recursion is that of the same forward with all tokens capped before it.
     source_nll_M: the loss at depth 1, where it is known.
     """
     assert output.nll_M is not None
     capped = [] if source_nll_M is None else [source_nll_M]
     for depth in range(1 + len(capped), model.config.num_recursions):
-        nll_M = model(batch.tokens_BT, **inputs, max_depth=depth).nll_M
+        nll_M = model(batch.tokens_BT, **(inputs | {"max_depth": depth})).nll_M
         assert nll_M is not None
         capped.append(nll_M)
-    nll_RM = torch.stack([*capped, output.nll_M])
-    gain_RM = torch.cat([torch.full_like(nll_RM[:1], torch.nan), nll_RM[:-1] - nll_RM[1:]])
     target = batch.targets_BT.flatten()[output.routing.tokens.place]
-    return gain_RM.masked_fill(target == IGNORED, torch.nan)
+    asked = (target != IGNORED).nonzero().squeeze(1)
+    nll_RM = torch.stack([*capped, output.nll_M])
+    return replace(output.routing, exits=Exits(asked, nll_RM[:, asked]))

@@ -31,8 +31,8 @@ def model_for(router="expert_choice", **settings):
     return tiny(router, vocab_size=257, **settings)
 
 
-def reading_of(data, router="expert_choice", **settings):
-    return corpus.read(model_for(router, **settings), data, seq_len=WINDOW, max_windows=5)
+def reading_of(data, router="expert_choice", *, windows=5, **settings):
+    return corpus.read(model_for(router, **settings), data, seq_len=WINDOW, max_windows=windows)
 
 
 def test_windows_lie_evenly_and_are_read_causally(data):
@@ -219,7 +219,7 @@ def test_depth_scaling_is_evaluation_at_every_cap_and_labels_what_was_never_trai
 @pytest.mark.parametrize("asked", ["everywhere", "at a third", "from depth 0"])
 def test_counterfactual_gains_are_means_of_one_run_per_token(data, asked):
     router = {"router": FROM_0} if asked == "from depth 0" else {}
-    reading = reading_of(data, **router)
+    reading = reading_of(data, windows=2, **router)
     least = reading.model.config.least_depth
     if asked == "at a third":
         nothing = torch.arange(WINDOW) % 3 > 0

@@ -10,7 +10,7 @@ import torch
 
 from mor.analysis.branches import exits_plain
 from mor.analysis.explain import explain, windows
-from mor.data.tokenizer import END_OF_TEXT, train_bpe
+from mor.data.tokenizer import END_OF_TEXT, byte_tokenizer, train_bpe
 from mor.model.config import RouterConfig
 from mor.model.loss import IGNORED
 from tests.conftest import tiny
@@ -250,3 +250,23 @@ def test_a_gpu_gives_the_same_records(tokenizer):
             assert a.depth == b.depth and a.entropy == pytest.approx(b.entropy, abs=1e-3)
             for x, y in zip(a.steps, b.steps, strict=True):
                 assert x.exit_entropy == pytest.approx(y.exit_entropy, abs=1e-3)
+
+
+def test_a_text_is_explained_at_a_depth():
+    """Depths, logits and thresholds are those of the budget; one beyond the trained recursions is
+    refused."""
+    from mor.model.budget import budget_of, router_for
+    from tests.budgets import calibrated
+
+    model, tokenizer = calibrated("expert", "hybrid", vocab_size=257).eval(), byte_tokenizer()
+    text = "the state is 3"
+    found = explain(model, tokenizer, text, depth=1.6)
+    ids = torch.tensor([tokenizer.encode(text)])
+    routing = model(ids, router=router_for(model, 1.6)).routing
+    assert [token.depth for token in found.tokens] == routing.depth_BT[0].tolist()
+    assert all(len(token.steps) == 3 for token in found.tokens)
+    threshold = torch.tensor(budget_of(model, 1.6).thresholds[0]).sigmoid()
+    assert found.tokens[0].steps[1].threshold == pytest.approx(float(threshold))
+    assert {token.depth for token in explain(model, tokenizer, text, depth="full").tokens} == {3}
+    with pytest.raises(ValueError, match="choose a smaller depth"):
+        explain(model, tokenizer, text, depth=4.6)

@@ -14,7 +14,7 @@ from mor.data.tokenizer import byte_tokenizer, train_bpe
 from mor.model.config import RouterConfig
 from mor.model.loss import IGNORED
 from mor.statistics import GroupMean
-from tests.conftest import CHROMIUM, tiny
+from tests.conftest import tiny
 
 TEXT = (
     "The cat </script> sat on 12 mats; naïve 日本 & <b>two</b> dogs\nwatched.\n\n"
@@ -95,17 +95,6 @@ def test_answers_are_not_compared_with_next_tokens_or_other_answers():
 
 
 # ---- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as running:
-        started = running.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield started
-        started.close()
 
 
 @pytest.fixture

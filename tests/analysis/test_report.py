@@ -9,7 +9,7 @@ import torch
 
 from mor import checkpoint
 from mor.analysis import style
-from mor.analysis.report import analyses, report_page, write, write_table
+from mor.analysis.report import ENTRIES, analyses, report_page, write, write_table
 from mor.checkpoint import Checkpoint
 from mor.cli import main
 from mor.data.sources import Document
@@ -31,7 +31,8 @@ def data():
 
 
 def test_the_same_tables_give_the_same_files(data, tmp_path):
-    tables = analyses(loaded("fixed"), data, seq_len=WINDOW, max_windows=3)
+    tables = analyses(loaded("vanilla"), data, seq_len=WINDOW, max_windows=3)
+    assert ENTRIES["drift"].figure and tables.keys() == {"drift"}
     for folder in ("a", "b"):
         write(tmp_path / folder, tables)
     for file in (tmp_path / "a").rglob("*.*"):
@@ -93,7 +94,7 @@ def test_an_empty_table_is_shown_as_one(tmp_path):
 
 
 @pytest.mark.parametrize("length", [1, 24])
-def test_a_collapsed_router_is_reported_as_one(length, tmp_path):
+def test_a_collapsed_router_is_reported_as_one(length, tmp_path, undrawn):
     model = tiny("expert_choice", vocab_size=257)
     model.router.threshold_R.fill_(1)
     checkpoint.save(tmp_path / "checkpoints" / "step-00000002", model, byte_tokenizer())

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from mor import checkpoint
 from mor.analysis.report import ENTRIES
@@ -25,7 +26,13 @@ def metrics(router):
         yield {"step": step, "tokens": step * 10, "validation_nll": 3.1 / step}
 
 
-def test_the_command_reports_a_run_and_collects_again_without_analysing(tmp_path, capsys):
+def test_the_command_reports_a_run_and_collects_again_without_analysing(
+    tmp_path, capsys, monkeypatch, undrawn
+):
+    loaded_to, load = [], checkpoint.load
+    monkeypatch.setattr(
+        checkpoint, "load", lambda *path, device: (loaded_to.append(device), load(*path))[1]
+    )
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     model = tiny("expert_choice", vocab_size=257)
@@ -42,8 +49,11 @@ def test_the_command_reports_a_run_and_collects_again_without_analysing(tmp_path
             "24",
             "--max-windows",
             "4",
+            "--device",
+            "cpu",
         ]
     )
+    assert loaded_to == [torch.device("cpu")]
     page = (run / "report.html").read_text()
     assert (
         all(f'id="{name}"' in page for name in ENTRIES)
@@ -54,6 +64,9 @@ def test_the_command_reports_a_run_and_collects_again_without_analysing(tmp_path
     (run / "tables" / "extra.csv").write_text("a,b\n1,2\n")
     main(["report", str(run), "--no-analyse", "--out", str(tmp_path / "again.html")])
     assert 'id="extra"' in (tmp_path / "again.html").read_text()
+    with pytest.raises(SystemExit):
+        main(["report", str(run), "--device", "tpu"])
+    assert "there is no device 'tpu'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

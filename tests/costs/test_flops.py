@@ -86,7 +86,7 @@ def test_parameter_count_equals_the_tensors(added, router, tied):
     assert unique_params(model.config) == sum(t.numel() for t in stored), "nothing is stored twice"
 
 
-@pytest.mark.parametrize("make", cases())
+@pytest.mark.parametrize("make", cases("pairs", with_final=True))
 def test_kv_bytes_equal_a_real_cache(make):
     model = make()
     with torch.no_grad():
@@ -136,7 +136,7 @@ def kernel_pairs(config, batch, width, kept):
     return batch * width * width, [batch * k * s for k, s in zip(kept, keys, strict=True)]
 
 
-@pytest.mark.parametrize("make", cases("pairs"))
+@pytest.mark.parametrize("make", cases("singles", with_final=True))
 def test_flops_of_a_training_batch_are_those_of_costs(make):
     model, batch, length = make(), 3, 20
     tokens = random_tokens(batch, length)
@@ -163,7 +163,7 @@ def test_flops_of_a_training_batch_are_those_of_costs(make):
     assert forward == forward_flops(model.config, work)
 
 
-@pytest.mark.parametrize("make", cases("pairs"))
+@pytest.mark.parametrize("make", cases("singles", with_final=True))
 def test_padding_and_early_exits_cost_no_linear_flops(make):
     """Threshold selection, ragged rows, padding on the left: linear layers see only the tokens that
     take part."""

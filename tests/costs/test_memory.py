@@ -11,7 +11,7 @@ from mor.model.config import preset
 from mor.model.transformer import Transformer
 from mor.training.optim import OptimConfig, build_optimizers
 
-SHAPE = dict(num_layers=14, vocab_size=2048, max_seq_len=256)
+SHAPE = dict(num_layers=8, vocab_size=2048, max_seq_len=256)
 
 
 def model_config(name):
@@ -63,11 +63,12 @@ def allocated_peak(step):
 @pytest.mark.parametrize(
     ("name", "recompute"),
     [
-        *((name, False) for name in ("vanilla", "recursive", "mor-2", "mor-3", "shared")),
-        *((name, True) for name in ("vanilla", "mor-3")),
+        *((name, False) for name in ("vanilla", "recursive", "mor-3", "shared")),
+        ("mor-3", True),
+        pytest.param("mor-2", False, marks=pytest.mark.slow),
         *(
             pytest.param(name, True, marks=pytest.mark.slow)
-            for name in ("recursive", "mor-2", "shared")
+            for name in ("vanilla", "recursive", "mor-2", "shared")
         ),
     ],
 )
@@ -98,7 +99,8 @@ def test_routing_and_ranks_by_hand():
     )
     step = Step(batch_size=16, seq_len=2048)
     assert train_memory(config, step).activations < 0.8 * train_memory(vanilla, step).activations
-    params = 4 * sum(p.numel() for p in Transformer(config).parameters())
+    with torch.device("meta"):
+        params = 4 * sum(p.numel() for p in Transformer(config).parameters())
     ddp, fsdp = (
         train_memory(config, Step(batch_size=1, seq_len=64, ranks=8, parallel=p))
         for p in ("ddp", "fsdp")

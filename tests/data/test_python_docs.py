@@ -1,19 +1,17 @@
 """The default corpus: the documentation of Python itself."""
 
 from mor.data.python_docs import python_documents, without_repeats
-from mor.data.stream import (
-    Document,
-)
+from mor.data.stream import Document
+from mor.files import cache_folder
 
 
-def test_the_default_corpus_is_pythons_own_prose(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_the_default_corpus_is_pythons_own_prose():
     documents = python_documents()
     names = {d.name for d in documents}
     assert len(names) == len(documents) > 300
     assert {"topic:assert", "module:argparse", "module:math"} <= names
     assert sum(len(d.text) for d in documents) > 1_000_000
-    assert len(list((tmp_path / "mor").iterdir())) == 1
+    assert len(list(cache_folder().glob("python-*.jsonl"))) == 1
     assert python_documents() == documents, "the kept copy is the same"
 
 

@@ -62,7 +62,7 @@ def test_shards_hold_every_document_with_its_end(prepared):
     assert not [p for p in out.iterdir() if p.name.endswith(".tmp") or p.name == "progress.jsonl"]
 
 
-def test_the_number_of_workers_does_not_matter(prepared, tmp_path):
+def test_the_number_of_workers_does_not_matter(prepared, tmp_path, real_workers):
     source, out, _ = prepared
     from dataclasses import replace
 
@@ -124,7 +124,7 @@ def test_kills_at_any_moment_change_nothing(prepared, tmp_path):
     script.write_text(SLOWED)
     again = tmp_path / "again"
     kills = 0
-    for chunks in (2, 5, 9, 100):
+    for chunks in (2, 9, 100):
         process = subprocess.Popen([sys.executable, script, source, again], stderr=subprocess.PIPE)
         while process.poll() is None:
             journal = again / "progress.jsonl"
@@ -183,7 +183,8 @@ def test_finished_files_are_not_read_again(tmp_path, monkeypatch):
         lambda self, skip=0: read.append((self.name, skip)) or original(self, skip),
     )
     prepare([str(folder)], tmp_path / "out", SMALL)
-    place = tuple(rows[-1]["next_place"])
+    done = {row["chunk"]: tuple(row["next_place"]) for row in rows}
+    place = done[next(i for i in range(7) if i + 1 not in done)]  # they end in any order
     assert read[0] == (f"{place[0]}.jsonl", place[1]) and place > (0, 0)
     monkeypatch.undo()
     prepare([str(folder)], tmp_path / "whole", SMALL)

@@ -1,19 +1,28 @@
 """The loop on the device: the same tokens, stops and pages."""
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from mor.engine import Engine, EngineConfig, SamplingParams
-from mor.engine.device_loop import DeviceLoop, Variant
+from mor.engine import Engine, EngineConfig, SamplingParams, device_loop
+from mor.engine.device_loop import MAX_STOP_TOKENS, DeviceLoop, Variant
 from mor.generation import generate
 from mor.model.config import RouterConfig
 from tests.conftest import tiny
 from tests.engine.requests import KV, all_memory_is_back, draw_requests, same, small_pool
 
 
-@pytest.mark.parametrize("kv_strategy", KV)
-@pytest.mark.parametrize("page_size,longest", [(16, 31), (16, 47), (8, 31), (5, 24)])
+@pytest.mark.parametrize(
+    ("page_size", "longest", "kv_strategy"),
+    [
+        pytest.param(*size, kv, marks=() if i in (j, 3) else pytest.mark.slow)
+        for i, size in enumerate([(16, 31), (16, 47), (8, 31), (5, 24)])
+        for j, kv in enumerate(KV)
+    ],
+)
 def test_the_device_loop_takes_no_more_pages_than_a_request_may_need(
     kv_strategy, page_size, longest
 ):
@@ -59,12 +68,22 @@ def test_device_loop_stops_where_it_should():
     for request, generation in zip(got, want, strict=True):
         assert request.logprobs == pytest.approx(generation.logprobs, abs=1e-4)
     all_memory_is_back(engine)
-    with pytest.raises(ValueError, match="up to 16 stop tokens"):
-        engine.add_request([1], SamplingParams(max_new_tokens=5, stop_token_ids=tuple(range(17))))
     with pytest.raises(ValueError, match="shared_order='cycle'"):
         Engine(tiny("fixed", sharing="sequence"), config=EngineConfig(loop="device"))
     with pytest.raises(ValueError, match="made for batching='depth_wise'"):
         EngineConfig(loop="device", batching="static")
+
+
+def test_more_stop_tokens_than_the_device_looks_for():
+    model = tiny()
+    prompts, params = draw_requests(6, seed=2, longest_output=20, temperature=1.0)
+    free = generate(model, prompts, params)
+    last = [generation.token_ids[-1] for generation in free]
+    others = tuple(i for i in range(37) if i not in last)[:MAX_STOP_TOKENS]
+    params = [SamplingParams(**{**vars(p), "stop_token_ids": (*others, *last)}) for p in params]
+    engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=4))
+    same(engine.generate(prompts, params), generate(model, prompts, params))
+    all_memory_is_back(engine)
 
 
 FROM_THE_HOST = {"lift_fresh"}  # a tensor was made of numbers of Python
@@ -98,9 +117,15 @@ def test_the_check_of_what_a_graph_can_hold():
 
 
 @pytest.mark.parametrize(
-    "router", ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
+    ("router", "kv_strategy"),
+    [
+        pytest.param(router, kv, marks=() if i == 1 or i % 3 == j else pytest.mark.slow)
+        for i, router in enumerate(
+            ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
+        )
+        for j, kv in enumerate(KV)
+    ],
 )
-@pytest.mark.parametrize("kv_strategy", KV)
 def test_a_launch_needs_nothing_from_the_host(router, kv_strategy):
     """So CUDA can record it. Greedy and sampled; fp32 and bf16 take the same operations but for the
     linear layers, so each stands with one of them."""
@@ -129,7 +154,7 @@ def test_the_idle_slot_never_overflows():
     steps = engine.strategy.steps
     steps._coda(0, Variant(lanes=1, best=0, logprobs=False))  # an idle lane embeds some token
     for _ in range(140):
-        steps._block(1, steps.blocks[0])
+        steps._block(1, steps.blocks[0][0])
     assert engine.runner.h_SD.isfinite().all()
     logits_MV = engine.runner.head(engine.runner.coda(torch.tensor([engine.kv.idle])))
     assert logits_MV.isfinite().all()
@@ -157,15 +182,22 @@ def test_a_launch_does_no_more_than_its_requests_ask_for(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("num_recursions", "router", "split"),
-    [(2, "expert_choice", True), (3, "expert_choice", True), (3, "fixed", False)],
+    ("num_recursions", "router", "later"),
+    [
+        (2, "expert_choice", [1, 0, 1, 0]),
+        (3, "expert_choice", [1, 1, 1, 1]),
+        (4, "expert_choice", [2, 1, 2, 1]),
+        (3, "fixed", [2, 2, 2, 2]),
+    ],
 )
-def test_later_recursions_write_nothing_where_nothing_reads_it(num_recursions, router, split):
-    """As long as the later steps have room for the passes to be expected; the tokens are equal in
-    any case."""
+def test_later_recursions_write_nothing_where_nothing_reads_it(num_recursions, router, later):
+    """And there are as many steps for them as passes to be expected, 0.5, 1, 1.5 and 2 a token."""
     model = tiny(router, kv_strategy="shared", num_recursions=num_recursions)
     engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=6, lanes=3))
-    assert [block.writes for block in engine.strategy.steps.blocks] == [True, not split]
+    blocks = engine.strategy.steps.blocks
+    assert [[b.writes for b in blocks] for blocks in blocks] == [
+        [True] + [False] * n for n in later
+    ]
     block, passes = engine.runner.block, []
 
     def watch(slot, layers, *, writes):
@@ -178,8 +210,104 @@ def test_later_recursions_write_nothing_where_nothing_reads_it(num_recursions, r
     prompts, params = draw_requests(9, seed=2)
     same(engine.generate(prompts, params), generate(model, prompts, params))
     assert {stage for stage, _ in passes} == set(range(num_recursions))
-    if split:
-        assert all(writes == (stage == 0) for stage, writes in passes)
+    assert all(writes == (stage == 0) for stage, writes in passes)
+
+
+@pytest.mark.parametrize(("num_recursions", "steps"), [(1, 4), (2, 6), (3, 8), (4, 10)])
+def test_a_launch_has_as_many_block_steps_as_passes_are_expected(num_recursions, steps):
+    """With more, blocks run half empty; with fewer, codas do."""
+    router = "expert_choice" if num_recursions > 1 else "fixed"
+    engine = Engine(tiny(router, num_recursions=num_recursions), config=EngineConfig(loop="device"))
+    assert sum(map(len, engine.strategy.steps.blocks)) == steps
+
+
+# What a CUDA graph does, on the CPU: it is recorded once, and repeats those operations on the same
+# memory, whatever the host has done since.
+
+
+class Recording(TorchDispatchMode):
+    """Operations, to be repeated as a CUDA graph does: what they make is put where it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        self.done.append((operation, args, kwargs or {}, made))
+        return made
+
+    def replay(self):
+        for operation, args, kwargs, made in self.done:
+            again = operation(*args, **kwargs)
+            for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Steps are recorded as on CUDA. Gives the settings of each recording."""
+    settings = []
+
+    def graph(recording, pool, **given):
+        settings.append(given)
+        return recording
+
+    for name in ("Stream", "stream", "current_stream", "graph_pool_handle", "device"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    under_way, send, fetch = set(), device_loop._Mail.send, device_loop._Mail.fetch
+
+    def send_once(mail, x):
+        assert id(mail) not in under_way, "pinned memory is written anew while it may be read"
+        under_way.add(id(mail))
+        send(mail, x)
+
+    monkeypatch.setattr(device_loop._Mail, "send", send_once)
+    monkeypatch.setattr(device_loop._Mail, "fetch", lambda m: (under_way.clear(), fetch(m))[1])
+    return settings
+
+
+@pytest.mark.parametrize("kv_strategy", KV)
+def test_recorded_steps_decode_as_the_plain_decoder(kv_strategy, graphs):
+    """Starts too, of any number of requests; nothing depends on what the host had when they were
+    recorded. Other threads may use the device meanwhile."""
+    model = tiny("expert_choice", kv_strategy=kv_strategy)
+    settings = EngineConfig(loop="device", max_num_seqs=5, lanes=4, attention="gathered")
+    engine = Engine(model, config=settings)
+    engine.strategy.steps.graphed = True
+    for temperature in (0, 1.0):
+        prompts, params = draw_requests(8, seed=4, temperature=temperature)
+        same(engine.generate(prompts, params), generate(model, prompts, params))
+    all_memory_is_back(engine)
+    starts = {key for key in engine.strategy.steps.graphs if isinstance(key, int)}
+    assert starts == {2, 8} and len(graphs) == len(engine.strategy.steps.graphs)
+    assert all(given == {"capture_error_mode": "thread_local"} for given in graphs)
+
+
+def test_a_recording_that_fails_leaves_the_requests_as_they_were(graphs):
+    model = tiny()
+    engine = Engine(model, config=EngineConfig(loop="device", max_num_seqs=3, attention="gathered"))
+    steps, prompts = engine.strategy.steps, [[1], [2], [3]]
+    steps.graphed = True
+    params = SamplingParams(max_new_tokens=9, temperature=0)
+    for prompt in prompts:
+        engine.add_request(prompt, params)
+    engine.step()
+    live, run = steps.live.clone(), steps._run
+    assert live.any()
+    steps.graphs.clear()
+    steps._run = MagicMock(side_effect=MemoryError("no room for a graph"))
+    with pytest.raises(MemoryError), torch.inference_mode():
+        steps.launch([0, 1, 2])
+    assert torch.equal(steps.live, live)
+    steps._run = run
+    running = list(engine.requests.values())
+    while engine.has_unfinished:
+        engine.step()
+    same(running, generate(model, prompts, params))
 
 
 # What only a GPU shows: tokens and depths as of the plain decoder there, from recorded graphs.

@@ -11,7 +11,7 @@ from tests.engine.requests import KV, POISON, draw_requests, poisoned, same
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 11, 64])
 def test_odd_prefill_chunks(chunk):
     model = tiny(kv_strategy="hybrid")
-    prompts, params = draw_requests(7, seed=4, longest_prompt=40)
+    prompts, params = draw_requests(4, seed=4, longest_prompt=40)
     engine = Engine(model, config=EngineConfig(prefill_chunk=chunk))
     same(engine.generate(prompts, params), generate(model, prompts, params))
 

@@ -96,3 +96,8 @@ def test_memory_for_keys_and_values_follows_what_a_gpu_has_free(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert default_memory(torch.device("cuda", 1)) == int(0.8 * 7600)
+
+
+def test_a_strategy_that_it_does_not_keep_is_refused():
+    with pytest.raises(ValueError, match=r"kv_strategy=.final. yet"):
+        Engine(tiny(kv_strategy="final"))

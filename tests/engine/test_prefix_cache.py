@@ -14,15 +14,15 @@ def test_prefix_cache_hits(make_model):
     model = make_model()
     shared = random_tokens(17, seed=5).tolist()
     prompts = [shared[:n] + random_tokens(3, seed=n).tolist() for n in (17, 17, 12, 5, 16)]
-    want = generate(model, prompts, SamplingParams(max_new_tokens=9, temperature=0))
+    want = generate(model, prompts, SamplingParams(max_new_tokens=5, temperature=0))
     engine = Engine(model, config=EngineConfig(page_size=4, prefill_chunk=7))
     # one after another, so that each can hit
     for prompt, generation in zip(prompts, want, strict=True):
         same(
-            engine.generate([prompt], SamplingParams(max_new_tokens=9, temperature=0)), [generation]
+            engine.generate([prompt], SamplingParams(max_new_tokens=5, temperature=0)), [generation]
         )
     assert engine.prefix_cache.hits >= 3
-    same(engine.generate(prompts, SamplingParams(max_new_tokens=9, temperature=0)), want)
+    same(engine.generate(prompts, SamplingParams(max_new_tokens=5, temperature=0)), want)
     all_memory_is_back(engine)
 
 

@@ -9,20 +9,27 @@ from tests.conftest import cases, tiny
 from tests.engine.requests import KV, all_memory_is_back, draw_requests, same, small_pool
 
 
-@pytest.mark.parametrize("make_model", cases("singles"))
-def test_preemption_in_a_tiny_pool(make_model):
+@pytest.mark.parametrize(
+    ("make_model", "batching"),
+    [
+        pytest.param(*case.values, batching, marks=marks, id=f"{case.id}-{batching}")
+        for i, case in enumerate(cases("singles"))
+        for j, batching in enumerate(("depth_wise", "lock_step"))
+        for marks in [case.marks or (() if i % 2 == j else pytest.mark.slow)]
+    ],
+)
+def test_preemption_in_a_tiny_pool(make_model, batching):
     model = make_model()
     count = 5 if model.config.least_depth else 10  # tokens without recursions take few pages
     prompts, params = draw_requests(count, seed=2, longest_prompt=8, longest_output=20)
     budget, want = small_pool(model, 28, page_size=2), generate(model, prompts, params)
-    for batching in ("depth_wise", "lock_step"):
-        config = EngineConfig(
-            max_num_seqs=8, page_size=2, kv_cache_memory=budget, prefill_chunk=8, batching=batching
-        )
-        engine = Engine(model, config=config)
-        same(engine.generate(prompts, params), want)
-        assert engine.scheduler.preemptions > 0
-        all_memory_is_back(engine)
+    config = EngineConfig(
+        max_num_seqs=8, page_size=2, kv_cache_memory=budget, prefill_chunk=8, batching=batching
+    )
+    engine = Engine(model, config=config)
+    same(engine.generate(prompts, params), want)
+    assert engine.scheduler.preemptions > 0
+    all_memory_is_back(engine)
 
 
 def test_full_lanes_come_before_coda():
@@ -40,24 +47,30 @@ def test_full_lanes_come_before_coda():
 
 
 @pytest.mark.parametrize("loop", ["host", "device"])
-@pytest.mark.parametrize("kv_strategy", KV)
+@pytest.mark.parametrize(
+    ("kv_strategy", "page_size"),
+    [
+        pytest.param(kv, page_size, marks=() if i == j else pytest.mark.slow)
+        for i, kv in enumerate(KV)
+        for j, page_size in enumerate((2, 3, 4))
+    ],
+)
 @pytest.mark.parametrize(
     "model", [("fixed", "sequence"), ("fixed", "middle_sequence"), ("token_choice", "cycle")]
 )
-def test_a_request_that_just_fits_is_never_preempted(model, kv_strategy, loop):
+def test_a_request_that_just_fits_is_never_preempted(model, kv_strategy, page_size, loop):
     kind, sharing = model
     if loop == "device" and sharing != "cycle":
         pytest.skip("the device loop applies the same layers in every pass")
     model, prompt = tiny(kind, kv_strategy=kv_strategy, sharing=sharing), [1, 2, 3, 4, 5]
     params = SamplingParams(max_new_tokens=20, temperature=0)
-    for page_size in (2, 3, 4):
-        budget = small_pool(model, 24, page_size)
-        engine = Engine(
-            model, config=EngineConfig(page_size=page_size, kv_cache_memory=budget, loop=loop)
-        )
-        request = engine.add_request(prompt, params)
-        for _ in range(200):
-            engine.step()
-        same([request], generate(model, [prompt], params))
-        assert request.preemptions == 0
-        all_memory_is_back(engine)
+    budget = small_pool(model, 24, page_size)
+    engine = Engine(
+        model, config=EngineConfig(page_size=page_size, kv_cache_memory=budget, loop=loop)
+    )
+    request = engine.add_request(prompt, params)
+    for _ in range(200):
+        engine.step()
+    same([request], generate(model, [prompt], params))
+    assert request.preemptions == 0
+    all_memory_is_back(engine)

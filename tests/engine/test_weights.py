@@ -1,9 +1,12 @@
 """Weights for decoding: int8, and products of few rows."""
 
+import re
+
 import pytest
 import torch
 
 from mor.engine import Engine, EngineConfig, SamplingParams, weights
+from mor.engine import engine as engine_module
 from mor.engine.weights import FewRowsLinear, for_decoding, fused
 from mor.generation import generate
 from tests.conftest import random_tokens, tiny
@@ -326,6 +329,49 @@ def test_weights_in_8_bits_are_for_the_cpu_and_are_not_compiled(compiled):
     model = tiny("fixed", dim=32, head_dim=8).to(torch.float32 if compiled else torch.bfloat16)
     with pytest.raises(ValueError, match="int8 weights need a float32 model on the CPU"):
         for_decoding(model, "int8", compiled=compiled)
+
+
+@pytest.fixture
+def broken_compiler(monkeypatch):
+    """As where there is no C compiler, on a device where engines compile by themselves."""
+
+    def backend(graph, inputs):
+        raise OSError("no compiler was found")
+
+    compile_by = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **settings: compile_by(f, backend=backend, **settings)
+    )
+    monkeypatch.setattr(
+        engine_module, "compiles", lambda device, wish: True if wish is None else wish
+    )
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("broken_compiler")
+@pytest.mark.parametrize("loop", ["host", "device"])
+def test_an_engine_goes_on_where_compiling_fails(loop):
+    model = tiny()
+    prompts, params = draw_requests(5, seed=4)
+    engine = Engine(model, config=EngineConfig(loop=loop, max_num_seqs=4))
+    with pytest.warns(
+        UserWarning, match=r"no compiler was found.*EngineConfig\(compile=False\)"
+    ) as w:
+        got = engine.generate(prompts, params)
+    assert len(w) == 1
+    same(got, generate(model, prompts, params))
+    same(engine.generate(prompts, params), got)
+
+
+@pytest.mark.usefixtures("broken_compiler")
+def test_an_engine_that_was_told_to_compile_says_how_to_do_without():
+    engine = Engine(tiny(), config=EngineConfig(compile=True))
+    params = SamplingParams(max_new_tokens=2)
+    (request,) = engine.generate([[1, 2, 3]], params)
+    words = r"no compiler was found.*EngineConfig\(compile=False\) does without"
+    assert re.search(words, request.error)
+    with pytest.raises(RuntimeError, match=words):
+        engine.generate([[1]], params)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@ any batch."""
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,11 +10,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, dynamic_module_utils
 
 from mor import checkpoint
 from mor.cli import main
+from mor.conversion.remote_code import export
 from mor.data.stream import Part, TokenData
 from mor.data.tokenizer import byte_tokenizer
 from mor.evaluation import harness
@@ -174,8 +176,14 @@ def requests(result):
     return found
 
 
-def test_the_requests_read_as_the_benchmarks_define_them(hub):
-    asked = {key[2:] for key in requests(evaluate_tasks(*wrapped(), include_path=hub))}
+@pytest.fixture(scope="module")
+def scored(hub):
+    """All six benchmarks."""
+    return evaluate_tasks(*wrapped(), include_path=hub)
+
+
+def test_the_requests_read_as_the_benchmarks_define_them(scored):
+    asked = {key[2:] for key in requests(scored)}
     assert {
         ("He threw the", " ball"),
         ("Roof: A man is on a roof. He", " eats a tile."),
@@ -189,7 +197,9 @@ def test_the_requests_read_as_the_benchmarks_define_them(hub):
     assert any(c.endswith("What is 2?\nA. 0\nB. 1\nC. 2\nD. 3\nAnswer:") for c in anatomy)
 
 
-@pytest.mark.parametrize("router", ["expert_choice", "token_choice", "fixed"])
+@pytest.mark.parametrize(
+    "router", ["expert_choice", "token_choice", pytest.param("fixed", marks=pytest.mark.slow)]
+)
 def test_scores_do_not_depend_on_batch_size_or_padding(router, hub):
     results = [
         evaluate_tasks(*wrapped(router), batch_size=size, include_path=hub) for size in (1, 3, 8)
@@ -247,12 +257,11 @@ def test_with_selection_that_sees_the_future_they_would(hub, monkeypatch):
     assert max(abs(one[key] - eight[key]) for key in one) > 1e-3
 
 
-def test_scores_are_what_the_log_likelihoods_say(hub):
-    result = evaluate_tasks(*wrapped(), include_path=hub)
+def test_scores_are_what_the_log_likelihoods_say(scored):
     found = {}
-    for key, value in requests(result).items():
+    for key, value in requests(scored).items():
         found.setdefault(key[:2], []).append((value, len(key[3]) - 1))
-    scores = {row.task: row for row in (*result.tasks, *result.parts)}
+    scores = {row.task: row for row in (*scored.tasks, *scored.parts)}
 
     def accuracy(name, gold):
         best = [max(range(len(c)), key=lambda i, c=c: c[i][0] / c[i][1]) for c in found_of(name)]
@@ -269,8 +278,8 @@ def test_scores_are_what_the_log_likelihoods_say(hub):
     assert scores["arc"].score == pytest.approx(
         (scores["arc_easy"].score + scores["arc_challenge"].score) / 2
     )
-    assert result.average == pytest.approx(sum(row.score for row in result.tasks) / 6)
-    assert [row.metric for row in result.tasks] == [
+    assert scored.average == pytest.approx(sum(row.score for row in scored.tasks) / 6)
+    assert [row.metric for row in scored.tasks] == [
         "acc",
         "acc_norm",
         "acc_norm",
@@ -356,10 +365,18 @@ def test_the_command_prints_a_table_or_json_for_mor_and_for_others(hub, tmp_path
         assert words in capsys.readouterr().err
 
 
-def test_the_stock_command_of_lm_eval_scores_an_export(hub, tmp_path):
-    """`lm_eval --model hf` knows nothing of mor: the directory brings its code."""
-    from mor.conversion.remote_code import export
+@pytest.fixture
+def without_mors_classes(monkeypatch, tmp_path):
+    """transformers as it is where nobody imported mor."""
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
+    monkeypatch.setattr(MODEL_FOR_CAUSAL_LM_MAPPING, "_extra_content", {})
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the modules' folder is added to it
 
+
+@pytest.mark.usefixtures("without_mors_classes")
+def test_the_stock_command_of_lm_eval_scores_an_export(hub, tmp_path, monkeypatch):
+    """`lm_eval --model hf` knows nothing of mor: the directory brings its code."""
     model, _ = wrapped()
     checkpoint.save(tmp_path / "c", model.model, byte_tokenizer())
     export(tmp_path / "c", tmp_path / "out")
@@ -372,49 +389,22 @@ def test_the_stock_command_of_lm_eval_scores_an_export(hub, tmp_path):
         "target_delimiter: ''\nmetric_list:\n  - metric: acc\n    aggregation: mean\n    "
         "higher_is_better: true\n"
     )
-    settings = f"pretrained={tmp_path / 'out'},trust_remote_code=True,dtype=float32"
-    command = [
-        sys.executable,
-        "-m",
-        "lm_eval",
-        "run",
-        "--model",
-        "hf",
-        "--model_args",
-        settings,
-        "--tasks",
-        "ball",
-    ]
-    command += [
-        "--include_path",
-        str(tmp_path / "tasks"),
-        "--device",
-        "cpu",
-        "--log_samples",
-        "--batch_size",
-        "2",
-    ]
-    done = subprocess.run(
-        [*command, "--output_path", str(tmp_path / "results")],
-        capture_output=True,
-        text=True,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "HOME": str(tmp_path),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-        cwd=tmp_path,
+    used = []
+    load = HFLM._create_model
+    monkeypatch.setattr(
+        HFLM, "_create_model", lambda self, *a, **k: (load(self, *a, **k), used.append(self._model))
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    settings = f"pretrained={tmp_path / 'out'},trust_remote_code=True,dtype=float32"
+    command = ["lm_eval", "run", "--model", "hf", "--model_args", settings, "--tasks", "ball"]
+    command += ["--include_path", str(tmp_path / "tasks"), "--device", "cpu", "--log_samples"]
+    command += ["--batch_size", "2", "--output_path", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", command)
+    cli_evaluate()
+    assert [type(model).__module__.split(".")[0] for model in used] == ["transformers_modules"]
     rows = [json.loads(line) for line in next((tmp_path / "results").rglob("samples_ball*")).open()]
     stock = {row["doc"]["text"][:-5]: float(row["resps"][0][0][0]) for row in rows}
-    ours = {
-        key[2]: value
-        for key, value in requests(
-            evaluate_tasks(*wrapped(), ["lambada"], include_path=hub)
-        ).items()
-    }
+    result = evaluate_tasks(*wrapped(), ["lambada"], include_path=hub)
+    ours = {key[2]: value for key, value in requests(result).items()}
     assert stock.keys() == ours.keys() and all(
         stock[c] == pytest.approx(ours[c], abs=1e-4) for c in ours
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from mor import checkpoint
 from mor.data.tokenizer import byte_tokenizer
@@ -152,7 +152,7 @@ def test_importing_mor_loads_neither_torch_nor_transformers():
 # generate()
 
 
-@pytest.mark.parametrize("make", cases("pairs"))
+@pytest.mark.parametrize("make", cases("singles"))
 def test_greedy_generate_equals_our_decoder(make):
     ours = make()
     theirs = wrapped(ours)
@@ -160,7 +160,7 @@ def test_greedy_generate_equals_our_decoder(make):
     expected = generate(ours, prompts, SamplingParams(max_new_tokens=9, temperature=0))
     ids = torch.tensor([[0] * (7 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (7 - len(p)) + [1] * len(p) for p in prompts])
-    for use_cache in (True, False):
+    for use_cache in (False, True):
         made = theirs.generate(
             ids,
             attention_mask=mask,
@@ -171,27 +171,28 @@ def test_greedy_generate_equals_our_decoder(make):
             return_dict_in_generate=True,
         )
         assert made.sequences[:, 7:].tolist() == [e.token_ids for e in expected]
-    cached = theirs.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=9,
-        do_sample=False,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-    ).past_key_values
+    cached = made.past_key_values
     depths = [row[real].tolist() for row, real in zip(cached.depth_BT, cached.mask_BT, strict=True)]
     assert depths == [e.depths for e in expected]
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+SEARCHES = {
+    "sampling": dict(do_sample=True, temperature=0.8, top_k=9),
+    "beams": dict(num_beams=3),
+    "beam-sampling": dict(num_beams=3, do_sample=True),
+}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("router", "settings"),
     [
-        dict(do_sample=True, temperature=0.8, top_k=9),
-        dict(num_beams=3),
-        dict(num_beams=3, do_sample=True),
+        pytest.param(
+            router, SEARCHES[name], id=f"{name}-{router}", marks=() if quick else pytest.mark.slow
+        )
+        for i, router in enumerate(ROUTERS)
+        for j, name in enumerate(SEARCHES)
+        for quick in [router == "expert_choice" or i % 3 == j]
     ],
-    ids=["sampling", "beams", "beam-sampling"],
 )
 def test_sampling_and_beams_do_not_depend_on_cache_padding_or_batch(router, settings):
     model = wrapped(tiny(router))
@@ -521,26 +522,28 @@ def test_lora_on_the_shared_blocks(tmp_path):
     )
 
 
+@pytest.mark.parametrize("padding", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("router", [pytest.param("fixed", marks=pytest.mark.slow), "expert_choice"])
-def test_a_compiled_forward_gives_the_same_values(backend, router):
+def test_a_compiled_forward_gives_the_same_values(backend, router, padding):
     torch._dynamo.reset()
-    model = wrapped(tiny(router, num_recursions=2, num_layers=4)).train()  # compiles sooner
+    few = dict(num_recursions=2, num_layers=2, sharing="cycle")  # compiles sooner
+    model = wrapped(tiny(router, **few)).train()
     tokens, mask, labels = batch_and_labels()
     compiled = torch.compile(model, backend=backend)
-    for given in (None, mask):
-        plain = model(tokens, attention_mask=given, labels=labels)
-        fast = compiled(tokens, attention_mask=given, labels=labels)
-        torch.testing.assert_close(fast.logits, plain.logits, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(fast.loss, plain.loss, atol=1e-5, rtol=1e-5)
-        assert torch.equal(fast.depths, plain.depths)
-        gradients = []
-        for output in (plain, fast):
-            model.zero_grad()
-            output.loss.backward()
-            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-        for a, b in zip(*gradients, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    given = mask if padding else None
+    plain = model(tokens, attention_mask=given, labels=labels)
+    fast = compiled(tokens, attention_mask=given, labels=labels)
+    torch.testing.assert_close(fast.logits, plain.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fast.loss, plain.loss, atol=1e-5, rtol=1e-5)
+    assert torch.equal(fast.depths, plain.depths)
+    gradients = []
+    for output in (plain, fast):
+        model.zero_grad()
+        output.loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 # The rest of the interface
@@ -710,3 +713,35 @@ def test_what_is_not_supported_says_so():
     with pytest.raises(ValueError, match="minus the number"):
         model(tokens, cache=MoRCache()).cache.crop(3)
     assert AutoConfig.for_model("mor", dim=32).dim == 32
+
+
+@torch.no_grad()
+def test_generate_takes_a_depth_from_its_settings():
+    """As an argument, from the GenerationConfig or the model; prompts padded, with a cache: as ours
+    does it."""
+    from tests.budgets import calibrated
+
+    model, prompts = calibrated("expert", "hybrid"), random_tokens(3, 7)
+    own = MoRForCausalLM.from_transformer(model).eval()
+    settings = dict(
+        max_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+    )
+    mask = dict(attention_mask=torch.ones_like(prompts))
+    for depth in (1.6, "full", 4.3):
+        params = SamplingParams(max_new_tokens=6, temperature=0, depth=depth)
+        want = generate(model, prompts.tolist(), params)
+        given = own.generate(prompts, depth=depth, **mask, **settings)
+        configured = own.generate(prompts, GenerationConfig(depth=depth, **settings), **mask)
+        own.depth = depth
+        by_model = own.generate(prompts, **mask, **settings)
+        own.depth = None
+        for made in (given, configured, by_model):
+            assert made.sequences[:, 7:].tolist() == [g.token_ids for g in want]
+            assert made.past_key_values.depth_BT.tolist() == [g.depths for g in want]
+    assert {1, 2, 5} <= {d for g in want for d in g.depths}
+    with pytest.raises(ValueError, match="neither max_depth"):
+        own(prompts, depth=2.0, max_depth=2)

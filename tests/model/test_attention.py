@@ -10,7 +10,7 @@ from mor.model.attention import (
     attention,
     plain_attention,
     plain_packed_attention,
-    positions_mask,
+    ranges_mask,
 )
 from mor.model.packing import pack
 
@@ -85,18 +85,55 @@ def test_flex_attention_sees_what_the_definition_sees(kind, monkeypatch):
     assert (fast - plain).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (60, 150), (300, 128), (257, 700)])
-def test_the_blocks_of_positions_are_those_of_all_pairs(queries, keys):
-    generator = torch.Generator().manual_seed(3)
-    position_AK = torch.randint(0, keys, (3, queries), generator=generator).sort().values
-    mask = positions_mask(position_AK, keys)
-    plain = create_block_mask(mask.mask_mod, 3, None, queries, keys, device="cpu")
+def by_blocks(q, k, v, *, block_mask, enable_gqa, kernel_options):
+    """FlexAttention as its kernels read a mask: blocks listed as whole are seen as they are, in
+    those listed as partial the rule decides, all others are skipped."""
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    size, pairs = module.FLEX_BLOCK, (q.shape[2], k.shape[2])
+    visible = torch.zeros(pairs, dtype=torch.bool)
+    query, key = (torch.arange(n) for n in pairs)
+    rule = block_mask.mask_mod(0, 0, query[:, None], key)
+    for counts, lists, seen in (
+        (block_mask.kv_num_blocks, block_mask.kv_indices, rule),
+        (block_mask.full_kv_num_blocks, block_mask.full_kv_indices, torch.ones_like(rule)),
+    ):
+        for i, (count, found) in enumerate(zip(counts[0, 0].tolist(), lists[0, 0], strict=True)):
+            for j in found[:count].tolist():
+                tile = slice(i * size, (i + 1) * size), slice(j * size, (j + 1) * size)
+                assert not visible[tile].any(), "a block is listed twice"
+                visible[tile] = seen[tile]
+    out = plain_attention(*(x.transpose(1, 2) for x in (q, k, v)), visible[None])
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("kind", ["equal", "ragged", "documents"])
+def test_rows_in_one_line_of_flex_attention_equal_the_definition(kind, monkeypatch):
+    """In values and gradients, from the blocks that the kernel visits. Nothing is padded: with
+    documents that would be several times the tokens."""
+    monkeypatch.setattr(module, "_compiled_flex", lambda: by_blocks)
+    queries, keys = rows(kind, own=False)
+    inputs = draw((len(queries), 6, 8), (len(keys), 2, 8), (len(keys), 2, 8))
+    fast = PackedAttention(queries, keys).flex(*inputs)
+    equal_in_values_and_gradients(fast, plain_packed_attention(*inputs, queries, keys), inputs)
+
+
+@pytest.mark.parametrize("lengths", [[1], [150], [700, 1, 300, 128, 128], [40] * 20])
+def test_the_blocks_of_ranges_are_those_of_all_pairs(lengths):
+    """And no block counts as seen whole that is not, nor as partial that is."""
+    generator, length = torch.Generator().manual_seed(3), torch.tensor(lengths)
+    begin = (length.cumsum(0) - length).repeat_interleave(length)
+    key = torch.arange(sum(lengths))
+    chosen = torch.rand(len(key), generator=generator) < 0.7
+    chosen[-1] = True
+    first, last = begin[chosen], key[chosen]
+    mask = ranges_mask(first, last, len(key))
+    plain = create_block_mask(mask.mask_mod, 1, None, len(first), len(key), device="cpu")
     assert torch.equal(mask.to_dense(), plain.to_dense())
-    whole = mask.full_kv_num_blocks
-    for row in range(3):  # no block counts as seen whole that is not
-        for block, count in enumerate(whole[row, 0].tolist()):
-            first = position_AK[row, block * 128 : (block + 1) * 128].min()
-            assert count * 128 <= first + 1 and count * 128 <= keys
+    whole = mask.full_kv_num_blocks[0, 0].tolist()
+    seen = (first[:, None] <= key) & (key <= last[:, None])
+    for block, count in enumerate(whole):
+        of_queries = seen[block * 128 : (block + 1) * 128].all(0)
+        assert count == sum(c.all() for c in of_queries.split(128) if len(c) == 128)
 
 
 @pytest.mark.parametrize(
@@ -150,13 +187,60 @@ def test_on_cuda_each_kind_of_rows_gets_its_kernel():
 
 
 @pytest.mark.parametrize(
-    ("major", "masked", "cudnn"), [(9, False, True), (9, True, False), (10, False, False)]
+    ("major", "masked", "repeated", "cudnn"),
+    [
+        (9, False, True, True),
+        (9, False, False, False),
+        (9, True, True, False),
+        (10, False, True, False),
+        (8, False, True, False),
+    ],
 )
-def test_cudnn_runs_only_without_a_mask_and_on_hopper(major, masked, cudnn, monkeypatch):
+def test_cudnn_runs_only_without_a_mask_on_hopper_for_shapes_that_repeat(
+    major, masked, repeated, cudnn, monkeypatch
+):
+    seen = []
+
+    def kernel(q, *_, **__):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return q
+
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
-    with module._kernels(torch.device("cuda"), masked=masked):
-        assert torch.backends.cuda.cudnn_sdp_enabled() == cudnn
-    assert torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", kernel)
+    with torch._subclasses.FakeTensorMode():
+        q = torch.empty(2, 9, 6, 8, device="cuda", dtype=torch.bfloat16)
+        mask = torch.empty(2, 9, 9, device="cuda", dtype=torch.bool) if masked else None
+        attention(q, q, q, mask, repeated=repeated)
+    assert seen == [cudnn] and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_shape_counts_as_repeated_after_many_passes_and_never_within_one(monkeypatch):
+    """cuDNN makes a plan for each shape. Capacities that warm up give a new one every step, and
+    ragged rows every pass; and a pass that changed its kernel could not be recomputed."""
+    asked = []
+
+    def spy(q, k, v, mask, *, repeated=False):
+        asked.append(repeated)
+        return q
+
+    monkeypatch.setattr(module, "attention", spy)
+    monkeypatch.setattr(module, "_PASSES", module.Counter())
+
+    def passes(queries, count):
+        q = torch.zeros(len(queries), 2, 8)
+        for _ in range(count):
+            asked.clear()
+            layers = PackedAttention(queries, queries)
+            for _ in range(3):
+                layers(q, q, q)
+            assert len(set(asked)) == 1
+        return asked[0]
+
+    whole, ragged = pack(torch.zeros(2, 30, dtype=torch.int64)), rows("ragged", True)[0]
+    assert not passes(whole, module.REPEATED) and passes(whole, 1)
+    for width in range(2, 20):
+        assert not passes(pack(torch.zeros(2, width, dtype=torch.int64)), 1)
+    assert not passes(ragged, module.REPEATED + 1)
 
 
 @pytest.mark.gpu

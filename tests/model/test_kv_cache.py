@@ -10,7 +10,7 @@ from mor.model.kv_cache import KVCache
 from tests.conftest import cases, random_tokens, tiny
 
 
-@pytest.mark.parametrize("make", cases("pairs"))
+@pytest.mark.parametrize("make", cases("pairs", with_final=True))
 def test_truncating_forgets_exactly_the_later_tokens(make):
     model, tokens = make(), random_tokens(2, 12)
     with torch.no_grad():
@@ -23,7 +23,7 @@ def test_truncating_forgets_exactly_the_later_tokens(make):
     assert (a - b).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("make", cases("pairs"))
+@pytest.mark.parametrize("make", cases("pairs", with_final=True))
 def test_rows_can_be_reordered_and_repeated(make):
     model, tokens = make(), random_tokens(3, 9)
     order = torch.tensor([2, 0, 0, 1])

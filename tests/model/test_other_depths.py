@@ -9,7 +9,7 @@ from mor.model.other_depths import ForcedRouter, RepeatLastRouter
 from tests.conftest import cases, random_tokens, tiny
 
 
-@pytest.mark.parametrize("make", cases("pairs"))
+@pytest.mark.parametrize("make", cases("pairs", with_final=True))
 def test_a_table_of_the_routers_own_decisions_changes_nothing(make):
     model, tokens = make(), random_tokens(2, 11)
     output = model(tokens)
@@ -18,14 +18,14 @@ def test_a_table_of_the_routers_own_decisions_changes_nothing(make):
     assert torch.equal(again.routing.depth_BT, output.routing.depth_BT)
 
 
-@pytest.mark.parametrize("make", cases("pairs"))
+@pytest.mark.parametrize("make", cases("pairs", with_final=True))
 def test_further_recursions_capped_at_the_trained_depth_change_nothing(make):
     model, tokens = make(), random_tokens(2, 11)
     longer = model(tokens, router=RepeatLastRouter(model.router, 5), max_depth=3)
     torch.testing.assert_close(longer.logits_BTV, model(tokens).logits_BTV)
 
 
-@pytest.mark.parametrize("make", cases("pairs"))
+@pytest.mark.parametrize("make", cases("pairs", with_final=True))
 def test_further_recursions_decode_as_they_read(make):
     """Token by token with a cache, and in one piece: the same depths and logits."""
     model, tokens = make(), random_tokens(2, 11)
@@ -129,3 +129,14 @@ def test_targets_of_another_shape_are_refused():
     for shape in ((2, 5), (1, 20)):
         with pytest.raises(ValueError, match=r"targets have shape .* they must be equal"):
             model(random_tokens(2, 10), targets_BT=random_tokens(*shape))
+
+
+def test_nobody_comes_back_who_is_seen_as_he_left():
+    model, tokens = tiny("expert_choice", kv_strategy="final"), random_tokens(1, 2)
+    for taken in ([[1, 1], [1, 0], [1, 0]], [[1, 1], [1, 1], [0, 0]]):
+        model(tokens, router=ForcedRouter(model.router, torch.tensor(taken).bool()))
+    back = ForcedRouter(model.router, torch.tensor([[1, 1], [1, 0], [1, 1]]).bool())
+    with pytest.raises(ValueError, match="must not take a later one"):
+        model(tokens, router=back)
+    with pytest.raises(ValueError, match="none may come back"):
+        tiny(RouterConfig(kind="expert_choice", hierarchical=False), kv_strategy="final")

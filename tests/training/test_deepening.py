@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 from filelock import FileLock
-from torch import nan
 
 from mor import checkpoint
 from mor.cli import main
@@ -17,14 +16,17 @@ from mor.conversion.deepen import Deepening
 from mor.data.config import DataConfig
 from mor.data.stream import Batch
 from mor.files import LOCK
+from mor.model.budget import even_table
 from mor.model.config import RouterConfig
 from mor.model.other_depths import ExploringRouter
 from mor.model.routers import _worth_loss
+from mor.model.routing import Exits
+from mor.model.transformer import Transformer
 from mor.training.config import OptimConfig, TrainConfig
 from mor.training.loop import train
 from mor.training.optim import build_optimizers, freeze
 from mor.training.source_cache import SourceCache
-from mor.training.step import measured_gains
+from mor.training.step import with_capped
 from tests.conftest import random_tokens, tiny
 from tests.small_llama import save_llama
 from tests.training.small_run import metrics, quiet
@@ -97,6 +99,50 @@ def test_what_is_frozen_stays_and_the_rest_moves(trained, start, tmp_path):
     assert written["model"]["deepened"] and written["model"]["dim"] == 30
 
 
+def test_added_parts_train_at_any_number_of_recursions_and_at_exits(tmp_path):
+    """Frozen trunk, its states from the cache, and more recursions than the model's own."""
+    config = TrainConfig(
+        model=tiny("fixed", deepened=True, lora_rank=3, max_seq_len=90).config,
+        data=DataConfig(path="words:arithmetic?hops=1&held_out=0", tokenizer="bytes"),
+        recursions_drawn=(2, 4),
+        exit_share=0.5,
+        exit_weight=0.3,
+        source_cache=str(tmp_path / "cache"),
+        out=str(tmp_path / "run"),
+        steps=4,
+        batch_size=2,
+        seq_len=80,
+        eval_every=4,
+        eval_windows=2,
+        log_every=1,
+    )
+    result = train(config, console=quiet())
+    rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    assert {row["mean_depth"] for row in rows} == {2, 3, 4}
+    assert all(row["exits"] > 0 and row["skipped"] == 0 for row in rows)
+    model = Transformer(result.state.model.config).init_weights(config.seed)
+    moved = changed(model.state_dict(), weights(result.path))
+    assert moved == {
+        name for name, p in model.named_parameters() if "lora" in name or "deep" in name
+    }
+
+
+def test_a_run_forgets_the_depths_of_the_weights_that_it_starts_from(start, tmp_path):
+    path = tmp_path / "calibrated"
+    shutil.copytree(start, path)
+    checkpoint.write_depth_table(path, even_table(checkpoint.load(path).config, 4))
+    assert checkpoint.load(path).model.depth_table is not None
+    result = train(settings(path, tmp_path / "run", steps=1), console=quiet())
+    assert checkpoint.load(result.path).model.depth_table is None
+
+
+def test_steps_in_which_nothing_would_be_trained_are_refused():
+    model = tiny("fixed", deepened=True).config
+    with pytest.raises(ValueError, match="let it begin at 2"):
+        TrainConfig(model=model, seq_len=8, recursions_drawn=(1, 4))
+    TrainConfig(model=model, seq_len=8, recursions_drawn=(1, 4), train="block")
+
+
 def test_optimizers_hold_nothing_that_is_frozen():
     model = tiny("gain", deepened=True, lora_rank=3)
     freeze(model, "added")
@@ -162,12 +208,12 @@ def batch_of(model, rows=3, length=11):
     return Batch(ids[:, :-1].contiguous(), targets)
 
 
-def test_gains_are_differences_of_losses_at_capped_depths():
+def test_exits_are_losses_at_capped_depths():
     model = tiny("gain", deepened=True, lora_rank=3).requires_grad_(False)
     batch = batch_of(model)
     inputs = dict(targets_BT=batch.targets_BT, router=ExploringRouter(model.router, 0.7, 1))
     output = model(batch.tokens_BT, **inputs)
-    gain_RM = measured_gains(model, batch, output, inputs)
+    exits = with_capped(model, batch, output, inputs).exits
     assert output.routing.depth.max() == 3
     by_cap = []
     for depth in (1, 2, 3):
@@ -177,12 +223,11 @@ def test_gains_are_differences_of_losses_at_capped_depths():
         )
         by_cap.append(nll.flatten())
     asked = batch.targets_BT.flatten() != -100
-    for r in (1, 2):
-        torch.testing.assert_close(gain_RM[r][asked], (by_cap[r - 1] - by_cap[r])[asked])
-        assert gain_RM[r][~asked].isnan().all()
-    assert gain_RM[0].isnan().all()
-    known = measured_gains(model, batch, output, inputs, by_cap[0])
-    torch.testing.assert_close(known, gain_RM, equal_nan=True)
+    assert exits.index.tolist() == asked.nonzero().squeeze(1).tolist()
+    torch.testing.assert_close(exits.nll_RK, torch.stack(by_cap)[:, asked])
+    known = with_capped(model, batch, output, inputs, by_cap[0] + 1).exits
+    torch.testing.assert_close(known.nll_RK[0], exits.nll_RK[0] + 1)
+    torch.testing.assert_close(known.nll_RK[1:], exits.nll_RK[1:])
 
 
 def test_worth_is_the_share_of_gain_and_weighs_by_distance():
@@ -206,16 +251,17 @@ def test_the_router_learns_which_tokens_gain():
     freeze(model, "added")
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     gains = torch.where(ids.flatten() < 18, 0.3, -0.3)
-    gain_RM = torch.stack([torch.full_like(gains, nan), gains, gains])
+    asked = torch.arange(3, ids.numel())
+    exits = Exits(asked, torch.stack([0 * gains, -gains, -2 * gains])[:, asked])
     for step in range(60):
         routing = model(ids, router=ExploringRouter(router, 0.5, step)).routing
-        loss = router.gain_loss(routing, gain_RM)
+        loss = router.losses(dataclasses.replace(routing, exits=exits))["gain"]
         loss.value.backward()
         optimizer.step()
         optimizer.zero_grad()
     deeper = model(ids).routing.selected(1)
     assert (deeper == (gains > 0)).float().mean() > 0.9
-    assert loss.weight == 0.05
+    assert loss.weight == 0.1
 
 
 def test_exploring_sends_the_share_on():

@@ -24,7 +24,7 @@ from mor.files import remove_folder
 from mor.model.config import RouterConfig, preset
 from mor.run_folder import RunFolder
 from mor.training.config import TrainConfig, load_config
-from mor.training.distributed import ALONE, Ranks, reducing, shard
+from mor.training.distributed import ALONE, Ranks, ranks, reducing, shard
 from mor.training.loop import train
 from mor.training.optim import OptimConfig
 from mor.training.step import compute_loss
@@ -205,11 +205,20 @@ def curve(out, *names):
     return [[row[n] for n in names] for row in rows if all(n in row for n in names)]
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_two_ranks_train_as_one(how, data, tmp_path, pair):
-    for name, router in ROUTERS.items():
-        pair(settings(data, tmp_path / f"two-{name}", router, parallel=how))
-        result = alone(settings(data, tmp_path / f"one-{name}", router, batch_size=4))
+@pytest.mark.parametrize(
+    ("how", "names"),
+    [
+        ("ddp", ("fixed", "token", "random")),
+        ("fsdp", ("expert", "token-free")),
+        pytest.param("ddp", ("expert", "token-free"), marks=pytest.mark.slow),
+        pytest.param("fsdp", ("fixed", "token", "random"), marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_train_as_one(how, names, data, tmp_path, pair):
+    for name in names:
+        router, short = ROUTERS[name], dict(steps=6, eval_every=3)
+        pair(settings(data, tmp_path / f"two-{name}", router, parallel=how, **short))
+        result = alone(settings(data, tmp_path / f"one-{name}", router, batch_size=4, **short))
         for what in (
             ["loss"],
             ["validation_nll"],
@@ -294,6 +303,25 @@ def test_questions_to_all_ranks_are_one_wait_and_none_for_a_process_alone(monkey
         two = Ranks(0, 2, torch.device("cpu"))
         assert two.any(True, False, False) == [True, True, False]
     assert waits.seen == ["tolist"]
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_under_torchrun_a_rank_touches_no_gpu_but_its_own(device, monkeypatch):
+    used = []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda place: used.append(("current", place)))
+    monkeypatch.setattr(
+        torch, "empty", lambda *_, device: (used.append(("memory", device)), torch.zeros(1))[1]
+    )
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *backend: used.append(backend))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 6)
+    own = torch.device("cuda", 2)
+    with ranks(device) as found:
+        assert found == Ranks(6, 4, own)
+    assert used == [("memory", own), ("current", own), ("nccl",), ()]
 
 
 @pytest.fixture

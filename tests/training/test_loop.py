@@ -32,13 +32,13 @@ from tests.training.small_run import LOSS_FREE, metrics, poisoned, quiet, settin
     "router", ["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
 )
 def test_every_family_learns(squares, tmp_path, router):
-    result = train(settings(squares, tmp_path / "run", router, steps=60), console=quiet())
+    result = train(settings(squares, tmp_path / "run", router, steps=40), console=quiet())
     log = metrics(tmp_path / "run")
     losses = [row["loss"] for row in log if "loss" in row]
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     validation = [row for row in log if "validation_nll" in row]
     assert validation[-1]["validation_bits_per_byte"] < validation[0]["validation_bits_per_byte"]
-    assert result.finished and result.state.step == 60 and result.state.tokens == 60 * 4 * 32
+    assert result.finished and result.state.step == 40 and result.state.tokens == 40 * 4 * 32
 
 
 @pytest.mark.parametrize("router", ["expert_choice", LOSS_FREE])
@@ -523,3 +523,20 @@ def test_an_existing_run_is_not_overwritten(squares, tmp_path):
     train(config, console=quiet())
     with pytest.raises(ValueError, match="already holds a run"):
         train(config, console=quiet())
+
+
+def test_a_long_run_ends_with_a_table_of_depths_that_later_weights_do_not_inherit(
+    squares, tmp_path, monkeypatch
+):
+    short = train(settings(squares, tmp_path / "short", steps=2), console=quiet())
+    assert checkpoint.load(short.path).model.depth_table is None
+    monkeypatch.setattr(importlib.import_module("mor.training.loop"), "LEAST_TOKENS", 0)
+    config = settings(squares, tmp_path / "run", steps=2)
+    made = train(config, console=quiet())
+    table = checkpoint.load(made.path).model.depth_table
+    assert table is not None and table.deepest == 2 * config.model.num_recursions
+    checkpoint.check_to_continue(made.path)
+    longer = replace(config, steps=4, calibrate=False)
+    made = train(longer, resume=True, console=quiet())
+    assert made.state.model.depth_table is None
+    assert checkpoint.load(made.path).model.depth_table is None

@@ -7,7 +7,8 @@ import pytest
 from mor import checkpoint
 from mor.data.stream import Batch, DataState
 from mor.model.config import RouterConfig
-from mor.training.config import TrainConfig
+from mor.run_folder import RunFolder
+from mor.training.config import TrainConfig, load_config, total_flops
 from mor.training.distributed import ALONE
 from mor.training.loop import train
 from mor.training.optim import build_optimizers
@@ -34,12 +35,12 @@ def test_accumulation_equals_one_large_batch(squares, tmp_path, router):
     assert one.state.flops == two.state.flops
 
 
-@pytest.mark.parametrize("kv", ["recursion_wise", "shared", "hybrid"])
+@pytest.mark.parametrize("kv", ["recursion_wise", "shared", "hybrid", "final"])
 @pytest.mark.parametrize("router", ["fixed", "expert_choice", "random"])
 def test_the_host_waits_once_in_a_step(router, kv):
     """For loss and gradient norm together, however many forwards and recursions there are."""
-    if (router, kv) == ("fixed", "hybrid"):
-        pytest.skip("hybrid needs a router")
+    if router == "fixed" and kv in ("hybrid", "final"):
+        pytest.skip("needs a router")
     model = tiny(RouterConfig(kind=router), kv_strategy=kv)
     config = TrainConfig(model=model.config, accumulate=2, batch_size=2, seq_len=30)
     state = TrainState(model, build_optimizers(model, config.optim), ALONE, model)
@@ -49,6 +50,38 @@ def test_the_host_waits_once_in_a_step(router, kv):
         result = train_step(config, state, iter([(batch, DataState(1))] * 2), 10)
     assert waits.seen == ["tolist"]
     assert result.is_finite and result.grad_norm > 0
+
+
+def test_exits_are_trained_in_steps_of_full_depth_alone(squares, tmp_path):
+    router = RouterConfig(kind="expert_choice", causal_selection="gain", gate="residual", alpha=1.0)
+    elastic = dict(full_depth_share=0.5, exit_share=0.25, exit_weight=0.3)
+    config = settings(squares, tmp_path / "run", router, log_every=1, **elastic)
+    result = train(config, console=quiet())
+    rows = [row for row in metrics(tmp_path / "run") if "mean_depth" in row]
+    assert [row["step"] for row in rows if "exits" in row] == [2, 4, 5, 7, 10, 12]
+    assert {row["mean_depth"] for row in rows if "exits" in row} == {2.0}
+    assert {row["mean_depth"] for row in rows if "exits" not in row} == {1.5}
+    kept = load_config(RunFolder(tmp_path / "run").settings)
+    assert result.state.flops == pytest.approx(total_flops(kept))
+
+
+@pytest.mark.parametrize("recursions", [1, 2, 4])
+def test_a_step_takes_the_recursions_that_it_draws(recursions):
+    """Each further one as the last."""
+    model = tiny("fixed", num_recursions=2)
+    drawn = dict(recursions_drawn=(recursions, recursions), batch_size=2, seq_len=9)
+    config = TrainConfig(model=model.config, **drawn)
+    tokens, router = random_tokens(2, 10), model.router
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    state = TrainState(model, build_optimizers(model, config.optim), ALONE, model)
+    result = train_step(config, state, iter([(batch, DataState(1))]), 10)
+    assert result.mean_depth == recursions
+    fresh, deep = tiny("fixed", num_recursions=2), max(2, recursions)
+    other = tiny("fixed", num_recursions=deep, num_layers=2 + 2 * deep)
+    other.load_state_dict(fresh.state_dict())
+    wanted = other(batch.tokens_BT, targets_BT=batch.targets_BT, max_depth=recursions)
+    assert result.loss == pytest.approx(wanted.nll.item(), abs=1e-5)
+    assert model.router is router
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(squares, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
+import mor.page
 from mor.analysis.explain import Explanation
 
 DIGITS = 4
@@ -42,8 +43,13 @@ def render(explanations: Sequence[Explanation]) -> str:
     own = files(__name__)
     return Template((own / "explain.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(" and ".join(e.name for e in explanations)),
-        style=(own / "explain.css").read_text(encoding="utf-8"),
-        script="\n".join((own / name).read_text(encoding="utf-8") for name in SCRIPTS),
+        style=mor.page.read(mor.page.STYLE) + (own / "explain.css").read_text(encoding="utf-8"),
+        script="\n".join(
+            [
+                *map(mor.page.read, mor.page.SCRIPTS),
+                *((own / name).read_text(encoding="utf-8") for name in SCRIPTS),
+            ]
+        ),
         data=plain,
     )
 

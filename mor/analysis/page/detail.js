@@ -113,30 +113,6 @@ function choose(k, i, scroll) {
   document.getElementById("bar").replaceChildren(...models.map((m, other) => line(m, state.at[other])));
   document.getElementById("facts").replaceChildren(...models.map((m, other) => one(m, state.at[other])));
 }
-// Scrolls the panel, not the page.
-function reveal(box, node) {
-  const a = box.getBoundingClientRect(),
-    b = node.getBoundingClientRect();
-  if (b.top < a.top + 4) box.scrollTop -= a.top + 4 - b.top;
-  if (b.bottom > a.bottom - 4) box.scrollTop += b.bottom - a.bottom + 4;
-}
-function lineStep(box, i, down) {
-  const nodes = [...box.querySelectorAll("[data-i]")],
-    here = nodes[i].getClientRects()[0],
-    centre = (here.left + here.right) / 2;
-  let best = i,
-    nearest = Infinity,
-    line = null;
-  for (let j = i + (down ? 1 : -1); j >= 0 && j < nodes.length; j += down ? 1 : -1) {
-    const r = nodes[j].getClientRects()[0];
-    if (!r || (down ? r.top < here.bottom - 1 : r.bottom > here.top + 1)) continue;
-    if (line === null) line = r.top;
-    if (Math.abs(r.top - line) > here.height / 2) break;
-    const away = Math.abs((r.left + r.right) / 2 - centre);
-    if (away < nearest) [nearest, best] = [away, j];
-  }
-  return best;
-}
 function key(event) {
   const box = event.target.closest("[role=listbox]");
   if (event.key === "Escape") return hold(false);

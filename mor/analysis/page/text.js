@@ -55,7 +55,7 @@ const MODES = {
   depth: {
     name: "depth",
     needs: () => models.some(looped),
-    level: (m, t) => depthLevel(m, t.depth),
+    level: (m, t) => depthLevel(t.depth, m.model.num_recursions),
     bars: (t) => t.depth,
   },
   surprise: {
@@ -80,21 +80,19 @@ const MODES = {
     unit: "nats by which this model predicts this stretch better (blue) or worse (orange); ±4 and more is darkest",
   },
 };
-const shade = (x, most) => (x === null ? null : Math.min(1, Math.max(0, x / most)));
 // Tokens that take no recursion are there: without colour, like those that take one, and no line below.
 const leastDepth = () => (models.some((m) => m.tokens.some((t) => t.depth === 0)) ? 0 : 1);
-const depthLevel = (m, depth) =>
-  m.model.num_recursions < 2 ? 0 : Math.max(0, depth - 1) / (m.model.num_recursions - 1);
 
 function paint(node, mode, m, t) {
   const value = mode.level(m, t);
-  const level = value === null ? 0 : mode.diverging ? shade(Math.abs(value), mode.diverging) : value;
-  node.style.setProperty("--level", level);
-  node.style.setProperty("--bars", mode.bars ? mode.bars(t) : 0);
-  node.style.setProperty("--tint", mode.diverging && value < 0 ? "var(--high-worse)" : "var(--high)");
-  node.classList.toggle("none", value === null);
-  node.classList.toggle("up", Boolean(mode.diverging) && value > mode.diverging / 20);
-  node.classList.toggle("down", Boolean(mode.diverging) && value < -mode.diverging / 20);
+  tint(node, mode.diverging ? shade(value && Math.abs(value), mode.diverging) : value, mode.bars ? mode.bars(t) : 0);
+  diverge(node, mode.diverging ? value : 0, mode.diverging);
+}
+function diverge(node, value, most) {
+  node.style.setProperty("--tint", value < 0 ? "var(--high-worse)" : "var(--high)");
+  node.classList.toggle("up", value > most / 20);
+  node.classList.toggle("down", value < -most / 20);
+  return node;
 }
 
 function prose(m, k) {
@@ -117,27 +115,15 @@ function prose(m, k) {
 function legend() {
   const place = document.getElementById("legend"),
     mode = MODES[state.mode];
-  const swatch = (level, text, bars, tint, cls) =>
-    el(
-      "span",
-      { class: `tok ${cls || ""}`, style: `--level:${level};--bars:${bars || 0};--tint:var(--${tint || "high"})` },
-      text,
-    );
-  if (mode.bars) {
-    const deepest = Math.max(...models.map((x) => x.model.num_recursions));
-    const least = leastDepth();
-    const steps = Array.from({ length: deepest + 1 - least }, (_, i) => i + least).map((d) =>
-      swatch(deepest < 2 ? 0 : Math.max(0, d - 1) / (deepest - 1), `depth ${d}`, d),
-    );
-    place.replaceChildren(...steps, "as many lines below as recursions");
-  } else if (mode.diverging) {
+  if (mode.bars) place.replaceChildren(...depthLegend(Math.max(...models.map((x) => x.model.num_recursions)), leastDepth()));
+  else if (mode.diverging)
     place.replaceChildren(
-      swatch(1, "worse", 0, "high-worse", "down"),
-      swatch(0, "no change"),
-      swatch(1, "better", 0, "high", "up"),
+      diverge(swatch("worse", 1), -1, 1),
+      swatch("no change", 0),
+      diverge(swatch("better", 1), 1, 1),
       mode.unit,
     );
-  } else place.replaceChildren(swatch(0, "none"), swatch(0.5, "some"), swatch(1, "much"), mode.unit);
+  else place.replaceChildren(swatch("none", 0), swatch("some", 0.5), swatch("much", 1), mode.unit);
 }
 
 function setMode(name) {

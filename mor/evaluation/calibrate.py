@@ -1,0 +1,243 @@
+"""What depth budgets ask of a router's scores, measured on text.
+
+For each budget one forward over the same windows: each recursion takes the share of tokens that the
+budget wants there, those with the highest scores, and the lowest of these is the threshold. So
+each threshold is fitted to the states that the thresholds before it lead to. Nothing is drawn at
+random: equal weights and text give equal tables.
+
+B batch · C candidates · D model · M packed tokens · T tokens
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from mor.data.stream import Batch, Windows
+from mor.device import autocast
+from mor.evaluation.finite import require_finite, values_of
+from mor.evaluation.nll import window_length
+from mor.model.budget import (
+    EVERYONE,
+    GRID_STEP,
+    NOBODY,
+    DepthTable,
+    check_can_budget,
+    corners,
+    default_deepest,
+    router_for,
+    shares_of,
+)
+from mor.model.config import ModelConfig
+from mor.model.other_depths import RouterAround
+from mor.model.packing import PackedTokens
+from mor.model.routers import Router
+from mor.model.routing import Decision, Memory
+from mor.model.transformer import Transformer
+
+FITTED_TOKENS = 8_192
+"""Tokens that thresholds are fitted to, unless somebody says otherwise."""
+
+
+LEAST_TOKENS = 1_024
+"""With fewer, a mean depth is off by some percent."""
+
+
+def num_forwards(config: ModelConfig, deepest: int | None = None) -> int:
+    """Forwards over the windows of one half that a calibration takes, about."""
+    most = default_deepest(config) if deepest is None else deepest
+    return len(_grid(corners(config, most))) + len(_checked(config.num_recursions, most))
+
+
+@dataclass
+class Fit:
+    """thresholds: of each recursion from the second. taken: tokens that took each recursion."""
+
+    thresholds: list[float]
+    taken: list[int]
+
+
+class FittingRouter(RouterAround):
+    """Sends the wanted share of all tokens of a forward into each recursion, and notes the
+    threshold that does so. It compares tokens with later ones: for measuring alone."""
+
+    def __init__(self, inner: Router, shares: Sequence[float]) -> None:
+        super().__init__(inner, len(shares))
+        self.has_topk, self.shares = False, shares
+        self.found = Fit([], [])
+
+    def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
+        memory = self.inner.start(x_MD, tokens, min(max_depth, self.inner.num_recursions))
+        self.total, self.found = len(tokens), Fit([], [len(tokens)])
+        if self.inner.chosen_depth(memory) is None:
+            return memory
+        going = torch.ones_like(tokens.row, dtype=torch.bool)
+        depth = going.long()
+        for recursion in range(1, self.num_recursions):
+            urge = self.inner.urge(self._trained(recursion), None, None, memory)
+            going = going & (urge >= self._note(recursion, urge[going]))
+            depth = depth + going
+        return self.inner.with_depth(memory, depth)
+
+    def decide(
+        self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
+    ) -> Decision:
+        trained = self._trained(recursion)
+        decided = self.inner.decide(trained, h_CD, tokens, memory, capacity)
+        if recursion == 0:
+            return replace(decided, takes=None, rank=None)
+        if (depth := self.inner.chosen_depth(memory)) is not None:
+            return replace(decided, takes=depth > recursion, rank=None)
+        urge = self.inner.urge(trained, decided, tokens, memory)
+        return replace(decided, takes=urge >= self._note(recursion, urge), rank=None)
+
+    def _note(self, recursion: int, urge: Tensor) -> float:
+        threshold = threshold_for(urge, round(self.shares[recursion] * self.total))
+        self.found.thresholds.append(threshold)
+        self.found.taken.append(int((urge >= threshold).sum()))
+        return threshold
+
+    def _trained(self, recursion: int) -> int:
+        return min(recursion, self.inner.num_recursions - 1)
+
+
+def threshold_for(score: Tensor, count: int) -> float:
+    """What about ``count`` of the scores reach: as near as equal scores allow."""
+    if count <= 0 or not len(score):
+        return NOBODY
+    if count >= len(score):
+        return EVERYONE
+    ordered = score.double().sort(descending=True).values
+    last = ordered[count - 1]
+    above, reached = int((ordered > last).sum()), int((ordered >= last).sum())
+    if count - above < reached - count:  # many have the last one's score; better without them
+        return NOBODY if not above else float((ordered[above - 1] + last) / 2)
+    if reached == len(ordered):
+        return EVERYONE
+    return float((last + ordered[reached]) / 2)
+
+
+def calibrate(
+    model: Transformer,
+    data: Windows,
+    *,
+    seq_len: int | None = None,
+    max_windows: int | None = None,
+    deepest: int | None = None,
+    kinds: Mapping[str, Windows] | None = None,
+    document_mask: bool = False,
+    step: Callable[[float], None] = lambda done: None,
+) -> DepthTable:
+    """Measure what each budget asks for, and give the model the table.
+
+    Every other window is what thresholds are fitted to; the others show what is spent then.
+    seq_len: tokens in a window; None: the model's context. max_windows: of each of the two halves;
+    None: for about ``FITTED_TOKENS`` tokens. deepest: recursions that a budget may go to; None:
+    twice the trained ones. kinds: other text to check on, by name. step: called with the part that
+    is done.
+
+    Raises ValueError for a model without a choice of depths, data of less than two windows, and
+    if the model gives NaN or infinity.
+    """
+    check_can_budget(model.config)
+    deepest = default_deepest(model.config) if deepest is None else deepest
+    if deepest < model.config.num_recursions:
+        raise ValueError(
+            f"deepest={deepest} is below the model's {model.config.num_recursions} recursions; "
+            "budgets of any size up to them are part of every table"
+        )
+    length = window_length(model, seq_len)
+    most = max_windows or max(1, math.ceil(FITTED_TOKENS / length))
+    fitted, unseen = _halves(data, length, most, document_mask)
+    path = corners(model.config, deepest)
+    grid = _grid(path)
+    fits = []
+    for i, budget in enumerate(grid):
+        fits.append(_fit(model, fitted, shares_of(path, budget)))
+        step(0.7 * (i + 1) / len(grid))
+    tokens = fitted.tokens_BT.numel()
+    table = _table(fits, tokens)
+    checked = [b for b in _checked(model.config.num_recursions, deepest) if _has(table, b)]
+    model.depth_table = table
+    shown = {"held out": unseen}
+    for name, windows in (kinds or {}).items():
+        some = windows.spread(length, most)
+        shown[name] = windows.batch(some, length, documents=document_mask)
+    spent = {}
+    for i, (name, batch) in enumerate(shown.items()):
+        spent[name] = tuple(mean_depth(model, batch, budget) for budget in checked)
+        step(0.7 + 0.3 * (i + 1) / len(shown))
+    model.depth_table = replace(table, checked=tuple(checked), spent=spent)
+    return model.depth_table
+
+
+def _halves(data: Windows, length: int, most: int, documents: bool) -> tuple[Batch, Batch]:
+    chosen = data.spread(length, 2 * most)
+    if len(chosen) < 2:
+        raise ValueError(
+            f"the data ({data.describe()}) holds less than two windows of {length} tokens: one to "
+            "fit to and one to check on; give more text, or lower seq_len"
+        )
+    halves = chosen[::2], chosen[1::2]
+    fitted, unseen = (data.batch(some, length, documents=documents) for some in halves)
+    return fitted, unseen
+
+
+def _grid(path: Sequence[Sequence[float]]) -> list[float]:
+    """Budgets to measure: the corners, and between them often enough. Just beyond a corner a
+    recursion opens, and its threshold comes from nobody's; so there is one there as well."""
+    found = []
+    for low, high in pairwise(map(sum, path)):
+        parts = max(1, math.ceil((high - low) / (0.8 * GRID_STEP)))
+        found += [low, low + 0.03 * (high - low)]
+        found += [low + (high - low) * i / parts for i in range(1, parts)]
+    last = sum(path[-1])
+    return [*found, last - 0.03 * (last - found[-1]), last]
+
+
+@torch.inference_mode()
+def _fit(model: Transformer, batch: Batch, shares: Sequence[float]) -> Fit:
+    router = FittingRouter(model.router, shares)
+    _forward(model, batch, router)
+    left = len(shares) - len(router.found.taken)
+    return Fit(router.found.thresholds + [NOBODY] * left, router.found.taken + [0] * left)
+
+
+def _forward(model: Transformer, batch: Batch, router: Router) -> int:
+    """Recursions that all tokens of a batch take together."""
+    device = model.embedding.weight.device
+    here = batch.to(device)
+    with autocast(device):
+        output = model(here.tokens_BT, documents_BT=here.documents_BT, router=router, logits="none")
+    require_finite(model, values_of(output), "in the text to calibrate on")
+    return sum(output.routing.tokens_per_recursion())
+
+
+@torch.inference_mode()
+def mean_depth(model: Transformer, batch: Batch, depth: float) -> float:
+    """What a budget spends on a batch."""
+    return _forward(model, batch, router_for(model, depth)) / batch.tokens_BT.numel()
+
+
+def _table(fits: Sequence[Fit], tokens: int) -> DepthTable:
+    """A row for each mean depth that was reached, in order."""
+    rows = {sum(fit.taken) / tokens: tuple(fit.thresholds) for fit in fits}
+    budgets = sorted(rows)
+    return DepthTable(
+        budgets=tuple(budgets), thresholds=tuple(rows[b] for b in budgets), tokens=tokens
+    )
+
+
+def _checked(trained: int, deepest: int) -> list[float]:
+    """Budgets to check, off the grid's corners as users ask for them."""
+    halves = [1 + i / 2 for i in range(1, 2 * (trained - 1) + 1)]
+    return halves + [float(depth) for depth in range(trained + 1, deepest + 1)]
+
+
+def _has(table: DepthTable, budget: float) -> bool:
+    return any(low <= budget <= high for low, high in table.reachable())
