@@ -33,7 +33,7 @@ CASES = [
     )
     for i, router in enumerate(NAMES)
     for j, kv in enumerate(KV_STRATEGIES)
-]
+] + [pytest.param(router, "final", id=f"{router}-final") for router in ("expert", "gain")]
 
 
 @functools.cache
