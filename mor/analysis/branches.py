@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mor.model.attention import attention
-from mor.model.kv_cache import KVCache
+from mor.model.kv_cache import EMPTY, KVCache
 from mor.model.other_depths import ForcedRouter
 from mor.model.packing import PackedTokens
 from mor.model.transformer import Transformer
@@ -99,7 +99,7 @@ class BranchPass:
         self.store, self.reads, self.row = store, reads, tokens.row
         self.writes = stream in reads
         self.stream = stream if self.writes else reads[-1]  # where the own entries are
-        past_MS = store.past.positions(reads[0], None) < tokens.position[:, None]
+        past_MS = self._past_positions() < tokens.position[:, None]
         own_MM = torch.eye(len(tokens), dtype=torch.bool, device=past_MS.device)
         self.visible_1MS = torch.cat([past_MS, own_MM], dim=1)[None]
 
@@ -118,12 +118,26 @@ class BranchPass:
         )
         return attention(q_MNH[None], k, v, self.visible_1MS)[0]
 
+    def _past_positions(self) -> Tensor:
+        """(1, S); of several streams, merged so that an entry's place is its position."""
+        positions = [self.store.past.positions(stream, None) for stream in self.reads]
+        if len(positions) == 1:
+            return positions[0]
+        merged = positions[0].new_full((1, int(self.store.past.length)), EMPTY)
+        for position_1S in positions:
+            merged[0, position_1S[0]] = position_1S[0]
+        return merged
+
     def _past(self, layer: int) -> tuple[Tensor, Tensor]:
         """Entries of the streams read, (S, G, H); later streams win."""
-        k, v = (x[0] for x in self.store.past.read(self.reads[0], layer, None))
-        # Every token is in the first stream read, so there its place is its position.
-        for stream in self.reads[1:]:
-            position = self.store.past.positions(stream, None)[0]
-            k_new, v_new = (x[0] for x in self.store.past.read(stream, layer, None))
-            k, v = k.index_copy(0, position, k_new), v.index_copy(0, position, v_new)
-        return k, v
+        past = self.store.past
+        k, v = (x[0] for x in past.read(self.reads[-1], layer, None))
+        if len(self.reads) == 1:
+            return k, v
+        shape = (int(past.length), *k.shape[1:])
+        merged = k.new_zeros(shape), v.new_zeros(shape)
+        for stream in self.reads:
+            position = past.positions(stream, None)[0]
+            for into, x in zip(merged, past.read(stream, layer, None), strict=True):
+                into[position] = x[0]
+        return merged

@@ -263,7 +263,7 @@ def kv_similarity(reading: Reading) -> Rows:
     """
     sums: dict[tuple[int, int, int], list[float]] = {}
     for cache in reading.caches:
-        for a, b in combinations(range(1, len(cache.streams)), 2):
+        for a, b in combinations(range(1, cache.num_recursions + 1), 2):
             if not cache.streams[b].k:
                 continue
             in_a, in_b = _common(cache, a, b)

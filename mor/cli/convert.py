@@ -1,4 +1,7 @@
-"""mor convert"""
+"""mor convert
+
+L layers, and the final state
+"""
 
 from __future__ import annotations
 

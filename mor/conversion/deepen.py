@@ -6,7 +6,7 @@ Recursion 1 is the source. What later recursions add is zero at the start, so th
 gives the source's logits, to the last bit, whoever takes them; with ``max_depth=1`` for ever,
 unless the source's own weights are trained.
 
-M tokens · D model · L layers, and the final state
+B rows · T columns · M tokens · D model · L layers, and the final state
 """
 
 from __future__ import annotations

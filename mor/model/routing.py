@@ -6,8 +6,8 @@ which looks at the token alone: it is causal. ``topk`` ranks the candidates of e
 keeps as many as the capacity allows; that is what training does, and it sees the future. The
 engine, whose tokens are all at different recursions, uses the same decision as a mask.
 
-B rows · T columns · A rows that hold tokens · M packed tokens · C candidates · R recursions · D
-model
+B rows · T columns · A rows that hold tokens · M packed tokens · C candidates · K those of exits ·
+R recursions · D model
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Tokens are packed (see packing.py): M counts the tokens that really take part.
 
 B rows · T columns · M packed tokens · K selected · D model · N heads · G key/value heads · H head
-dim · V vocab · A rows that hold tokens
+dim · F feed-forward · V vocab · A rows that hold tokens
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ it as their last argument, or none at the first recursion."""
 class Output:
     """logits_BTV: zeros at padding; with ``logits="last"`` (B, 1, V), the last token of each row.
     With targets there are none, and ``nll`` is the mean negative log-likelihood of the targets, in
-    nats; nll_M that of each packed token, without gradients."""
+    nats; nll_each that of each packed token, without gradients."""
 
     logits_BTV: Tensor
     routing: Routing
     nll: Tensor | None = None
-    nll_M: Tensor | None = None
+    nll_each: Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -493,8 +493,8 @@ class Transformer(nn.Module):
         routing = replace(routing, losses=router.losses(routing))
         if targets_BT is not None:
             target = targets_BT.flatten()[tokens.place]
-            nll, nll_M = linear_cross_entropies(self.final_norm(x_MD), self.head_weight, target)
-            return Output(x_MD.new_empty(0), routing, nll, nll_M)
+            nll, nll_each = linear_cross_entropies(self.final_norm(x_MD), self.head_weight, target)
+            return Output(x_MD.new_empty(0), routing, nll, nll_each)
         if logits == "none":
             return Output(x_MD.new_empty(0), routing)
         return Output(self._logits(x_MD, tokens, logits), routing)

@@ -4,7 +4,7 @@ leave the prelude, and the loss of every token at depth 1.
 A sequence is known by its content, so other data, other epochs and other runs of the same source
 share a folder. A folder of another source is refused.
 
-B rows of the batch · T columns · D model · M packed tokens
+B rows of the batch · T columns · D model
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _DIGEST = 16  # bytes
 
 
 class SourceOf(NamedTuple):
-    """entered_BTD: states after the prelude, rounded to half precision. nll_M: loss at depth 1 of
-    each token that follows from them, nats."""
+    """entered_BTD: states after the prelude, rounded to half precision. nll_each: loss at depth 1
+    of each packed token, (M,), that follows from them, nats."""
 
     entered_BTD: Tensor
-    nll_M: Tensor
+    nll_each: Tensor
 
 
 class SourceCache:
@@ -122,8 +122,8 @@ class SourceCache:
             max_depth=1,
             entered_BTD=state_BTD.to(first.routing.states[0].dtype),
         )
-        assert second.nll_M is not None
-        made["nll"] = second.nll_M.float().view(*tokens_BT.shape).cpu().numpy()
+        assert second.nll_each is not None
+        made["nll"] = second.nll_each.float().view(*tokens_BT.shape).cpu().numpy()
         with self.records.open("ab") as opened:
             opened.write(made.tobytes())
         with self.names.open("ab") as opened:

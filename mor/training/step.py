@@ -2,7 +2,7 @@
 
 batches -> forward (top-k selection) -> LM loss + auxiliary losses -> gradients -> update
 
-B rows of the batch · T columns
+B rows of the batch · T columns · M packed tokens · K those with a target · R recursions · D model
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ def _forward(config: TrainConfig, state: TrainState, batch: Batch) -> Output:
         exit_loss = routing.exits.nll_RK[:-1].mean()
         losses = losses | {"exits": AuxiliaryLoss(exit_loss, config.exit_weight)}
     elif isinstance(router, GainRouter):
-        source_nll_M = known.nll_M if known is not None else None
-        routing = with_capped(state.model, batch, output, inputs, source_nll_M)
+        source_nll = known.nll_each if known is not None else None
+        routing = with_capped(state.model, batch, output, inputs, source_nll)
         losses = losses | router.losses(routing)
     return replace(output, routing=replace(routing, losses=losses))
 
@@ -205,20 +205,20 @@ def with_capped(
     batch: Batch,
     output: Output,
     inputs: dict[str, Any],
-    source_nll_M: Tensor | None = None,
+    source_nll: Tensor | None = None,
 ) -> Routing:
     """The record of a forward with exits: what tokens lose that stop after each recursion, by the
     same forward with all tokens capped there. Without gradients.
 
-    source_nll_M: the loss at depth 1, where it is known.
+    source_nll: the loss at depth 1, where it is known.
     """
-    assert output.nll_M is not None
-    capped = [] if source_nll_M is None else [source_nll_M]
+    assert output.nll_each is not None
+    capped = [] if source_nll is None else [source_nll]
     for depth in range(1 + len(capped), model.config.num_recursions):
-        nll_M = model(batch.tokens_BT, **(inputs | {"max_depth": depth})).nll_M
-        assert nll_M is not None
-        capped.append(nll_M)
+        nll_each = model(batch.tokens_BT, **(inputs | {"max_depth": depth})).nll_each
+        assert nll_each is not None
+        capped.append(nll_each)
     target = batch.targets_BT.flatten()[output.routing.tokens.place]
     asked = (target != IGNORED).nonzero().squeeze(1)
-    nll_RM = torch.stack([*capped, output.nll_M])
+    nll_RM = torch.stack([*capped, output.nll_each])
     return replace(output.routing, exits=Exits(asked, nll_RM[:, asked]))

@@ -13,7 +13,7 @@ def read(model, ids):
     return model(torch.tensor([ids]), cache=cache), cache
 
 
-@pytest.mark.parametrize("make", cases("singles"))
+@pytest.mark.parametrize("make", cases("singles", with_final=True))
 def test_all_counterfactuals_at_once_equal_one_run_of_the_whole_sequence_each(make, monkeypatch):
     model, ids = make(), random_tokens(13, seed=4).tolist()
     with torch.no_grad():

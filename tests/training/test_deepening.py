@@ -7,15 +7,12 @@ import shutil
 
 import pytest
 import torch
-from filelock import FileLock
 
 from mor import checkpoint
 from mor.cli import main
 from mor.conversion.convert import convert
 from mor.conversion.deepen import Deepening
 from mor.data.config import DataConfig
-from mor.data.stream import Batch
-from mor.files import LOCK
 from mor.model.budget import even_table
 from mor.model.config import RouterConfig
 from mor.model.other_depths import ExploringRouter
@@ -25,11 +22,10 @@ from mor.model.transformer import Transformer
 from mor.training.config import OptimConfig, TrainConfig
 from mor.training.loop import train
 from mor.training.optim import build_optimizers, freeze
-from mor.training.source_cache import SourceCache
 from mor.training.step import with_capped
 from tests.conftest import random_tokens, tiny
 from tests.small_llama import save_llama
-from tests.training.small_run import metrics, quiet
+from tests.training.small_run import batch_of, metrics, quiet
 
 
 @pytest.fixture(scope="module")
@@ -201,13 +197,6 @@ def test_the_command_takes_the_model_of_the_checkpoint(start, tmp_path, capsys):
     assert metrics(out)[-1]["step"] == 2
 
 
-def batch_of(model, rows=3, length=11):
-    ids = random_tokens(rows, length + 1)
-    targets = ids[:, 1:].clone()
-    targets[:, ::3] = -100
-    return Batch(ids[:, :-1].contiguous(), targets)
-
-
 def test_exits_are_losses_at_capped_depths():
     model = tiny("gain", deepened=True, lora_rank=3).requires_grad_(False)
     batch = batch_of(model)
@@ -276,51 +265,6 @@ def test_exploring_sends_the_share_on():
             assert 0.15 < float(sent[~own].float().mean()) < 0.35
     everyone = ExploringRouter(model.router, 1.0, 0)
     assert model(ids, router=everyone).routing.depth.min() == 3
-
-
-def test_states_and_losses_of_the_source_are_computed_once(tmp_path, monkeypatch):
-    model = tiny("gain", deepened=True, lora_rank=3).requires_grad_(False)
-    cache, batch = SourceCache(tmp_path / "c", model, 11), batch_of(model)
-    twice = Batch(*(x[[0, 1, 2, 1]] for x in batch[:2]))
-    found = cache.of(twice)
-    output = model(twice.tokens_BT, targets_BT=twice.targets_BT, max_depth=1, keep_states=True)
-    torch.testing.assert_close(found.nll_M, output.nll_M, atol=1e-2, rtol=1e-2)
-    rounded = dict(entered_BTD=found.entered_BTD, targets_BT=twice.targets_BT, max_depth=1)
-    torch.testing.assert_close(model(twice.tokens_BT, **rounded).nll_M, found.nll_M)
-    entered_BTD = output.routing.states[0].view_as(found.entered_BTD)
-    torch.testing.assert_close(found.entered_BTD, entered_BTD, atol=1e-3, rtol=1e-3)
-    skipped = model(twice.tokens_BT, entered_BTD=entered_BTD).logits_BTV
-    assert torch.equal(skipped, model(twice.tokens_BT).logits_BTV)
-    with pytest.raises(ValueError, match="a state for each token"):
-        model(twice.tokens_BT, entered_BTD=entered_BTD[:1])
-    assert len(cache.place) == 3 and cache.nbytes == 3 * 11 * (2 * 24 + 4)
-
-    with (tmp_path / "c" / "records.bin").open("ab") as file:
-        file.write(b"half a record")  # of a run that was killed
-    cache.close()
-    with FileLock(tmp_path / "c" / LOCK), pytest.raises(ValueError, match="another process"):
-        SourceCache(tmp_path / "c", model, 11)  # two would number their records alike
-    again = SourceCache(tmp_path / "c", model, 11)
-    monkeypatch.setattr(again, "model", None)  # nothing is left to compute
-    for a, b in zip(again.of(batch), cache.of(batch), strict=True):
-        assert torch.equal(a, b)
-    other = Batch(batch.tokens_BT, batch.targets_BT.roll(1, 0))
-    with pytest.raises(TypeError):
-        again.of(other)
-
-
-def test_a_cache_of_another_source_is_refused(tmp_path):
-    model = tiny("gain", deepened=True, lora_rank=3).requires_grad_(False)
-    SourceCache(tmp_path, model, 11).close()
-    for name, parameter in model.named_parameters():
-        if "deepening" in name or "lora" in name or "router" in name:
-            parameter.add_(1.0)
-    SourceCache(tmp_path, model, 11).close()  # what is trained is not of the source
-    with pytest.raises(ValueError, match="another seq_len"):
-        SourceCache(tmp_path, model, 12)
-    model.coda[0].feed_forward.up_proj.weight[0, 0] += 0.01
-    with pytest.raises(ValueError, match="another source"):
-        SourceCache(tmp_path, model, 11)
 
 
 def test_training_from_the_cache_is_the_same_training(start, tmp_path):
