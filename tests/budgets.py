@@ -28,9 +28,10 @@ GAIN = RouterConfig(kind="expert_choice", causal_selection="gain", gate="residua
 
 @functools.cache
 def calibrated(router="expert", kv_strategy="recursion_wise", **settings):
-    """router: a name in ``ROUTERS``, or "gain". For budgets of up to 5 recursions, of which 3 are
-    trained."""
-    config = GAIN if router == "gain" else ROUTERS[router]
-    model = tiny(config, kv_strategy=kv_strategy, **settings)
+    """router: a name in ``ROUTERS``, "gain", or "deepened", which the model is, too. For budgets of
+    up to 5 recursions, of which 3 are trained."""
+    known = ROUTERS | {"gain": GAIN, "deepened": RouterConfig(kind="gain")}
+    settings |= dict(deepened=True, lora_rank=3) if router == "deepened" else {}
+    model = tiny(known[router], kv_strategy=kv_strategy, **settings)
     calibrate(model, text(600), seq_len=23, max_windows=12, deepest=5)
     return model

@@ -112,6 +112,10 @@ def tiny(
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(6.0)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
     return model
 
 
@@ -158,6 +162,19 @@ def cases(quick="all", *, with_final=False):
                 kept = j == i % 2 if from_0 else kept
                 marks = () if kept else pytest.mark.slow
                 found.append(pytest.param(make, id=f"{name}-{sharing}-{kv}", marks=marks))
+    gain = RouterConfig(kind="gain", architecture="mlp")
+    deepened = (ROUTERS["fixed"], ROUTERS["expert"], ROUTERS["token"], gain)
+    strategies = [*KV_STRATEGIES, "hybrid"]
+    if with_final:
+        deepened, strategies = (*deepened, gain), [*strategies, "final"]
+    for router, kv in zip(deepened, strategies, strict=True):
+        make = _maker(router, "middle_cycle", kv, deepened=True, lora_rank=3)
+        kept = quick != "singles" or router.kind in ("token_choice", "gain")
+        marks = () if kept else pytest.mark.slow
+        found.append(pytest.param(make, id=f"deepened-{router.kind}-{kv}", marks=marks))
+    marks = pytest.mark.slow if quick == "singles" else ()
+    make = _maker(gain, "cycle", "recursion_wise")
+    found.append(pytest.param(make, id="gain-cycle-recursion_wise", marks=marks))
     for name in FINAL if with_final else ():
         marks = () if quick != "singles" or name in ("expert", "random") else pytest.mark.slow
         case = pytest.param(final_maker(name), id=f"{name}-middle_cycle-final", marks=marks)
@@ -171,9 +188,9 @@ def final_maker(router):
 
 
 @functools.cache
-def _maker(router, sharing, kv):
+def _maker(router, sharing, kv, **settings):
     """The same function at every call, so that what was found of its model can be kept."""
-    return functools.partial(tiny, router, sharing=sharing, kv_strategy=kv)
+    return functools.partial(tiny, router, sharing=sharing, kv_strategy=kv, **settings)
 
 
 def random_tokens(*shape, seed=0, vocab=37):

@@ -35,7 +35,15 @@ class Reference:
             return [(i, list(range(n))) for i in range(r)]
         return [(i, [layer]) for layer in range(n) for i in range(r)]
 
-    def block(self, name, states, keys_of, write):
+    def linear(self, name, x, later):
+        """A linear layer; at later recursions with its adapter, if it has one."""
+        out = self.w[f"{name}.weight"] @ x
+        if later and f"{name}.lora_A.weight" in self.w:
+            change = self.w[f"{name}.lora_B.weight"] @ (self.w[f"{name}.lora_A.weight"] @ x)
+            out = out + change * self.c.lora_alpha / self.c.lora_rank
+        return out
+
+    def block(self, name, states, keys_of, write, later=False):
         """One layer over ``states`` {position: vector}. keys_of(position, own) -> [(k, v)] that it
         may see."""
         c, w = self.c, self.w
@@ -43,11 +51,11 @@ class Reference:
             p: rms_norm(x, w[f"{name}.attention_norm.weight"], c.norm_eps)
             for p, x in states.items()
         }
-        own = {p: self.entry(name, p, x) for p, x in states.items()}
+        own = {p: self.entry(name, p, x, later) for p, x in states.items()}
         write(own)
         out = {}
         for p, x in normed.items():
-            q = (w[f"{name}.attention.q_proj.weight"] @ x).view(c.num_heads, c.head_dim)
+            q = (self.linear(f"{name}.attention.q_proj", x, later)).view(c.num_heads, c.head_dim)
             seen = keys_of(p, own)
             heads = []
             for n in range(c.num_heads):
@@ -56,21 +64,20 @@ class Reference:
                 scores = torch.stack([q_n @ k[g] / math.sqrt(c.head_dim) for k, _ in seen])
                 weights = torch.softmax(scores, 0)
                 heads.append(sum(weights[j] * v[g] for j, (_, v) in enumerate(seen)))
-            h = states[p] + w[f"{name}.attention.o_proj.weight"] @ torch.cat(heads)
+            h = states[p] + self.linear(f"{name}.attention.o_proj", torch.cat(heads), later)
             y = rms_norm(h, w[f"{name}.feed_forward_norm.weight"], c.norm_eps)
-            gate = w[f"{name}.feed_forward.gate_proj.weight"] @ y
-            up = w[f"{name}.feed_forward.up_proj.weight"] @ y
-            out[p] = h + w[f"{name}.feed_forward.down_proj.weight"] @ (
-                gate * torch.sigmoid(gate) * up
-            )
+            gate = self.linear(f"{name}.feed_forward.gate_proj", y, later)
+            up = self.linear(f"{name}.feed_forward.up_proj", y, later)
+            hidden = gate * torch.sigmoid(gate) * up
+            out[p] = h + self.linear(f"{name}.feed_forward.down_proj", hidden, later)
         return out
 
-    def entry(self, name, p, x):
+    def entry(self, name, p, x, later):
         """Key and value of a state at position p."""
-        c, w = self.c, self.w
-        x = rms_norm(x, w[f"{name}.attention_norm.weight"], c.norm_eps)
-        k = (w[f"{name}.attention.k_proj.weight"] @ x).view(c.num_kv_heads, c.head_dim)
-        v = (w[f"{name}.attention.v_proj.weight"] @ x).view(c.num_kv_heads, c.head_dim)
+        c = self.c
+        x = rms_norm(x, self.w[f"{name}.attention_norm.weight"], c.norm_eps)
+        k = self.linear(f"{name}.attention.k_proj", x, later).view(c.num_kv_heads, c.head_dim)
+        v = self.linear(f"{name}.attention.v_proj", x, later).view(c.num_kv_heads, c.head_dim)
         return torch.stack([rope(h, p, c.rope_theta) for h in k]), v
 
     def own_layers(self, kind, count, states):
@@ -94,7 +101,7 @@ class Reference:
             if strategy == "final":
                 name = f"recursions.shared_blocks.{layer}"
                 return [
-                    own[j] if j in own else self.entry(name, j, everyone[j])
+                    own[j] if j in own else self.entry(name, j, everyone[j], later=True)
                     for j in sorted(everyone)
                     if j <= p
                 ]
@@ -106,6 +113,25 @@ class Reference:
         return keys_of
 
     def stack(self, recursion, layers, states, first, everyone):
+        before = states
+        if self.c.deepened and recursion:
+            # Those that left are seen as if they went on.
+            states, everyone = (
+                {p: h + self.look_back(h, self.entered[p]) for p, h in some.items()}
+                for some in (states, everyone)
+            )
+        states = self.layers_of(recursion, layers, states, first, everyone)
+        if self.c.deepened and recursion:
+            gate = self.w["recursions.deepening.gate"]
+            states = {p: before[p] + gate * (out - before[p]) for p, out in states.items()}
+        return states
+
+    def look_back(self, h, entered):
+        ones = torch.ones_like(h)
+        both = torch.cat([rms_norm(x, ones, self.c.norm_eps) for x in (h, entered)])
+        return self.w["recursions.deepening.reinject.weight"] @ both
+
+    def layers_of(self, recursion, layers, states, first, everyone):
         for layer in layers:
 
             def write(own, layer=layer):
@@ -117,6 +143,7 @@ class Reference:
                 states,
                 self.keys_for(recursion, layer, first, everyone),
                 write,
+                later=recursion > 0,
             )
         return states
 
@@ -136,13 +163,15 @@ class Reference:
         return self.w[f"{name}.2.weight"] @ (hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))))
 
     def gated(self, h, out, gate):
+        if self.c.deepened:
+            return out
         return h + gate * out if self.c.router.gate == "paper" else h + gate * (out - h)
 
     def forward(self, ids, selection):
         """(logits_TV, {loss name: value}, depth of each token)."""
         c = self.c
         states = {p: self.w["embedding.weight"][i] for p, i in enumerate(ids)}
-        states = self.own_layers("prelude", c.prelude_layers, states)
+        states = self.entered = self.own_layers("prelude", c.prelude_layers, states)
         run = {
             "fixed": self.fixed,
             "expert_choice": self.expert_choice,
@@ -225,7 +254,7 @@ class Reference:
             states = dict(states)
             for p in active:
                 gate, last = r.gate_scale * scores[p][recursion], depth[p] == recursion + 1
-                if r.combination == "last":
+                if r.combination == "last" or c.deepened:
                     states[p] = self.gated(h_1[p], out[p], gate) if last else out[p]
                 else:
                     states[p] = gate * out[p] + (h_1[p] if last else 0)

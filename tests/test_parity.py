@@ -106,14 +106,26 @@ def definition_cases():
         for kv in ("recursion_wise", "shared")
         for s in ("cycle", "sequence", "middle_cycle", "middle_sequence")
     ]
-    return [pytest.param(r, kv, s, id=name) for name, r, kv, s in found]
+    plain = [pytest.param(r, kv, s, {}, id=name) for name, r, kv, s in found]
+    added = dict(deepened=True, lora_rank=3, lora_alpha=5.0)
+    return plain + [
+        pytest.param(r, kv, "middle_cycle", added, id=f"deepened-{r['kind']}-{kv}")
+        for r, kv in (
+            (dict(kind="fixed"), "recursion_wise"),
+            (expert, "hybrid"),
+            (token, "shared"),
+            (expert, "final"),
+        )
+    ]
 
 
 @pytest.mark.parametrize("selection", ["topk", "threshold"])
-@pytest.mark.parametrize(("router", "kv", "sharing"), definition_cases())
-def test_equals_the_per_token_definition_in_values_and_gradients(router, kv, sharing, selection):
+@pytest.mark.parametrize(("router", "kv", "sharing", "added"), definition_cases())
+def test_equals_the_per_token_definition_in_values_and_gradients(
+    router, kv, sharing, added, selection
+):
     model = tiny(
-        RouterConfig(**router), kv_strategy=kv, sharing=sharing, tie_embeddings=False
+        RouterConfig(**router), kv_strategy=kv, sharing=sharing, tie_embeddings=False, **added
     ).double()
     if router["kind"] == "token_choice":
         model.router.bias_R += torch.tensor([0.0, 0.02, 0.04])

@@ -30,14 +30,17 @@ OF_SEVERAL_MODULES = {
     "engine/budgets",
     "examples",
     "flat_tasks",
+    "model/exits",
     "no_code_from_files",
     "parity",
     "public_interface",
     "server/clients",
     "server/depth",
+    "training/deepening",
     "style",
 }
-ON_DISK = {"threshold_R", "bias_R", "need_V"}  # buffers of routers, named in every checkpoint
+# Buffers of routers, named in every checkpoint; factors of adapters, as everyone names them.
+ON_DISK = {"threshold_R", "bias_R", "need_V", "lora_A", "lora_B"}
 
 
 def suffixed_names(tree):

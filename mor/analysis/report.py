@@ -27,7 +27,9 @@ from mor.analysis import corpus, figures
 from mor.analysis.classes import LEAST
 from mor.analysis.style import save
 from mor.checkpoint import Checkpoint
+from mor.data.problems import Task
 from mor.data.stream import TaskData, Windows
+from mor.data.word_problems import InTokens
 from mor.evaluation.depth_curve import depth_curve
 from mor.files import read_json
 from mor.model.budget import curve_depths, has_table
@@ -197,7 +199,7 @@ def analyses(
     if loaded.config.family == "mor":
         found["depth_histogram"] = corpus.depth_histogram(reading)
         found["depth_by_class"] = corpus.depth_by_token_class(
-            reading, loaded.tokenizer, task=data.task if isinstance(data, TaskData) else None
+            reading, loaded.tokenizer, task=_own_task(data)
         )
         found["depth_predictors"] = corpus.depth_predictors(reading)
         found["score_histogram"] = corpus.score_histogram(reading)
@@ -209,6 +211,12 @@ def analyses(
     for name, rows in found.items():
         _require_finite(name, rows)
     return {name: rows for name, rows in found.items() if rows}
+
+
+def _own_task(data: Windows) -> Task | None:
+    """The task that the data are of, if its words have kinds of their own."""
+    task = data.task if isinstance(data, TaskData) else None
+    return None if isinstance(task, InTokens) else task
 
 
 def _require_finite(table: str, rows: Rows) -> None:

@@ -1,11 +1,16 @@
-"""mor convert"""
+"""mor convert
+
+L layers, and the final state
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from tyro.conf import Positional
@@ -23,23 +28,43 @@ from mor.model.config import (
 )
 from mor.settings import PositiveFloat, PositiveInt, Seed
 
+if TYPE_CHECKING:
+    from mor.conversion.deepen import Deepening
+
 
 class Convert(Command):
-    """Convert a Llama-type model to a mor checkpoint or back, or initialise a recursive or MoR
-    model from it.
+    """Convert a Llama-type model to a mor checkpoint or back, initialise a recursive or MoR model
+    from it, or deepen it: keep it and let tokens take some of its layers again.
 
     SOURCE is a Llama directory, a .gguf file, a name on the Hugging Face hub, or a mor checkpoint
     or run.
     """
 
     source: Positional[str]
-    out: Positional[Path]
+    out: Positional[Path | None] = None
+    """The directory to write; nothing is written with --suggest-split."""
     to: Literal["mor", "llama", "remote-code"] = "mor"
     """llama writes a directory that transformers reads as LlamaForCausalLM; remote-code copies a
     mor checkpoint together with the code that runs it, for transformers with trust_remote_code=True
     where mor is not installed."""
     num_recursions: PositiveInt | None = None
-    """Initialise a model that applies its shared layers this often. Default: a plain copy."""
+    """Initialise a model that applies its shared layers this often; with --deepen, how often the
+    block is applied at most. Default: a plain copy."""
+    deepen: bool = False
+    """Keep the source whole and let later recursions apply a block of its layers again. They change
+    nothing before they are trained."""
+    block: str | None = None
+    """With --deepen: the layers to apply again, such as 10:20 for layers 10 to 19."""
+    adapter: str | None = None
+    """With --deepen: adapters of the block for later recursions: lora:RANK, or lora:RANK:ALPHA.
+    ALPHA is twice the rank by default."""
+    suggest_split: bool = False
+    """Print which layers to deepen, measured on held-out text, and write nothing."""
+    block_layers: PositiveInt | None = None
+    """With --suggest-split: layers of the block. Default: a third of the source's."""
+    text: str | None = None
+    """With --suggest-split: a file or folder of text, or prepared data, of which the held-out split
+    is read. Default: what training holds out of Python's own documentation."""
     sharing: Sharing | None = None
     """Default: middle_cycle."""
     init: Literal["stepwise", "average", "lower", "upper", "random"] | None = None
@@ -48,7 +73,8 @@ class Convert(Command):
     num_layers: PositiveInt | None = None
     """Effective depth. Default: the one nearest to the source's that the sharing scheme allows."""
     router: RouterKind | None = None
-    """Default: expert_choice with several recursions; fixed gives a Recursive Transformer."""
+    """Default: expert_choice with several recursions, gain with --deepen; fixed gives a Recursive
+    Transformer."""
     recipe: Recipe = "recommended"
     """Gate, keys and values where they are not given; see mor train --help."""
     gate: Literal["paper", "residual"] | None = None
@@ -66,21 +92,29 @@ class Convert(Command):
     def run(self, console: Console) -> None:
         from mor.conversion.convert import convert
 
+        if self.suggest_split:
+            self._suggest(console)
+            return
+        if self.out is None:
+            raise ValueError("say where to write: mor convert SOURCE OUT")
         options = ("sharing", "init", "num_layers", "router", "gate", "alpha", "kv_strategy")
         given = {name: value for name in options if (value := getattr(self, name)) is not None}
         if self.to == "remote-code":
-            self._export(given)
+            self._export(self.out, given)
             return
+        deepening = self._deepening(given) if self.deepen else None
         if given and self.num_recursions is None:
             flags = ", ".join(map(flag, given))
             raise ValueError(
                 f"a plain copy has no use for {flags}; add --num-recursions N or leave it out"
             )
+        if deepening is not None:
+            given = {}
         kind = given.pop("router", "expert_choice" if (self.num_recursions or 1) > 1 else "fixed")
         gate = {name: given.pop(name) for name in ("gate", "alpha") if name in given}
         defaults = {"kv_strategy": kv_strategy_of(kind, self.recipe)}
         settings: dict[str, Any] = (
-            (defaults if self.num_recursions else {})
+            (defaults if self.num_recursions and not self.deepen else {})
             | given
             | {
                 "router": RouterConfig(kind=kind, **(gate_of(kind, self.recipe) | gate)),
@@ -89,7 +123,12 @@ class Convert(Command):
             }
         )
         done = convert(
-            self.source, self.out, to=self.to, num_recursions=self.num_recursions, **settings
+            self.source,
+            self.out,
+            to=self.to,
+            num_recursions=None if self.deepen else self.num_recursions,
+            deepening=deepening,
+            **settings,
         )
         if self.json:
             print(json.dumps(asdict(done)))
@@ -97,16 +136,78 @@ class Convert(Command):
         for line in done.lines():
             console.print(line, highlight=False, soft_wrap=True)
 
-    def _export(self, given: dict[str, Any]) -> None:
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        if not self.deepen:
+            yield "block adapter", "without --deepen"
+        if not self.suggest_split:
+            yield "block_layers text", "without --suggest-split"
+
+    def _deepening(self, given: dict[str, Any]) -> Deepening:
+        from mor.conversion.deepen import Deepening
+
+        if others := given.keys() - {"router", "kv_strategy"}:
+            raise ValueError(
+                f"--deepen keeps the source's layers and has a gate of its own; leave out "
+                f"{', '.join(map(flag, sorted(others)))}"
+            )
+        if self.block is None or not (ends := re.fullmatch(r"(\d+):(\d+)", self.block)):
+            raise ValueError(
+                "--deepen needs --block FIRST:END, such as 10:20 for layers 10 to 19; "
+                "mor convert SOURCE --suggest-split proposes one"
+            )
+        adapter = re.fullmatch(r"lora:(\d+)(?::(\d+(?:\.\d+)?))?", self.adapter or "lora:0")
+        if adapter is None:
+            raise ValueError(f"--adapter is lora:RANK or lora:RANK:ALPHA, got {self.adapter!r}")
+        rank, alpha = adapter.groups()
+        kind = given.get("router", "gain")
+        return Deepening(
+            block=(int(ends[1]), int(ends[2])),
+            num_recursions=self.num_recursions or 2,
+            router=RouterConfig(kind=kind),
+            kv_strategy=given.get("kv_strategy", kv_strategy_of(kind, self.recipe)),
+            lora_rank=int(rank),
+            lora_alpha=float(alpha) if alpha else None,
+        )
+
+    def _suggest(self, console: Console) -> None:
+        from mor.conversion.convert import read_source
+        from mor.conversion.deepen import angular_distances, splits
+        from mor.data.config import DataConfig
+        from mor.data.stream import load_corpus, load_tokens
+
+        found = read_source(self.source)
+        if self.text is None:
+            held_out = load_corpus(DataConfig(), found.tokenizer).validation
+        else:
+            held_out = load_tokens(self.text, found.tokenizer)
+        length = min(256, found.config.max_seq_len)
+        distance_LL = angular_distances(found.model, held_out, seq_len=length, max_windows=16)
+        layers = self.block_layers or max(1, found.config.num_layers // 3)
+        best = splits(distance_LL, layers)
+        if self.json:
+            print(json.dumps([asdict(split) for split in best]))
+            return
+        console.print(
+            f"blocks of {layers} layers and the angle by which they turn a state (1 = 180 "
+            f"degrees), in up to 16 windows of {length} tokens of "
+            f"{self.text or 'Python documentation'}:",
+            highlight=False,
+            soft_wrap=True,
+        )
+        for split in best[:5]:
+            name = f"{split.block[0]}:{split.block[1]}"
+            console.print(f"  --block {name:<6} {split.distance:.3f}", highlight=False)
+
+    def _export(self, out: Path, given: dict[str, Any]) -> None:
         from mor.conversion.remote_code import export
 
         others = [
             *given,
-            *(name for name in ("num_recursions", "dtype") if getattr(self, name) is not None),
+            *(name for name in ("num_recursions", "dtype", "deepen") if getattr(self, name)),
         ]
         if others:
             raise ValueError(
                 "--to remote-code copies a checkpoint as it is; leave out "
                 f"{', '.join(map(flag, others))}"
             )
-        print(f"{export(self.source, self.out)}: load it with trust_remote_code=True")
+        print(f"{export(self.source, out)}: load it with trust_remote_code=True")

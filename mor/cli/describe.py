@@ -11,6 +11,7 @@ from mor.costs.flops import kv_bytes, non_embedding_params, unique_params
 from mor.data.config import DataConfig
 from mor.data.manifest import is_prepared
 from mor.data.problems import PREFIX
+from mor.data.word_problems import WORDS_PREFIX
 from mor.model.config import ModelConfig
 from mor.run_folder import RunFolder
 from mor.settings import flat
@@ -124,16 +125,21 @@ def model_facts(model: ModelConfig) -> dict[str, Any]:
         "vocabulary": model.vocab_size,
         "context": model.max_seq_len,
         "router": model.router.kind,
-        **({"gate": model.router.gate, "capacities": list(model.capacities)} if routed else {}),
+        **({"gate": "its own" if model.deepened else model.router.gate} if routed else {}),
+        **({"capacities": list(model.capacities)} if routed else {}),
         **({"kv_strategy": model.kv_strategy} if model.num_recursions > 1 else {}),
     }
 
 
-def data_facts(data: DataConfig) -> dict[str, str]:
-    """Text, tokenizer and validation text of a run, in words."""
-    tokenizer, validation = data.tokenizer or "bpe", f"{data.validation_share:.1%} of the text"
+def data_facts(data: DataConfig, *, init_from: str | None = None) -> dict[str, str]:
+    """Text, tokenizer and validation text of a run, in words. init_from: the checkpoint that it
+    started from, if it did."""
+    tokenizer = f"that of {init_from}" if init_from else data.tokenizer or "bpe"
+    validation = f"{data.validation_share:.1%} of the text"
     if (data.path or "").startswith(PREFIX):
         tokenizer, validation = "the task's own", "problems of its own"
+    elif (data.path or "").startswith(WORDS_PREFIX):
+        validation = "problems of its own"
     elif data.path and is_prepared(data.path):
         tokenizer, validation = "that of the prepared data", "the prepared split"
     return {
@@ -146,7 +152,8 @@ def data_facts(data: DataConfig) -> dict[str, str]:
 def corpus_name(data: DataConfig) -> str:
     if data.path is None:
         return "Python's own documentation (the default; choose text with --data.path)"
-    return data.path if data.path.startswith(PREFIX) else f"text of {data.path}"
+    made = data.path.startswith((PREFIX, WORDS_PREFIX))
+    return data.path if made else f"text of {data.path}"
 
 
 def shown_settings(found: Facts) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def describe(found: Any) -> dict[str, Any]:
     groups: dict[str, dict[str, Any]] = {"model": model_facts(found.model)}
     groups["model"]["kv_bytes_per_token"] = found.kv_bytes_per_token
     if run is not None:
-        groups["data"] = data_facts(run.data)
+        groups["data"] = data_facts(run.data, init_from=run.init_from)
         groups["changed settings"] = changed_settings(run)
     if run or done:
         groups["training"] = {

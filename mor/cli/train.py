@@ -52,6 +52,7 @@ class Start(Settings):
     config: Path | None = None
     resume: bool = False
     branch_from: str | None = None
+    init_from: str | None = None
     cooldown_steps: PositiveInt | None = None
 
     def refuse(self, named: Sequence[str]) -> None:
@@ -65,6 +66,15 @@ class Start(Settings):
                     f"{flag(mode)} keeps the settings the run was started with and takes only "
                     f"{', '.join(map(flag, allowed))}; leave out {', '.join(ignored)}"
                 )
+        chosen = [
+            flag(name) for name in sorted(set(named)) if name in ModelChoice.__dataclass_fields__
+        ]
+        chosen += [flag(name) for name in sorted(set(named)) if name.startswith("model.")]
+        if self.init_from and chosen:
+            raise ValueError(
+                f"--init-from takes the model of the checkpoint as it is; leave out "
+                f"{', '.join(chosen)}"
+            )
         if self.branch_from is None and self.cooldown_steps is not None:
             raise ValueError("--branch-from CHECKPOINT and --cooldown-steps N go together")
         if self.branch_from is not None and (self.cooldown_steps is None) != ("steps" in named):
@@ -168,12 +178,33 @@ class Train(Command):
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         from mor.data.problems import PREFIX
+        from mor.data.word_problems import WORDS_PREFIX
 
         settings, data = self.settings, self.settings.data
         if "WORLD_SIZE" not in os.environ:
             yield "parallel", "without torchrun"
         if self.resume or settings.branch_from:
             return  # the other settings are those of the run, which are not read yet
+        if settings.init_from is None:  # which brings its own model
+            yield from self._of_model()
+        if reason := _too_late(settings):
+            yield "keep_steps", reason
+        if settings.flops is not None:
+            yield "steps", "with flops, which decide how many there are"
+        if settings.optim.schedule == "cosine":
+            yield "optim.cooldown", "with the cosine schedule"
+        text = "text_field validation_share share_of"
+        if (data.path or "").startswith((PREFIX, WORDS_PREFIX)):
+            yield f"{_below('data', text)} data.validation_path", "with a task, which has its own"
+        elif data.path and is_prepared(data.path):
+            yield _below("data", text), "with prepared data"
+        elif data.tokenizer not in (None, BPE):
+            yield "data.vocab_size", f"with the tokenizer {data.tokenizer!r}, which has its own"
+        if data.validation_path:
+            yield "data.validation_share", "with a validation_path"
+
+    def _of_model(self) -> Iterator[tuple[str, str]]:
+        settings = self.settings
         for name, reason in settings.model.without_effect():
             yield f"{name} model.{name}", reason
         if self.config is None:
@@ -182,21 +213,6 @@ class Train(Command):
             used = with_vocabulary(settings).model.vocab_size
             if settings.model.vocab_size != used:
                 yield "model.vocab_size", f"beside the tokenizer, which has {used:,} tokens"
-        if reason := _too_late(settings):
-            yield "keep_steps", reason
-        if settings.flops is not None:
-            yield "steps", "with flops, which decide how many there are"
-        if settings.optim.schedule == "cosine":
-            yield "optim.cooldown", "with the cosine schedule"
-        text = "text_field validation_share share_of"
-        if (data.path or "").startswith(PREFIX):
-            yield f"{_below('data', text)} data.validation_path", "with a task, which has its own"
-        elif data.path and is_prepared(data.path):
-            yield _below("data", text), "with prepared data"
-        elif data.tokenizer not in (None, BPE):
-            yield "data.vocab_size", f"with the tokenizer {data.tokenizer!r}, which has its own"
-        if data.validation_path:
-            yield "data.validation_share", "with a validation_path"
 
     def refuse_contradictions(self, given: Mapping[str, str]) -> None:
         """Raise ValueError if a flag that chooses the model and one that refines it differ."""
@@ -246,9 +262,15 @@ class Train(Command):
 
 
 def with_vocabulary(settings: TrainConfig) -> TrainConfig:
-    """The same with a model as large as the tokenizer makes it."""
+    """The same with a model as large as the tokenizer makes it, or that of the checkpoint it starts
+    from."""
+    from mor import checkpoint
     from mor.data.stream import vocab_size
 
+    if settings.init_from:
+        return settings.with_model_of(
+            checkpoint.read_config(checkpoint.resolve(settings.init_from))
+        )
     model = settings.model.replace(vocab_size=vocab_size(settings.data))
     return replace(settings, model=model)
 

@@ -11,6 +11,7 @@ import torch
 
 from mor import checkpoint
 from mor.checkpoint import Checkpoint
+from mor.conversion.deepen import Deepening, deepen
 from mor.conversion.gguf import read_gguf
 from mor.conversion.initialise import Init, fitting_depth, layer_sources, recursive_init
 from mor.conversion.layers import count_parameters
@@ -59,6 +60,7 @@ class Conversion:
     source_layers: int
     num_layers: int
     init: Init | None
+    deepened: bool
     layers: dict[str, tuple[int, ...]]
     dtype: str
     params_before: int
@@ -71,7 +73,11 @@ class Conversion:
             f"{self.written_as}",
             f"layers: {self.layout} = {self.num_layers} effective "
             f"(prelude + shared x recursions + coda), source {self.source_layers}",
-            *(f"  {name:<10} <- {_origin(group)}" for name, group in self.layers.items()),
+            *(
+                ["  recursion 1 is the source; later ones change nothing before training"]
+                if self.deepened
+                else [f"  {name:<10} <- {_origin(group)}" for name, group in self.layers.items()]
+            ),
             f"parameters: {self.params_before:,} before, {self.params_after:,} after",
         ]
 
@@ -87,10 +93,12 @@ def convert(
     num_layers: int | None = None,
     router: RouterConfig | None = None,
     kv_strategy: KVStrategyName = "recursion_wise",
+    deepening: Deepening | None = None,
     dtype: DType | None = None,
     seed: int = 0,
 ) -> Conversion:
-    """Read ``source``, write ``out``; with ``num_recursions``, initialise a recursive or MoR model.
+    """Read ``source``, write ``out``; with ``num_recursions``, initialise a recursive or MoR model;
+    with ``deepening``, let the source apply some of its layers again.
 
     num_layers: effective depth; None takes the one nearest to the source's that fits. router: None
     is fixed depth. dtype: None keeps the source's. Raises ValueError if ``out`` is not empty, for a
@@ -98,14 +106,21 @@ def convert(
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists; choose another directory or delete it")
-    if to == "llama" and num_recursions is not None:
+    if to == "llama" and (num_recursions is not None or deepening is not None):
         raise ValueError(
-            "to='llama' writes the source as it is; leave out num_recursions, or write with "
-            "to='mor'"
+            "to='llama' writes the source as it is; leave out num_recursions and deepening, or "
+            "write with to='mor'"
+        )
+    if num_recursions is not None and deepening is not None:
+        raise ValueError(
+            "num_recursions makes a model anew, deepening keeps the source; give one of them"
         )
     found = read_source(source)
     config, model = found.config, found.model
     sources: list[tuple[int, ...]] = []
+    if deepening is not None:
+        model = deepen(model, deepening, seed=seed)
+        config, sources = model.config, [(i,) for i in range(config.num_layers)]
     if num_recursions is not None:
         depth = num_layers or fitting_depth(config.num_layers, num_recursions, sharing)
         config = config.replace(
@@ -130,7 +145,8 @@ def convert(
         layout=config.layout_name,
         source_layers=found.config.num_layers,
         num_layers=config.num_layers,
-        init=init if sources else None,
+        init=init if num_recursions is not None else None,
+        deepened=deepening is not None,
         layers=dict(zip(_layer_names(config), sources, strict=True)) if sources else {},
         dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
         params_before=count_parameters(found.model),

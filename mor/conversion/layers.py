@@ -14,11 +14,17 @@ def unrolled_layers(model: Transformer) -> list[nn.Module]:
     Raises ValueError where tokens differ in the layers they pass, or layers in what they attend to.
     """
     config = model.config
-    if config.family == "mor":
+    if config.family == "mor" and not config.deepened:
         raise ValueError(
             f"this is a MoR model (router.kind={config.router.kind!r}): its tokens skip layers and "
             "its passes are gated, which a plain stack of layers cannot do; only vanilla and "
             "recursive models convert"
+        )
+    if config.deepened or config.lora_rank:
+        raise ValueError(
+            "this model's later recursions have re-injection, gates or adapters (deepened or "
+            "lora_rank); merged into layers that the first recursion shares, they would change it "
+            "too. A plain stack of layers cannot do that; convert the source it was made of"
         )
     if config.num_recursions > 1 and config.kv_strategy != "recursion_wise":
         raise ValueError(

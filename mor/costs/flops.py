@@ -7,11 +7,12 @@ paper's (recovered from its step counts) and the exact one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import fsum
+from typing import NamedTuple
 
-from mor.model.config import ModelConfig
+from mor.model.config import ModelConfig, Trained
 from mor.model.kv_cache import LEFT, READS
 from mor.settings import PositiveFloat, PositiveInt, Settings, checked
 
@@ -43,11 +44,38 @@ def _router_nets(config: ModelConfig) -> int:
 def router_params(config: ModelConfig) -> int:
     if config.router.kind == "expert_choice":
         return config.num_recursions * _router_nets(config) * _score_net_params(config, 1)
+    if config.router.kind == "gain":
+        return (config.num_recursions - 1) * _gain_net_params(config)
     return (
         _score_net_params(config, config.num_recursions)
         if config.router.kind == "token_choice"
         else 0
     )
+
+
+def _gain_net_params(config: ModelConfig) -> int:
+    """A net that reads two states side by side."""
+    D = config.dim
+    hidden = {"linear": 0, "mlp": 2 * D, "wide_mlp": 8 * D}[config.router.architecture]
+    return (2 * D + 1) * hidden if hidden else 2 * D
+
+
+def _lora_params(config: ModelConfig) -> tuple[int, int]:
+    """Of one layer's adapters, and of those for keys and values."""
+    D, H, rank = config.dim, config.head_dim, config.lora_rank
+    key_value = rank * 2 * (D + config.num_kv_heads * H)
+    queries = rank * 2 * (D + config.num_heads * H)
+    return key_value + queries + rank * 3 * (D + config.ffn_dim), key_value
+
+
+def _reinjection_params(config: ModelConfig) -> int:
+    return 2 * config.dim * config.dim if config.deepened else 0
+
+
+def added_params(config: ModelConfig) -> int:
+    """What later recursions alone have: adapters, and in a deepened model re-injection and gate."""
+    gate = config.dim if config.deepened else 0
+    return config.shared_layers * _lora_params(config)[0] + _reinjection_params(config) + gate
 
 
 def unique_params(config: ModelConfig) -> int:
@@ -58,6 +86,7 @@ def unique_params(config: ModelConfig) -> int:
         blocks * (_block_matrix_params(config) + 2 * config.dim)
         + config.dim
         + router_params(config)
+        + added_params(config)
         + embeddings
     )
 
@@ -117,23 +146,83 @@ def sequence_workload(
 
 def forward_flops(config: ModelConfig, work: Workload) -> float:
     """Exact FLOPs of a forward over ``work``, with GQA, routers and head."""
+    return fsum(part.products + part.attention for part in _parts(config, work))
+
+
+class _Part(NamedTuple):
+    """FLOPs of a part of the forward. trained_with: the least that has to be trained for its
+    weights to be. reads_added, reads_block: whether what such weights made flows through it."""
+
+    products: float
+    attention: float
+    trained_with: Trained
+    reads_added: bool
+    reads_block: bool
+
+
+def _parts(config: ModelConfig, work: Workload) -> Iterator[_Part]:
     key_value = _attention_params(config)[1]
     block, per_pair = _block_matrix_params(config), 4 * config.num_heads * config.head_dim
-    reads = READS[config.kv_strategy]
-    own_layers = config.prelude_layers + config.coda_layers
-    total = own_layers * (2 * block * work.tokens + per_pair * work.own_pairs)
+    reads, own, own_attention = (
+        READS[config.kv_strategy],
+        2 * block * work.tokens,
+        per_pair * work.own_pairs,
+    )
+    first, last = config.prelude_layers, config.coda_layers
+    yield _Part(first * own, first * own_attention, "all", False, False)
     for r, (kept, pairs) in enumerate(zip(work.kept, work.pairs, strict=True), start=1):
         weights = block if r in reads(r) else block - key_value
-        total += config.shared_layers * (2 * weights * kept + per_pair * pairs)
+        products, attention = 2 * weights * kept, per_pair * pairs
+        S, later = config.shared_layers, r > 1
+        yield _Part(S * products, S * attention, "block", later, True)
+        yield _Part(2 * _added_weights(config, r) * kept, 0, "added", True, True)
         if LEFT in reads(r + 1) and r < len(work.kept):  # entries of those that leave now
-            total += config.shared_layers * 2 * key_value * (kept - work.kept[r])
-    total += 2 * config.dim * config.vocab_size * work.logits
-    return total + _router_flops(config, work)
+            left = kept - work.kept[r]
+            yield _Part(S * 2 * key_value * left, 0, "block", True, True)
+            yield _Part(2 * _added_to_left(config) * left, 0, "added", True, True)
+    yield _Part(last * own, last * own_attention, "all", True, True)
+    yield _Part(2 * config.dim * config.vocab_size * work.logits, 0, "all", True, True)
+    yield _Part(_router_flops(config, work), 0, "added", True, True)
+
+
+def backward_flops(config: ModelConfig, work: Workload, trained: Trained) -> float:
+    """Of a backward pass that makes gradients of the trained weights, and of whatever lies between
+    them and the loss. Products cost once again for each of the two, attention twice. Where not all
+    is trained this is a little too much: the first weights that are need no gradient of what they
+    read."""
+    return _backward_flops(_parts(config, work), trained)
+
+
+def _backward_flops(parts: Iterable[_Part], trained: Trained) -> float:
+    order = ("added", "block", "all")
+    total = 0.0
+    for part in parts:
+        is_trained = order.index(part.trained_with) <= order.index(trained)
+        passes_on = {"added": part.reads_added, "block": part.reads_block, "all": True}[trained]
+        total += (is_trained + passes_on) * part.products + 2 * passes_on * part.attention
+    return total
+
+
+def _added_weights(config: ModelConfig, recursion: int) -> int:
+    """Of adapters and re-injection, those that a pass of this recursion (from 1) applies."""
+    if recursion == 1:
+        return 0
+    adapters, key_value = _lora_params(config)
+    if recursion not in READS[config.kv_strategy](recursion):
+        adapters -= key_value
+    return config.shared_layers * adapters + _reinjection_params(config)
+
+
+def _added_to_left(config: ModelConfig) -> int:
+    """Of these, the ones that make entries of a token that left."""
+    return config.shared_layers * _lora_params(config)[1] + _reinjection_params(config)
 
 
 def _router_flops(config: ModelConfig, work: Workload) -> float:
     if config.router.kind == "token_choice":
         return 2 * _score_net_params(config, config.num_recursions) * work.tokens
+    if config.router.kind == "gain":
+        return 2 * _gain_net_params(config) * sum(work.kept[:-1])
     if config.router.kind != "expert_choice":
         return 0
     candidates = (
@@ -145,19 +234,45 @@ def _router_flops(config: ModelConfig, work: Workload) -> float:
 
 
 def train_flops(
-    config: ModelConfig, length: int, *, capacities: Sequence[float] | None = None
+    config: ModelConfig,
+    length: int,
+    *,
+    capacities: Sequence[float] | None = None,
+    trained: Trained = "all",
 ) -> float:
-    """Forward and backward of one training sequence: three forwards."""
-    return 3 * forward_flops(config, sequence_workload(config, length, capacities=capacities))
+    """Forward and backward of one training sequence: three forwards, or less if not all weights
+    are trained."""
+    work = sequence_workload(config, length, capacities=capacities)
+    return forward_flops(config, work) + backward_flops(config, work, trained)
 
 
-def exit_flops(config: ModelConfig, length: int, num_recursions: int) -> float:
-    """Forward FLOPs of a sequence's exits: coda and head after each recursion but the last, and the
-    head once more there."""
+def measuring_flops(config: ModelConfig, length: int, *, source_is_known: bool = False) -> float:
+    """What a router that learns from gains adds to a training sequence: a forward for each depth
+    that tokens might have stopped at. source_is_known: none for depth 1."""
+    if config.router.kind != "gain":
+        return 0
+    work = sequence_workload(config, length)
+    return fsum(
+        forward_flops(config, replace(work, kept=work.kept[:depth], pairs=work.pairs[:depth]))
+        for depth in range(2 if source_is_known else 1, config.num_recursions)
+    )
+
+
+def train_exit_flops(
+    config: ModelConfig, length: int, num_recursions: int, *, trained: Trained = "all"
+) -> float:
+    """Forward and backward of a sequence's exits: coda and head after each recursion but the last,
+    and the head once more there."""
     block, per_pair = _block_matrix_params(config), 4 * config.num_heads * config.head_dim
-    coda = config.coda_layers * (2 * block * length + per_pair * length * (length + 1) / 2)
+    layers = (num_recursions - 1) * config.coda_layers
+    products, attention = 2 * block * length, per_pair * length * (length + 1) / 2
     head = 2 * config.dim * config.vocab_size * length
-    return (num_recursions - 1) * coda + num_recursions * head
+    parts = (
+        _Part(layers * products, layers * attention, "all", True, True),
+        _Part(num_recursions * head, 0, "all", True, True),
+    )
+    forward = fsum(part.products + part.attention for part in parts)
+    return forward + _backward_flops(parts, trained)
 
 
 def kv_entry_bytes(config: ModelConfig, dtype_bytes: int) -> int:
@@ -217,10 +332,12 @@ def decode_seconds(
     for r, share in enumerate(shares, start=1):
         seen = context * share if recursive else context
         weights = block if r in reads(r) else block - key_value
-        flops = config.shared_layers * (2 * weights + per_pair * seen)
+        added = _added_weights(config, r)
+        flops = config.shared_layers * (2 * weights + per_pair * seen) + 2 * added
         num_bytes = config.shared_layers * (
             dtype_bytes * block / batch + entry * (seen + (r in reads(r)))
         )
+        num_bytes += dtype_bytes * added / batch
         seconds += share * machine.seconds(flops, num_bytes)
         if LEFT in reads(r + 1) and r < len(shares):  # entries of those that leave now
             flops = config.shared_layers * 2 * key_value

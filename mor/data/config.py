@@ -19,7 +19,8 @@ class DataConfig(Settings, prefix="data"):
     path: str | None = None
     """A .txt, .jsonl (these also .gz or .zst) or .parquet file, a folder of them, or a directory
     made by `mor data prepare`; or a task such as task:state-tracking?hops=16, which has its own
-    tokenizer and validation split. None: Python's own documentation, which every installation
+    tokenizer and validation split, or one in words such as words:swaps?hops=6, which has its own
+    validation split. None: Python's own documentation, which every installation
     has."""
     validation_path: str | None = None
     """Validation text of the same kinds. None: a share of the text, or the prepared split."""
@@ -42,7 +43,8 @@ class DataConfig(Settings, prefix="data"):
         tokenizer, vocab_size = self.tokenizer or BPE, self.vocab_size or BPE_VOCAB_SIZE
         found = replace(self, tokenizer=tokenizer, vocab_size=vocab_size)
         path = self.path or ""
-        divided = not (self.validation_path or path.startswith("task:") or is_prepared(path))
+        made = path.startswith(("task:", "words:"))
+        divided = not (self.validation_path or made or is_prepared(path))
         return found if divided else replace(found, share_of="bytes")
 
     def located(self) -> Self:

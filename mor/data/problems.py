@@ -8,8 +8,8 @@ B problems · T tokens · N nodes · Q queries · P moves · S states
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Annotated, NamedTuple, Protocol, TypeVar
 from urllib.parse import parse_qsl
 
 import tokenizers
@@ -24,6 +24,7 @@ from mor.model.loss import IGNORED
 from mor.model.random import hash_uniform
 from mor.settings import PositiveInt, Seed, Settings, suggestion
 
+Named = TypeVar("Named", bound=Settings)
 PREFIX = "task:"
 NAMES = "abcdefghijklmnopqrstuvwxyz"
 
@@ -203,10 +204,15 @@ TASKS: dict[str, type[PointerChasing] | type[StateTracking]] = {
 
 def parse_task(path: str) -> Task:
     """The task that ``task:NAME?setting=value&...`` names. Raises ValueError for an unknown one."""
-    name, _, settings = path.removeprefix(PREFIX).partition("?")
-    if name not in TASKS:
+    return settings_of_task(path, PREFIX, TASKS)
+
+
+def settings_of_task(path: str, prefix: str, tasks: Mapping[str, type[Named]]) -> Named:
+    """The task among these that ``path`` names, with the settings that it gives."""
+    name, _, settings = path.removeprefix(prefix).partition("?")
+    if name not in tasks:
         raise ValueError(
-            f"{path!r}: no task {name!r}{suggestion(name, TASKS)}; choose from {', '.join(TASKS)}"
+            f"{path!r}: no task {name!r}{suggestion(name, tasks)}; choose from {', '.join(tasks)}"
         )
     try:
         pairs = parse_qsl(settings, strict_parsing=bool(settings))
@@ -219,7 +225,7 @@ def parse_task(path: str) -> Task:
     if twice := [key for key in values if keys.count(key) > 1]:
         raise ValueError(f"{path!r}: {twice[0]} is given twice; which of them is meant?")
     with naming(repr(path)):
-        return TASKS[name].from_dict(values)
+        return tasks[name].from_dict(values)
 
 
 def task_tokenizer(words: Sequence[str]) -> Tokenizer:

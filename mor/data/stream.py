@@ -31,6 +31,7 @@ from mor.data.spelling import Spelling, spells
 from mor.data.split import held_out, held_out_documents, utf8_bytes
 from mor.data.text_bytes import TextBytes
 from mor.data.tokenizer import Tokenizer, train_bpe
+from mor.data.word_problems import WORDS_PREFIX, InTokens, parse_word_task
 from mor.device import moved
 from mor.files import naming
 
@@ -325,7 +326,7 @@ class TokenData(Windows):
 class TaskData(Windows):
     """Problems of a task, one per window. Only answers have targets."""
 
-    task: Task
+    task: Task | InTokens
     first: int
     """Number of the first problem."""
     count: int
@@ -345,8 +346,13 @@ class TaskData(Windows):
 
     def batch(self, indices: Sequence[int], seq_len: int, *, documents: bool = False) -> Batch:
         found = self.problems(indices, seq_len)
-        rows = torch.arange(len(indices))[:, None].expand_as(found.tokens_BT) if documents else None
-        return Batch(found.tokens_BT, found.targets_BT, rows)
+        if not documents:
+            return Batch(found.tokens_BT, found.targets_BT)
+        documents_BT = torch.arange(len(indices))[:, None].expand_as(found.tokens_BT)
+        if isinstance(self.task, InTokens):  # the last token of a problem closes it
+            ends_BT = (found.tokens_BT == self.task.tokenizer.end_of_text_id).long()
+            documents_BT = documents_BT * seq_len + ends_BT.cumsum(1) - ends_BT
+        return Batch(found.tokens_BT, found.targets_BT, documents_BT)
 
     def problems(self, indices: Sequence[int], seq_len: int) -> Problems:
         """The batch, with the hops of every answer."""
@@ -403,6 +409,8 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpu
 def _load_corpus(config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
     if config.path and config.path.startswith(PREFIX):
         return _task_corpus(config.path)
+    if config.path and config.path.startswith(WORDS_PREFIX):
+        return _words_corpus(config, tokenizer)
     if config.path and is_prepared(config.path):
         return _prepared_corpus(config, tokenizer)
     documents = (
@@ -470,6 +478,8 @@ def vocab_size(config: DataConfig) -> int:
     that is yet to be trained may come out smaller, if the text has too few different pieces."""
     if config.path and config.path.startswith(PREFIX):
         return len(parse_task(config.path).words())
+    if config.path and config.path.startswith(WORDS_PREFIX):
+        return _found_tokenizer(config).vocab_size
     if config.path and is_prepared(config.path):
         return Tokenizer.load(config.path).vocab_size
     if (config.tokenizer or BPE) == BPE:
@@ -479,13 +489,17 @@ def vocab_size(config: DataConfig) -> int:
 
 def _check_effect(config: DataConfig) -> None:
     """Raise ValueError for settings that the data contradicts; warn of those without effect."""
-    is_task = (config.path or "").startswith(PREFIX)
+    is_task = (config.path or "").startswith((PREFIX, WORDS_PREFIX))
     prepared = not is_task and config.path is not None and is_prepared(config.path)
     asked = {name: getattr(config, name) for name in ("tokenizer", "vocab_size")}
     given = {name: value for name, value in asked.items() if value is not None}
+    in_words = (config.path or "").startswith(WORDS_PREFIX)
+    if in_words:
+        given.pop("tokenizer", None)
     if is_task and (given or config.validation_path):
         named = ", ".join(f"data.{name}" for name in given or ["validation_path"])
-        raise ValueError(f"{config.path} has its own tokenizer and validation: leave out {named}")
+        has = "its own validation" if in_words else "its own tokenizer and validation"
+        raise ValueError(f"{config.path} has {has}: leave out {named}")
     if prepared:
         _check_prepared(config)
     elif config.vocab_size and (config.tokenizer or BPE) != BPE:
@@ -531,6 +545,22 @@ def _task_corpus(path: str) -> Corpus:
     return Corpus(
         task_tokenizer(task.words()), TaskData(task, 1 << 16, 1 << 20), TaskData(task, 0, 512)
     )
+
+
+def _words_corpus(config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
+    task = parse_word_task(config.path or "")
+    tokenizer = tokenizer or _found_tokenizer(config)
+    train, held_out = (InTokens(task, tokenizer, held_out=held) for held in (False, True))
+    return Corpus(tokenizer, TaskData(train, 1 << 16, 1 << 20), TaskData(held_out, 0, 512))
+
+
+def _found_tokenizer(config: DataConfig) -> Tokenizer:
+    if (config.tokenizer or BPE) == BPE:
+        raise ValueError(
+            f"{config.path} is text for a model that can read: start from one with --init-from "
+            "CHECKPOINT, or name a tokenizer with data.tokenizer ('bytes', a directory or hub name)"
+        )
+    return Tokenizer.find(config.tokenizer or BPE)
 
 
 def _prepared_corpus(config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:

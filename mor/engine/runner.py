@@ -78,7 +78,7 @@ class Runner:
         # Started on nothing, the router shows what it will want to remember of each token.
         tokens = _tokens(self.ids, self.position)
         with torch.no_grad():
-            memory = self.model.router.start(self.h_SD, tokens, self.max_depth)
+            memory = model.recursions.start(model.router, self.h_SD, tokens, self.max_depth)
         self.memory: Memory = {name: value.clone() for name, value in memory.items()}
         if self.budget_router is not None:
             self.memory["threshold"] = self.threshold_SR
@@ -164,10 +164,11 @@ class Runner:
 
         writes: False if it is known that no token is at a recursion that writes keys and values.
         """
-        stage, position, h_MD, angles, lanes = self._begin_pass(slot, writes)
+        stage, position, h_MD, memory, angles, lanes = self._begin_pass(slot, writes)
+        recursion = self.recursion[stage]
         with self._in_model():
-            out_MD = self.model.recursions.stack(h_MD, angles, lanes, layers).contiguous()
-        self._end_pass(slot, stage, position, h_MD, out_MD)
+            out_MD = self.model.recursions.stack(recursion, h_MD, memory, angles, lanes, layers)
+        self._end_pass(slot, stage, position, h_MD, out_MD.contiguous(), memory)
         if self.kv.shows_left:
             self._show_left(slot, stage)
 
@@ -181,11 +182,10 @@ class Runner:
             if not len(slot):
                 return
         position = self.position[slot]
-        x_MD, angles = self.h_SD[slot], self._angles(position)
+        memory = {name: value[slot] for name, value in self.memory.items()}
         kv = self.kv.append_left(slot, position, leaves)
         with self._in_model():
-            for layer, block in enumerate(self.model.recursions.shared_blocks):
-                block.show(x_MD, angles, kv, layer)  # type: ignore[operator]
+            self.model.recursions.show(1, self.h_SD[slot], memory, self._angles(position), kv)
 
     def coda(self, slot: Tensor) -> Tensor:
         """States after the coda, (M, D), of tokens that took their last pass; input of the head."""
@@ -221,7 +221,7 @@ class Runner:
         self.h_SD[slot] = x_MD
         tokens = _tokens(ids, position)
         with self._in_model():
-            memory = self.model.router.start(x_MD, tokens, self.max_depth)
+            memory = self.model.recursions.start(self.model.router, x_MD, tokens, self.max_depth)
             if isinstance(self.router, BudgetRouter):
                 memory = self.router.with_thresholds(memory, self.threshold_SR[slot])
         for name, value in memory.items():
@@ -231,7 +231,7 @@ class Runner:
 
     def _begin_pass(
         self, slot: Tensor, writes: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Angles, LanePass]:
+    ) -> tuple[Tensor, Tensor, Tensor, Memory, Angles, LanePass]:
         stage, position = self.stage[slot], self.position[slot]
         recursion = self.recursion[stage]
         new = ~self.took_SR[slot, recursion]
@@ -239,13 +239,20 @@ class Runner:
         lanes = self.kv.append(
             slot, recursion + 1, position, new, kind=1, longest=self.longest, writes=writes
         )
-        return stage, position, self.h_SD[slot], self._angles(position), lanes
+        memory = {name: value[slot] for name, value in self.memory.items()}
+        return stage, position, self.h_SD[slot], memory, self._angles(position), lanes
 
     def _end_pass(
-        self, slot: Tensor, stage: Tensor, position: Tensor, h_MD: Tensor, out_MD: Tensor
+        self,
+        slot: Tensor,
+        stage: Tensor,
+        position: Tensor,
+        h_MD: Tensor,
+        out_MD: Tensor,
+        memory: Memory,
     ) -> None:
-        memory, gate = self._memory(slot), self.gate[slot]
-        h_MD = self.router.combine(self.recursion[stage], h_MD, out_MD, gate, memory)
+        gate, recursion = self.gate[slot], self.recursion[stage]
+        h_MD = self.model.recursions.combine(self.router, recursion, h_MD, out_MD, gate, memory)
         self.h_SD[slot] = h_MD
         tokens = _tokens(self.ids[slot], position)
         self._route(slot, stage + 1, gate, h_MD, tokens, memory, entering=False)
@@ -278,9 +285,6 @@ class Runner:
             elif entering:
                 break
         self.stage[slot], self.gate[slot] = stages, gate
-
-    def _memory(self, slot: Tensor) -> Memory:
-        return {name: value[slot] for name, value in self.memory.items()}
 
     def _angles(self, position: Tensor) -> Angles:
         cos, sin = self.angles

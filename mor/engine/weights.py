@@ -21,13 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mor.model.transformer import (
+    AdaptedLinear,
     Angles,
     Attention,
     Block,
     FeedForward,
+    Later,
     Recursions,
     RMSNorm,
     Transformer,
+    ZeroLinear,
     rotate,
 )
 
@@ -185,6 +188,18 @@ class PlainLinear(nn.Module):
         return F.linear(x_MD, self.weight)
 
 
+class Adapted(nn.Module):
+    """An :class:`mor.model.transformer.AdaptedLinear` that computes with its weight in another way.
+    The adapter is the same module."""
+
+    def __init__(self, base: nn.Module, adapted: AdaptedLinear) -> None:
+        super().__init__()
+        self.base, self.adapted = base, adapted
+
+    def forward(self, x_MD: Tensor, *later: Later) -> Tensor:
+        return self.adapted.adapt(self.base(x_MD), x_MD, *later)
+
+
 def _joined(weights: list[Tensor]) -> nn.Parameter:
     return nn.Parameter(torch.cat([w.detach() for w in weights]), requires_grad=False)
 
@@ -264,8 +279,14 @@ def with_linear(model: Transformer, make: Callable[[Tensor], nn.Module]) -> Tran
     def part_with(part: nn.Module) -> nn.Module:
         if type(part) not in (Attention, FeedForward):
             return part
-        plain = {n: m for n, m in part.named_children() if not own_way(m, nn.Linear)}
-        return _copy(part, {n: make(cast(Tensor, m.weight)) for n, m in plain.items()})
+        return _copy(
+            part,
+            {n: layer_with(m) for n, m in part.named_children() if not own_way(m, *_LINEAR)},
+        )
+
+    def layer_with(layer: nn.Module) -> nn.Module:
+        new = make(cast(Tensor, layer.weight))
+        return Adapted(new, layer) if isinstance(layer, AdaptedLinear) else new
 
     def blocks_with(blocks: nn.ModuleList) -> nn.ModuleList:
         new = {
@@ -332,7 +353,8 @@ def own_ways(model: Transformer) -> Iterator[tuple[str, str]]:
         yield "embedding" if model.head is None else "head", way
 
 
-_KINDS = (Block, Attention, FeedForward, RMSNorm, nn.Linear)
+_LINEAR = (nn.Linear, AdaptedLinear)
+_KINDS = (Block, Attention, FeedForward, RMSNorm, ZeroLinear, *_LINEAR)
 
 
 def _check_bypassed(model: Transformer) -> None:

@@ -35,9 +35,11 @@ from mor.model.packing import pack
 from mor.model.routers import Router
 from mor.model.routing import Routing
 from mor.model.transformer import (
+    Deepening,
     Output,
     RMSNorm,
     Transformer,
+    ZeroLinear,
     check_finite,
     check_targets,
     check_tensors,
@@ -316,6 +318,12 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
                 "Trainer: nothing balances the load",
                 stacklevel=2,
             )
+        if self.training and self.model.router.learns_from_exits:
+            warnings.warn(
+                "a router that predicts gains learns nothing here, where none are measured; train "
+                "it with mor train",
+                stacklevel=2,
+            )
         logits, aux_loss = output.logits_BTV, output.routing.weighted_loss
         lm_loss = self.loss_function(
             logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch
@@ -333,7 +341,11 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
         """As Transformer.init_weights does, for weights that a checkpoint does not hold."""
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+        elif isinstance(module, Deepening):
+            init.zeros_(module.gate)
+        elif isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=self.config.init_std)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)

@@ -18,20 +18,27 @@ from pydantic import Field
 from mor.settings import (
     Listed,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Seed,
     Settings,
     Share,
+    UnitInterval,
     checked,
     suggestion,
 )
 
-RouterKind = Literal["fixed", "expert_choice", "token_choice", "random", "position", "frequency"]
+RouterKind = Literal[
+    "fixed", "expert_choice", "token_choice", "gain", "random", "position", "frequency"
+]
 KVStrategyName = Literal["recursion_wise", "shared", "hybrid", "final"]
 Sharing = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
 Selection = Literal["topk", "threshold"]
 Recipe = Literal["recommended", "paper"]
+Trained = Literal["added", "block", "all"]
+"""Parts of a model: what later recursions have of their own with the router, the shared layers too,
+or everything."""
 
 # No model has as many layers or recursions; a damaged file may ask for them, and memory would end.
 _MOST = 10_000
@@ -52,7 +59,7 @@ TRANSFORMERS_NAMES = {
 # Options that only some routers read. Setting one for another router is a warning, not silence.
 _UNLEARNT: tuple[RouterKind, ...] = ("random", "position", "frequency")
 _READ_BY: dict[str, tuple[RouterKind, ...]] = {
-    "architecture": ("expert_choice", "token_choice"),
+    "architecture": ("expert_choice", "token_choice", "gain"),
     "score": ("expert_choice", "token_choice"),
     "alpha": ("expert_choice", "token_choice", *_UNLEARNT),
     "gate": ("expert_choice", "token_choice", *_UNLEARNT),
@@ -60,13 +67,14 @@ _READ_BY: dict[str, tuple[RouterKind, ...]] = {
     "hierarchical": ("expert_choice",),
     "causal_selection": ("expert_choice",),
     "selection_weight": ("expert_choice",),
-    "gain_weight": ("expert_choice",),
+    "gain_weight": ("expert_choice", "gain"),
     "z_loss_weight": ("expert_choice", "token_choice"),
     "balancing": ("token_choice",),
     "balancing_weight": ("token_choice",),
     "bias_update_rate": ("token_choice",),
     "combination": ("token_choice",),
     "seed": ("random",),
+    "explore": ("gain",),
 }
 # And options that only some values of another one read.
 _READ_WITH: dict[str, tuple[RouterKind, str, tuple[str, ...]]] = {
@@ -86,7 +94,9 @@ class RouterConfig(Settings, prefix="router"):
 
     kind: RouterKind = "fixed"
     """fixed: every token takes every recursion; expert_choice: each recursion picks its tokens;
-    token_choice: each token picks its depth once; random: the control; position and frequency:
+    token_choice: each token picks its depth once; gain: a token goes on where that is predicted to
+    lower its loss, in training too, which measures it with tokens that stop earlier (with gates and
+    top-k: expert_choice with causal_selection gain); random: the control; position and frequency:
     baselines whose depth follows from the position, or from how rare the token is."""
     architecture: Literal["linear", "mlp", "wide_mlp"] = "linear"
     score: Literal["sigmoid", "tanh", "none", "softmax"] | None = None
@@ -102,11 +112,13 @@ class RouterConfig(Settings, prefix="router"):
     causal_selection: Literal["aux_loss", "aux_router", "gain"] = "aux_loss"
     """What selects tokens causally. aux_loss: the router's own logits, which learn to imitate
     top-k; aux_router: a second network that does; gain: a second network that learns what going on
-    gains, from exits in steps of full depth, and that top-k compares tokens by as well."""
+    gains, from exits in steps in which all tokens take all recursions, and that top-k compares
+    tokens by as well (without top-k and such steps: kind gain)."""
     selection_weight: NonNegativeFloat = 0.001
     """Weight of the binary cross-entropy against top-k membership."""
     gain_weight: NonNegativeFloat = 0.1
-    """Weight of the binary cross-entropy against the gain, which exits show."""
+    """Weight of the binary cross-entropy against gains: of kind gain, and of causal_selection
+    gain."""
     z_loss_weight: NonNegativeFloat = 0.0
     balancing: Literal["loss", "loss_free", "none"] = "loss"
     balancing_weight: NonNegativeFloat = 0.1
@@ -115,6 +127,9 @@ class RouterConfig(Settings, prefix="router"):
     combination: Literal["last", "every"] = "last"
     """last: only the last pass is gated (public code); every: all passes are (paper's equation)."""
     seed: Seed = 0
+    explore: UnitInterval = 0.2
+    """Share of tokens that training sends on whatever the router says, so that their gain is
+    known."""
 
     def __post_init__(self) -> None:
         for name, reason in self.without_effect():
@@ -185,6 +200,13 @@ class ModelConfig(Settings):
     ones of the others; final: entries made from the state that they left with, and new ones of the
     others."""
     router: RouterConfig = field(default_factory=RouterConfig)
+    deepened: bool = False
+    """Later recursions look back at what came out of the prelude and end with a gate of their own.
+    Both are zero at first: a deepened model starts as the model that it was made of."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of adapters in the shared layers that act at later recursions only; 0: none."""
+    lora_alpha: PositiveFloat | None = None
+    """Adapters count lora_alpha / lora_rank. None: 2 * lora_rank."""
     max_seq_len: PositiveInt = 2048
     rope_theta: PositiveFloat = 10_000.0
     norm_eps: NonNegativeFloat = 1e-5
@@ -224,6 +246,16 @@ class ModelConfig(Settings):
                     f"router.capacities={given} must not grow with depth when tokens drop out for "
                     "good; sort them or set router.hierarchical=False"
                 )
+        if (self.deepened or self.lora_rank) and self.num_recursions == 1:
+            raise ValueError(
+                "deepened=True and lora_rank act at recursions after the first and need "
+                "num_recursions >= 2"
+            )
+        if self.deepened and (self.shared_order == "sequence" or self.capacities[0] < 1):
+            raise ValueError(
+                "deepened=True keeps the first recursion as it is in the source: it needs "
+                "shared_order='cycle' and a first capacity of 1"
+            )
         if self.kv_strategy == "final" and kind == "expert_choice" and not self.router.hierarchical:
             raise ValueError(
                 "kv_strategy='final' shows tokens by the state that they left with, so that none "
@@ -235,7 +267,9 @@ class ModelConfig(Settings):
                 f"token; the first capacity must be 1, got {self.capacities[0]}"
             )
         for name, reason in self._without_effect():
-            if (value := getattr(self, name)) != self.__dataclass_fields__[name].default:
+            group, _, setting = name.rpartition(".")
+            owner: Any = getattr(self, group) if group else self
+            if (value := getattr(owner, setting)) != owner.__dataclass_fields__[setting].default:
                 warnings.warn(f"{name}={value!r} has no effect {reason}", NoEffect, stacklevel=5)
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
@@ -249,6 +283,11 @@ class ModelConfig(Settings):
             yield "shared_order", "with one recursion"
         elif self.kv_strategy in ("hybrid", "final") and self.router.kind == "fixed":
             yield "kv_strategy", "with router.kind='fixed', where no token leaves"
+        if not self.lora_rank:
+            yield "lora_alpha", "without lora_rank"
+        if self.deepened:
+            for name in ("gate", "alpha", "combination"):
+                yield f"router.{name}", "with deepened=True, which has a gate of its own"
 
     @property
     def num_layers(self) -> int:
@@ -273,6 +312,11 @@ class ModelConfig(Settings):
     def least_depth(self) -> int:
         """Recursions that a token takes at least: 0 where the first one leaves tokens out."""
         return int(self.capacities[0] == 1)
+
+    @property
+    def lora_scale(self) -> float:
+        """What the product of an adapter is multiplied by."""
+        return (self.lora_alpha or 2 * self.lora_rank) / max(1, self.lora_rank)
 
     @property
     def family(self) -> Literal["vanilla", "recursive", "mor"]:

@@ -21,22 +21,30 @@ CHUNK_LOGITS_CUDA = 1 << 28  # there a launch costs more than memory does
 
 def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor:
     """Mean ``cross_entropy(x @ weight.T, target)`` in nats, over targets not ``IGNORED``."""
-    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    return linear_cross_entropies(x_MD, weight_VD, target)[0]
+
+
+def linear_cross_entropies(
+    x_MD: Tensor, weight_VD: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, and the loss of each token, (M,), without gradients; 0 for targets ``IGNORED``."""
+    losses: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         x_MD, weight_VD, target
     )
-    return loss
+    return losses
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradients are made in the forward pass, while a chunk's probabilities are at hand."""
 
     @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx: Any, x_MD: Tensor, weight_VD: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         needs_x, needs_weight, _ = ctx.needs_input_grad
         count = (target != IGNORED).sum().clamp(min=1)
         total = torch.zeros(
             (), device=x_MD.device, dtype=torch.promote_types(x_MD.dtype, torch.float32)
         )
+        each = total.new_empty(len(x_MD))
         grad_MD = torch.empty_like(x_MD) if needs_x else None
         sums = torch.promote_types(weight_VD.dtype, torch.float32)
         grad_VD = torch.zeros_like(weight_VD, dtype=sums) if needs_weight else None
@@ -46,12 +54,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x_MD), rows):
             some = slice(start, start + rows)
             grad = None if grad_MD is None else grad_MD[some]
-            total += _chunk(x_MD[some].to(low_VD.dtype), low_VD, target[some], count, grad, grad_VD)
+            x = x_MD[some].to(low_VD.dtype)
+            each[some] = _chunk(x, low_VD, target[some], count, grad, grad_VD)
+            total += each[some].sum()
         ctx.save_for_backward(grad_MD, None if grad_VD is None else grad_VD.to(weight_VD.dtype))
-        return total / count
+        ctx.mark_non_differentiable(each)
+        return total / count, each
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, scale: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None]:
         grad_MD, grad_VD = ctx.saved_tensors
         return (
             None if grad_MD is None else grad_MD * scale.to(grad_MD.dtype),
@@ -75,7 +86,7 @@ def _chunk(
     grad: Tensor | None,
     grad_VD: Tensor | None,
 ) -> Tensor:
-    """Sum of the losses of some tokens; fills their gradient and adds to that of the weight.
+    """The losses of some tokens; fills their gradient and adds to that of the weight.
 
     A function, so that its logits are gone before the next ones are made.
     """
@@ -83,7 +94,7 @@ def _chunk(
     precision, logits = logits.dtype, logits.to(torch.promote_types(logits.dtype, torch.float32))
     known, place = target != IGNORED, target.clamp(min=0)[:, None]
     log_sum = logits.logsumexp(-1, keepdim=True)
-    loss = ((log_sum - logits.gather(1, place))[:, 0] * known).sum()
+    loss = (log_sum - logits.gather(1, place))[:, 0] * known
     if grad is None and grad_VD is None:
         return loss
     # In place: at this size, passes over memory are what counts.

@@ -13,6 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from mor.model.packing import PackedTokens
+from mor.model.random import hash_uniform
 from mor.model.routers import Router
 from mor.model.routing import AuxiliaryLoss, Decision, Memory, Routing
 
@@ -90,6 +91,24 @@ class ForcedRouter(RouterAround):
     ) -> Decision:
         decided = self.inner.decide(recursion, h_CD, tokens, memory, capacity)
         return replace(decided, takes=self.taken_RM[recursion], rank=None)
+
+
+class ExploringRouter(RouterAround):
+    """Some tokens go on against the word of the router inside, as training needs it to know what
+    that would have gained. share: of those that would stop; seed: others for each step."""
+
+    def __init__(self, inner: Router, share: float, seed: int) -> None:
+        super().__init__(inner)
+        self.share, self.seed = share, seed
+
+    def decide(
+        self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
+    ) -> Decision:
+        decided = self.inner.decide(recursion, h_CD, tokens, memory, capacity)
+        if decided.takes is None:
+            return decided
+        drawn = hash_uniform(self.seed, recursion, tokens.place) < self.share
+        return replace(decided, takes=decided.takes | drawn)
 
 
 class RepeatLastRouter(RouterAround):

@@ -120,6 +120,8 @@ class Router(nn.Module):
     """Scores tokens with weights that training fits."""
     needs_token_counts = False
     """:meth:`fit` has to be called before training."""
+    learns_from_exits = False
+    """Its losses need a record with exits."""
     balances_between_steps = False
     """:meth:`after_step` has to be called after every optimizer step."""
     processes: Processes = _SingleProcess()
@@ -205,13 +207,14 @@ class Router(nn.Module):
     def health(
         self, routings: Sequence[Routing], processes: Processes | None = None
     ) -> dict[str, Any]:
-        """What shows whether routing works, over the forwards of one step on all processes.
+        """What shows whether routing works, over the forwards of one step on all processes, which
+        have the same number of recursions.
 
         mean_depth; share_per_recursion: of all tokens; depth_entropy: of the depths that tokens
         took, 1 if all that the capacities allow are equally frequent; dead_positions: share of
         columns in which no row reached the last recursion.
         """
-        processes, R = processes or self.processes, self.num_recursions
+        processes, R = processes or self.processes, len(routings[0].steps)
         taken = torch.stack([r.taken_RM.sum(1) for r in routings]).sum(0)
         depths_R1 = tally(torch.cat([r.depth for r in routings]), R + 1)
         counts = processes.sum(torch.cat([taken, depths_R1])).double()
@@ -227,11 +230,11 @@ class Router(nn.Module):
         self, routings: Sequence[Routing], depths_R1: Tensor, processes: Processes
     ) -> dict[str, Any]:
         share = depths_R1 / depths_R1.sum()
-        last = self.num_recursions - 1
+        last = len(routings[0].steps) - 1
         depths = last + 1 + any(routing.rule.capacities[0] < 1 for routing in routings)
         reached = torch.stack([r.selected_BT(last).any(0) for r in routings]).any(0)
         return {
-            "depth_entropy": float(torch.special.entr(share).sum()) / math.log(depths),
+            "depth_entropy": float(torch.special.entr(share).sum()) / math.log(max(2, depths)),
             "dead_positions": 1 - float(processes.max(reached.float()).mean()),
         }
 
@@ -274,7 +277,8 @@ class ExpertChoiceRouter(Router):
             nn.ModuleList(score_net(config.architecture, dim, 1) for _ in range(count))
             for count in (num_recursions, auxiliary)
         )
-        self.predicts_gain = self.one_scale = config.causal_selection == "gain"
+        learns_gains = config.causal_selection == "gain"
+        self.learns_from_exits = self.predicts_gain = self.one_scale = learns_gains
         self.open = OPEN if self.predicts_gain else 0.0
         threshold = GAIN_THRESHOLD if self.predicts_gain else 0.5
         self.register_buffer("threshold_R", torch.full((num_recursions,), threshold))
@@ -484,6 +488,94 @@ class TokenChoiceRouter(Router):
         self.bias_R += self.config.bias_update_rate * torch.sign(load.mean() - load)
 
 
+class GainRouter(ExpertChoiceRouter):
+    """A token goes on where that is predicted to lower its loss enough.
+
+    What is enough, training measures: the largest gains that together make 99% of all gain are
+    worth a recursion (the rule of Think-at-Hard 2, arXiv 2609.35748). The same threshold decides in
+    training and in use, and the score is a prediction and no gate: the output replaces the state.
+    """
+
+    has_topk = False
+
+    def __init__(self, config: RouterConfig, dim: int, num_recursions: int) -> None:
+        super().__init__(config, dim, num_recursions)
+        self.is_hierarchical = self.learns_from_exits = True
+        self.nets, self.aux_nets = (
+            nn.ModuleList(score_net(config.architecture, 2 * dim, 1) for _ in range(count))
+            for count in (num_recursions - 1, 0)
+        )
+
+    def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
+        return {"entered": x_MD}
+
+    def decide(
+        self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
+    ) -> Decision:
+        if recursion == 0:
+            return Decision()
+        both = (F.rms_norm(x, x.shape[-1:]) for x in (h_CD, memory["entered"]))
+        seen_CD = torch.cat([*both], dim=-1).detach()  # the router learns from gains alone
+        logit = router_logits(self.nets[recursion - 1], seen_CD).squeeze(-1)
+        takes = logit.sigmoid() > self.threshold_R[recursion]
+        return Decision(takes, logit=logit, causal_logit=logit)
+
+    def combine(
+        self,
+        recursion: int | Tensor,
+        h_KD: Tensor,
+        out_KD: Tensor,
+        gate: Tensor | None,
+        memory: Memory,
+    ) -> Tensor:
+        return out_KD
+
+    def losses(self, routing: Routing) -> dict[str, AuxiliaryLoss]:
+        """Of the predictions for tokens that took a recursion, against what it gained them; without
+        exits none, and no loss."""
+        if routing.exits is None:
+            return {}
+        index, nll_RK = routing.exits.index, routing.exits.nll_RK.detach()
+        total = torch.zeros((), device=nll_RK.device)
+        for step in routing.steps[1:]:
+            assert step.decision.logit is not None
+            logit = step.decision.logit
+            if step.candidate_index is not None:
+                zeros = logit.new_zeros(len(routing.tokens))
+                logit = zeros.index_copy(0, step.candidate_index, logit)
+            took = step.taken(routing.tokens)[index]
+            gain = nll_RK[step.recursion - 1] - nll_RK[step.recursion]
+            total = total + _worth_loss(take(logit, index)[took], gain[took])
+        return {"gain": AuxiliaryLoss(total, self.config.gain_weight)}
+
+    def shown_score(self, routing: Routing, recursion: int) -> Tensor | None:
+        """The predicted probability that a recursion is worth it; 1 for the first."""
+        if recursion == 0:
+            return torch.ones(len(routing.tokens), device=routing.tokens.row.device)
+        return super().shown_score(routing, recursion)
+
+
+LEAST_GAIN = 1e-3
+"""Nats. What is below may be rounding: the gain of recursions that change nothing yet."""
+
+
+def _worth_loss(logit: Tensor, gain: Tensor, share: float = 0.99) -> Tensor:
+    """Binary cross-entropy against whether a gain is among the largest that make this share of all
+    gain. Gains near the cutoff count little, both answers count the same. 0 where nothing gains."""
+    positive = gain[gain > LEAST_GAIN].sort(descending=True).values
+    if not len(positive):
+        return logit.sum() * 0
+    enough = int((positive.cumsum(0) < share * positive.sum()).sum())
+    cutoff = positive[min(enough, len(positive) - 1)]
+    worth = (gain >= cutoff).to(logit.dtype)
+    weight = (gain - cutoff).abs().clamp(1e-6, 1).to(logit.dtype)
+    sums = (weight * worth).sum(), (weight * (1 - worth)).sum()
+    if min(sums) > 0:
+        weight = weight * torch.where(worth > 0, sums[1], sums[0])
+    loss = F.binary_cross_entropy_with_logits(logit, worth, weight, reduction="sum")
+    return loss / weight.sum()
+
+
 class RandomRouter(Router):
     """The control: depth is drawn from (seed, token, position), causal and reproducible."""
 
@@ -573,6 +665,7 @@ ROUTERS: dict[str, type[Router]] = {
     "fixed": FixedDepthRouter,
     "expert_choice": ExpertChoiceRouter,
     "token_choice": TokenChoiceRouter,
+    "gain": GainRouter,
     "random": RandomRouter,
     "position": PositionRouter,
     "frequency": FrequencyRouter,

@@ -6,8 +6,8 @@ which looks at the token alone: it is causal. ``topk`` ranks the candidates of e
 keeps as many as the capacity allows; that is what training does, and it sees the future. The
 engine, whose tokens are all at different recursions, uses the same decision as a mask.
 
-B rows · T columns · A rows that hold tokens · M packed tokens · C candidates · R recursions · D
-model
+B rows · T columns · A rows that hold tokens · M packed tokens · C candidates · K those of exits ·
+R recursions · D model
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ def top_k(
 
 @dataclass(frozen=True)
 class Exits:
-    """What some tokens would predict after each recursion, all of which they took.
+    """What some tokens would predict after each recursion that they took: by coda and head on the
+    state there, or by another forward in which no token goes further.
 
     index: their places in the packed batch, (K,). nll_RK: negative log-likelihoods of their
     targets, in nats.
@@ -165,7 +166,8 @@ class Exits:
 
     def gain(self, recursion: int) -> Tensor:
         """Nats that going on wins a token before this recursion (counted from 0, not the first):
-        up to the best depth from there on; 0 if none is better. (K,), without gradient."""
+        up to the best depth from there on; 0 if none is better. (K,), without gradient. For tokens
+        that took all."""
         nll_RK = self.nll_RK.detach()
         return (nll_RK[recursion - 1] - nll_RK[recursion:].amin(0)).clamp(min=0)
 

@@ -5,7 +5,7 @@
 Tokens are packed (see packing.py): M counts the tokens that really take part.
 
 B rows · T columns · M packed tokens · K selected · D model · N heads · G key/value heads · H head
-dim · V vocab · A rows that hold tokens
+dim · F feed-forward · V vocab · A rows that hold tokens
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from mor.model.compiling import compiled
 from mor.model.config import ModelConfig, Selection
 from mor.model.kv_cache import LEFT, READS, AttentionPass, Cache, KVStore, check_fits
-from mor.model.loss import CHUNK_LOGITS, IGNORED, linear_cross_entropy
+from mor.model.loss import CHUNK_LOGITS, IGNORED, linear_cross_entropies
 from mor.model.packing import PackedTokens, pack, take
 from mor.model.routers import Router, build_router
-from mor.model.routing import Exits, Routing, RoutingRule, RoutingStep, route
+from mor.model.routing import Exits, Memory, Routing, RoutingRule, RoutingStep, route
 from mor.model.scratch import Scratch
 
 if TYPE_CHECKING:
@@ -34,17 +34,21 @@ if TYPE_CHECKING:
 Logits = Literal["all", "last", "none"]
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines of rotary embedding."""
+Later = Tensor | Literal[True]
+"""Who is at a recursion after the first: all, or those of a pass's tokens, (K, 1). Functions take
+it as their last argument, or none at the first recursion."""
 
 
 @dataclass(frozen=True)
 class Output:
     """logits_BTV: zeros at padding; with ``logits="last"`` (B, 1, V), the last token of each row.
     With targets there are none, and ``nll`` is the mean negative log-likelihood of the targets, in
-    nats."""
+    nats; nll_each that of each packed token, without gradients."""
 
     logits_BTV: Tensor
     routing: Routing
     nll: Tensor | None = None
+    nll_each: Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -72,71 +76,115 @@ def rotate(x_MNH: Tensor, angles: Angles) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+def only_later(later: Later, change_KD: Tensor) -> Tensor:
+    """A change of later rows alone: added to the others, it leaves them as they are."""
+    return change_KD.where(later, 0) if isinstance(later, Tensor) else change_KD
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that is zero at the start."""
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer with an adapter (LoRA) for later recursions alone, so no merging: the first
+    recursion shares the weight and must not change."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scale: float) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.lora_A = nn.Linear(inputs, rank, bias=False)
+        self.lora_B = ZeroLinear(rank, outputs, bias=False)
+        self.scale = scale
+
+    def forward(self, x_MD: Tensor, *later: Later) -> Tensor:
+        return self.adapt(F.linear(x_MD, self.weight), x_MD, *later)
+
+    def adapt(self, out_MN: Tensor, x_MD: Tensor, *later: Later) -> Tensor:
+        """Add the adapter's part, where that acts, to what the layer gives for x. In place: an
+        engine's products have a layout of their own, which what follows is computed by."""
+        for where in later:
+            out_MN += only_later(where, self.scale * self.lora_B(self.lora_A(x_MD)))
+        return out_MN
+
+
+def linear(config: ModelConfig, inputs: int, outputs: int, adapted: bool) -> nn.Linear:
+    if adapted and config.lora_rank:
+        return AdaptedLinear(inputs, outputs, config.lora_rank, config.lora_scale)
+    return nn.Linear(inputs, outputs, bias=False)
+
+
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, adapted: bool = False) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.dim, config.num_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
+        self.head_dim, D = config.head_dim, config.dim
+        heads, kv_heads = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
+        self.q_proj = linear(config, D, heads, adapted)
+        self.k_proj = linear(config, D, kv_heads, adapted)
+        self.v_proj = linear(config, D, kv_heads, adapted)
+        self.o_proj = linear(config, heads, D, adapted)
 
     def project(
-        self, x_MD: Tensor, angles: Angles, with_kv: bool
+        self, x_MD: Tensor, angles: Angles, with_kv: bool, *later: Later
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Queries (M, N, H), and keys and values (M, G, H) if the pass writes any."""
-        q_MNH = rotate(self.q_proj(x_MD).unflatten(-1, (-1, self.head_dim)), angles)
-        return (q_MNH, *self.keys_values(x_MD, angles)) if with_kv else (q_MNH, None, None)
+        q_MNH = rotate(self.q_proj(x_MD, *later).unflatten(-1, (-1, self.head_dim)), angles)
+        return (q_MNH, *self.keys_values(x_MD, angles, *later)) if with_kv else (q_MNH, None, None)
 
-    def keys_values(self, x_MD: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x_MD: Tensor, angles: Angles, *later: Later) -> tuple[Tensor, Tensor]:
         """(M, G, H) each."""
-        k_MGH = rotate(self.k_proj(x_MD).unflatten(-1, (-1, self.head_dim)), angles)
-        return k_MGH, self.v_proj(x_MD).unflatten(-1, (-1, self.head_dim))
+        k_MGH = rotate(self.k_proj(x_MD, *later).unflatten(-1, (-1, self.head_dim)), angles)
+        return k_MGH, self.v_proj(x_MD, *later).unflatten(-1, (-1, self.head_dim))
 
 
 class FeedForward(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, adapted: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate_proj = linear(config, config.dim, config.ffn_dim, adapted)
+        self.up_proj = linear(config, config.dim, config.ffn_dim, adapted)
+        self.down_proj = linear(config, config.ffn_dim, config.dim, adapted)
 
-    def forward(self, x_MD: Tensor) -> Tensor:
-        out_MD: Tensor = self.down_proj(F.silu(self.gate_proj(x_MD)) * self.up_proj(x_MD))
+    def forward(self, x_MD: Tensor, *later: Later) -> Tensor:
+        hidden_MF = F.silu(self.gate_proj(x_MD, *later)) * self.up_proj(x_MD, *later)
+        out_MD: Tensor = self.down_proj(hidden_MF, *later)
         return out_MD
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    """adapted: with the adapters of the settings, if there are any."""
+
+    def __init__(self, config: ModelConfig, adapted: bool = False) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, adapted)
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = FeedForward(config, adapted)
 
-    def forward(self, x_MD: Tensor, angles: Angles, kv: AttentionPass, layer: int) -> Tensor:
-        q_MNH, k_MGH, v_MGH = self.enter(x_MD, angles, kv.writes)
+    def forward(
+        self, x_MD: Tensor, angles: Angles, kv: AttentionPass, layer: int, *later: Later
+    ) -> Tensor:
+        q_MNH, k_MGH, v_MGH = self.enter(x_MD, angles, kv.writes, *later)
         if k_MGH is not None and v_MGH is not None:
             kv.write(layer, k_MGH, v_MGH)
-        return self.leave(x_MD, kv.attend(layer, q_MNH))
+        return self.leave(x_MD, kv.attend(layer, q_MNH), *later)
 
     def enter(
-        self, x_MD: Tensor, angles: Angles, with_kv: bool
+        self, x_MD: Tensor, angles: Angles, with_kv: bool, *later: Later
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Everything before the attention kernel."""
-        return self.attention.project(self.attention_norm(x_MD), angles, with_kv)
+        return self.attention.project(self.attention_norm(x_MD), angles, with_kv, *later)
 
-    def leave(self, x_MD: Tensor, mixed_MNH: Tensor) -> Tensor:
+    def leave(self, x_MD: Tensor, mixed_MNH: Tensor, *later: Later) -> Tensor:
         """Everything after it."""
-        x_MD = x_MD + self.attention.o_proj(mixed_MNH.flatten(-2))
-        out_MD: Tensor = x_MD + self.feed_forward(self.feed_forward_norm(x_MD))
+        x_MD = x_MD + self.attention.o_proj(mixed_MNH.flatten(-2), *later)
+        out_MD: Tensor = x_MD + self.feed_forward(self.feed_forward_norm(x_MD), *later)
         return out_MD
 
-    def show(self, x_MD: Tensor, angles: Angles, kv: AttentionPass, layer: int) -> None:
+    def show(
+        self, x_MD: Tensor, angles: Angles, kv: AttentionPass, layer: int, *later: Later
+    ) -> None:
         """Let others see these states, which the layer is not applied to."""
-        kv.write(layer, *self.attention.keys_values(self.attention_norm(x_MD), angles))
+        kv.write(layer, *self.attention.keys_values(self.attention_norm(x_MD), angles, *later))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what :meth:`compile_parts` made: it belongs to this block's weights, so a copy or
@@ -172,28 +220,90 @@ def passes(config: ModelConfig, num_recursions: int | None = None) -> list[tuple
     }[config.shared_order]
 
 
+class Deepening(nn.Module):
+    """How later recursions begin and end in a deepened model: with a look back at what came out of
+    the prelude, and with a step towards the stack's output.
+
+        u = h + B [norm(h); norm(entered)]        h <- h + gate * (stack(u) - h)
+
+    B and the gate, which has a number for each dimension, start at zero: later recursions change
+    nothing until they are trained.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.reinject = ZeroLinear(2 * config.dim, config.dim, bias=False)
+        self.gate = nn.Parameter(torch.zeros(config.dim))
+
+    def begin(self, h_KD: Tensor, entered_KD: Tensor, later: Later) -> Tensor:
+        both = (F.rms_norm(x, x.shape[-1:], eps=self.eps) for x in (h_KD, entered_KD))
+        return h_KD + only_later(later, self.reinject(torch.cat([*both], dim=-1)))
+
+    def end(self, h_KD: Tensor, out_KD: Tensor, later: Later) -> Tensor:
+        stepped_KD = h_KD + self.gate.to(h_KD.dtype) * (out_KD - h_KD)
+        return torch.where(later, stepped_KD, out_KD) if isinstance(later, Tensor) else stepped_KD
+
+
 class Recursions(nn.Module):
     """The shared blocks and the loop over them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.shared_blocks = nn.ModuleList(Block(config) for _ in range(config.shared_layers))
+        self.shared_blocks = nn.ModuleList(
+            Block(config, adapted=True) for _ in range(config.shared_layers)
+        )
+        self.deepening = Deepening(config) if config.deepened else None
         self.router = build_router(config)
+
+    def start(self, router: Router, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
+        """What is to be remembered of each token from before the first recursion."""
+        memory = router.start(x_MD, tokens, max_depth)
+        return memory if self.deepening is None else memory | {"entered": x_MD}
 
     def stack(
         self,
+        recursion: int | Tensor,
         x_KD: Tensor,
+        memory: Memory,
         angles: Angles,
         kv: AttentionPass,
         layers: Sequence[int],
         recompute: bool = False,
     ) -> Tensor:
+        """One pass of these layers. recursion: one number, or (K,) where tokens at different
+        recursions share the pass."""
+        x_KD, adapting = self._begin(recursion, x_KD, memory)
         for layer in layers:
             x_KD = checkpointed(
-                self.shared_blocks[layer], x_KD, angles, kv, layer, recompute=recompute
+                self.shared_blocks[layer], x_KD, angles, kv, layer, *adapting, recompute=recompute
             )
         return x_KD
+
+    def _begin(
+        self, recursion: int | Tensor, x_KD: Tensor, memory: Memory
+    ) -> tuple[Tensor, tuple[Later, ...]]:
+        """What the first layer reads, and what tells layers whom their adapters act on."""
+        later = _later(recursion)
+        if self.deepening is not None and later:
+            x_KD = self.deepening.begin(x_KD, memory["entered"], *later)
+        return x_KD, later if self.config.lora_rank else ()
+
+    def combine(
+        self,
+        router: Router,
+        recursion: int | Tensor,
+        h_KD: Tensor,
+        out_KD: Tensor,
+        gate: Tensor | None,
+        memory: Memory,
+    ) -> Tensor:
+        """New states after a pass: gated as the router says, in a deepened model by its own."""
+        if self.deepening is None:
+            return router.combine(recursion, h_KD, out_KD, gate, memory)
+        later = _later(recursion)
+        return self.deepening.end(h_KD, out_KD, *later) if later else out_KD
 
     def forward(
         self,
@@ -213,7 +323,7 @@ class Recursions(nn.Module):
                 f"kv_strategy={self.config.kv_strategy!r} shows tokens by the state that they left "
                 "with; a token that skips a recursion must not take a later one"
             )
-        memory = router.start(x_MD, tokens, rule.max_depth)
+        memory = self.start(router, x_MD, tokens, rule.max_depth)
         steps: list[RoutingStep] = []
         states, passes_kv = [x_MD], dict[int, AttentionPass]()
         for recursion, layers in passes(self.config, rule.max_depth):
@@ -221,7 +331,7 @@ class Recursions(nn.Module):
             if recursion == len(steps):
                 steps.append(route(router, recursion, x_MD, tokens, memory, steps, rule))
                 if LEFT in reads(recursion + 1):
-                    self._show_left(steps, x_MD, angles, tokens, store)
+                    self._show_left(steps, x_MD, angles, tokens, memory, store)
             step = steps[recursion]
             if recursion == 0 and len(step.tokens) < len(tokens):
                 self._check_first()
@@ -233,9 +343,10 @@ class Recursions(nn.Module):
                 here = step.gather(angles[0]), step.gather(angles[1])
                 h_KD, own_memory = step.gather(x_MD), {n: step.gather(m) for n, m in memory.items()}
 
-                out_KD = self.stack(h_KD, here, passes_kv[recursion], layers, recompute)
+                kv = passes_kv[recursion]
+                out_KD = self.stack(recursion, h_KD, own_memory, here, kv, layers, recompute)
 
-                new_KD = router.combine(recursion, h_KD, out_KD, step.gate, own_memory)
+                new_KD = self.combine(router, recursion, h_KD, out_KD, step.gate, own_memory)
                 x_MD = step.scatter(new_KD, x_MD)
             if keep_states:
                 states.append(x_MD)
@@ -247,9 +358,11 @@ class Recursions(nn.Module):
         x_MD: Tensor,
         angles: Angles,
         tokens: PackedTokens,
+        memory: Memory,
         store: KVStore,
     ) -> None:
-        """Entries of the tokens that took the recursion before the last step, and not its own."""
+        """Entries of the tokens that took the recursion before the last step, and not its own: as
+        if their state began it."""
         before, now = steps[-2:]
         count = len(before.tokens) - len(now.tokens)  # known without waiting for the device
         if count:
@@ -257,8 +370,16 @@ class Recursions(nn.Module):
             left = has_left.int().argsort(descending=True, stable=True)[:count]
             kv = store.open(LEFT, (LEFT,), tokens.select(left))
             here = take(angles[0], left), take(angles[1], left)
-            for layer, block in enumerate(self.shared_blocks):
-                block.show(take(x_MD, left), here, kv, layer)  # type: ignore[operator]
+            own_memory = {name: take(value, left) for name, value in memory.items()}
+            self.show(now.recursion, take(x_MD, left), own_memory, here, kv)
+
+    def show(
+        self, recursion: int, x_KD: Tensor, memory: Memory, angles: Angles, kv: AttentionPass
+    ) -> None:
+        """Let others see these states as if they began a recursion, which they do not take."""
+        x_KD, adapting = self._begin(recursion, x_KD, memory)
+        for layer, block in enumerate(self.shared_blocks):
+            block.show(x_KD, angles, kv, layer, *adapting)  # type: ignore[operator]
 
     def _check_first(self) -> None:
         if self.config.kv_strategy != "recursion_wise":
@@ -267,6 +388,12 @@ class Recursions(nn.Module):
                 "every token, so every token must take it; use a router or capacities that keep "
                 "all tokens there, or kv_strategy='recursion_wise'"
             )
+
+
+def _later(recursion: int | Tensor) -> tuple[Later, ...]:
+    if isinstance(recursion, Tensor):
+        return ((recursion > 0)[:, None],)
+    return (True,) if recursion > 0 else ()
 
 
 class Transformer(nn.Module):
@@ -300,6 +427,7 @@ class Transformer(nn.Module):
         logits: Logits = "all",
         recompute: bool = False,
         keep_states: bool = False,
+        entered_BTD: Tensor | None = None,
         exit_rows: int = 0,
     ) -> Output:
         """Logits for the next token at every position, and the routing that led there.
@@ -319,6 +447,7 @@ class Transformer(nn.Module):
         logits: of ``all`` tokens, the ``last`` of each row, or ``none``.
         recompute: keep no activations inside the layers; backward makes them again.
         keep_states: put the states before the first pass and after each one into the record.
+        entered_BTD: the states that leave the prelude, where they are known; it is skipped then.
         exit_rows: of that many rows, the first ones, also note what tokens would predict after each
         recursion (:class:`mor.model.routing.Exits`); with targets and where all tokens take all
         recursions.
@@ -328,6 +457,13 @@ class Transformer(nn.Module):
         an assertion.
         """
         self._check(tokens_BT, mask_BT, documents_BT, targets_BT, cache, selection, logits)
+        if entered_BTD is not None and (
+            cache is not None or entered_BTD.shape != (*tokens_BT.shape, self.config.dim)
+        ):
+            raise ValueError(
+                "entered_BTD holds a state for each token, (batch, length, dim), and goes with no "
+                f"cache; got {tuple(entered_BTD.shape)} for tokens {tuple(tokens_BT.shape)}"
+            )
         start = None if cache is None else cache.length
         tokens = pack(tokens_BT, mask_BT, start=start, documents_BT=documents_BT)
         if not len(tokens):
@@ -337,12 +473,15 @@ class Transformer(nn.Module):
         store: KVStore = cache or Scratch(
             kept=() if self.config.kv_strategy == "recursion_wise" else (LEFT, 1)
         )
-        x_MD = self._embed(tokens.ids)
         angles = rotary_angles(tokens.position, self.config.head_dim, self.config.rope_theta)
 
         everyone = store.open(0, (0,), tokens)
-        for layer, block in enumerate(self.prelude):
-            x_MD = checkpointed(block, x_MD, angles, everyone, layer, recompute=recompute)
+        if entered_BTD is None:
+            x_MD = self._embed(tokens.ids)
+            for layer, block in enumerate(self.prelude):
+                x_MD = checkpointed(block, x_MD, angles, everyone, layer, recompute=recompute)
+        else:
+            x_MD = entered_BTD.flatten(0, 1)[tokens.place]
         x_MD, routing = self.recursions(
             x_MD,
             angles,
@@ -360,8 +499,8 @@ class Transformer(nn.Module):
         routing = replace(routing, losses=router.losses(routing))
         if targets_BT is not None:
             target = targets_BT.flatten()[tokens.place]
-            nll = linear_cross_entropy(self.final_norm(x_MD), self.head_weight, target)
-            return Output(x_MD.new_empty(0), routing, nll)
+            nll, nll_each = linear_cross_entropies(self.final_norm(x_MD), self.head_weight, target)
+            return Output(x_MD.new_empty(0), routing, nll, nll_each)
         if logits == "none":
             return Output(x_MD.new_empty(0), routing)
         return Output(self._logits(x_MD, tokens, logits), routing)
@@ -518,11 +657,18 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> Transformer:
-        """Normal(0, init_std) for matrices, ones for norms. Raises if a parameter is missed."""
+        """Normal(0, init_std) for matrices, ones for norms, zeros for what a deepened model adds to
+        its source. Raises if a parameter is missed."""
         generator = torch.Generator(device="cpu").manual_seed(seed)
         missed = {name for name, _ in self.named_parameters()}
         for prefix, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, ZeroLinear):
+                module.weight.zero_()
+            elif isinstance(module, Deepening):
+                module.gate.zero_()
+                missed.discard(f"{prefix}.gate")
+                continue
+            elif isinstance(module, nn.Linear | nn.Embedding):
                 draw = torch.randn(module.weight.shape, generator=generator) * self.config.init_std
                 module.weight.copy_(draw)
             elif isinstance(module, RMSNorm):

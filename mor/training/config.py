@@ -9,15 +9,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
 from mor.data.config import DataConfig
 from mor.files import naming, read_json
-from mor.model.config import ModelConfig, preset
+from mor.model.config import ModelConfig, Trained, preset
 from mor.run_folder import RunFolder
 from mor.settings import (
     Listed,
@@ -106,6 +106,17 @@ class TrainConfig(Settings):
     max_skipped: NonNegativeInt = 5
     """Skipped steps in a row (loss or gradient not finite) after which the run stops; it stops at
     once where the weights are not finite."""
+    init_from: str | None = None
+    """Checkpoint whose weights, model settings and tokenizer a new run starts with, such as one
+    that `mor convert` made."""
+    train: Trained | None = None
+    """added: what later recursions have of their own, and the router, so that the model stays its
+    source at depth 1; block: the shared layers too; all: everything. None: added for a deepened
+    model, else all."""
+    source_cache: str | None = None
+    """Folder that keeps what the frozen source says of the training text, for train='added' and one
+    process: the states that leave the prelude, in half precision, and the loss at depth 1. It takes
+    2 * dim + 4 bytes per token; runs and epochs share it."""
     branch_from: str | None = None
     """Checkpoint of another run to start from, with that run's settings."""
     calibrate: bool = True
@@ -138,19 +149,38 @@ class TrainConfig(Settings):
             raise ValueError(
                 "optim.name='muon' needs whole matrices; use parallel='ddp', or optim.name='adamw'"
             )
+        if self.init_from is None:
+            self.check_model()
+
+    def check_model(self) -> None:
+        """Raise ValueError if the run asks for what its model has not. A run that starts from a
+        checkpoint is checked when it knows that one's model."""
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"seq_len={self.seq_len} exceeds model.max_seq_len={self.model.max_seq_len}"
             )
-        if self.capacity_warmup_steps and self.model.router.kind in ("fixed", "token_choice"):
+        kind = self.model.router.kind
+        if self.capacity_warmup_steps and kind in ("fixed", "token_choice", "gain"):
+            raise ValueError(f"capacity_warmup_steps needs a router with capacities, not {kind!r}")
+        if self.source_cache and self.trained != "added":
             raise ValueError(
-                "capacity_warmup_steps needs a router with capacities, not "
-                f"{self.model.router.kind!r}"
+                f"source_cache needs a source that stays as it is, not train={self.trained!r}"
+            )
+        if self.train == "added" and not (self.model.deepened or self.model.lora_rank):
+            raise ValueError(
+                "train='added' is for models with parts of their own for later recursions "
+                "(deepened or lora_rank), as mor convert --deepen makes them; this one has none"
             )
         self._check_exits()
 
     def _check_exits(self) -> None:
         router = self.model.router
+        if router.kind == "gain" and (self.full_depth_share or self.exit_share):
+            raise ValueError(
+                "router.kind='gain' measures gains by itself, with tokens that stop earlier; leave "
+                "out full_depth_share and exit_share, or take router.kind='expert_choice' with "
+                "router.causal_selection='gain', which learns from exits"
+            )
         if self.full_depth_share and router.kind in ("fixed", "token_choice"):
             raise ValueError(
                 f"full_depth_share needs a router with capacities, not {router.kind!r}"
@@ -163,6 +193,11 @@ class TrainConfig(Settings):
                 "which all tokens take them; give two numbers that do not fall, and a model with "
                 "several recursions and router.kind='fixed' or full_depth_share"
             )
+        if drawn and drawn[0] == 1 and self.trained == "added":
+            raise ValueError(
+                f"recursions_drawn={drawn} has steps of one recursion, in which nothing is used of "
+                "what train='added' trains; let it begin at 2"
+            )
         if self.exit_share and (self.model.num_recursions == 1 or not self.has_full_steps):
             raise ValueError(
                 "exit_share needs several recursions and steps in which all tokens take them; set "
@@ -172,13 +207,35 @@ class TrainConfig(Settings):
         if by_gain and not (self.exit_share and router.gain_weight):
             raise ValueError(
                 "router.causal_selection='gain' learns from exits alone; set full_depth_share=0.5 "
-                "and exit_share=0.25"
+                "and exit_share=0.25, or take router.kind='gain', which measures gains by itself"
             )
 
     @property
     def has_full_steps(self) -> bool:
         """Whether there are steps in which all tokens take all recursions."""
         return self.full_depth_share > 0 or min(self.model.capacities) == 1
+
+    def with_model_of(self, checkpoint_config: ModelConfig) -> Self:
+        """The same for the model of the checkpoint that it starts from. Raises ValueError for other
+        settings of model or tokenizer, and as :meth:`check_model`."""
+        if self.model not in (checkpoint_config, type(self)().model):
+            raise ValueError(
+                f"init_from={self.init_from!r} brings its own model; leave out the settings of "
+                "another one"
+            )
+        if self.data.tokenizer is not None or self.data.vocab_size is not None:
+            raise ValueError(
+                f"init_from={self.init_from!r} brings its own tokenizer; leave out data.tokenizer "
+                "and data.vocab_size"
+            )
+        found = replace(self, model=checkpoint_config)
+        found.check_model()
+        return found
+
+    @property
+    def trained(self) -> Trained:
+        """What is trained."""
+        return self.train or ("added" if self.model.deepened else "all")
 
 
 def capacities_at(config: TrainConfig, step: int) -> tuple[float, ...]:
@@ -212,22 +269,26 @@ def exit_rows_at(config: TrainConfig, step: int) -> int:
 
 
 def _exit_rows(config: TrainConfig, capacities: Sequence[float]) -> int:
-    return math.ceil(config.exit_share * config.batch_size) if min(capacities) == 1 else 0
+    has_exits = min(capacities) == 1 and len(capacities) > 1
+    return math.ceil(config.exit_share * config.batch_size) if has_exits else 0
 
 
 def step_flops(config: TrainConfig, step: int, num_ranks: int = 1) -> float:
-    """Training FLOPs of a step, exact for static capacities. Document masks are ignored."""
+    """Training FLOPs of a step, exact for static capacities. Document masks are ignored, and what a
+    source_cache saves of the prelude; without static capacities they are expected ones."""
     return _flops_with(config, capacities_at(config, step), num_ranks)
 
 
 def _flops_with(config: TrainConfig, capacities: Sequence[float], num_ranks: int) -> float:
     """Training FLOPs of a step with these capacities."""
-    from mor.costs.flops import exit_flops, train_flops
+    from mor.costs.flops import measuring_flops, train_exit_flops, train_flops
 
-    whole = train_flops(config.model, config.seq_len, capacities=capacities)
-    exits = 3 * exit_flops(config.model, config.seq_len, len(capacities))
+    model, length = config.model, config.seq_len
+    each = train_flops(model, length, capacities=capacities, trained=config.trained)
+    each += measuring_flops(model, length, source_is_known=config.source_cache is not None)
+    exits = train_exit_flops(model, length, len(capacities), trained=config.trained)
     exits *= _exit_rows(config, capacities)
-    return config.accumulate * num_ranks * (config.batch_size * whole + exits)
+    return config.accumulate * num_ranks * (config.batch_size * each + exits)
 
 
 def _flops_by_step(config: TrainConfig, num_ranks: int) -> Iterator[float]:

@@ -40,8 +40,9 @@ from mor.training import distributed, sharded_state
 from mor.training.config import TrainConfig, step_flops, total_steps
 from mor.training.distributed import Ranks, own_share, reshard, spread
 from mor.training.log import MetricsLog, Speed, health_text
-from mor.training.optim import build_optimizers, learning_rate
+from mor.training.optim import build_optimizers, freeze, learning_rate
 from mor.training.resume import Saved, branched, can_branch, continued, record
+from mor.training.source_cache import SourceCache
 from mor.training.step import StepResult, TrainState, train_step
 from mor.training.tracing import tracing
 from mor.training.trackers import TRACKERS, Tolerant, Tracker, routing_histograms
@@ -124,18 +125,35 @@ def _prepare(
     found = _beginning(config, run, ranks, resume, corpus, console)
     config, saved = found.config, found.saved
     total = total_steps(config, ranks.size)
+    if ranks.size > 1 and (config.source_cache or config.model.router.kind == "gain"):
+        raise ValueError(
+            "source_cache and router.kind='gain' are for one process; leave torchrun out"
+        )
     ranks.first_does(lambda: _check_room(config, run, console))
-    model = found.model.train() if found.model else _fresh_model(config, found.corpus)
+    model = (
+        found.model.train() if found.model else Transformer(config.model).init_weights(config.seed)
+    )
+    if saved is None and model.router.needs_token_counts:
+        counts = found.corpus.train.token_counts(config.model.vocab_size, config.seq_len)
+        model.router.fit(counts)
+    freeze(model, config.trained)
     state = _on_ranks(config, model.to(ranks.device), ranks)
     if saved:
         state.load(saved.folder)
+    if config.source_cache:
+        state.source = SourceCache(Path(config.source_cache), state.model, config.seq_len)
     tracker = _tracker(config, state)
     progress = ProgressBar(console, label, total=total, done=state.step, counted=True)
     kept = state.step if found.is_own else 0
     log = MetricsLog(run, step=kept, active=ranks.is_first, tracker=tracker)
     earlier = saved.schedules if saved and found.is_own else []
     facts = record(found.chosen, found.data, ranks.size, earlier, config.optim)
-    for line in [*([announce(config, ranks.size)] if announce else []), *found.notes]:
+    kept_lines = [cache_line(state.source, config, total - state.step)] if state.source else []
+    for line in [
+        *([announce(config, ranks.size)] if announce else []),
+        *found.notes,
+        *kept_lines,
+    ]:
         progress.note(line)
     trainer = Trainer(config, state, found.corpus, run, log, progress, total, facts)
     trainer.skipped_in_a_row = saved.skipped_in_a_row if saved and found.is_own else 0
@@ -152,7 +170,8 @@ def _prepare(
 
 @dataclass(frozen=True)
 class _Beginning:
-    """Where a run starts from: fresh weights, or a checkpoint of it (own) or of another run.
+    """Where a run starts from: fresh weights, the weights of a model (without saved), or a
+    checkpoint of it (own) or of another run.
 
     config: with the schedule in force. chosen: with the one that was asked for; they differ where a
     run was lengthened. notes: what is other than it was.
@@ -178,16 +197,23 @@ def _beginning(
 ) -> _Beginning:
     """Settings, data and checkpoint, which fit each other."""
     start = ranks.first_does(lambda: _start(config, run, resume, console))
-    loaded = checkpoint.load(start) if start else None
+    source = start or (checkpoint.resolve(config.init_from) if config.init_from else None)
+    loaded = checkpoint.load(source) if source else None
     if loaded is not None:
         loaded.model.depth_table = None  # of weights that are about to change
     corpus = corpus or load_corpus(config.data, loaded.tokenizer if loaded else None)
-    model = config.model.replace(vocab_size=corpus.tokenizer.vocab_size)
-    config = dataclasses.replace(config, model=model)
+    if loaded and config.init_from:
+        config = config.with_model_of(loaded.config)
+        with naming(str(source)):
+            corpus.tokenizer.check_fits(config.model.vocab_size)
+    else:
+        model = config.model.replace(vocab_size=corpus.tokenizer.vocab_size)
+        config = dataclasses.replace(config, model=model)
     _check_length(corpus, config)
     data = corpus.fingerprint()
     if start is None or loaded is None:
-        return _Beginning(config, config, corpus, data, None, None, is_own=False)
+        made = loaded.model if loaded else None
+        return _Beginning(config, config, corpus, data, None, made, is_own=False)
     saved, is_own = Saved.of(start), start in run.checkpoints()
     if not is_own:  # the path itself: what is newest in another run may change
         config = dataclasses.replace(config, branch_from=str(start))
@@ -246,16 +272,19 @@ def _check_room(config: TrainConfig, run: RunFolder, console: Console) -> None:
         )
 
 
+def cache_line(cache: SourceCache, config: TrainConfig, steps: int) -> str:
+    """What is there, and what the run may add to it."""
+    tokens = steps * config.batch_size * config.accumulate * config.seq_len
+    return (
+        f"{config.source_cache}: {in_bytes(cache.nbytes)} of the source's states and losses, at "
+        f"most {in_bytes(round(tokens * cache.bytes_per_token))} more in this run "
+        f"({cache.bytes_per_token:,.0f} bytes per token)"
+    )
+
+
 def checkpoint_bytes(model: ModelConfig) -> int:
     """Of a checkpoint of training, about: weights and the optimizer's two moments, in float32."""
     return 3 * 4 * unique_params(model)
-
-
-def _fresh_model(config: TrainConfig, corpus: Corpus) -> Transformer:
-    model = Transformer(config.model).init_weights(config.seed)
-    if model.router.needs_token_counts:
-        model.router.fit(corpus.train.token_counts(config.model.vocab_size, config.seq_len))
-    return model
 
 
 def _on_ranks(config: TrainConfig, model: Transformer, ranks: Ranks) -> TrainState:
@@ -327,6 +356,8 @@ class Trainer:
                 self.progress.note(
                     f"interrupted: saved after step {self.state.step}; continue with --resume"
                 )
+        if self.state.source is not None:
+            self.state.source.close()
         # Freed after its process group, DDP can wait forever for gloo's threads.
         self.state.forward = self.state.model
         return TrainResult(path, self.state, self.corpus, finished)

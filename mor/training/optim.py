@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from mor.model.config import Trained
 from mor.training.config import OptimConfig
 
 
@@ -42,6 +43,17 @@ SCHEDULES: dict[str, Callable[[OptimConfig, int, int], float]] = {
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:
     """Learning rate of ``step`` (from 0) in a run of ``total`` steps."""
     return config.lr * SCHEDULES[config.schedule](config, step, total)
+
+
+def freeze(model: nn.Module, trained: Trained) -> None:
+    """Let gradients reach these parts of the model alone."""
+    parts = {
+        "added": (".deepening.", ".lora_A.", ".lora_B.", ".router."),
+        "block": ("recursions.",),
+        "all": ("",),
+    }[trained]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in parts))
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:

@@ -29,6 +29,8 @@ from mor.training.config import (
 FREE = (
     "out",
     "branch_from",
+    "init_from",
+    "source_cache",
     "eval_every",
     "eval_windows",
     "save_minutes",
@@ -47,7 +49,7 @@ LENGTH = ("steps", "flops")
 SCHEDULE = ("optim.warmup", "optim.cooldown")
 # A step's sequences may be shared out otherwise, over another number of processes.
 SHARED_OUT = ("batch_size", "accumulate")
-RESUMABLE = (*LENGTH, *SHARED_OUT, *MACHINE, *(name for name in FREE if name != "branch_from"))
+RESUMABLE = (*LENGTH, *SHARED_OUT, *MACHINE, *(name for name in FREE if not name.endswith("_from")))
 """Settings that may be given anew when a run is resumed."""
 
 

@@ -2,7 +2,7 @@
 
 batches -> forward (top-k selection) -> LM loss + auxiliary losses -> gradients -> update
 
-B rows of the batch · T columns
+B rows of the batch · T columns · M packed tokens · K those with a target · R recursions · D model
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from mor import checkpoint
 from mor.data.stream import Batch, DataState
 from mor.device import autocast
-from mor.model.other_depths import RepeatLastRouter
-from mor.model.routers import Router
-from mor.model.routing import AuxiliaryLoss, Routing
+from mor.model.loss import IGNORED
+from mor.model.other_depths import ExploringRouter, RepeatLastRouter
+from mor.model.routers import GainRouter, Router
+from mor.model.routing import AuxiliaryLoss, Exits, Routing
 from mor.model.transformer import Output, Transformer
 from mor.training import sharded_state
 from mor.training.config import TrainConfig, capacities_at, exit_rows_at, step_flops
 from mor.training.distributed import Ranks, reducing, whole
 from mor.training.optim import learning_rate
+from mor.training.source_cache import SourceCache
 
 
 @dataclass
@@ -45,6 +47,8 @@ class TrainState:
     train_s: float = 0.0
     skipped: int = 0
     """Steps whose loss or gradient was not finite."""
+    source: SourceCache | None = None
+    """What the frozen source says of the training text, where it is kept."""
 
     _COUNTERS = ("step", "tokens", "flops", "train_s", "skipped")
 
@@ -135,9 +139,7 @@ def _backward(config: TrainConfig, state: TrainState, batches: Iterator[Any]) ->
         batch, state.data = next(batches)
         with reducing(state.forward, last=i == config.accumulate - 1):
             with autocast(device, config.precision):
-                output = _forward(
-                    config, state.forward, state.model.router, batch.to(device), state.step
-                )
+                output = _forward(config, state, batch.to(device))
                 loss = compute_loss(output)
             (loss / config.accumulate).backward()
         assert output.nll is not None
@@ -150,28 +152,73 @@ def _backward(config: TrainConfig, state: TrainState, batches: Iterator[Any]) ->
     return StepResult(on_host[0], on_host[1], routings)
 
 
-def _forward(
-    config: TrainConfig,
-    forward: nn.Module,
-    router: Router,
-    batch: Batch,
-    step: int,
-) -> Output:
-    capacities, trained = capacities_at(config, step), config.model.num_recursions
-    further = len(capacities) > trained
-    output: Output = forward(
+def _forward(config: TrainConfig, state: TrainState, batch: Batch) -> Output:
+    """The forward of a step, with all that its losses need."""
+    router, inputs = state.model.router, _inputs(config, state, batch)
+    known = state.source.of(batch) if state.source else None
+    if known is not None:
+        inputs["entered_BTD"] = known.entered_BTD
+    output: Output = state.forward(
         batch.tokens_BT,
+        **inputs,
+        exit_rows=exit_rows_at(config, state.step),
+        recompute=config.recompute,
+    )
+    routing = output.routing
+    losses = routing.losses
+    if routing.exits is not None:
+        exit_loss = routing.exits.nll_RK[:-1].mean()
+        losses = losses | {"exits": AuxiliaryLoss(exit_loss, config.exit_weight)}
+    elif isinstance(router, GainRouter):
+        source_nll = known.nll_each if known is not None else None
+        routing = with_capped(state.model, batch, output, inputs, source_nll)
+        losses = losses | router.losses(routing)
+    return replace(output, routing=replace(routing, losses=losses))
+
+
+def _inputs(config: TrainConfig, state: TrainState, batch: Batch) -> dict[str, Any]:
+    """Text, and how deep its tokens go, of a forward of this step."""
+    capacities, trained = capacities_at(config, state.step), config.model.num_recursions
+    return dict(
         targets_BT=batch.targets_BT,
         documents_BT=batch.documents_BT,
         selection="topk",
         capacities=(*capacities, *capacities[-1:] * (trained - len(capacities)))[:trained],
         max_depth=len(capacities),
-        router=RepeatLastRouter(router, len(capacities)) if further else None,
-        exit_rows=exit_rows_at(config, step),
-        recompute=config.recompute,
+        router=_router_at(config, state, len(capacities)),
     )
-    if (exits := output.routing.exits) is None:
-        return output
-    loss = AuxiliaryLoss(exits.nll_RK[:-1].mean(), config.exit_weight)
-    losses = output.routing.losses | {"exits": loss}
-    return replace(output, routing=replace(output.routing, losses=losses))
+
+
+def _router_at(config: TrainConfig, state: TrainState, num_recursions: int) -> Router | None:
+    """What decides in place of the model's router in this step."""
+    router = state.model.router
+    if num_recursions > router.num_recursions:
+        return RepeatLastRouter(router, num_recursions)
+    if isinstance(router, GainRouter):
+        return ExploringRouter(router, config.model.router.explore, state.step)
+    return None
+
+
+@torch.no_grad()
+def with_capped(
+    model: Transformer,
+    batch: Batch,
+    output: Output,
+    inputs: dict[str, Any],
+    source_nll: Tensor | None = None,
+) -> Routing:
+    """The record of a forward with exits: what tokens lose that stop after each recursion, by the
+    same forward with all tokens capped there. Without gradients.
+
+    source_nll: the loss at depth 1, where it is known.
+    """
+    assert output.nll_each is not None
+    capped = [] if source_nll is None else [source_nll]
+    for depth in range(1 + len(capped), model.config.num_recursions):
+        nll_each = model(batch.tokens_BT, **(inputs | {"max_depth": depth})).nll_each
+        assert nll_each is not None
+        capped.append(nll_each)
+    target = batch.targets_BT.flatten()[output.routing.tokens.place]
+    asked = (target != IGNORED).nonzero().squeeze(1)
+    nll_RM = torch.stack([*capped, output.nll_each])
+    return replace(output.routing, exits=Exits(asked, nll_RM[:, asked]))

@@ -90,3 +90,52 @@ def test_mistakes_are_refused_and_nothing_is_written(arguments, words, folder, t
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "note.txt"]
+
+
+def test_deepening_from_the_command_line(folder, tmp_path, capsys):
+    deepen = ["--deepen", "--block", "2:5", "--num-recursions", "3", "--adapter", "lora:4:6"]
+    main(["convert", str(folder), str(tmp_path / "deep"), *deepen])
+    shown = capsys.readouterr().out
+    assert "2+3x3+3 = 14 effective" in shown and "recursion 1 is the source" in shown
+    config = checkpoint.load(tmp_path / "deep").config
+    assert (config.lora_rank, config.lora_scale, config.deepened) == (4, 1.5, True)
+    assert (config.router.kind, config.kv_strategy) == ("gain", "hybrid")
+    main(["convert", str(folder), str(tmp_path / "b"), "--deepen", "--block", "0:8", "--json"])
+    assert last_json(capsys)["layout"] == "0+8x2+0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["out", "--deepen"], "--deepen needs --block FIRST:END"),
+        (["out", "--deepen", "--block", "2-5"], "--deepen needs --block FIRST:END"),
+        (["out", "--deepen", "--block", "2:9"], "layers 0 to 7"),
+        (["out", "--deepen", "--block", "2:5", "--adapter", "lora"], "lora:RANK:ALPHA"),
+        (["out", "--deepen", "--block", "2:5", "--init", "lower"], "leave out --init"),
+        (["out", "--deepen", "--block", "2:5", "--to", "llama"], "leave out num_recursions"),
+        (["out", "--block", "2:5"], "no effect without --deepen"),
+        (["--text", "a.txt"], "no effect without --suggest-split"),
+        ([], "mor convert SOURCE OUT"),
+        (["--suggest-split", "--block-layers", "7"], "1 to 6"),
+    ],
+)
+def test_what_deepening_cannot_do_is_said(arguments, words, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("One line after the other.\n" * 40)
+    text = ["--text", "a.txt"] if "--suggest-split" in arguments else []
+    with pytest.raises(SystemExit):
+        main(["convert", str(folder), *arguments, *text])
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_proposed_split(folder, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("One line after the other.\n" * 400)
+    command = ["convert", str(folder), "--suggest-split", "--text", str(tmp_path / "a.txt")]
+    main([*command, "--block-layers", "3", "--json"])
+    found = last_json(capsys)
+    assert [split["block"][1] - split["block"][0] for split in found] == [3] * 4
+    distances = [split["distance"] for split in found]
+    assert distances == sorted(distances) and 0 < distances[0] < 1
+    main(command)
+    assert "--block" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mor.costs.flops import (
     Machine,
     Workload,
+    backward_flops,
     costs,
     decode_seconds,
     forward_flops,
@@ -15,10 +16,12 @@ from mor.costs.flops import (
     kv_entry_bytes,
     non_embedding_params,
     sequence_workload,
+    train_flops,
     unique_params,
 )
 from mor.model.config import RouterConfig, preset
 from mor.model.kv_cache import KVCache
+from mor.training.optim import freeze
 from tests.conftest import cases, random_tokens, tiny
 
 
@@ -72,10 +75,12 @@ def test_34_layer_vanilla_as_the_paper_counts_it():
             for a in ("linear", "mlp", "wide_mlp")
         ),
         dict(kind="expert_choice", causal_selection="aux_router", architecture="mlp"),
+        *(dict(kind="gain", architecture=a) for a in ("linear", "mlp", "wide_mlp")),
     ],
 )
-def test_parameter_count_equals_the_tensors(router, tied):
-    model = tiny(RouterConfig(**router), tie_embeddings=tied)
+@pytest.mark.parametrize("added", [{}, dict(deepened=True), dict(deepened=True, lora_rank=3)])
+def test_parameter_count_equals_the_tensors(added, router, tied):
+    model = tiny(RouterConfig(**router), tie_embeddings=tied, **added)
     assert unique_params(model.config) == sum(p.numel() for p in model.parameters())
     stored = [t for n, t in model.state_dict().items() if not n.endswith(("threshold_R", "bias_R"))]
     assert unique_params(model.config) == sum(t.numel() for t in stored), "nothing is stored twice"
@@ -138,7 +143,7 @@ def test_flops_of_a_training_batch_are_those_of_costs(make):
     forward, output = count_flops(lambda: model(tokens, selection="topk"))
     routing = output.routing
     # depths differ by row: attention pads to the fullest
-    if model.config.router.kind == "token_choice":
+    if model.config.router.kind in ("token_choice", "gain"):
         kept = routing.tokens_per_recursion()
         fullest = [int(s.tokens.count.max()) for s in routing.steps]
         lanes = [int((s.tokens.count > 0).sum()) for s in routing.steps]
@@ -194,6 +199,26 @@ def test_backward_costs_two_forwards():
     own, pairs = kernel_pairs(model.config, 2, 12, kept)
     work = Workload(tokens=24, kept=[2 * k for k in kept], own_pairs=own, pairs=pairs, logits=24)
     assert count_flops(step)[0] == 3 * forward_flops(model.config, work)
+
+
+@pytest.mark.parametrize("trained", ["added", "block", "all"])
+def test_what_is_frozen_costs_no_backward(trained):
+    """Up to the gradients of what the first trained weights read, which are not made."""
+    added = dict(num_layers=17, deepened=True, lora_rank=3, tie_embeddings=False)
+    model = tiny("fixed", kv_strategy="hybrid", **added)
+    freeze(model, trained)
+    tokens, kept = random_tokens(2, 12), [24] * 3
+
+    def step():
+        model(tokens).logits_BTV.sum().backward()
+
+    own, pairs = kernel_pairs(model.config, 2, 12, kept)
+    pairs = [2 * 12 * 12] * 3
+    work = Workload(tokens=24, kept=kept, own_pairs=own, pairs=pairs, logits=24)
+    expected = forward_flops(model.config, work) + backward_flops(model.config, work, trained)
+    assert 0.97 * expected <= count_flops(step)[0] <= expected
+    plain = train_flops(model.config, 12)
+    assert train_flops(model.config, 12, trained="added") < 0.8 * plain
 
 
 def test_decoding_a_token_costs_what_its_depth_asks_for():

@@ -31,6 +31,9 @@ def combinations():
                     quick = batching == "auto" and j == 0
                 marks = () if quick else pytest.mark.slow
                 yield pytest.param(batching, loop, kv, router, marks=marks)
+    for batching, loop in (("depth_wise", "host"), ("depth_wise", "device"), ("lock_step", "host")):
+        marks = pytest.mark.slow if batching == "lock_step" else ()
+        yield pytest.param(batching, loop, "hybrid", "deepened", marks=marks)
 
 
 @pytest.mark.parametrize(("batching", "loop", "kv", "router"), [*combinations()])

@@ -745,3 +745,12 @@ def test_generate_takes_a_depth_from_its_settings():
     assert {1, 2, 5} <= {d for g in want for d in g.depths}
     with pytest.raises(ValueError, match="neither max_depth"):
         own(prompts, depth=2.0, max_depth=2)
+
+
+@pytest.mark.parametrize(
+    "router", ["gain", RouterConfig(kind="expert_choice", causal_selection="gain")]
+)
+def test_routers_that_predict_gains_say_that_they_learn_none_here(router):
+    model, tokens = wrapped(tiny(router)).train(), random_tokens(2, 7)
+    with pytest.warns(UserWarning, match="predicts gains learns nothing here"):
+        model(tokens, labels=tokens)

@@ -31,6 +31,8 @@ def some_models():
             marks = () if len(strategies) == 1 or (i + k) % 3 == 0 else pytest.mark.slow
             yield pytest.param(name, kv, id=f"{name}-{kv}", marks=marks)
     yield pytest.param("gain", "final", id="gain-final")
+    for kv in ("hybrid", "final"):
+        yield pytest.param("deepened", kv, id=f"deepened-{kv}")
 
 
 @pytest.mark.parametrize("capacities", [None, (1.0, 1.0, 0.75, 0.5), (1.0, 1.0, 1.0, 1.0)])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mor.model.config import RouterConfig
+from mor.model.other_depths import RepeatLastRouter
 from mor.model.random import hash_uniform
 from tests.conftest import random_tokens, tiny
 
@@ -169,3 +170,16 @@ def test_a_copy_and_a_pickle_give_the_same_logits(settings, gate):
     model, tokens = tiny(RouterConfig(**settings, gate=gate)), random_tokens(2, 9)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(tokens).logits_BTV, model(tokens).logits_BTV)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recursions", [1, 2, 5])
+def test_health_of_steps_with_other_recursions_than_the_models_own(recursions):
+    model = tiny("expert_choice")
+    router = RepeatLastRouter(model.router, recursions) if recursions > 3 else None
+    everyone = dict(selection="topk", capacities=(1.0,) * 3, max_depth=recursions)
+    routing = model(random_tokens(2, 9), router=router, **everyone).routing
+    health = model.router.health([routing])
+    assert health["share_per_recursion"] == [1] * recursions
+    assert health["mean_depth"] == recursions
+    assert health["depth_entropy"] == health["dead_positions"] == 0

@@ -6,9 +6,11 @@ import math
 
 from rich.console import Console
 
+from mor.data.stream import Batch
 from mor.model.config import RouterConfig, preset
 from mor.run_folder import RunFolder
 from mor.training.config import TrainConfig
+from tests.conftest import random_tokens
 
 LOSS_FREE = RouterConfig(kind="token_choice", balancing="loss_free")
 
@@ -52,3 +54,10 @@ def poisoned(monkeypatch, steps):
 
     loss.calls = 0
     monkeypatch.setattr(module, "compute_loss", loss)
+
+
+def batch_of(model, rows=3, length=11):
+    ids = random_tokens(rows, length + 1)
+    targets = ids[:, 1:].clone()
+    targets[:, ::3] = -100
+    return Batch(ids[:, :-1].contiguous(), targets)

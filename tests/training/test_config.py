@@ -94,12 +94,15 @@ def test_recursions_are_drawn_evenly_and_those_beyond_the_trained_ones_counted(s
     costs = {taken[i]: step_flops(config, i) for i in range(400) if full[i]}
     assert costs[1] < costs[2] < costs[3] < costs[4]
     assert costs[4] - costs[3] == pytest.approx(costs[3] - costs[2])
+    rows = {taken[i]: exit_rows_at(config, i) for i in range(400) if full[i]}
+    assert rows[1] == 0 < rows[2] == rows[4], "one recursion has no exit before its end"
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         (dict(exit_share=0.2), "exit_share needs several recursions and steps"),
+        (dict(router="gain", exit_share=0.2), "measures gains by itself"),
         (dict(router="fixed", full_depth_share=0.5), "full_depth_share needs a router"),
         (dict(recursions_drawn=(1, 4)), "recursions_drawn=.* full_depth_share"),
         (dict(full_depth_share=0.5, recursions_drawn=(4, 1)), "two numbers that do not fall"),

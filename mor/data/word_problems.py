@@ -1,0 +1,211 @@
+"""Problems of composition in plain words, for models that read text: each asks for a number of
+steps, one after the other, and has one right answer.
+
+``data.path="words:swaps?hops=6&held_out=4"`` trains on 1 to 6 steps and validates on 7 to 10. The
+tokenizer is that of the model or of ``data.tokenizer``. Problem i is a pure function of (seed, i);
+several stand in a window, and the loss counts only on answers.
+
+B problems · T tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from typing import Annotated, NamedTuple
+
+import torch
+from pydantic import Field
+
+from mor.data.problems import Problems, settings_of_task
+from mor.data.tokenizer import Tokenizer
+from mor.model.loss import IGNORED
+from mor.model.random import hash_uniform
+from mor.settings import NonNegativeInt, PositiveInt, Seed, Settings
+
+WORDS_PREFIX = "words:"
+_MOST = 1 << 10  # problems in a window
+_PEOPLE = (
+    *("Anna", "Ben", "Carl", "Dora", "Emma", "Frank"),
+    *("Grace", "Henry", "Iris", "Jack", "Kate", "Leo"),
+)
+
+
+class Problem(NamedTuple):
+    """answer: with the space before it."""
+
+    question: str
+    answer: str
+
+
+Draw = Callable[[int], int]
+"""A whole number from 0 to below the given one."""
+
+
+class WordTask(Settings):
+    """hops: training asks for 1 to this many steps, all equally often. held_out: validation asks
+    for so many more, and no fewer; 0: for the same numbers, in other problems."""
+
+    hops: PositiveInt = 6
+    held_out: NonNegativeInt = 4
+    seed: Seed = 0
+
+    def answers(self) -> list[str]:
+        """All that may be right."""
+        raise NotImplementedError
+
+    def problem(self, steps: int, draw: Draw) -> Problem:
+        raise NotImplementedError
+
+    def _others(self, count: int, items: Sequence[str], draw: Draw) -> list[str]:
+        """So many of the items, in a drawn order."""
+        left = list(items)
+        return [left.pop(draw(len(left))) for _ in range(count)]
+
+
+class Swaps(WordTask):
+    """``The ball is under cup 2. Swap cups 1 and 3. Swap cups 2 and 3. Now the ball is under cup``:
+    a state that moves; swaps that miss the ball count as steps."""
+
+    cups: Annotated[int, Field(ge=2, le=9)] = 4
+
+    def answers(self) -> list[str]:
+        return [f" {cup}" for cup in range(1, self.cups + 1)]
+
+    def problem(self, steps: int, draw: Draw) -> Problem:
+        names = [str(cup) for cup in range(1, self.cups + 1)]
+        ball = names[draw(self.cups)]
+        said = [f"The ball is under cup {ball}."]
+        for _ in range(steps):
+            a, b = self._others(2, names, draw)
+            ball = {a: b, b: a}.get(ball, ball)
+            said.append(f"Swap cups {a} and {b}.")
+        return Problem(" ".join([*said, "Now the ball is under cup"]), f" {ball}")
+
+
+class Relay(WordTask):
+    """``Ben passes to Carl. Anna passes to Ben. ... Anna starts, and it is passed 2 times. Now it
+    is with``: a ring of people, told in random order. The number of passes is the number of
+    steps."""
+
+    people: Annotated[int, Field(ge=2, le=len(_PEOPLE))] = len(_PEOPLE)
+
+    def __post_init__(self) -> None:
+        if self.hops + self.held_out >= self.people:
+            raise ValueError(
+                f"hops + held_out must be less than people={self.people}, so that no relay comes "
+                f"round, got {self.hops} + {self.held_out}"
+            )
+
+    def answers(self) -> list[str]:
+        return [f" {name}" for name in _PEOPLE[: self.people]]
+
+    def problem(self, steps: int, draw: Draw) -> Problem:
+        ring = self._others(self.people, _PEOPLE[: self.people], draw)
+        facts = [f"{a} passes to {b}." for a, b in zip(ring, [*ring[1:], ring[0]], strict=True)]
+        told = " ".join(self._others(len(facts), facts, draw))
+        times = f"{steps} time" + "s" * (steps > 1)
+        question = f"{told} {ring[0]} starts, and it is passed {times}. Now it is with"
+        return Problem(question, f" {ring[steps]}")
+
+
+class Arithmetic(WordTask):
+    """``Count modulo 10. Start with 3. Add 4. Multiply by 7. The result is``."""
+
+    modulus: Annotated[int, Field(ge=2, le=10)] = 10
+
+    def answers(self) -> list[str]:
+        return [f" {value}" for value in range(self.modulus)]
+
+    def problem(self, steps: int, draw: Draw) -> Problem:
+        value = draw(self.modulus)
+        said = [f"Count modulo {self.modulus}. Start with {value}."]
+        for _ in range(steps):
+            number = 1 + draw(self.modulus - 1)
+            if draw(3) == 0:
+                value = value * number % self.modulus
+                said.append(f"Multiply by {number}.")
+            else:
+                value = (value + number) % self.modulus
+                said.append(f"Add {number}.")
+        return Problem(" ".join([*said, "The result is"]), f" {value}")
+
+
+WORD_TASKS: dict[str, type[WordTask]] = {"swaps": Swaps, "relay": Relay, "arithmetic": Arithmetic}
+
+
+def parse_word_task(path: str) -> WordTask:
+    """The task that ``words:NAME?setting=value&...`` names. Raises ValueError for an unknown
+    one."""
+    return settings_of_task(path, WORDS_PREFIX, WORD_TASKS)
+
+
+@dataclass(frozen=True)
+class InTokens:
+    """A task as a tokenizer reads it. held_out: problems of the numbers of steps that training does
+    not see, if there are any."""
+
+    task: WordTask
+    tokenizer: Tokenizer
+    held_out: bool
+
+    def __repr__(self) -> str:  # of the data's fingerprint, which has the tokenizer by itself
+        return f"{self.task!r}, {'held-out' if self.held_out else 'training'} steps"
+
+    @property
+    def hops(self) -> int:
+        """The most steps that an answer takes."""
+        return self.task.hops + self.task.held_out
+
+    def steps(self) -> range:
+        """The numbers of steps that are asked for."""
+        if self.held_out and self.task.held_out:
+            return range(self.task.hops + 1, self.hops + 1)
+        return range(1, self.task.hops + 1)
+
+    def problem(self, index: int) -> tuple[Problem, int]:
+        """The problem of this number, and its steps."""
+        drawn = 0
+
+        def draw(below: int) -> int:
+            nonlocal drawn
+            drawn += 1
+            return int(hash_uniform(self.task.seed, index, drawn) * below)
+
+        steps = self.steps()[draw(len(self.steps()))]
+        return self.task.problem(steps, draw), steps
+
+    @cached_property
+    def told_apart(self) -> int:
+        """The token of an answer, counted from 0, that no other answer has in its place."""
+        ids = [self.tokenizer.encode(answer) for answer in self.task.answers()]
+        same = (len(set(place)) == 1 for place in zip(*ids, strict=False))
+        return len([*takewhile(bool, same)])
+
+    def problems(self, index: torch.Tensor, length: int) -> Problems:
+        """Windows of ``length`` tokens, each with as many problems as fit and end-of-text after
+        each. hops: at the one token of an answer where answers differ. Raises ValueError if none
+        fits."""
+        tokens_BT = torch.full((len(index), length), self.tokenizer.end_of_text_id)
+        targets_BT, hops_BT = torch.full_like(tokens_BT, IGNORED), torch.zeros_like(tokens_BT)
+        for row, window in enumerate(index.tolist()):
+            start = 0
+            for number in range(window * _MOST, (window + 1) * _MOST):
+                (question, answer), steps = self.problem(number)
+                asked, right = self.tokenizer.encode(question), self.tokenizer.encode(answer)
+                end = start + len(asked) + len(right)
+                if end > length and not start:
+                    raise ValueError(
+                        f"a problem of {steps} steps takes {end} tokens; seq_len={length} is too "
+                        "short"
+                    )
+                if end > length:
+                    break
+                tokens_BT[row, start:end] = torch.tensor([*asked, *right])
+                answering = start + len(asked) - 1
+                targets_BT[row, answering : answering + len(right)] = torch.tensor(right)
+                hops_BT[row, answering + self.told_apart] = steps
+                start = end + 1
+        return Problems(tokens_BT, targets_BT, hops_BT)
