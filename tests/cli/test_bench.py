@@ -50,14 +50,14 @@ def test_bench_decode_has_a_row_for_each_depth(capsys):
     """The models of presets route at random, which needs no calibration."""
     shape = ["--preset", "tiny", "--num-layers", "6", "--recursions", "2", "--batches", "4"]
     shape += ["--lengths.mean", "6"]
-    short = ["--rounds", "1", "--seconds", "0.2", "--json"]
-    main(["bench", "decode", *shape, *short, "--depths", "1", "75%", "full", "3"])
-    rows = last_json(capsys)["rows"][:5]
-    names = ["vanilla", "mor-2 at 1.0", "mor-2 at 1.5", "mor-2 at full", "mor-2 at 3.0"]
+    short = ["--rounds", "1", "--seconds", "0.1", "--json"]
+    main(["bench", "decode", *shape, *short, "--depths", "50%", "full", "3"])
+    rows = last_json(capsys)["rows"][:4]
+    names = ["vanilla", "mor-2 at 1.0", "mor-2 at full", "mor-2 at 3.0"]
     assert [row["model"] for row in rows] == names
     depths = [row["mean_depth"] for row in rows]
     # Of tokens that are under way when a round begins or ends a part is counted.
-    assert depths == pytest.approx([1, 1, 1.5, 2, 3], rel=0.2) and depths == sorted(depths)
+    assert depths[0] == depths[1] == 1 and 1.5 < depths[2] < depths[3]
     with pytest.raises(SystemExit):
         main(["bench", "decode", *shape, *short, "--depths", "7"])
     assert "depth=7 cannot be had" in capsys.readouterr().err
