@@ -269,7 +269,7 @@ def test_two_models_are_aligned_by_characters(show):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", [pytest.param("light", marks=pytest.mark.slow), "dark"])
 def test_a_slider_moves_the_text_from_budget_to_budget_by_keys(show, scheme):
     found = explanation("random", depths=[1.5, 2.0, "full", 4.5])
     page = show([found, explanation("expert_choice")], color_scheme=scheme)
