@@ -8,9 +8,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from mor import checkpoint
 from mor.cli.train import Train, with_vocabulary
 from mor.data import stream
 from mor.data.sources import Document
+from mor.data.tokenizer import byte_tokenizer
 from mor.demo import experiment
 from mor.demo.task import task_experiment
 from mor.demo.text import text_experiment
@@ -18,6 +20,7 @@ from mor.model.config import PRESET_NAMES
 from mor.model.transformer import Transformer
 from mor.studies.study import load_study, main_runs, study_rows, tuning_runs
 from mor.training.config import total_steps
+from tests.conftest import tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,7 +60,11 @@ def test_the_demo_trains_what_it_configures(make, quick, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        *(["--config", str(path)] for path in sorted((ROOT / "configs").rglob("*.toml"))),
+        *(
+            ["--config", str(path)]
+            for path in sorted((ROOT / "configs").rglob("*.toml"))
+            if "init_from" not in path.read_text()  # those need their checkpoint: see below
+        ),
         *(
             ["--preset", name, "--num-recursions", "3", "--recipe", "paper"]
             for name in PRESET_NAMES
@@ -70,6 +77,13 @@ def test_the_demo_trains_what_it_configures(make, quick, monkeypatch, tmp_path):
 )
 def test_files_and_presets_are_read_without_a_word(arguments):
     check(with_vocabulary(Train.read(arguments, "mor train").settings))
+
+
+def test_the_file_for_deepened_models_is_read_without_a_word(tmp_path):
+    model = tiny("gain", deepened=True, lora_rank=2, vocab_size=257)
+    checkpoint.save(tmp_path, model, byte_tokenizer())
+    given = ["--config", str(ROOT / "configs/deepen.toml"), "--init-from", str(tmp_path)]
+    check(Train.read(given, "mor train").settings)
 
 
 FILES = sorted((ROOT / "studies").glob("*.toml"))

@@ -21,9 +21,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from mor.model.config import ModelConfig
@@ -76,6 +77,10 @@ def shares_of(corner: Sequence[tuple[float, ...]], budget: float) -> tuple[float
     return corner[-1]
 
 
+MeanDepth = Annotated[float, Field(ge=0)]
+Threshold = Annotated[float, Field(ge=EVERYONE, le=NOBODY)]
+
+
 class DepthTable(Settings, prefix="depth_table"):
     """What budgets ask of scores, as measured for a model's weights.
 
@@ -85,12 +90,12 @@ class DepthTable(Settings, prefix="depth_table"):
     not fitted to, by kind of text, for the budgets ``checked``.
     """
 
-    budgets: Listed[tuple[float, ...]]
-    thresholds: Listed[tuple[Listed[tuple[float, ...]], ...]]
-    nobody: float = NOBODY
+    budgets: Listed[tuple[MeanDepth, ...]]
+    thresholds: Listed[tuple[Listed[tuple[Threshold, ...]], ...]]
+    nobody: Threshold = NOBODY
     tokens: NonNegativeInt = 0
-    checked: Listed[tuple[float, ...]] = ()
-    spent: dict[str, Listed[tuple[float, ...]]] = field(default_factory=dict)
+    checked: Listed[tuple[MeanDepth, ...]] = ()
+    spent: dict[str, Listed[tuple[MeanDepth, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         budgets, rows = self.budgets, self.thresholds

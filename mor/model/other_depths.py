@@ -28,7 +28,11 @@ class RouterAround(Router):
         super().__init__(inner.config, 0, num_recursions or inner.num_recursions)
         self.inner = inner
         self.is_hierarchical, self.has_topk = inner.is_hierarchical, inner.has_topk
-        self.is_learned, self.may_return = inner.is_learned, inner.may_return
+        self.is_learned = inner.is_learned
+
+    @property
+    def may_return(self) -> bool:
+        return self.inner.may_return
 
     def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
         return self.inner.start(x_MD, tokens, max_depth)
@@ -74,7 +78,10 @@ class ForcedRouter(RouterAround):
         super().__init__(inner)
         self.is_hierarchical = self.has_topk = False
         self.taken_RM = taken_RM
-        self.may_return = bool((taken_RM[1:] & ~taken_RM[:-1]).any())
+
+    @property
+    def may_return(self) -> bool:
+        return bool((self.taken_RM[1:] & ~self.taken_RM[:-1]).any())
 
     def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
         expected = (self.num_recursions, len(tokens))

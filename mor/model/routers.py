@@ -110,8 +110,6 @@ class Router(nn.Module):
 
     is_hierarchical = False
     """Only tokens that took a recursion are candidates for the next."""
-    may_return = False
-    """A token that stayed out of a recursion may take a later one."""
     one_scale = False
     """Urges of all recursions are on one scale, so that one threshold serves them all."""
     has_topk = False
@@ -134,6 +132,11 @@ class Router(nn.Module):
     def of(cls, config: ModelConfig) -> Router:
         """The router of a model."""
         return cls(config.router, config.dim, config.num_recursions)
+
+    @property
+    def may_return(self) -> bool:
+        """Whether a token that stayed out of a recursion may take a later one."""
+        return False
 
     def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
         """What to remember of each token. x: states before the first recursion. max_depth:
@@ -270,7 +273,7 @@ class ExpertChoiceRouter(Router):
 
     def __init__(self, config: RouterConfig, dim: int, num_recursions: int) -> None:
         super().__init__(config, dim, num_recursions)
-        self.is_hierarchical, self.may_return = config.hierarchical, not config.hierarchical
+        self.is_hierarchical = config.hierarchical
         self.score, self.gate = SCORES[config.score_name], GATES[config.gate]
         auxiliary = 0 if config.causal_selection == "aux_loss" else num_recursions
         self.nets, self.aux_nets = (
@@ -282,6 +285,10 @@ class ExpertChoiceRouter(Router):
         self.open = OPEN if self.predicts_gain else 0.0
         threshold = GAIN_THRESHOLD if self.predicts_gain else 0.5
         self.register_buffer("threshold_R", torch.full((num_recursions,), threshold))
+
+    @property
+    def may_return(self) -> bool:
+        return not self.is_hierarchical
 
     def decide(
         self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float

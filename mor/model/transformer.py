@@ -318,7 +318,7 @@ class Recursions(nn.Module):
         keep_states: bool = False,
     ) -> tuple[Tensor, Routing]:
         router, reads = router or self.router, READS[self.config.kv_strategy]
-        if router.may_return and LEFT in reads(2):
+        if LEFT in reads(2) and router.may_return:
             raise ValueError(
                 f"kv_strategy={self.config.kv_strategy!r} shows tokens by the state that they left "
                 "with; a token that skips a recursion must not take a later one"

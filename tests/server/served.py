@@ -67,6 +67,8 @@ class Running:
     def start(self):
         self.thread.start()
         wait_until(lambda: self.server.started and self.service.thread.state != "loading")
+        if self.service.thread.error is not None:
+            raise self.service.thread.error
         self.url = self.service.config.url(self.server.port)
         self.engine = self.service.served.engine
         return self
