@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, field
@@ -51,7 +52,9 @@ class Generate(Command):
     """Subtracted from a token's logit for each time that the answer has it."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     """Subtracted once if the answer has it."""
-    logit_bias: dict[NonNegativeInt, float] = field(default_factory=dict)
+    logit_bias: dict[NonNegativeInt, Annotated[float, Field(allow_inf_nan=True, lt=math.inf)]] = (
+        field(default_factory=dict)
+    )
     """Tokens and what is added to their logits: 12 -5 7 2 adds -5 to token 12 and 2 to token 7."""
     seed: Seed = 0
     stop: tuple[str, ...] = ()
