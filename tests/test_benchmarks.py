@@ -163,6 +163,7 @@ SHORT = [
 ]
 
 
+@pytest.mark.slow
 def test_decode_speed_compares_models_of_equal_depth(run, tmp_path):
     parts = [
         "--parts",

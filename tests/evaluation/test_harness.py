@@ -399,6 +399,7 @@ def without_mors_classes(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [*sys.path])  # the modules' folder is added to it
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_mors_classes")
 def test_the_stock_command_of_lm_eval_scores_an_export(hub, tmp_path, monkeypatch):
     """`lm_eval --model hf` knows nothing of mor: the directory brings its code."""

@@ -70,7 +70,8 @@ for order in orders:
 """
 
 
-@pytest.mark.parametrize("orders", [ORDERS, pytest.param(MORE_ORDERS, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("orders", [ORDERS, MORE_ORDERS])
 def test_auto_classes_know_mor_in_every_order_of_imports(orders, tmp_path):
     wrapped().save_pretrained(tmp_path)
     found = subprocess.run(

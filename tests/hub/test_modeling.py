@@ -522,9 +522,10 @@ def test_lora_on_the_shared_blocks(tmp_path):
     )
 
 
-@pytest.mark.parametrize("padding", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("router", [pytest.param("fixed", marks=pytest.mark.slow), "expert_choice"])
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", [True, False])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("router", ["fixed", "expert_choice"])
 def test_a_compiled_forward_gives_the_same_values(backend, router, padding):
     torch._dynamo.reset()
     few = dict(num_recursions=2, num_layers=2, sharing="cycle")  # compiles sooner
