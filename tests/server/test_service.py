@@ -146,4 +146,4 @@ def test_a_calibrated_model_says_which_depths_it_has_and_requests_become_setting
         assert service._depth(CompletionRequest(prompt="a", depth=2.2)) == {"depth": 2.2}
         assert service._depth(CompletionRequest(prompt="a")) == {}
     finally:
-        del made.engine.model.depth_table
+        made.engine.model.depth_table = None
