@@ -32,7 +32,7 @@ def test_every_public_name_is_there_and_lazy():
     [
         ("mor.config", "ModelConfig, RouterConfig, preset"),
         ("mor.generate", "SamplingParams, generate"),
-        ("mor.hf", "MoRForCausalLM"),
+        pytest.param("mor.hf", "MoRForCausalLM", marks=pytest.mark.slow),
     ],
 )
 def test_module_paths_of_the_first_version_still_import_and_warn(module, names):

@@ -137,6 +137,7 @@ def test_a_process_serves_and_ends_in_order_when_it_is_told_to(process):
 
 
 @pytest.mark.skipif(shutil.which("haproxy") is None, reason="needs HAProxy")
+@pytest.mark.slow
 def test_two_servers_behind_the_page_s_load_balancer_share_requests_and_a_dead_one_gets_none(
     tmp_path,
 ):
