@@ -326,13 +326,7 @@ class Engine:
                     f"a request with id {request_id!r} is still unfinished; choose another id"
                 )
             request = Request(
-                request_id,
-                answer.prompt_ids,
-                answer.params,
-                number,
-                self._budget(answer.params),
-                arrival_s=time.monotonic(),
-                answer=answer,
+                request_id, answer, number, self._budget(answer.params), arrival_s=time.monotonic()
             )
             self._next_number += 1
             self.requests[request_id] = request

@@ -35,8 +35,8 @@ class Request:
     """One prompt and its continuation."""
 
     request_id: str
-    prompt_ids: list[int]
-    params: SamplingParams
+    answer: Answer
+    """What it has written, to which prompt and by which settings."""
     number: int
     """Counts the requests of an engine: lower is older."""
     budget: Budget
@@ -47,8 +47,6 @@ class Request:
     """When it got its first slot, by the same clock."""
     status: Status = Status.WAITING
     phase: Phase = Phase.READ
-    answer: Answer = None  # type: ignore[assignment]
-    """What it has written. None: it has no tokenizer."""
     depths: list[int] = field(default_factory=list)
     """Recursions that each prompt token and each new token took. The last new token is never read,
     so it has none."""
@@ -80,13 +78,20 @@ class Request:
     """Whether each prompt token took each recursion: (tokens, recursions) per chunk read."""
 
     def __post_init__(self) -> None:
-        self.answer = self.answer or Answer(self.params, self.prompt_ids)
         self._forget_prompt()
 
     def _forget_prompt(self) -> None:
         params = self.params
         self.prompt_logprobs = [None] if params.prompt_logprobs else []
         self.prompt_top_logprobs = [None] if params.prompt_logprobs and params.top_logprobs else []
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.answer.prompt_ids
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.answer.params
 
     @property
     def token_ids(self) -> list[int]:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from mor.answer import Answer
 from mor.engine.request import Request
 from mor.engine.sampling import Drawn
 from mor.engine.strategy import Measurements, Work
@@ -29,7 +30,7 @@ def test_a_request_ends_at_a_stop_token_or_at_its_length(tokens, reason):
     ended = []
     work = Work(SimpleNamespace(kv=None), SimpleNamespace(finish=ended.append), lanes=1)
     params = SamplingParams(max_new_tokens=3, stop_token_ids=(9,))
-    request = work.requests["a"] = Request("a", [1], params, 0, Budget(3, (), own=True))
+    request = work.requests["a"] = Request("a", Answer(params, [1]), 0, Budget(3, (), own=True))
     for token in tokens:
         work.take(request, Drawn(token, logprob=-1.0), depth=2)
     assert request.token_ids == tokens and request.depths == [2] * len(tokens)
