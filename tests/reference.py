@@ -13,15 +13,12 @@ def rms_norm(x, weight, eps):
     return weight * x / torch.sqrt((x * x).mean() + eps)
 
 
-def rope(vector, position, theta):
-    half = vector.numel() // 2
-    out = [None] * (2 * half)
-    for i in range(half):
-        angle = torch.tensor(position * theta ** (-2 * i / (2 * half)), dtype=torch.float64)
-        c, s = torch.cos(angle), torch.sin(angle)
-        out[i] = vector[i] * c - vector[i + half] * s
-        out[i + half] = vector[i + half] * c + vector[i] * s
-    return torch.stack(out)
+def rope(heads, position, theta):
+    half = heads.shape[-1] // 2
+    angles = position * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    c, s = torch.cos(angles), torch.sin(angles)
+    left, right = heads[:, :half], heads[:, half:]
+    return torch.cat([left * c - right * s, right * c + left * s], -1)
 
 
 class Reference:
@@ -55,15 +52,14 @@ class Reference:
         write(own)
         out = {}
         for p, x in normed.items():
-            q = (self.linear(f"{name}.attention.q_proj", x, later)).view(c.num_heads, c.head_dim)
+            q = self.linear(f"{name}.attention.q_proj", x, later).view(c.num_heads, c.head_dim)
+            q = rope(q, p, c.rope_theta)
             seen = keys_of(p, own)
             heads = []
             for n in range(c.num_heads):
                 g = n // (c.num_heads // c.num_kv_heads)
-                q_n = rope(q[n], p, c.rope_theta)
-                scores = torch.stack([q_n @ k[g] / math.sqrt(c.head_dim) for k, _ in seen])
-                weights = torch.softmax(scores, 0)
-                heads.append(sum(weights[j] * v[g] for j, (_, v) in enumerate(seen)))
+                keys, values = (torch.stack([entry[i][g] for entry in seen]) for i in (0, 1))
+                heads.append(torch.softmax(keys @ q[n] / math.sqrt(c.head_dim), 0) @ values)
             h = states[p] + self.linear(f"{name}.attention.o_proj", torch.cat(heads), later)
             y = rms_norm(h, w[f"{name}.feed_forward_norm.weight"], c.norm_eps)
             gate = self.linear(f"{name}.feed_forward.gate_proj", y, later)
@@ -78,7 +74,7 @@ class Reference:
         x = rms_norm(x, self.w[f"{name}.attention_norm.weight"], c.norm_eps)
         k = self.linear(f"{name}.attention.k_proj", x, later).view(c.num_kv_heads, c.head_dim)
         v = self.linear(f"{name}.attention.v_proj", x, later).view(c.num_kv_heads, c.head_dim)
-        return torch.stack([rope(h, p, c.rope_theta) for h in k]), v
+        return rope(k, p, c.rope_theta), v
 
     def own_layers(self, kind, count, states):
         for i in range(count):

@@ -230,6 +230,7 @@ def acceptance(monkeypatch):
     return gpu_acceptance, acceptance_stages
 
 
+@pytest.mark.slow
 def test_every_stage_of_the_acceptance_script_runs(acceptance, tmp_path, monkeypatch, capsys):
     """All in this process, where starting one for each takes longer than what it does."""
     script, stages = acceptance

@@ -18,6 +18,7 @@ from mor.demo.task import task_experiment
 from mor.demo.text import text_experiment
 from mor.model.config import PRESET_NAMES
 from mor.model.transformer import Transformer
+from mor.studies.launch import flops_of
 from mor.studies.study import load_study, main_runs, study_rows, tuning_runs
 from mor.training.config import total_steps
 from tests.conftest import tiny
@@ -98,3 +99,5 @@ def test_every_run_of_a_study_is_made(path, tmp_path):
     stages = [tuning_runs(study, tmp_path), *main_runs(study, tmp_path, rates)]
     runs = [run for stage in stages for run in stage]
     assert runs and all(total_steps(run.config) > 0 for run in runs)
+    for run in {run.row: run for run in runs if run.config.flops and not run.branch_step}.values():
+        assert flops_of(run) == pytest.approx(run.config.flops, rel=0.01)

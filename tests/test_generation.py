@@ -22,7 +22,7 @@ def greedy_by_full_forward(model, prompt, count):
 @pytest.mark.parametrize("make", cases("pairs", with_final=True))
 def test_greedy_decoding_equals_repeated_full_forwards_token_by_token_and_depth_by_depth(make):
     model = make()
-    prompts = [random_tokens(n, seed=n).tolist() for n in (5, 1, 9)]
+    prompts = [random_tokens(n, seed=n).tolist() for n in (1, 7)]
     for prompt, result in zip(prompts, generate(model, prompts, GREEDY), strict=True):
         tokens, depths = greedy_by_full_forward(model, prompt, 10)
         assert result.token_ids == tokens
@@ -134,9 +134,9 @@ def test_sampling_follows_the_distribution_that_its_settings_leave():
         SamplingParams(top_p=0.75): torch.cat([logits[:2].softmax(0), torch.zeros(3)]),
     }
     for params, expected in settings.items():
-        draws = torch.tensor([sample(logits, params, counter) for counter in range(4000)])
-        share = torch.bincount(draws, minlength=5) / 4000
-        assert (share - expected).abs().max() < 0.03
+        draws = torch.tensor([sample(logits, params, counter) for counter in range(2000)])
+        share = torch.bincount(draws, minlength=5) / 2000
+        assert (share - expected).abs().max() < 0.04
         assert (share[expected == 0] == 0).all()
     assert sample(logits, SamplingParams(temperature=0), 0) == 0
     assert sample(logits, SamplingParams(top_p=1e-9), 0) == 0

@@ -31,7 +31,7 @@ def test_every_public_name_is_there_and_lazy():
     ("module", "names"),
     [
         ("mor.config", "ModelConfig, RouterConfig, preset"),
-        ("mor.generate", "SamplingParams, generate"),
+        pytest.param("mor.generate", "SamplingParams, generate", marks=pytest.mark.slow),
         pytest.param("mor.hf", "MoRForCausalLM", marks=pytest.mark.slow),
     ],
 )

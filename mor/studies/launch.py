@@ -35,7 +35,7 @@ from mor.run_folder import RunFolder
 from mor.studies.results import collect, flat, measure, tuned_rates
 from mor.studies.settings import Workers
 from mor.studies.study import ABOUT, ERROR, RESULT, Run, Study, main_runs, study_rows, tuning_runs
-from mor.training.config import TrainConfig, load_config, step_flops, total_steps
+from mor.training.config import TrainConfig, load_config, total_flops, total_steps
 from mor.training.loop import train
 from mor.training.resume import branch
 
@@ -382,8 +382,7 @@ def _which(run: Run) -> str:
 
 def flops_of(run: Run) -> float:
     """Training FLOPs of this run alone, without its trunk's."""
-    steps = total_steps(run.config) - run.branch_step
-    return steps * step_flops(run.config, run.config.capacity_warmup_steps)
+    return total_flops(run.config, after=run.branch_step)
 
 
 def _share(run: Run) -> float:

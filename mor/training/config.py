@@ -294,7 +294,10 @@ def _flops_with(config: TrainConfig, capacities: Sequence[float], num_ranks: int
 def _flops_by_step(config: TrainConfig, num_ranks: int) -> Iterator[float]:
     """Training FLOPs of one step after the other, without end."""
     known: dict[tuple[float, ...], float] = {}
+    steps_differ = config.recursions_drawn is not None or config.full_depth_share > 0
     for step in itertools.count():
+        if step == config.capacity_warmup_steps and not steps_differ:
+            yield from itertools.repeat(step_flops(config, step, num_ranks))
         capacities = capacities_at(config, step)
         if capacities not in known:
             known[capacities] = _flops_with(config, capacities, num_ranks)
@@ -318,9 +321,10 @@ def total_steps(config: TrainConfig, num_ranks: int = 1) -> int:
     raise AssertionError("steps do not end")
 
 
-def total_flops(config: TrainConfig, num_ranks: int = 1) -> float:
-    """Training FLOPs of the whole run."""
-    return sum(itertools.islice(_flops_by_step(config, num_ranks), total_steps(config, num_ranks)))
+def total_flops(config: TrainConfig, num_ranks: int = 1, *, after: int = 0) -> float:
+    """Training FLOPs of all steps, or of those after so many."""
+    steps = total_steps(config, num_ranks)
+    return sum(itertools.islice(_flops_by_step(config, num_ranks), after, steps))
 
 
 def load_config(path: Path) -> TrainConfig:

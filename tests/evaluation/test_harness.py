@@ -205,14 +205,13 @@ def test_the_requests_read_as_the_benchmarks_define_them(scored):
 )
 def test_scores_do_not_depend_on_batch_size_or_padding(router, hub):
     results = [
-        evaluate_tasks(*wrapped(router), batch_size=size, include_path=hub) for size in (1, 3, 8)
+        evaluate_tasks(*wrapped(router), batch_size=size, include_path=hub) for size in (1, 8)
     ]
-    one, three, eight = map(requests, results)
+    one, eight = map(requests, results)
     assert len(one) > 50 and len({round(x, 3) for x in one.values()}) > 30
-    for other in (three, eight):
-        assert other.keys() == one.keys()
-        assert all(other[key] == pytest.approx(one[key], abs=1e-4) for key in one)
-    assert results[0].tasks == results[1].tasks == results[2].tasks
+    assert eight.keys() == one.keys()
+    assert all(eight[key] == pytest.approx(one[key], abs=1e-4) for key in one)
+    assert results[0].tasks == results[1].tasks
 
 
 def test_a_model_that_gives_no_numbers_has_no_score(hub):

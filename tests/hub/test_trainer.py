@@ -29,7 +29,7 @@ def test_trainer_takes_the_steps_that_a_plain_loop_takes(router, accumulate, tmp
     plain = wrapped(tiny(router)).train()
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
-        max_steps=20,
+        max_steps=8,
         per_device_train_batch_size=4 // accumulate,
         gradient_accumulation_steps=accumulate,
         learning_rate=1e-3,
@@ -44,7 +44,7 @@ def test_trainer_takes_the_steps_that_a_plain_loop_takes(router, accumulate, tmp
         disable_tqdm=True,
         seed=3,
     )
-    data = Sequences(80)
+    data = Sequences(32)
     trainer = Trainer(model=model, args=arguments, train_dataset=data)
     order = [row["input_ids"] for batch in trainer.get_train_dataloader() for row in unbatch(batch)]
     trainer.train()
@@ -52,7 +52,7 @@ def test_trainer_takes_the_steps_that_a_plain_loop_takes(router, accumulate, tmp
 
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
     expected = []
-    for step in range(20):
+    for step in range(8):
         total = 0.0
         for part in torch.stack(order[4 * step : 4 * step + 4]).chunk(accumulate):
             loss = plain(part, labels=part).loss / accumulate

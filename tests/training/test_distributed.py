@@ -252,7 +252,7 @@ def test_two_ranks_train_as_one(how, names, data, tmp_path, pair):
             )
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_accumulation_reduces_once_per_step_and_fsdp_gathers_each_unit_once(
     how, data, tmp_path, pair
 ):
@@ -383,7 +383,7 @@ def test_fsdp_in_bfloat16_learns_as_one_process_does_and_saves_float32(data, tmp
         assert tensor.dtype == torch.float32
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_a_run_goes_on_with_another_number_of_ranks(how, data, tmp_path, pair):
     whole = settings(
         data, tmp_path / "whole", ROUTERS["expert"], batch_size=4, save_every=4, keep=0
