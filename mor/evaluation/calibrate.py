@@ -188,19 +188,20 @@ def fit_table(
     deepest: int,
     *,
     deciding: Deciding | None = None,
+    wanted: Sequence[float] | None = None,
     step: Callable[[float], None] = lambda done: None,
 ) -> DepthTable:
     """What budgets of up to ``deepest`` recursions ask for, fitted to a batch of text.
 
-    deciding: another rule than the model's own, with one threshold for all its recursions. step:
-    called with the part that is done.
+    deciding: another rule than the model's own, with one threshold for all its recursions. wanted:
+    the budgets that will be asked for, if no others will: what does not matter to them is not
+    measured. step: called with the part that is done.
     """
-    if deciding is not None:
-        found = _by_one_threshold(model, batch, deepest, deciding)
-    elif model.router.one_scale:
-        found = _by_one_threshold(model, batch, deepest, partial(_own, model))
+    if deciding is None and not model.router.one_scale:
+        found = _by_shares(model, batch, deepest, wanted)
     else:
-        found = _by_shares(model, batch, deepest)
+        rule = deciding or partial(_own, model)
+        found = _by_one_threshold(model, batch, deepest, rule, wanted)
     about, fits = num_forwards(model.config, deepest), list[Fit]()
     for fit in found:
         fits.append(fit)
@@ -236,15 +237,28 @@ def _grid(path: Sequence[Sequence[float]]) -> list[float]:
     return [*found, last - 0.03 * (last - found[-1]), last]
 
 
-def _by_shares(model: Transformer, batch: Batch, deepest: int) -> Iterator[Fit]:
+def _by_shares(
+    model: Transformer, batch: Batch, deepest: int, wanted: Sequence[float] | None
+) -> Iterator[Fit]:
     """Thresholds of each recursion for itself, along the path of shares."""
     path = corners(model.config, deepest)
-    for budget in _grid(path):
+    grid = _grid(path)
+    for budget in grid if wanted is None else _around(grid, wanted):
         yield _fit(model, batch, shares_of(path, budget))
 
 
+def _around(grid: Sequence[float], wanted: Sequence[float]) -> list[float]:
+    """The points on both sides of each wanted budget."""
+    pairs = [(a, b) for a, b in pairwise(grid) if any(a <= each <= b for each in wanted)]
+    return sorted({point for pair in pairs for point in pair})
+
+
 def _by_one_threshold(
-    model: Transformer, batch: Batch, deepest: int, deciding: Deciding
+    model: Transformer,
+    batch: Batch,
+    deepest: int,
+    deciding: Deciding,
+    wanted: Sequence[float] | None,
 ) -> Iterator[Fit]:
     """One threshold for all recursions: what the next one promises is worth it or not, whichever it
     is. Halved between neighbours until these spend about as much."""
@@ -261,7 +275,9 @@ def _by_one_threshold(
         few, many = pairs.pop()
         high, low = few.thresholds[0], many.thresholds[0]
         spent, more = sum(few.taken) / tokens, sum(many.taken) / tokens
-        if more - spent > min(0.8 * GRID_STEP, FINE * spent) and high - low > CLOSE:
+        matters = wanted is None or any(spent < each < more for each in wanted)
+        wide = more - spent > min(0.8 * GRID_STEP, FINE * spent)
+        if matters and wide and high - low > CLOSE:
             middle = at((high + low) / 2)
             yield middle
             pairs += [(few, middle), (middle, many)]

@@ -219,7 +219,7 @@ def _spent(claim: Claim, rows: Mapping[str, Row], depth: Any, bound: float) -> C
     return ClaimLine(
         claim=claim.name,
         row=claim.row,
-        against="spent",
+        against="its budget",
         depth=name_of(depth),
         seeds=len(off),
         value=fmean(off) if off else None,

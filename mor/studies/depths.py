@@ -32,6 +32,8 @@ from mor.training.config import TrainConfig, load_config
 CURVES = "depths.json"
 FITTED = 131_072
 """Tokens that thresholds are fitted to at most: they are read in one forward."""
+AT_ONCE = 4_096
+"""Tokens of a forward that losses are measured in."""
 
 Point = dict[str, Any]
 """depth: what was asked for, a number or "full"; mean_depth: what was spent; nll; bits_per_byte;
@@ -116,7 +118,9 @@ class _Measuring:
         fitted = some[::2][: max(1, FITTED // length)]
         self.fitted = corpus.validation.batch(fitted, length, documents=mask)
         self.shown = _Chosen(corpus.validation, some[1::2])
-        self.settings: dict[str, Any] = dict(seq_len=length, document_mask=mask)
+        self.settings: dict[str, Any] = dict(
+            seq_len=length, document_mask=mask, batch_size=max(1, AT_ONCE // length)
+        )
         self.trained = model.config.num_recursions
         self.deepest = max(self.trained, math.ceil(max(self.depths)))
 
@@ -127,7 +131,7 @@ class _Measuring:
         if not self.model.router.is_learned:
             return {"": self._whole_depths()}
         full = self._point("full", self._all_to(self.trained))
-        table = fit_table(self.model, self.fitted, self.deepest)
+        table = fit_table(self.model, self.fitted, self.deepest, wanted=self.depths)
         own_router = self.model.router
         curve = self._by_table(table, lambda row: BudgetRouter(own_router, row, with_own=False))
         found = {"": [*curve, full]}
@@ -174,7 +178,9 @@ class _Measuring:
             def unsure(row: torch.Tensor) -> Router:
                 return ConfidenceRouter(self.model, row)
 
-            table = fit_table(self.model, self.fitted, self.deepest, deciding=unsure)
+            table = fit_table(
+                self.model, self.fitted, self.deepest, deciding=unsure, wanted=self.depths
+            )
             return self._by_table(table, unsure)
         counts = self.corpus.train.token_counts(self.model.config.vocab_size, self.config.seq_len)
         need = need_of(chooser, counts)

@@ -198,7 +198,8 @@ def _report_rows(
 def _report_depths(
     study: Study, lines: Sequence[depth_report.DepthLine], out: Output, console: Console
 ) -> None:
-    """Loss by row and depth, differences from the reference, and what each step is worth to it."""
+    """Loss by row and depth, differences from the reference, and what each step is worth to it; the
+    file has the steps of all rows."""
     out.table("depths", lines)
     depths = [*map(depth_report.name_of, study.depths), "full", "best"]
     what = {"": "causal NLL, nats (in brackets what is spent, where off by more than 3%)"}
@@ -206,6 +207,8 @@ def _report_depths(
     what["step"] = "difference from the depth before"
     for name, title in what.items():
         shown = [line for line in lines if not name or getattr(line, name) is not None]
+        if name == "step" and study.reference in {line.row for line in lines}:
+            shown = [line for line in shown if line.row == study.reference]
         if shown:
             made = Table(title=f"By mean depth: {title}", title_justify="left")
             made.add_column("", overflow="fold")
