@@ -129,12 +129,13 @@ class ConfidenceRouter(BudgetRouter):
         self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
     ) -> Decision:
         decided = self.inner.decide(self._trained(recursion), h_CD, tokens, memory, capacity)
-        going = torch.ones_like(tokens.row, dtype=torch.bool)
-        if recursion:
+        if recursion == 0:
+            self.going = torch.ones_like(tokens.row, dtype=torch.bool)
+            return replace(decided, takes=None, rank=None)
+        if self.going.any():
             unsure = self.doubt(h_CD, tokens) >= memory["threshold"][:, recursion]
-            going = self.going & unsure
-        self.going = going
-        return replace(decided, takes=going if recursion else None, rank=None)
+            self.going = self.going & unsure
+        return replace(decided, takes=self.going, rank=None)
 
 
 def doubt(model: Transformer, x_MD: Tensor, tokens: PackedTokens) -> Tensor:

@@ -185,10 +185,13 @@ class _Measuring:
         counts = self.corpus.train.token_counts(self.model.config.vocab_size, self.config.seq_len)
         need = need_of(chooser, counts)
 
-        def router(point: Point) -> Router:
-            return by_need(self.model, need, point["share_per_recursion"], self.fitted)
+        def chosen(point: Point) -> Point:
+            shares = point["share_per_recursion"]
+            if {0.0, 1.0}.issuperset(shares):  # all or none: there is nothing to choose
+                return point
+            return self._point(point["depth"], by_need(self.model, need, shares, self.fitted))
 
-        return [self._point(point["depth"], router(point)) for point in curve]
+        return [chosen(point) for point in curve]
 
 
 def _between(whole: Sequence[Point], depth: float) -> Point:
