@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -162,14 +163,7 @@ def calibrate(
     length = window_length(model, seq_len)
     most = max_windows or max(1, math.ceil(FITTED_TOKENS / length))
     fitted, unseen = _halves(data, length, most, document_mask)
-    about, fits = num_forwards(model.config, deepest), list[Fit]()
-    for fit in (_by_one_threshold if model.router.one_scale else _by_shares)(
-        model, fitted, deepest
-    ):
-        fits.append(fit)
-        step(0.7 * min(1, len(fits) / about))
-    tokens = fitted.tokens_BT.numel()
-    table = _table(fits, tokens)
+    table = fit_table(model, fitted, deepest, step=lambda done: step(0.7 * done))
     checked = [b for b in budgets_to_check(model.config.num_recursions, deepest) if table.has(b)]
     model.depth_table = table
     shown = {"held out": unseen}
@@ -182,6 +176,41 @@ def calibrate(
         step(0.7 + 0.3 * (i + 1) / len(shown))
     model.depth_table = replace(table, checked=tuple(checked), spent=spent)
     return model.depth_table
+
+
+Deciding = Callable[[Tensor], Router]
+"""Makes the router of thresholds for each recursion, (1, R)."""
+
+
+def fit_table(
+    model: Transformer,
+    batch: Batch,
+    deepest: int,
+    *,
+    deciding: Deciding | None = None,
+    wanted: Sequence[float] | None = None,
+    step: Callable[[float], None] = lambda done: None,
+) -> DepthTable:
+    """What budgets of up to ``deepest`` recursions ask for, fitted to a batch of text.
+
+    deciding: another rule than the model's own, with one threshold for all its recursions. wanted:
+    the budgets that will be asked for, if no others will: what does not matter to them is not
+    measured. step: called with the part that is done.
+    """
+    if deciding is None and not model.router.one_scale:
+        found = _by_shares(model, batch, deepest, wanted)
+    else:
+        rule = deciding or partial(_own, model)
+        found = _by_one_threshold(model, batch, deepest, rule, wanted)
+    about, fits = num_forwards(model.config, deepest), list[Fit]()
+    for fit in found:
+        fits.append(fit)
+        step(min(1, len(fits) / about))
+    return _table(fits, batch.tokens_BT.numel())
+
+
+def _own(model: Transformer, threshold_1R: Tensor) -> Router:
+    return BudgetRouter(model.router, threshold_1R, with_own=False)
 
 
 def _halves(data: Windows, length: int, most: int, documents: bool) -> tuple[Batch, Batch]:
@@ -208,17 +237,36 @@ def _grid(path: Sequence[Sequence[float]]) -> list[float]:
     return [*found, last - 0.03 * (last - found[-1]), last]
 
 
-def _by_shares(model: Transformer, batch: Batch, deepest: int) -> Iterator[Fit]:
+def _by_shares(
+    model: Transformer, batch: Batch, deepest: int, wanted: Sequence[float] | None
+) -> Iterator[Fit]:
     """Thresholds of each recursion for itself, along the path of shares."""
     path = corners(model.config, deepest)
-    for budget in _grid(path):
+    grid = _grid(path)
+    for budget in grid if wanted is None else _around(grid, wanted):
         yield _fit(model, batch, shares_of(path, budget))
 
 
-def _by_one_threshold(model: Transformer, batch: Batch, deepest: int) -> Iterator[Fit]:
+def _around(grid: Sequence[float], wanted: Sequence[float]) -> list[float]:
+    """The points on both sides of each wanted budget."""
+    pairs = [(a, b) for a, b in pairwise(grid) if any(a <= each <= b for each in wanted)]
+    return sorted({point for pair in pairs for point in pair})
+
+
+def _by_one_threshold(
+    model: Transformer,
+    batch: Batch,
+    deepest: int,
+    deciding: Deciding,
+    wanted: Sequence[float] | None,
+) -> Iterator[Fit]:
     """One threshold for all recursions: what the next one promises is worth it or not, whichever it
     is. Halved between neighbours until these spend about as much."""
-    pairs = [(_at(model, batch, WIDEST, deepest), _at(model, batch, -WIDEST, deepest))]
+
+    def at(threshold: float) -> Fit:
+        return _at(model, batch, [threshold] * (deepest - 1), deciding)
+
+    pairs = [(at(WIDEST), at(-WIDEST))]
     tokens = batch.tokens_BT.numel()
     yield Fit([NOBODY] * (deepest - 1), [tokens] + [0] * (deepest - 1))
     yield Fit([EVERYONE] * (deepest - 1), [tokens] * deepest)
@@ -227,17 +275,19 @@ def _by_one_threshold(model: Transformer, batch: Batch, deepest: int) -> Iterato
         few, many = pairs.pop()
         high, low = few.thresholds[0], many.thresholds[0]
         spent, more = sum(few.taken) / tokens, sum(many.taken) / tokens
-        if more - spent > min(0.8 * GRID_STEP, FINE * spent) and high - low > CLOSE:
-            middle = _at(model, batch, (high + low) / 2, deepest)
+        matters = wanted is None or any(spent < each < more for each in wanted)
+        wide = more - spent > min(0.8 * GRID_STEP, FINE * spent)
+        if matters and wide and high - low > CLOSE:
+            middle = at((high + low) / 2)
             yield middle
             pairs += [(few, middle), (middle, many)]
 
 
 @torch.inference_mode()
-def _at(model: Transformer, batch: Batch, threshold: float, deepest: int) -> Fit:
-    row = torch.tensor([[EVERYONE] + [threshold] * (deepest - 1)])
-    router = BudgetRouter(model.router, row.to(model.embedding.weight.device), with_own=False)
-    return Fit([threshold] * (deepest - 1), _taken(model, batch, router))
+def _at(model: Transformer, batch: Batch, thresholds: list[float], deciding: Deciding) -> Fit:
+    row = torch.tensor([[EVERYONE, *thresholds]])
+    router = deciding(row.to(model.embedding.weight.device))
+    return Fit(thresholds, _taken(model, batch, router))
 
 
 @torch.inference_mode()

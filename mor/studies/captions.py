@@ -12,6 +12,19 @@ CAPTIONS: dict[str, Entry] = {
         "significant difference. Of twenty rows that do not differ, about one shows a significant "
         "difference by chance.",
     ),
+    "claims": Entry(
+        title="What was claimed beforehand",
+        note="Mean paired differences over seeds with 95% intervals (Student's t), whose upper end "
+        "is to lie below the bound; or how far the mean depth spent lies from the one asked for, "
+        "with the seeds furthest below and above.",
+    ),
+    "depths": Entry(
+        title="Loss over inference depth",
+        note="Causal validation NLL of trained models at mean depths of their tokens, on windows "
+        "that no threshold was fitted to; means over seeds. Models whose routers learn nothing "
+        "send all tokens to whole depths; between these lies the straight line. full: all tokens "
+        "take the recursions that were trained. best: the measured depth with the lowest mean.",
+    ),
     "hops": Entry(
         title="Right answers and depth by hops",
         note="Means over seeds with the range of the seeds, threshold selection.",

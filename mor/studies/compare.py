@@ -27,6 +27,7 @@ class Line:
     seed.
 
     dead_positions to depth_entropy: the router's health in training, see Router.health.
+    full_depth_nll, best_depth_nll: where the study measures depths; see depth_report.py.
     """
 
     row: str
@@ -48,6 +49,9 @@ class Line:
     train_flops: float
     train_s: float
     lr: float
+    full_depth_nll: float | None = None
+    best_depth_nll: float | None = None
+    best_depth: str | None = None
 
 
 def by_row(rows: Iterable[dict[str, Any]]) -> dict[str, Runs]:
@@ -70,7 +74,7 @@ def lines(study: Study, rows: Iterable[dict[str, Any]]) -> list[Line]:
     made = []
     for name, runs in sorted(grouped.items(), key=lambda item: _place(study, item[1])):
         nll = {seed: run["validation_nll"] for seed, run in runs.items()}
-        peer = grouped.get(_reference_of(study, next(iter(runs.values()))) or "")
+        peer = grouped.get(reference_of(study, next(iter(runs.values()))) or "")
         difference = None
         if peer is not None and peer is not runs:
             difference = paired(nll, {seed: run["validation_nll"] for seed, run in peer.items()})
@@ -85,7 +89,7 @@ def lines(study: Study, rows: Iterable[dict[str, Any]]) -> list[Line]:
                 difference_low=difference.low if difference else None,
                 difference_high=difference.high if difference else None,
                 mean_depth=fmean(run["mean_depth"] for run in some),
-                **{name: _mean(run.get(name) for run in some) for name in OPTIONAL},
+                **_optional(some),
                 params=some[0]["params"],
                 tokens=fmean(run["tokens"] for run in some),
                 train_flops=fmean(run["train_flops"] for run in some),
@@ -104,12 +108,16 @@ def _place(study: Study, runs: dict[int, dict[str, Any]]) -> tuple[int, float]:
     ] or 0.0
 
 
+def _optional(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return {name: _mean(run.get(name) for run in runs) for name in OPTIONAL}
+
+
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return fmean(known) if known else None
 
 
-def _reference_of(study: Study, run: dict[str, Any]) -> str | None:
+def reference_of(study: Study, run: dict[str, Any]) -> str | None:
     """The reference variant's row at the same place on every axis."""
     if not study.reference:
         return None

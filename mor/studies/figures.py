@@ -30,6 +30,7 @@ from mor.analysis.style import (
     shades,
 )
 from mor.studies.compare import Line
+from mor.studies.depth_report import DepthLine
 from mor.studies.scaling import Optimum, Point, parabola
 
 Runs = Mapping[str, Mapping[int, dict[str, Any]]]  # by row and seed
@@ -155,6 +156,25 @@ def _hops_axes(axes: Axes, name: str) -> None:
 def _wrapped(name: str, width: int = 20) -> str:
     """A long name on several lines."""
     return "\n".join(textwrap.wrap(name, width)) if len(name) > width else name
+
+
+def depths_figure(lines: Sequence[DepthLine], *, title: str = "Loss over depth") -> Figure:
+    """NLL over the mean depth that is spent, a line for each row; rows with one depth are dots."""
+    rows = dict.fromkeys(line.row for line in lines)
+    figure, (axes,) = new_axes(title, 9.6, max(4.0, 1.2 + 0.26 * len(rows)), 1)
+    drawn = []
+    for i, row in enumerate(rows):
+        mine = [line for line in lines if line.row == row and line.depth not in ("full", "best")]
+        mine = mine or [line for line in lines if line.row == row and line.depth == "full"]
+        look = series(i) | {"markersize": 3.5}
+        spent = [line.mean_depth for line in mine]
+        drawn.append(axes.plot(spent, [line.nll for line in mine], **look)[0])
+    axes.set(yscale="log", ylabel="validation NLL, nats (causal)")
+    axes.set_xlabel("mean depth spent, recursions per token")
+    readable(axes.yaxis)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    name_lines(axes, drawn, list(rows))
+    return figure
 
 
 def isoflop_figure(

@@ -32,6 +32,7 @@ from mor.files import extra, write_json
 from mor.interruption import deaf_children, leaving_at_second
 from mor.progress import ProgressBar
 from mor.run_folder import RunFolder
+from mor.studies.depths import measure_missing
 from mor.studies.results import collect, flat, measure, tuned_rates
 from mor.studies.settings import Workers
 from mor.studies.study import ABOUT, ERROR, RESULT, Run, Study, main_runs, study_rows, tuning_runs
@@ -112,16 +113,18 @@ def _run_alone(run: Run, path: Path) -> Status:
     (path / ERROR).unlink(missing_ok=True)
     try:
         write_json(path / ABOUT, {k: v for k, v in asdict(run).items() if k != "config"})
-        if done:
-            return "kept"
-        check_trunk(run)
-        result = train(run.config, resume=True, console=Console(quiet=True))
-        if result.finished:
+        if not done:
+            check_trunk(run)
+            result = train(run.config, resume=True, console=Console(quiet=True))
+            if not result.finished:
+                return "interrupted"
             write_json(path / RESULT, measure(run, result))
-        return "finished" if result.finished else "interrupted"
     except Exception as error:
         (path / ERROR).write_text(f"{_reason(error)}\n\n{traceback.format_exc()}")
         raise
+    if run.curve is not None:
+        measure_missing([(path, run.curve)])  # the report tries once more, and says why it failed
+    return "kept" if done else "finished"
 
 
 def _reason(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from mor.analysis import report as analysis
 from mor.analysis.report import SUMMARY
 from mor.analysis.style import save
 from mor.files import write_json
+from mor.progress import ProgressBar
 from mor.statistics import paired
-from mor.studies import compare, figures, scaling
+from mor.studies import compare, depth_report, figures, scaling
 from mor.studies.captions import CAPTIONS
+from mor.studies.depths import measure_missing, read_curves
 from mor.studies.results import TABLE, collect, finished, tuned_rates, write_table
-from mor.studies.study import Study
+from mor.studies.study import Study, curve_asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +99,24 @@ def report(study: Study, folder: Path, console: Console, *, resamples: int = 100
         raise ValueError(f"{folder} holds no runs yet; start the study without --report")
     runs = finished(rows, "main", "branch")
     verdict = compare.depth_verdict(study, runs)
+    unmeasured = _measure_depths(study, runs, console)
+    depths = depth_report.rows_of(study, runs)
+    claims = depth_report.judge(study, depths)
+    judged = depth_report.verdicts(claims)
     with Output(folder) as out:
         out.runs(rows)
         about = {"study": study.title, "question": study.question, "does depth pay?": verdict}
-        out.summary(about)
+        out.summary(about | judged)
         console.print(verdict, highlight=False, soft_wrap=True)
-        _report_rows(study, runs, out, console)
+        depth_lines = depth_report.depth_lines(study, depths)
+        _report_rows(study, runs, depth_lines, out, console)
+        if depth_lines:
+            _report_depths(study, depth_lines, out, console)
+        if claims:
+            out.table("claims", claims)
+            console.print(_table(claims, "Claims"))
+            for name, said in judged.items():
+                console.print(f"{name}: {said}", highlight=False, soft_wrap=True)
         if found := exits(runs):
             out.table("exits", found)
             console.print(_table(found, "Exits chosen after training, against random ones"))
@@ -111,8 +125,29 @@ def report(study: Study, folder: Path, console: Console, *, resamples: int = 100
             points = scaling.points_of(runs, lambda run: run["params"])
             report_scaling(points, out, console, size_name=size, resamples=resamples)
     _print_left_out(rows, console)
+    for path, reason in unmeasured.items():
+        console.print(f"no depths of {path}: {reason}", highlight=False, soft_wrap=True)
     _print_edges(study, rows, console)
     return out
+
+
+def _measure_depths(
+    study: Study, runs: Sequence[dict[str, Any]], console: Console
+) -> dict[Path, str]:
+    """Measure what the study asks for and was not measured; reasons where it failed."""
+    asked = ((Path(run["path"]), curve_asked(study, run["variant"])) for run in runs)
+    missing = [(p, curve) for p, curve in asked if curve and read_curves(p, curve) is None]
+    if not missing:
+        return {}
+    done = 0
+    with ProgressBar(console, f"depths of {len(missing)} runs", total=len(missing)) as bar:
+
+        def update() -> None:
+            nonlocal done
+            done += 1
+            bar.update(done)
+
+        return measure_missing(missing, update)
 
 
 def _print_left_out(rows: Sequence[dict[str, Any]], console: Console) -> None:
@@ -128,10 +163,25 @@ def _print_left_out(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def _report_rows(
-    study: Study, runs: Sequence[dict[str, Any]], out: Output, console: Console
+    study: Study,
+    runs: Sequence[dict[str, Any]],
+    depth_lines: Sequence[depth_report.DepthLine],
+    out: Output,
+    console: Console,
 ) -> None:
     """The table of rows with what is measured on their routers, and its figures."""
-    lines = compare.lines(study, runs)
+    at = {(line.row, line.depth): line for line in depth_lines}
+    lines = [
+        replace(
+            line,
+            full_depth_nll=at[line.row, "full"].nll,
+            best_depth_nll=at[line.row, "best"].nll,
+            best_depth=at[line.row, "best"].at,
+        )
+        if (line.row, "best") in at
+        else line
+        for line in compare.lines(study, runs)
+    ]
     if not lines:
         return
     out.table("rows", lines)
@@ -143,6 +193,43 @@ def _report_rows(
     )
     if not study.budgets:  # with budgets: see isoflop
         _draw_rows(study, lines, compare.by_row(runs), out)
+
+
+def _report_depths(
+    study: Study, lines: Sequence[depth_report.DepthLine], out: Output, console: Console
+) -> None:
+    """Loss by row and depth, differences from the reference, and what each step is worth to it; the
+    file has the steps of all rows."""
+    out.table("depths", lines)
+    depths = [*map(depth_report.name_of, study.depths), "full", "best"]
+    what = {"": "causal NLL, nats (in brackets what is spent, where off by more than 3%)"}
+    what["difference"] = f"difference from {study.reference}"
+    what["step"] = "difference from the depth before"
+    for name, title in what.items():
+        shown = [line for line in lines if not name or getattr(line, name) is not None]
+        if name == "step" and study.reference in {line.row for line in lines}:
+            shown = [line for line in shown if line.row == study.reference]
+        if shown:
+            made = Table(title=f"By mean depth: {title}", title_justify="left")
+            made.add_column("", overflow="fold")
+            some = [d for d in depths if any(line.depth == d for line in shown)]
+            for depth in some:
+                made.add_column(depth, justify="right", overflow="fold")
+            for row in dict.fromkeys(line.row for line in shown):
+                mine = {line.depth: line for line in shown if line.row == row}
+                made.add_row(row, *(_at_depth(mine.get(d), name) for d in some))
+            console.print(made)
+    if not study.budgets:
+        out.figure("depths", figures.depths_figure(lines, title=study.title))
+
+
+def _at_depth(line: depth_report.DepthLine | None, name: str) -> str:
+    if line is None:
+        return "–"
+    if name:
+        return _with_interval(*(getattr(line, name + end) for end in ("", "_low", "_high")))
+    spent = f" ({line.mean_depth:.2f})" if line.is_far_off else ""
+    return f"{line.nll:.4f}{spent}" + f" at {line.at}" * (line.depth == "best")
 
 
 def _draw_rows(
@@ -191,18 +278,22 @@ def lines_table(study: Study, lines: Sequence[compare.Line]) -> Table:
     )
     made.title_justify = "left"
     made.add_column("", overflow="fold")
-    topk, right = (
+    topk, right, full = (
         any(getattr(x, n) is not None for x in lines)
-        for n in ("topk_nll_noncausal", "answers_right")
+        for n in ("topk_nll_noncausal", "answers_right", "full_depth_nll")
     )
     heads = ["NLL", "seeds", f"against {study.reference or 'no reference'}", "depth"]
+    heads += ["full depth", "best depth"] * full
     for head in heads + ["top-k NLL (non-causal)"] * topk + ["right"] * right:
         made.add_column(head, justify="right")
     for x in lines:
-        cells = [f"{x.nll:.4f}", str(x.seeds), _interval(x), f"{x.mean_depth:.2f}"]
+        difference = _with_interval(x.difference, x.difference_low, x.difference_high)
+        cells = [f"{x.nll:.4f}", str(x.seeds), difference, f"{x.mean_depth:.2f}"]
+        best = f"{_number(x.best_depth_nll)} at {x.best_depth}" if x.best_depth else "–"
         made.add_row(
             x.row,
             *cells,
+            *[_number(x.full_depth_nll), best] * full,
             *[_number(x.topk_nll_noncausal)] * topk,
             *[_number(x.answers_right, 3)] * right,
         )
@@ -224,12 +315,12 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _interval(line: compare.Line) -> str:
-    if line.difference is None:
+def _with_interval(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None:
         return "–"
-    if line.difference_low is None:
-        return f"{line.difference:+.3f} (n = 1)"
-    return f"{line.difference:+.3f} [{line.difference_low:+.3f}, {line.difference_high:+.3f}]"
+    if low is None:
+        return f"{value:+.3f} (n = 1)"
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def exits(runs: Sequence[dict[str, Any]]) -> list[Exit]:

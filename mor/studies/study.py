@@ -26,6 +26,22 @@
     [tuning]                        # the learning rate of every row, chosen on short runs
     rates = [2e-3, 4e-3, 8e-3]
 
+What is measured of a finished run, beside its loss (mor/studies/depths.py):
+
+    windows = 512                   # validation sequences
+    depths = [1, 2, 3, 4, 6]        # and the loss at these mean depths, on every other of them;
+                                    # to the rest the thresholds of routers that learn are fitted
+
+    [choosers]                      # rows that are these models with another rule choosing
+    paper = ["random", "confidence"]
+
+    [[claims]]                      # what the report is to judge
+    name = "better than chance"
+    row = "paper"
+    against = ["paper, by random"]
+    depths = [2, 3, "best"]
+    below = 0.0
+
 A *row* is a variant with one value of every axis (and one budget); its runs differ in their seeds.
 """
 
@@ -36,9 +52,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mor.data.stream import vocab_size
+from mor.evaluation.choosers import Chooser, check_can_choose
 from mor.files import naming, read_toml
 from mor.model.config import ModelConfig, RouterConfig, preset
 from mor.run_folder import RunFolder
@@ -50,6 +67,8 @@ from mor.settings import (
     Seed,
     Settings,
     Share,
+    Some,
+    suggestion,
 )
 from mor.training.config import TrainConfig, total_steps
 from mor.training.resume import cooled
@@ -78,6 +97,39 @@ class DepthPays(Settings, prefix="depth_pays"):
     """By how many nats the shallow one must be worse, interval included."""
 
 
+class Claim(Settings, prefix="claims"):
+    """A sentence about depths that was fixed beforehand, and that the report judges by the seeds.
+    Claims of one name are one: it holds if all of them hold at all their depths."""
+
+    name: str
+    row: str
+    """A row of the table, such as "elastic", or "elastic, by random"."""
+    depths: Listed[Some[PositiveFloat | Literal["full", "best"]]]
+    """Mean depths; full: all tokens take the trained recursions; best: each row at its own best."""
+    against: Listed[tuple[str, ...]] = ()
+    """The best of these rows at each depth, by its mean. None: the row itself at the depth before,
+    so that the first depth has nothing to be compared with."""
+    below: float | None = None
+    """Nats that the upper end of the interval of the paired difference must lie below."""
+    spent_within: PositiveFloat | None = None
+    """Or: how far the mean depth that is spent may lie from the depth, as a share of it, in the
+    mean of the seeds."""
+
+    def __post_init__(self) -> None:
+        if (self.below is None) == (self.spent_within is None):
+            raise ValueError(f"claim {self.name!r} needs below or spent_within, one of the two")
+        numbers = all(isinstance(depth, float) for depth in self.depths)
+        if self.spent_within is not None and (self.against or not numbers):
+            raise ValueError(
+                f"claim {self.name!r}: spent_within is about one row at depths that are numbers"
+            )
+        if self.below is not None and not self.against and not (numbers and len(self.depths) > 1):
+            raise ValueError(
+                f"claim {self.name!r} names no row to compare with, so it is about the steps "
+                "between depths: give two numbers or more"
+            )
+
+
 class Study(Settings):
     title: str
     question: str = ""
@@ -95,6 +147,13 @@ class Study(Settings):
     """Variants whose tokens, once trained, also exit early: at random, when sure, by an oracle."""
     windows: PositiveInt = 512
     """Validation sequences that a finished run is measured on."""
+    depths: Listed[tuple[PositiveFloat, ...]] = ()
+    """Mean depths that a finished run is measured at, on every other of these sequences; the
+    thresholds of routers that learn are fitted to the rest."""
+    choosers: dict[str, Listed[tuple[Chooser, ...]]] = field(default_factory=dict)
+    """Variants that are also measured with other rules choosing who goes deeper, at the same shares
+    of tokens; confidence at the same mean depth."""
+    claims: Listed[tuple[Claim, ...]] = ()
 
     def __post_init__(self) -> None:
         if not self.variants:
@@ -106,10 +165,11 @@ class Study(Settings):
         if not self.seeds:
             raise ValueError("a study needs at least one seed; three or more for a claim")
         control = self.depth_pays
-        for name in (self.reference, control.deep, control.shallow, *self.exits):
+        named = (self.reference, control.deep, control.shallow, *self.exits, *self.choosers)
+        for name in named:
             if name and name not in self.variants:
                 raise ValueError(
-                    f"reference, depth_pays and exits name variants; {name!r} is none of "
+                    f"reference, depth_pays, exits and choosers name variants; {name!r} is none of "
                     f"{', '.join(self.variants)}"
                 )
         if self.tuning.seed in self.seeds:
@@ -117,6 +177,7 @@ class Study(Settings):
                 f"tuning.seed={self.tuning.seed} is one of the seeds that count; choose another"
             )
         _check_places(self)
+        _check_depths(self)
         if list(self.budgets) != sorted(set(self.budgets)):
             raise ValueError(f"budgets must grow, got {list(self.budgets)}")
 
@@ -142,7 +203,8 @@ def row_name(variant: str, labels: Mapping[str, str]) -> str:
 class Run:
     """One training run and where it belongs. budget: FLOPs, if the study has several.
 
-    trunk: run directory that this one branches off at ``branch_step``.
+    trunk: run directory that this one branches off at ``branch_step``. curve: what is asked of its
+    depth curve (:func:`curve_asked`).
     """
 
     row: str
@@ -156,6 +218,7 @@ class Run:
     branch_step: int = 0
     exits: bool = False
     windows: int = 512
+    curve: Mapping[str, Any] | None = None
 
 
 def load_study(path: Path, *, size: Path | None = None) -> Study:
@@ -183,7 +246,10 @@ def study_rows(study: Study) -> list[Row]:
             merged = merge(
                 study.base, _shape(study, changes), *settings, *_there(study, changes, labels)
             )
-            found.append(Row(variant=variant, labels=labels, config=train_config(merged)))
+            config = train_config(merged)
+            if study.choosers.get(variant):
+                check_can_choose(config.model)
+            found.append(Row(variant=variant, labels=labels, config=config))
     return found
 
 
@@ -202,6 +268,42 @@ def _grid(study: Study) -> Iterator[tuple[str, dict[str, str], list[dict[str, An
 
 def _label(axis: str) -> str:
     return axis.rpartition(".")[2]
+
+
+def _check_depths(study: Study) -> None:
+    """Claims are about rows and depths that are measured."""
+    if list(study.depths) != sorted(set(study.depths)) or min(study.depths, default=1) < 1:
+        raise ValueError(f"depths must grow, from 1 on, got {list(study.depths)}")
+    if (study.choosers or study.claims) and not study.depths:
+        raise ValueError("choosers and claims are about depths: name the depths to measure")
+    if study.depths and study.windows < 2:
+        raise ValueError("depths need windows of at least 2: some to fit to, some to measure on")
+    if study.claims and study.budgets:
+        raise ValueError("claims are about rows without budgets")
+    rows = [row_name(variant, labels) for variant, labels, _ in _grid(study)]
+    rows += [
+        chosen_by(row_name(variant, labels), chooser)
+        for variant, labels, _ in _grid(study)
+        for chooser in study.choosers.get(variant, ())
+    ]
+    for claim in study.claims:
+        for name in (claim.row, *claim.against):
+            if name not in rows:
+                raise ValueError(
+                    f"claim {claim.name!r} is about a row {name!r}{suggestion(name, rows)}; this "
+                    f"study has {', '.join(rows)}"
+                )
+        for depth in claim.depths:
+            if isinstance(depth, float) and depth not in study.depths:
+                raise ValueError(
+                    f"claim {claim.name!r} is about a depth of {depth:g}, which depths does not "
+                    "name"
+                )
+
+
+def chosen_by(row: str, chooser: str) -> str:
+    """The name of a row that is the models of another one with this rule choosing."""
+    return f"{row}, by {chooser}"
 
 
 def _check_places(study: Study) -> None:
@@ -400,7 +502,17 @@ def _run(study: Study, row: Row, stage: str, config: TrainConfig, out: Path) -> 
         config=replace(config, out=str(out)),
         exits=stage != "tuning" and row.variant in study.exits,
         windows=study.windows,
+        curve=curve_asked(study, row.variant) if stage != "tuning" else None,
     )
+
+
+def curve_asked(study: Study, variant: str) -> dict[str, Any] | None:
+    """What is to be measured of a variant's runs at other depths, as plain values; None: nothing.
+    A run is measured again when it changes."""
+    if not study.depths:
+        return None
+    choosers = list(study.choosers.get(variant, ()))
+    return {"depths": list(study.depths), "windows": study.windows, "choosers": choosers}
 
 
 def folder_name(name: str) -> str:
@@ -414,4 +526,13 @@ def variants_named(study: Study, names: Sequence[str]) -> Study:
             raise ValueError(f"no variant {name!r}; this study has {', '.join(study.variants)}")
     kept = {name: study.variants[name] for name in study.variants if name in names}
     exits = tuple(name for name in study.exits if name in kept)
-    return replace(study, variants=kept, exits=exits, reference="", depth_pays=DepthPays())
+    choosers = {name: study.choosers[name] for name in study.choosers if name in kept}
+    return replace(
+        study,
+        variants=kept,
+        exits=exits,
+        choosers=choosers,
+        claims=(),
+        reference="",
+        depth_pays=DepthPays(),
+    )

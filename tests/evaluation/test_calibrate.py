@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mor.evaluation.calibrate import calibrate, threshold_for
+from mor.evaluation.calibrate import calibrate, fit_table, threshold_for
 from mor.evaluation.nll import evaluate
 from mor.model.budget import EVERYONE, NOBODY
 from mor.model.config import RouterConfig
@@ -74,3 +74,14 @@ def test_what_cannot_be_calibrated_says_so():
     for settings in (dict(max_depth=2), dict(selection="topk")):
         with pytest.raises(ValueError, match="depth"):
             evaluate(tiny("random"), text(400), seq_len=23, depth=2, **settings)
+
+
+@pytest.mark.parametrize("kind", ["expert_choice", GAIN], ids=["shares", "one threshold"])
+def test_what_is_measured_for_some_budgets_alone_is_the_same_for_them(kind):
+    model = tiny(kind, kv_strategy="hybrid")
+    data = text(1000)
+    batch, wanted = data.batch(data.spread(25), 25), [1.0, 1.5, 2.2, 4.0]
+    whole, some = fit_table(model, batch, 4), fit_table(model, batch, 4, wanted=wanted)
+    assert len(some.budgets) < len(whole.budgets)
+    for depth in wanted:
+        assert some.has(depth) and some.at(depth) == pytest.approx(whole.at(depth), rel=1e-6)
