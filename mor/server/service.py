@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 from mor.chat import Chat
 from mor.data.tokenizer import Tokenizer
 from mor.engine import Engine, SamplingParams
-from mor.model.budget import table_of
+from mor.model.budget import Depth, table_of
 from mor.server.choices import ChatForm, Choice, CompletionForm, Form
 from mor.server.config import ServerConfig
 from mor.server.engine_thread import EngineThread, Job
@@ -310,7 +310,7 @@ class Service:
     def _depth(self, body: Common) -> dict[str, Any]:
         """The setting for a wanted depth. Raises ApiError 400 for one that cannot be had."""
         engine, effort = self.served.engine, body.reasoning_effort
-        depth: float | str | None = body.depth
+        depth: Depth = body.depth
         try:
             if effort is not None:
                 depth = depth_at(SHARES[effort], _reachable(engine))
