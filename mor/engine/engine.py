@@ -49,7 +49,7 @@ from mor.generation import (
     check_budget,
     per_prompt,
 )
-from mor.model.budget import Budget, has_depths
+from mor.model.budget import Budget, Depth, has_depths
 from mor.model.compiling import failed_to_compile
 from mor.model.transformer import Output, Transformer
 from mor.settings import PositiveInt, Settings
@@ -215,7 +215,7 @@ class Engine:
             )
         if config.max_depth is not None and self.deepest > model.config.num_recursions:
             raise ValueError("max_depth and deepest say different things; leave out one of them")
-        self._budget(SamplingParams())
+        self.budget(None)
         self._strategy = _choose_strategy(config, model)
         self._compiles = compiles(model.embedding.weight.device, config.compile)
         self._watch = Watch(model)
@@ -326,7 +326,11 @@ class Engine:
                     f"a request with id {request_id!r} is still unfinished; choose another id"
                 )
             request = Request(
-                request_id, answer, number, self._budget(answer.params), arrival_s=time.monotonic()
+                request_id,
+                answer,
+                number,
+                self.budget(answer.params.depth),
+                arrival_s=time.monotonic(),
             )
             self._next_number += 1
             self.requests[request_id] = request
@@ -488,7 +492,7 @@ class Engine:
         answer = begin(
             self.model.config, given, params, tokenizer=self.tokenizer, max_len=self.max_len
         )
-        most = self._budget(params).recursions
+        most = self.budget(params.depth).recursions
         needed = self.kv.pages_for(len(answer.prompt_ids) + params.max_new_tokens - 1, most=most)
         there = [pool.num_pages for pool in self.kv.pools]
         if any(n > pages for n, pages in zip(needed, there, strict=True)):
@@ -498,18 +502,18 @@ class Engine:
             )
         return answer
 
-    def _budget(self, params: SamplingParams) -> Budget:
-        """What decides the depth of a request's tokens. Raises ValueError for a depth that the
-        model or this engine cannot have."""
-        depth = self.config.depth if params.depth is None else params.depth
+    def budget(self, depth: Depth) -> Budget:
+        """What decides the depth of the tokens of a request that asks for this one. Raises
+        ValueError for a depth that the model or this engine cannot have."""
+        depth = self.config.depth if depth is None else depth
         budget = check_budget(self.model, depth, self.config.max_depth)
         if self.config.max_depth is not None:
             budget = replace(budget, recursions=self.config.max_depth)
         if budget.recursions > self.deepest:
             raise ValueError(
                 f"depth={depth} lets tokens take up to {budget.recursions} recursions, but this "
-                f"engine holds {self.deepest}; make it with EngineConfig(deepest="
-                f"{budget.recursions})"
+                f"engine holds {self.deepest}; it can be made with deepest={budget.recursions} "
+                f"(mor serve --deepest {budget.recursions})"
             )
         return budget
 

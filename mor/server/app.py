@@ -69,6 +69,7 @@ def make_app(service: Service) -> ASGIApp:
         description="Mixture-of-Recursions models behind OpenAI's API",
         docs_url=None,  # those pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=lifespan,
         responses=_ERRORS,
     )
@@ -150,7 +151,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> JSONResponse:
         """Text of token ids."""
-        return JSONResponse(service.detokenize(body))
+        return JSONResponse(await service.detokenize(body))
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")

@@ -36,8 +36,8 @@ class ServerConfig(Settings):
     """Most answers that one request may ask for: prompts times n or best_of."""
     max_unread: PositiveInt = 512
     """Events that wait for a client that reads slowly; beyond, it is cut off."""
-    max_body_bytes: PositiveInt = 4 * 1024**2
-    """Longest request body; beyond, 413."""
+    max_body_bytes: PositiveInt = 1024**2
+    """Longest request body; beyond, 413. All others wait while one is parsed."""
     max_header_bytes: PositiveInt = 64 * 1024
     """Longest head of a request, its path and headers; beyond, 431."""
     request_timeout_s: PositiveFloat = 300

@@ -24,6 +24,12 @@ _TYPES = {
 UNFORESEEN = "the server failed; its log has the reason"
 
 
+def _shortened(message: str, most: int = 1000) -> str:
+    """Without the middle of a message that quotes much of what a client sent."""
+    half = most // 2
+    return message if len(message) <= most else f"{message[:half]} … {message[-half:]}"
+
+
 class ErrorInfo(BaseModel):
     message: str
     type: str
@@ -50,6 +56,7 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         message = message.encode(errors="replace").decode()  # half a character is no JSON
+        message = _shortened(message)
         super().__init__(message)
         self.status, self.headers = status, dict(headers or {})
         other = "invalid_request_error" if status < 500 else "server_error"

@@ -107,11 +107,8 @@ class Gate:
         return bytes(body)
 
     def _too_long(self) -> ApiError:
-        return ApiError(
-            413,
-            f"the body is longer than {self._max_body_bytes:,} bytes",
-            headers={"Connection": "close"},
-        )
+        # No "Connection: close": uvicorn reads on, or many clients would see a broken connection.
+        return ApiError(413, f"the body is longer than {self._max_body_bytes:,} bytes")
 
 
 def _digest(key: str) -> bytes:

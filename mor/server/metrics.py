@@ -139,7 +139,7 @@ class Metrics:
         first = len(request.prompt_ids) - 1
         if spent := request.depths[first:]:
             self._spent.observe(sum(spent) / len(spent))
-        if (asked := getattr(request.params, "depth", None)) is not None:
+        if isinstance(asked := request.params.depth, float | int):
             self._requested.observe(asked)
 
     def _look(self, stats: dict[str, Any]) -> None:

@@ -21,9 +21,11 @@ Count = Annotated[int, Field(lt=2**31)]
 Schema = dict[str, Any] | bool
 """A JSON schema: true takes any JSON, false none."""
 MOST_STOPS = 64
+MOST_IDS = 1024
+"""Of tokens with a bias, and of stop tokens: each choice of a request looks at all of them."""
 Words = Annotated[list[str], Field(fail_fast=True)]
 Word = Annotated[str, Field(min_length=1)]
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Stop = Annotated[str, Field(min_length=1, max_length=250)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 SHARES: dict[Effort, float] = {
     "none": 0,
@@ -93,24 +95,27 @@ class Common(BaseModel):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Choice i of a prompt draws with seed + i. None: another one for each request."""
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    stop_token_ids: Ids | None = None
+    stop_token_ids: Annotated[Ids, Field(max_length=MOST_IDS)] | None = None
     ignore_eos: bool | None = None
     """Go on after a token that ends a text."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     logit_bias: (
-        dict[
-            Annotated[str, Field(pattern=r"^[0-9]{1,10}$")],
-            Annotated[float, Field(ge=-100, le=100)],
+        Annotated[
+            dict[
+                Annotated[str, Field(pattern=r"^[0-9]{1,10}$")],
+                Annotated[float, Field(ge=-100, le=100)],
+            ],
+            Field(max_length=MOST_IDS),
         ]
         | None
     ) = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool | None = None
-    depth: Annotated[float, Field(ge=0)] | None = None
-    """Wanted mean depth of the tokens."""
+    depth: Annotated[float, Field(ge=1)] | Literal["full"] | None = None
+    """Wanted mean depth of the tokens; full: every trained recursion for each."""
     reasoning_effort: Effort | None = None
     """A share of the depths that the model was calibrated for; ``depth`` says it exactly."""
     return_depths: bool | None = None
@@ -298,7 +303,7 @@ class TokenizeRequest(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None
     """False: without the token that begins a text, where the tokenizer has one."""
     return_token_strs: bool | None = None

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import uvicorn
 
@@ -40,6 +41,17 @@ class Server(uvicorn.Server):
         )
         self.service = service
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets the answers end, a second one ends them. uvicorn's own way out
+        after a second Ctrl-C would leave the engine's thread behind, at work."""
+        if self.should_exit:
+            asyncio.get_running_loop().call_soon_threadsafe(self._end_answers)
+        self.should_exit = True
+
+    def _end_answers(self) -> None:
+        error = ApiError(503, "the server is shutting down", code="draining")
+        self.service.thread.abort_all(error)
+
     @property
     def port(self) -> int:
         found: int = self.servers[0].sockets[0].getsockname()[1]
@@ -51,8 +63,7 @@ class Server(uvicorn.Server):
         thread.drain()
         later = asyncio.get_running_loop().call_later(
             self.service.config.drain_s,
-            thread.abort_all,
-            ApiError(503, "the server is shutting down", code="draining"),
+            self._end_answers,
         )
         await super().shutdown(sockets)
         later.cancel()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 from mor.chat import Chat
 from mor.data.tokenizer import Tokenizer
 from mor.engine import Engine, SamplingParams
-from mor.model.budget import has_table, table_of
+from mor.model.budget import Depth, table_of
 from mor.server.choices import ChatForm, Choice, CompletionForm, Form
 from mor.server.config import ServerConfig
 from mor.server.engine_thread import EngineThread, Job
@@ -107,7 +107,6 @@ class Service:
         """Jobs and form of a completion. Raises ApiError 400 for what cannot be honoured."""
         served = self.served
         self._check(body)
-        self._check_ids("prompt", (i for p in body.prompts if isinstance(p, list) for i in p))
         prompts, each = body.prompts, body.best_of or body.n or 1
         self._check_choices(len(prompts) * each)
         jobs, choices = list[Job](), list[Choice]()
@@ -118,6 +117,7 @@ class Service:
         for prompt in prompts:
             ids = await self._ids(prompt)
             length = self._length(len(ids), body, DEFAULT_LENGTH)
+            self._check_ids("prompt", ids)
             shown = None
             if body.echo:
                 shown = prompt if isinstance(prompt, str) else served.tokenizer.decode(ids)
@@ -153,13 +153,16 @@ class Service:
             marked = body.add_special_tokens is not False
             ids = await self._encode(body.prompt or "", "prompt", marked=marked)
         found = {"count": len(ids), "max_model_len": served.engine.max_len, "tokens": ids}
-        texts = [served.texts.text_of(i) for i in ids] if body.return_token_strs else None
+        texts = None
+        if body.return_token_strs:
+            texts = await _outside(len(ids), lambda: [served.texts.text_of(i) for i in ids])
         return found | {"token_strs": texts}
 
-    def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
         served = self.served
         self.check_model(body.model)
-        return {"prompt": served.tokenizer.decode(body.tokens)}
+        text = await _outside(len(body.tokens), lambda: served.tokenizer.decode(body.tokens))
+        return {"prompt": text}
 
     def card(self) -> dict[str, Any]:
         """The model, as /v1/models has it."""
@@ -183,9 +186,12 @@ class Service:
         return {"tokens_per_second": self.thread.tokens_per_second, **self.thread.stats}
 
     def depth_range(self) -> tuple[float, float] | None:
-        """Mean depths that may be asked for; None if the model was not calibrated for any."""
-        ranges = _reachable(self.served.engine)
-        return (ranges[0][0], ranges[-1][1]) if ranges else None
+        """Mean depths that may be asked for; None if there is no choice."""
+        try:
+            ranges = _reachable(self.served.engine)
+        except ValueError:
+            return None
+        return ranges[0][0], ranges[-1][1]
 
     def _check(self, body: Common) -> None:
         self.check_model(body.model)
@@ -301,22 +307,18 @@ class Service:
             raise ApiError(400, str(error), param=param) from None
         return made
 
-    def _depth(self, body: Common) -> dict[str, float]:
-        """The setting for a wanted depth. The engine itself refuses one that cannot be had."""
-        if body.depth is None and body.reasoning_effort is None:
-            return {}
-        ranges = _reachable(self.served.engine)
-        if not ranges:
-            raise ApiError(
-                400,
-                "this model has no depth budgets; calibrate it",
-                param="reasoning_effort" if body.depth is None else "depth",
-                code="no_depth_budgets",
-            )
-        if body.depth is not None:
-            return {"depth": body.depth}
-        assert body.reasoning_effort is not None
-        return {"depth": depth_at(SHARES[body.reasoning_effort], ranges)}
+    def _depth(self, body: Common) -> dict[str, Any]:
+        """The setting for a wanted depth. Raises ApiError 400 for one that cannot be had."""
+        engine, effort = self.served.engine, body.reasoning_effort
+        depth: Depth = body.depth
+        try:
+            if effort is not None:
+                depth = depth_at(SHARES[effort], _reachable(engine))
+            engine.budget(depth)
+        except ValueError as error:
+            param = "depth" if effort is None else "reasoning_effort"
+            raise ApiError(400, str(error), param=param, code="no_such_depth") from None
+        return {} if depth is None else {"depth": depth}
 
     def _form(
         self, kind: type[Form], body: Common, choices: Sequence[Choice], prompts: int
@@ -332,10 +334,9 @@ class Service:
 
 
 def _reachable(engine: Engine) -> list[tuple[float, float]]:
-    """Ranges of mean depths that an engine can give; none if its model was not calibrated and needs
-    to be."""
-    if engine.config.max_depth is not None or not has_table(engine.model):
-        return []
+    """Ranges of mean depths that an engine can give. Raises ValueError if there is no choice."""
+    if engine.config.max_depth is not None:
+        raise ValueError(f"max_depth={engine.config.max_depth} caps the depths of this server")
     table = table_of(engine.model)
     most = getattr(engine, "deepest", engine.model.config.num_recursions)
     found = []

@@ -10,6 +10,7 @@ import httpx2
 import pytest
 
 from mor.engine import SamplingParams
+from mor.structure import Structure
 from tests.engine.requests import all_memory_is_back
 from tests.server.served import NAME, SLOTS, events, make_engine, parts, running, wait_until
 
@@ -35,19 +36,35 @@ def draw_bodies(count, seed=0):
             [{}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.01}, {"frequency_penalty": 1.5}]
         )
         body |= draw.choice([{}, {}, {"repetition_penalty": 1.3}, {"logit_bias": {"65": 5}}])
+        letters = [chr(draw.randrange(32, 127)) for _ in range(60)]
+        body |= draw.choice([{}, {}, {"stop": letters}, {"stop_token_ids": [*range(0, 256, 9)]}])
+        body |= draw.choice([{}, {}, {"min_tokens": body["max_tokens"] // 2}, {"ignore_eos": True}])
+        body |= draw.choice([{}, {}, {"structured_outputs": {"regex": "[a-f]{2}(é|🙂)+x"}}])
         found.append(body)
     return found
+
+
+def ends_of(body):
+    ends = () if body.get("ignore_eos") else parts()[1].end_ids
+    return tuple(dict.fromkeys((*ends, *body.get("stop_token_ids", ()))))
+
+
+def structure_of(body):
+    form = body.get("structured_outputs")
+    return None if form is None else Structure(kind="regex", text=form["regex"])
 
 
 def of_engine(bodies):
     """(token ids, depths, text) of each, by an engine without a server."""
     engine, names = make_engine(16), ("top_k", "top_p", "min_p", "repetition_penalty")
-    names += ("frequency_penalty", "temperature", "seed")
+    names += ("frequency_penalty", "temperature", "seed", "stop")
     params = [
         SamplingParams(
             max_new_tokens=body["max_tokens"],
-            stop_token_ids=parts()[1].end_ids,
+            min_new_tokens=body.get("min_tokens", 0),
+            stop_token_ids=ends_of(body),
             logit_bias={int(key): bias for key, bias in body.get("logit_bias", {}).items()},
+            structure=structure_of(body),
             **{name: body[name] for name in names if name in body},
         )
         for body in bodies

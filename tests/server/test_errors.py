@@ -34,6 +34,11 @@ def test_an_error_has_a_type_by_its_status(status, kind):
     ErrorBody.model_validate_json(found.body)
 
 
+def test_a_long_message_loses_its_middle():
+    said = ApiError(400, "begin" + "x" * 10**6 + "end").info["message"]
+    assert len(said) < 1100 and said.startswith("begin") and said.endswith("end")
+
+
 def answer(handler, error):
     found = asyncio.run(handler(None, error))
     return found.status_code, json.loads(found.body)["error"]

@@ -105,8 +105,12 @@ def test_other_origins_are_refused_unless_they_are_named():
             assert (asked.status_code == 200) == bool(allowed)
 
 
-def test_a_body_that_is_too_long_is_refused_before_it_is_sent():
+def test_a_body_that_is_too_long_is_refused_before_it_is_sent_or_after():
     with running(max_body_bytes=1000) as server:
+        with server.client() as client:  # which reads no answer before it has sent everything
+            for _ in range(2):
+                refused = client.post("/v1/completions", content=b"1" * 20_000_000, headers=JSON)
+                assert refused.status_code == 413
         head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", server.server.port)) as client:
             client.sendall(head + b"Content-Length: 1001\r\nExpect: 100-continue\r\n\r\n")

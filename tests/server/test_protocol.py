@@ -101,7 +101,11 @@ def test_two_words_for_the_depth_are_refused():
         {"logit_bias": {"1" * 5000: 1}},
         {"logit_bias": {"\u0661": 1}},
         {"stop": ["a"] * 65},
-        {"stop": "a" * 1001},
+        {"stop": "a" * 251},
+        {"stop_token_ids": [1] * 1025},
+        {"logit_bias": {str(i): 1 for i in range(1025)}},
+        {"depth": 0.5},
+        {"depth": "half"},
         {"n": 10**4000},
         {"max_tokens": 2**31},
     ],
@@ -109,4 +113,4 @@ def test_two_words_for_the_depth_are_refused():
 def test_fields_have_limits_that_no_honest_client_reaches(fields):
     with pytest.raises(ValidationError):
         CompletionRequest(prompt="a", **fields)
-    CompletionRequest(prompt="a", stop=["a" * 1000] * 64, logit_bias={"1": 1}, n=2, max_tokens=5)
+    CompletionRequest(prompt="a", stop=["a" * 250] * 64, logit_bias={"1": 1}, n=2, max_tokens=5)

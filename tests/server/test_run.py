@@ -136,6 +136,21 @@ def test_a_process_serves_and_ends_in_order_when_it_is_told_to(process):
     assert started.stderr.read() == ""
 
 
+def test_a_second_signal_ends_the_answers_and_the_engine_s_thread_with_them():
+    with running(drain_s=60) as server, server.client() as client, ThreadPoolExecutor(1) as other:
+        server.engine.may_go.clear()
+        asked = other.submit(client.post, "/v1/completions", json=LONG)
+        wait_until(lambda: server.engine.requests)
+        thread = server.service.thread
+        for state in ("ready", "draining"):
+            wait_until(lambda state=state: thread.state == state)
+            thread._loop.call_soon_threadsafe(server.server.handle_exit, signal.SIGINT, None)
+        refused = asked.result()
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+        server.thread.join()
+        assert not thread._thread.is_alive()
+
+
 @pytest.mark.skipif(shutil.which("haproxy") is None, reason="needs HAProxy")
 @pytest.mark.slow
 def test_two_servers_behind_the_page_s_load_balancer_share_requests_and_a_dead_one_gets_none(

@@ -9,8 +9,9 @@ from mor.data.tokenizer import byte_tokenizer
 from mor.engine import Engine, EngineConfig
 from mor.server import service as module
 from mor.server.errors import ApiError
-from mor.server.protocol import ChatRequest, CompletionRequest, TokenizeRequest
+from mor.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from mor.server.service import depth_at, serve
+from tests.conftest import tiny
 from tests.server.served import make_engine, make_service, parts
 
 TURNS = [{"role": "user", "content": "a"}]
@@ -100,6 +101,11 @@ def test_long_texts_are_tokenized_outside_the_event_loop(monkeypatch):
     assert not used
     found = asyncio.run(service.tokenize(TokenizeRequest(prompt="a" * 30_000)))
     assert len(used) == 1 and found["count"] == 30_000
+    again = DetokenizeRequest(tokens=found["tokens"])
+    assert asyncio.run(service.detokenize(again)) == {"prompt": "a" * 30_000} and len(used) == 2
+    body = TokenizeRequest(prompt="a" * 30_000, return_token_strs=True)
+    assert asyncio.run(service.tokenize(body))["token_strs"] == ["a"] * 30_000
+    assert len(used) == 4
 
 
 def test_more_choices_than_one_request_may_have_are_refused():
@@ -108,6 +114,33 @@ def test_more_choices_than_one_request_may_have_are_refused():
         completion(service, prompt=["a"] * 5)
     with pytest.raises(ApiError, match="6 choices"):
         completion(service, prompt=["a"] * 2, n=1, best_of=3)
+
+
+def test_a_model_without_a_choice_of_depths_says_why():
+    vanilla, random = (
+        tiny("fixed", num_recursions=1, vocab_size=259),
+        tiny("random", vocab_size=259),
+    )
+    for model, max_depth, words in (
+        (vanilla, None, "leave out depth"),
+        (random, 2, "max_depth=2"),
+        (parts()[0], None, "mor calibrate"),
+    ):
+        settings = EngineConfig(max_depth=max_depth, kv_cache_memory=1 << 20)
+        service = ready(serve(Engine(model, parts()[1], settings)))
+        assert service.depth_range() is None
+        for wish in ({"depth": 2}, {"reasoning_effort": "high"}):
+            with pytest.raises(ApiError, match=words) as refused:
+                completion(service, prompt="a", **wish)
+            assert refused.value.status == 400 and refused.value.info["param"] == next(iter(wish))
+
+
+def test_requests_are_refused_for_their_length_before_each_of_their_ids_is_looked_at():
+    service = ready(max_choices=4)
+    with pytest.raises(ApiError, match="prompt alone has 200"):
+        completion(service, prompt=[999] * 200)
+    with pytest.raises(ApiError, match="5 choices"):
+        completion(service, prompt=[[999]] * 5)
 
 
 def test_an_engine_without_a_tokenizer_cannot_be_served():
@@ -132,6 +165,11 @@ class Table:
     def recursions(self, budget):
         return int(budget)
 
+    def at(self, budget):
+        if budget > 4:
+            raise ValueError("it has 1 to 4")
+        return [0.5] * 3
+
 
 def test_a_calibrated_model_says_which_depths_it_has_and_requests_become_settings():
     made = serve(make_engine())
@@ -144,6 +182,11 @@ def test_a_calibrated_model_says_which_depths_it_has_and_requests_become_setting
         low = CompletionRequest(prompt="a", reasoning_effort="low")
         assert service._depth(low)["depth"] == pytest.approx(5 / 3)
         assert service._depth(CompletionRequest(prompt="a", depth=2.2)) == {"depth": 2.2}
+        assert service._depth(CompletionRequest(prompt="a", depth="full")) == {"depth": "full"}
         assert service._depth(CompletionRequest(prompt="a")) == {}
+        for depth, words in ((5, "it has 1 to 4"), (4, r"holds 3; .*mor serve --deepest 4")):
+            with pytest.raises(ApiError, match=words) as refused:
+                service._depth(CompletionRequest(prompt="a", depth=depth))
+            assert refused.value.info["param"] == "depth"
     finally:
         made.engine.model.depth_table = None
