@@ -230,7 +230,6 @@ def acceptance(monkeypatch):
     return gpu_acceptance, acceptance_stages
 
 
-@pytest.mark.slow
 def test_every_stage_of_the_acceptance_script_runs(acceptance, tmp_path, monkeypatch, capsys):
     """All in this process, where starting one for each takes longer than what it does."""
     script, stages = acceptance
@@ -263,6 +262,7 @@ def test_every_stage_of_the_acceptance_script_runs(acceptance, tmp_path, monkeyp
     assert [json.loads(line) for line in kept] == lines
 
 
+@pytest.mark.slow  # two processes
 def test_a_stage_of_the_acceptance_script_is_a_process_of_its_own():
     command = [sys.executable, BENCHMARKS / "gpu_acceptance.py", "--device", "cpu", "--tiny"]
     done = subprocess.run([*command, "--stage", "memory"], capture_output=True, text=True)
