@@ -130,6 +130,20 @@ def test_accuracy_by_steps_counts_each_answer_once():
     assert vocab_size(DataConfig(path=path, tokenizer="bytes")) == corpus.tokenizer.vocab_size
 
 
+def test_accuracy_by_steps_is_that_of_problems_by_themselves_where_they_are_trained_so():
+    path = "words:swaps?hops=2&held_out=2&each=1"
+    data = load_corpus(DataConfig(path=path), byte_tokenizer()).validation
+    model = tiny(vocab_size=byte_tokenizer().vocab_size, max_seq_len=300)
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, a, k: seen.append(k["documents_BT"]), with_kwargs=True
+    )
+    by_hops(model, data, 200, 2, document_mask=True)
+    assert torch.equal(seen[0], data.batch(data.spread(200, 2), 200, documents=True).documents_BT)
+    by_hops(model, data, 200, 2)
+    assert seen[1] is None
+
+
 @pytest.mark.parametrize(
     ("path", "settings", "words"),
     [
