@@ -67,7 +67,10 @@ def test_deepen_trains_rows_of_equal_flops_and_compares_them(folder, run, tmp_pa
     arguments += ["--num-recursions", 3, "--further", 1, "--flops", 2e8, "--windows", 6]
     arguments += ["--eval-windows", 4, "--seq-len", 90]
     found = run("deepen.py", folder / "smol", *arguments)
-    table = {(row["row"], row["seed"], row["by"]): row for row in found["table"]}
+    held_out = [row for row in found["table"] if row["asked"] == "held out"]
+    table = {(row["row"], row["seed"], row["by"]): row for row in held_out}
+    trained = [row for row in found["table"] if row["asked"] == "trained"]
+    assert len(trained) == 8 and {*trained[0]["right_by_hops"]} == {"1", "2"}
     own = {row: table[row, 1, "own"] for row in ("gain", "every token", "no loop")}
     assert own["every token"]["mean_depth"] == 3 and own["no loop"]["mean_depth"] == 1
     assert own["no loop"]["steps"] > own["every token"]["steps"] > own["gain"]["steps"]
