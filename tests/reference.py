@@ -118,7 +118,7 @@ class Reference:
             )
         states = self.layers_of(recursion, layers, states, first, everyone)
         if self.c.deepened and recursion:
-            gate = self.w["recursions.deepening.gate"]
+            gate = 10 * self.w["recursions.deepening.gate"]
             states = {p: before[p] + gate * (out - before[p]) for p, out in states.items()}
         return states
 

@@ -80,10 +80,11 @@ def test_files_and_presets_are_read_without_a_word(arguments):
     check(with_vocabulary(Train.read(arguments, "mor train").settings))
 
 
-def test_the_file_for_deepened_models_is_read_without_a_word(tmp_path):
+@pytest.mark.parametrize("name", ["deepen", "deepen-text"])
+def test_the_files_for_deepened_models_are_read_without_a_word(name, tmp_path):
     model = tiny("gain", deepened=True, lora_rank=2, vocab_size=257)
     checkpoint.save(tmp_path, model, byte_tokenizer())
-    given = ["--config", str(ROOT / "configs/deepen.toml"), "--init-from", str(tmp_path)]
+    given = ["--config", str(ROOT / f"configs/{name}.toml"), "--init-from", str(tmp_path)]
     check(Train.read(given, "mor train").settings)
 
 

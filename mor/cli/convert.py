@@ -49,7 +49,8 @@ class Convert(Command):
     where mor is not installed."""
     num_recursions: PositiveInt | None = None
     """Initialise a model that applies its shared layers this often; with --deepen, how often the
-    block is applied at most. Default: a plain copy."""
+    block is applied at most (1: only adapters are added, and act in the one pass). Default: a plain
+    copy."""
     deepen: bool = False
     """Keep the source whole and let later recursions apply a block of its layers again. They change
     nothing before they are trained."""
@@ -159,7 +160,7 @@ class Convert(Command):
         if adapter is None:
             raise ValueError(f"--adapter is lora:RANK or lora:RANK:ALPHA, got {self.adapter!r}")
         rank, alpha = adapter.groups()
-        kind = given.get("router", "gain")
+        kind = given.get("router", "fixed" if self.num_recursions == 1 else "gain")
         return Deepening(
             block=(int(ends[1]), int(ends[2])),
             num_recursions=self.num_recursions or 2,

@@ -74,7 +74,7 @@ class Conversion:
             f"layers: {self.layout} = {self.num_layers} effective "
             f"(prelude + shared x recursions + coda), source {self.source_layers}",
             *(
-                ["  recursion 1 is the source; later ones change nothing before training"]
+                ["  it is the source: what is added changes nothing before training"]
                 if self.deepened
                 else [f"  {name:<10} <- {_origin(group)}" for name, group in self.layers.items()]
             ),

@@ -26,7 +26,11 @@ from mor.model.transformer import Transformer
 @dataclass(frozen=True, kw_only=True)
 class Deepening:
     """block: first layer of the source that is applied again, and the one after the last.
-    lora_rank: of adapters for later recursions, 0 for none. lora_alpha: None for twice the rank."""
+    lora_rank: of adapters for later recursions, 0 for none. lora_alpha: None for twice the rank.
+
+    With ``num_recursions=1`` nothing is applied again: the adapters act in the one pass, as the
+    control that tells what loops are worth. They are zero at the start as well.
+    """
 
     block: tuple[int, int]
     num_recursions: int
@@ -46,6 +50,11 @@ def deepened_config(source: ModelConfig, how: Deepening) -> ModelConfig:
             f"block {first}:{end} is not in the source, which has layers 0 to {layers - 1}; give "
             f"FIRST:END with 0 <= FIRST < END <= {layers}"
         )
+    loops = how.num_recursions > 1
+    if not (loops or how.lora_rank):
+        raise ValueError(
+            "num_recursions=1 and no adapter add nothing to the source; give one of them"
+        )
     return source.replace(
         prelude_layers=first,
         shared_layers=end - first,
@@ -54,8 +63,9 @@ def deepened_config(source: ModelConfig, how: Deepening) -> ModelConfig:
         shared_order="cycle",
         kv_strategy=how.kv_strategy,
         router=how.router,
-        deepened=True,
+        deepened=loops,
         lora_rank=how.lora_rank,
+        lora_from=2 if loops else 1,
         lora_alpha=how.lora_alpha,
     )
 

@@ -22,9 +22,10 @@ def unrolled_layers(model: Transformer) -> list[nn.Module]:
         )
     if config.deepened or config.lora_rank:
         raise ValueError(
-            "this model's later recursions have re-injection, gates or adapters (deepened or "
-            "lora_rank); merged into layers that the first recursion shares, they would change it "
-            "too. A plain stack of layers cannot do that; convert the source it was made of"
+            "this model has re-injection, gates or adapters (deepened or lora_rank), as a rule for "
+            "later recursions alone; merged into layers that the first recursion shares, they "
+            "would change it too. A plain stack of layers cannot do that; convert the source it "
+            "was made of"
         )
     if config.num_recursions > 1 and config.kv_strategy != "recursion_wise":
         raise ValueError(

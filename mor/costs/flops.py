@@ -173,8 +173,8 @@ def _parts(config: ModelConfig, work: Workload) -> Iterator[_Part]:
     for r, (kept, pairs) in enumerate(zip(work.kept, work.pairs, strict=True), start=1):
         weights = block if r in reads(r) else block - key_value
         products, attention = 2 * weights * kept, per_pair * pairs
-        S, later = config.shared_layers, r > 1
-        yield _Part(S * products, S * attention, "block", later, True)
+        S, reads_added = config.shared_layers, r > 1 or _is_adapted(config, r)
+        yield _Part(S * products, S * attention, "block", reads_added, True)
         yield _Part(2 * _added_weights(config, r) * kept, 0, "added", True, True)
         if LEFT in reads(r + 1) and r < len(work.kept):  # entries of those that leave now
             left = kept - work.kept[r]
@@ -205,12 +205,15 @@ def _backward_flops(parts: Iterable[_Part], trained: Trained) -> float:
 
 def _added_weights(config: ModelConfig, recursion: int) -> int:
     """Of adapters and re-injection, those that a pass of this recursion (from 1) applies."""
-    if recursion == 1:
-        return 0
-    adapters, key_value = _lora_params(config)
+    adapters, key_value = _lora_params(config) if _is_adapted(config, recursion) else (0, 0)
     if recursion not in READS[config.kv_strategy](recursion):
         adapters -= key_value
-    return config.shared_layers * adapters + _reinjection_params(config)
+    reinjection = _reinjection_params(config) if recursion > 1 else 0
+    return config.shared_layers * adapters + reinjection
+
+
+def _is_adapted(config: ModelConfig, recursion: int) -> bool:
+    return config.lora_rank > 0 and recursion >= config.lora_from
 
 
 def _added_to_left(config: ModelConfig) -> int:

@@ -3,7 +3,8 @@ steps, one after the other, and has one right answer.
 
 ``data.path="words:swaps?hops=6&held_out=4"`` trains on 1 to 6 steps and validates on 7 to 10. The
 tokenizer is that of the model or of ``data.tokenizer``. Problem i is a pure function of (seed, i);
-several stand in a window, and the loss counts only on answers.
+several stand in a window, and the loss counts only on answers. With ``each=1`` every step is asked
+about, and no answer is told.
 
 B problems · T tokens
 """
@@ -33,11 +34,27 @@ _PEOPLE = (
 )
 
 
-class Problem(NamedTuple):
-    """answer: with the space before it."""
+class Step(NamedTuple):
+    """text: with the space before it. answer: what is right after it, with the space before it."""
 
-    question: str
+    text: str
     answer: str
+
+
+class Problem(NamedTuple):
+    """opening, then the text of each step, then ending, and then the last step's answer."""
+
+    opening: str
+    steps: Sequence[Step]
+    ending: str
+
+    @property
+    def question(self) -> str:
+        return self.opening + "".join(step.text for step in self.steps) + self.ending
+
+    @property
+    def answer(self) -> str:
+        return self.steps[-1].answer
 
 
 Draw = Callable[[int], int]
@@ -46,10 +63,13 @@ Draw = Callable[[int], int]
 
 class WordTask(Settings):
     """hops: training asks for 1 to this many steps, all equally often. held_out: validation asks
-    for so many more, and no fewer; 0: for the same numbers, in other problems."""
+    for so many more, and no fewer; 0: for the same numbers, in other problems. each: 1 asks after
+    every step, without telling the answer, in problems that have all the steps and no ending; 0
+    asks at the end."""
 
     hops: PositiveInt = 6
     held_out: NonNegativeInt = 4
+    each: Annotated[int, Field(ge=0, le=1)] = 0
     seed: Seed = 0
 
     def answers(self) -> list[str]:
@@ -66,29 +86,31 @@ class WordTask(Settings):
 
 
 class Swaps(WordTask):
-    """``The ball is under cup 2. Swap cups 1 and 3. Swap cups 2 and 3. Now the ball is under cup``:
-    a state that moves; swaps that miss the ball count as steps."""
+    """``The ball is under C. Swaps: AC BD CD. Now the ball is under A``: a state that moves; swaps
+    that miss the ball count as steps."""
 
     cups: Annotated[int, Field(ge=2, le=9)] = 4
 
+    @property
+    def _cups(self) -> str:
+        return "ABCDEFGHI"[: self.cups]
+
     def answers(self) -> list[str]:
-        return [f" {cup}" for cup in range(1, self.cups + 1)]
+        return [f" {cup}" for cup in self._cups]
 
     def problem(self, steps: int, draw: Draw) -> Problem:
-        names = [str(cup) for cup in range(1, self.cups + 1)]
-        ball = names[draw(self.cups)]
-        said = [f"The ball is under cup {ball}."]
+        ball = self._cups[draw(self.cups)]
+        opening, said = f"The ball is under {ball}. Swaps:", list[Step]()
         for _ in range(steps):
-            a, b = self._others(2, names, draw)
+            a, b = sorted(self._others(2, self._cups, draw))
             ball = {a: b, b: a}.get(ball, ball)
-            said.append(f"Swap cups {a} and {b}.")
-        return Problem(" ".join([*said, "Now the ball is under cup"]), f" {ball}")
+            said.append(Step(f" {a}{b}", f" {ball}"))
+        return Problem(opening, said, ". Now the ball is under")
 
 
 class Relay(WordTask):
-    """``Ben passes to Carl. Anna passes to Ben. ... Anna starts, and it is passed 2 times. Now it
-    is with``: a ring of people, told in random order. The number of passes is the number of
-    steps."""
+    """``Ben passes to Carl. Anna passes to Ben. ... Anna starts: pass pass. Now it is with Carl``:
+    a ring of people, told in random order."""
 
     people: Annotated[int, Field(ge=2, le=len(_PEOPLE))] = len(_PEOPLE)
 
@@ -106,13 +128,12 @@ class Relay(WordTask):
         ring = self._others(self.people, _PEOPLE[: self.people], draw)
         facts = [f"{a} passes to {b}." for a, b in zip(ring, [*ring[1:], ring[0]], strict=True)]
         told = " ".join(self._others(len(facts), facts, draw))
-        times = f"{steps} time" + "s" * (steps > 1)
-        question = f"{told} {ring[0]} starts, and it is passed {times}. Now it is with"
-        return Problem(question, f" {ring[steps]}")
+        said = [Step(" pass", f" {ring[step]}") for step in range(1, steps + 1)]
+        return Problem(f"{told} {ring[0]} starts:", said, ". Now it is with")
 
 
 class Arithmetic(WordTask):
-    """``Count modulo 10. Start with 3. Add 4. Multiply by 7. The result is``."""
+    """``Count modulo 10. Start with 3. Add 4. Multiply by 7. The result is 9``."""
 
     modulus: Annotated[int, Field(ge=2, le=10)] = 10
 
@@ -120,17 +141,17 @@ class Arithmetic(WordTask):
         return [f" {value}" for value in range(self.modulus)]
 
     def problem(self, steps: int, draw: Draw) -> Problem:
-        value = draw(self.modulus)
-        said = [f"Count modulo {self.modulus}. Start with {value}."]
+        value, said = draw(self.modulus), list[Step]()
+        opening = f"Count modulo {self.modulus}. Start with {value}."
         for _ in range(steps):
             number = 1 + draw(self.modulus - 1)
             if draw(3) == 0:
                 value = value * number % self.modulus
-                said.append(f"Multiply by {number}.")
+                said.append(Step(f" Multiply by {number}.", f" {value}"))
             else:
                 value = (value + number) % self.modulus
-                said.append(f"Add {number}.")
-        return Problem(" ".join([*said, "The result is"]), f" {value}")
+                said.append(Step(f" Add {number}.", f" {value}"))
+        return Problem(opening, said, " The result is")
 
 
 WORD_TASKS: dict[str, type[WordTask]] = {"swaps": Swaps, "relay": Relay, "arithmetic": Arithmetic}
@@ -140,6 +161,14 @@ def parse_word_task(path: str) -> WordTask:
     """The task that ``words:NAME?setting=value&...`` names. Raises ValueError for an unknown
     one."""
     return settings_of_task(path, WORDS_PREFIX, WORD_TASKS)
+
+
+class Asked(NamedTuple):
+    """answers: for each token of one its place, what is to be predicted there, and the steps that
+    it takes; 0 where all answers have the same token."""
+
+    ids: list[int]
+    answers: list[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -174,7 +203,8 @@ class InTokens:
             drawn += 1
             return int(hash_uniform(self.task.seed, index, drawn) * below)
 
-        steps = self.steps()[draw(len(self.steps()))]
+        several = self.steps()
+        steps = several[-1] if self.task.each else several[draw(len(several))]
         return self.task.problem(steps, draw), steps
 
     @cached_property
@@ -183,6 +213,23 @@ class InTokens:
         ids = [self.tokenizer.encode(answer) for answer in self.task.answers()]
         same = (len(set(place)) == 1 for place in zip(*ids, strict=False))
         return len([*takewhile(bool, same)])
+
+    def asked(self, index: int) -> Asked:
+        """The problem of this number in tokens."""
+        problem, steps = self.problem(index)
+        if not self.task.each:
+            ids, right = (self.tokenizer.encode(x) for x in (problem.question, problem.answer))
+            answers = [(len(ids) - 1 + i, token, 0) for i, token in enumerate(right)]
+            place, token, _ = answers[self.told_apart]
+            answers[self.told_apart] = (place, token, steps)
+            return Asked([*ids, *right], answers)
+        ids, answers = self.tokenizer.encode(problem.opening), []
+        for number, step in enumerate(problem.steps, start=1):
+            ids += self.tokenizer.encode(step.text)
+            if number in self.steps():
+                right = self.tokenizer.encode(step.answer)
+                answers.append((len(ids) - 1, right[self.told_apart], number))
+        return Asked(ids, answers)
 
     def problems(self, index: torch.Tensor, length: int) -> Problems:
         """Windows of ``length`` tokens, each with as many problems as fit and end-of-text after
@@ -193,19 +240,18 @@ class InTokens:
         for row, window in enumerate(index.tolist()):
             start = 0
             for number in range(window * _MOST, (window + 1) * _MOST):
-                (question, answer), steps = self.problem(number)
-                asked, right = self.tokenizer.encode(question), self.tokenizer.encode(answer)
-                end = start + len(asked) + len(right)
+                ids, answers = self.asked(number)
+                end = start + len(ids)
                 if end > length and not start:
+                    steps = max(step for _, _, step in answers)
                     raise ValueError(
                         f"a problem of {steps} steps takes {end} tokens; seq_len={length} is too "
                         "short"
                     )
                 if end > length:
                     break
-                tokens_BT[row, start:end] = torch.tensor([*asked, *right])
-                answering = start + len(asked) - 1
-                targets_BT[row, answering : answering + len(right)] = torch.tensor(right)
-                hops_BT[row, answering + self.told_apart] = steps
+                tokens_BT[row, start:end] = torch.tensor(ids)
+                for place, token, step in answers:
+                    targets_BT[row, start + place], hops_BT[row, start + place] = token, step
                 start = end + 1
         return Problems(tokens_BT, targets_BT, hops_BT)

@@ -155,19 +155,31 @@ def leak(model: Transformer, data: Windows, **settings: Any) -> tuple[Evaluation
 
 
 @torch.inference_mode()
-def by_hops(model: Transformer, data: TaskData, seq_len: int, max_windows: int) -> dict[str, Any]:
+def by_hops(
+    model: Transformer,
+    data: TaskData,
+    seq_len: int,
+    max_windows: int,
+    *,
+    document_mask: bool = False,
+) -> dict[str, Any]:
     """Share of right answers by the hops of the question (from 1) and mean depth of its tokens,
     causal.
 
     mean_depth_by_hops begins with tokens without a question (0 hops). None for hops that do not
-    occur.
+    occur. document_mask: problems of one window do not see each other, as a model trained so
+    expects.
     """
     most, device = data.task.hops, model.embedding.weight.device
     asked, right, depth = (torch.zeros(most + 1) for _ in range(3))
-    for some in data.scored(window_length(model, seq_len), max_windows):
-        batch = data.problems(some.windows, seq_len)
+    length = window_length(model, seq_len)
+    for some in data.scored(length, max_windows, documents=document_mask):
+        batch, documents_BT = data.problems(some.windows, seq_len), some.batch.documents_BT
         with autocast(device):
-            output = model(moved(batch.tokens_BT, device))
+            output = model(
+                moved(batch.tokens_BT, device),
+                documents_BT=None if documents_BT is None else moved(documents_BT, device),
+            )
         require_finite(model, values_of(output), place_of(some))
         right_BT = (output.logits_BTV.argmax(-1).cpu() == batch.targets_BT).float()
         for total, value_BT in (

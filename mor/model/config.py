@@ -204,7 +204,10 @@ class ModelConfig(Settings):
     """Later recursions look back at what came out of the prelude and end with a gate of their own.
     Both are zero at first: a deepened model starts as the model that it was made of."""
     lora_rank: NonNegativeInt = 0
-    """Rank of adapters in the shared layers that act at later recursions only; 0: none."""
+    """Rank of adapters in the shared layers; 0: none."""
+    lora_from: Literal[1, 2] = 2
+    """The recursion from which adapters act. 2: the first one stays as it is without them; 1: they
+    act in all, as in a model that is applied once."""
     lora_alpha: PositiveFloat | None = None
     """Adapters count lora_alpha / lora_rank. None: 2 * lora_rank."""
     max_seq_len: PositiveInt = 2048
@@ -246,10 +249,11 @@ class ModelConfig(Settings):
                     f"router.capacities={given} must not grow with depth when tokens drop out for "
                     "good; sort them or set router.hierarchical=False"
                 )
-        if (self.deepened or self.lora_rank) and self.num_recursions == 1:
+        later_only = self.deepened or (self.lora_rank and self.lora_from > 1)
+        if later_only and self.num_recursions == 1:
             raise ValueError(
                 "deepened=True and lora_rank act at recursions after the first and need "
-                "num_recursions >= 2"
+                "num_recursions >= 2, or for lora_rank alone lora_from=1"
             )
         if self.deepened and (self.shared_order == "sequence" or self.capacities[0] < 1):
             raise ValueError(
@@ -285,6 +289,7 @@ class ModelConfig(Settings):
             yield "kv_strategy", "with router.kind='fixed', where no token leaves"
         if not self.lora_rank:
             yield "lora_alpha", "without lora_rank"
+            yield "lora_from", "without lora_rank"
         if self.deepened:
             for name in ("gate", "alpha", "combination"):
                 yield f"router.{name}", "with deepened=True, which has a gate of its own"

@@ -86,8 +86,8 @@ class ZeroLinear(nn.Linear):
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear layer with an adapter (LoRA) for later recursions alone, so no merging: the first
-    recursion shares the weight and must not change."""
+    """A linear layer with an adapter (LoRA), as a rule for later recursions alone, so no merging:
+    the first recursion shares the weight and must not change."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, scale: float) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -224,11 +224,14 @@ class Deepening(nn.Module):
     """How later recursions begin and end in a deepened model: with a look back at what came out of
     the prelude, and with a step towards the stack's output.
 
-        u = h + B [norm(h); norm(entered)]        h <- h + gate * (stack(u) - h)
+        u = h + B [norm(h); norm(entered)]        h <- h + 10 * gate * (stack(u) - h)
 
     B and the gate, which has a number for each dimension, start at zero: later recursions change
-    nothing until they are trained.
+    nothing until they are trained. Optimizers such as AdamW move a number by about the learning
+    rate in a step, and the way from 0 to 1 is long: so the gate counts tenfold.
     """
+
+    GATE_SCALE = 10.0
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -241,7 +244,8 @@ class Deepening(nn.Module):
         return h_KD + only_later(later, self.reinject(torch.cat([*both], dim=-1)))
 
     def end(self, h_KD: Tensor, out_KD: Tensor, later: Later) -> Tensor:
-        stepped_KD = h_KD + self.gate.to(h_KD.dtype) * (out_KD - h_KD)
+        gate = self.GATE_SCALE * self.gate.to(h_KD.dtype)
+        stepped_KD = h_KD + gate * (out_KD - h_KD)
         return torch.where(later, stepped_KD, out_KD) if isinstance(later, Tensor) else stepped_KD
 
 
@@ -288,7 +292,9 @@ class Recursions(nn.Module):
         later = _later(recursion)
         if self.deepening is not None and later:
             x_KD = self.deepening.begin(x_KD, memory["entered"], *later)
-        return x_KD, later if self.config.lora_rank else ()
+        if not self.config.lora_rank:
+            return x_KD, ()
+        return x_KD, (True,) if self.config.lora_from == 1 else later
 
     def combine(
         self,

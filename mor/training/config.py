@@ -112,7 +112,7 @@ class TrainConfig(Settings):
     train: Trained | None = None
     """added: what later recursions have of their own, and the router, so that the model stays its
     source at depth 1; block: the shared layers too; all: everything. None: added for a deepened
-    model, else all."""
+    model and for adapters that act from the first recursion on, else all."""
     source_cache: str | None = None
     """Folder that keeps what the frozen source says of the training text, for train='added' and one
     process: the states that leave the prelude, in half precision, and the loss at depth 1. It takes
@@ -235,7 +235,9 @@ class TrainConfig(Settings):
     @property
     def trained(self) -> Trained:
         """What is trained."""
-        return self.train or ("added" if self.model.deepened else "all")
+        model = self.model
+        adapted_once = model.lora_rank and model.lora_from == 1
+        return self.train or ("added" if model.deepened or adapted_once else "all")
 
 
 def capacities_at(config: TrainConfig, step: int) -> tuple[float, ...]:

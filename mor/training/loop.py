@@ -356,8 +356,6 @@ class Trainer:
                 self.progress.note(
                     f"interrupted: saved after step {self.state.step}; continue with --resume"
                 )
-        if self.state.source is not None:
-            self.state.source.close()
         # Freed after its process group, DDP can wait forever for gloo's threads.
         self.state.forward = self.state.model
         return TrainResult(path, self.state, self.corpus, finished)

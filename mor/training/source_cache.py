@@ -2,7 +2,7 @@
 leave the prelude, and the loss of every token at depth 1.
 
 A sequence is known by its content, so other data, other epochs and other runs of the same source
-share a folder. A folder of another source is refused.
+share a folder, also at the same time. A folder of another source is refused.
 
 B rows of the batch · T columns · D model
 """
@@ -10,18 +10,19 @@ B rows of the batch · T columns · D model
 from __future__ import annotations
 
 import hashlib
-import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from mor.data.stream import Batch
-from mor.files import alone_in, read_json
-from mor.model.transformer import Transformer
+from mor.files import LOCK, read_json, write_json
+from mor.model.transformer import AdaptedLinear, Transformer
 
 _DIGEST = 16  # bytes
 
@@ -35,35 +36,29 @@ class SourceOf(NamedTuple):
 
 
 class SourceCache:
-    """A folder with a record for each sequence, held for this process until :meth:`close`.
+    """A folder with a record for each sequence, which processes may share: each adds what is
+    missing.
 
-    Raises ValueError if another process holds it, and if it belongs to another source or to
-    sequences of another length.
+    Raises ValueError if it belongs to another source or to sequences of another length.
     """
 
     def __init__(self, folder: Path, model: Transformer, seq_len: int) -> None:
         self.model, self.seq_len, dim = model, seq_len, model.config.dim
         self.record = np.dtype([("nll", "<f4", (seq_len,)), ("state", "<f2", (seq_len, dim))])
         self.records, self.names = folder / "records.bin", folder / "names.bin"
-        self._held = ExitStack()
-        self._held.enter_context(alone_in(folder, doing="keeping the source's states in"))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._adding = FileLock(folder / LOCK)
         about = {"source": fingerprint(model), "seq_len": seq_len, "dim": dim}
         file = folder / "source.json"
-        if file.is_file():
-            before = read_json(file)
+        with self._adding:
+            before = read_json(file) if file.is_file() else about
             if changed := [name for name in about if before.get(name) != about[name]]:
-                self.close()
                 raise ValueError(
                     f"{folder} was computed for another {' and '.join(changed)} than this run's; "
                     "delete it, or choose another folder"
                 )
-        else:
-            file.write_text(json.dumps(about))
-        self._open()
-
-    def close(self) -> None:
-        """Let other processes have it."""
-        self._held.close()
+            write_json(file, about)
+            self._open()
 
     def _open(self) -> None:
         """Read the names of what is there. A record without a name was not finished."""
@@ -73,8 +68,9 @@ class SourceCache:
         count = min(len(names) // _DIGEST, self.records.stat().st_size // self.record.itemsize)
         self.place = {names[i * _DIGEST : (i + 1) * _DIGEST]: i for i in range(count)}
         for file, size in ((self.records, self.record.itemsize), (self.names, _DIGEST)):
-            with file.open("r+b") as opened:
-                opened.truncate(count * size)
+            if file.stat().st_size > count * size:
+                with file.open("r+b") as opened:
+                    opened.truncate(count * size)
 
     @property
     def bytes_per_token(self) -> float:
@@ -104,32 +100,54 @@ class SourceCache:
 
     @torch.no_grad()
     def _add(self, batch: Batch, new: list[int], names: list[bytes]) -> None:
-        """These rows of a batch, in two forwards at depth 1: one for the states, one for the loss
-        that follows from them as they were rounded, so that no gain is one of rounding."""
+        """These rows of a batch, in a forward at depth 1. The loss is the one that follows from the
+        states as they were rounded, so that no gain is one of rounding."""
         tokens_BT, made = batch.tokens_BT[new], np.zeros(len(new), self.record)
         documents_BT = None if batch.documents_BT is None else batch.documents_BT[new]
-        first = self.model(
-            tokens_BT, documents_BT=documents_BT, max_depth=1, keep_states=True, logits="none"
-        )
         most = torch.finfo(torch.float16).max
-        state_BTD = first.routing.states[0].float().view(*tokens_BT.shape, -1)
-        state_BTD = state_BTD.clamp(-most, most).half()
-        made["state"] = state_BTD.cpu().numpy()
-        second = self.model(
-            tokens_BT,
-            targets_BT=batch.targets_BT[new],
-            documents_BT=documents_BT,
-            max_depth=1,
-            entered_BTD=state_BTD.to(first.routing.states[0].dtype),
-        )
-        assert second.nll_each is not None
-        made["nll"] = second.nll_each.float().view(*tokens_BT.shape).cpu().numpy()
-        with self.records.open("ab") as opened:
-            opened.write(made.tobytes())
-        with self.names.open("ab") as opened:
-            opened.write(b"".join(names[i] for i in new))
-        for i in new:
-            self.place[names[i]] = len(self.place)
+
+        def round_and_keep(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+            state = given[0].float().clamp(-most, most).half()
+            made["state"] = state.view(*tokens_BT.shape, -1).cpu().numpy()
+            return (state.to(given[0].dtype), *given[1:])
+
+        hook = self.model.recursions.register_forward_pre_hook(round_and_keep)
+        try:
+            with without_adapters(self.model):
+                output = self.model(
+                    tokens_BT,
+                    targets_BT=batch.targets_BT[new],
+                    documents_BT=documents_BT,
+                    max_depth=1,
+                )
+        finally:
+            hook.remove()
+        assert output.nll_each is not None
+        made["nll"] = output.nll_each.float().view(*tokens_BT.shape).cpu().numpy()
+        with self._adding:
+            self._open()  # others may have added the same in the meantime
+            left = [(i, record) for i, record in zip(new, made, strict=True)]
+            left = [(i, record) for i, record in left if names[i] not in self.place]
+            with self.records.open("ab") as opened:
+                opened.write(b"".join(record.tobytes() for _, record in left))
+            with self.names.open("ab") as opened:
+                opened.write(b"".join(names[i] for i, _ in left))
+            for i, _ in left:
+                self.place[names[i]] = len(self.place)
+
+
+@contextmanager
+def without_adapters(model: Transformer) -> Iterator[None]:
+    """The model as if its adapters were not there, also where they act at the first recursion."""
+    layers = [layer for layer in model.modules() if isinstance(layer, AdaptedLinear)]
+    scales = [layer.scale for layer in layers]
+    for layer in layers:
+        layer.scale = 0.0
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scale = scale
 
 
 def _names(batch: Batch) -> list[bytes]:

@@ -96,12 +96,16 @@ def test_deepening_from_the_command_line(folder, tmp_path, capsys):
     deepen = ["--deepen", "--block", "2:5", "--num-recursions", "3", "--adapter", "lora:4:6"]
     main(["convert", str(folder), str(tmp_path / "deep"), *deepen])
     shown = capsys.readouterr().out
-    assert "2+3x3+3 = 14 effective" in shown and "recursion 1 is the source" in shown
+    assert "2+3x3+3 = 14 effective" in shown and "it is the source" in shown
     config = checkpoint.load(tmp_path / "deep").config
     assert (config.lora_rank, config.lora_scale, config.deepened) == (4, 1.5, True)
     assert (config.router.kind, config.kv_strategy) == ("gain", "hybrid")
     main(["convert", str(folder), str(tmp_path / "b"), "--deepen", "--block", "0:8", "--json"])
     assert last_json(capsys)["layout"] == "0+8x2+0"
+    once = ["--deepen", "--block", "2:5", "--num-recursions", "1", "--adapter", "lora:4"]
+    main(["convert", str(folder), str(tmp_path / "once"), *once])
+    config = checkpoint.load(tmp_path / "once").config
+    assert (config.layout_name, config.lora_from, config.deepened) == ("2+3x1+3", 1, False)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from mor.generation import generate
 from mor.model.config import RouterConfig
 from mor.model.kv_cache import KVCache
 from mor.model.other_depths import ForcedRouter, RepeatLastRouter
-from mor.model.transformer import Transformer
+from mor.model.transformer import AdaptedLinear, Transformer
 from tests.conftest import KV_STRATEGIES, ROUTERS
 from tests.small_llama import llama, save_llama, tokens
 
@@ -224,6 +224,26 @@ def test_adapters_have_the_names_and_the_scale_of_lora():
     assert len(names) == 3 * 7 * 2 and all("shared_blocks" in name for name in names)
 
 
+def test_the_control_has_the_adapters_in_its_one_pass():
+    control = dict(num_recursions=1, router=RouterConfig(), kv="recursion_wise")
+    model, ids = deepened(**control), tokens(2, 12)
+    assert model.config.layout_name == "2+3x1+3" and not model.config.deepened
+    assert torch.equal(model(ids).logits_BTV, source()(ids).logits_BTV)
+    trained(model)
+    merged = deepened(**control)
+    for mine, other in zip(merged.modules(), model.modules(), strict=True):
+        if isinstance(other, AdaptedLinear):
+            mine.weight += other.scale * other.lora_B.weight @ other.lora_A.weight
+    torch.testing.assert_close(model(ids).logits_BTV, merged(ids).logits_BTV)
+    assert (model(ids).logits_BTV - source()(ids).logits_BTV).abs().max() > 1e-2
+    prompts, params = requests()
+    for batching in ("depth_wise", "lock_step"):
+        served = Engine(model, config=EngineConfig(page_size=4, batching=batching))
+        want = generate(model, prompts, params)
+        for got, expected in zip(served.generate(prompts, params), want, strict=True):
+            assert got.token_ids == expected.token_ids
+
+
 def test_the_first_gradient_reaches_the_gate_and_then_everything():
     model = deepen(source(), how("fixed"))
     ids = tokens(2, 12)
@@ -245,7 +265,8 @@ def test_the_first_gradient_reaches_the_gate_and_then_everything():
     [
         (dict(block=(3, 9)), "layers 0 to 7"),
         (dict(block=(4, 4)), "0 <= FIRST < END <= 8"),
-        (dict(num_recursions=1, router=RouterConfig()), "num_recursions >= 2"),
+        (dict(num_recursions=1, router=RouterConfig(), lora_rank=0), "add nothing to the source"),
+        (dict(num_recursions=1), "router.kind='expert_choice' needs num_recursions >= 2"),
         (
             dict(
                 kv_strategy="recursion_wise",

@@ -221,6 +221,23 @@ def test_what_is_frozen_costs_no_backward(trained):
     assert train_flops(model.config, 12, trained="added") < 0.8 * plain
 
 
+def test_adapters_of_the_one_pass_cost_what_they_take():
+    settings = dict(num_layers=17, num_recursions=1, lora_rank=3, lora_from=1)
+    model = tiny(
+        "fixed", sharing="cycle", prelude_layers=5, shared_layers=7, coda_layers=5, **settings
+    )
+    tokens = random_tokens(2, 12)
+    freeze(model, "added")
+    own, pairs = kernel_pairs(model.config, 2, 12, [12])
+    work = Workload(tokens=24, kept=[24], own_pairs=own, pairs=pairs, logits=24)
+    forward = forward_flops(model.config, work)
+    expected = forward + backward_flops(model.config, work, "added")
+    found = count_flops(lambda: model(tokens).logits_BTV.sum().backward())[0]
+    assert 0.97 * expected <= found <= expected
+    with torch.no_grad():
+        assert count_flops(lambda: model(tokens))[0] == forward
+
+
 def test_decoding_a_token_costs_what_its_depth_asks_for():
     model = tiny("expert_choice")
     tokens = random_tokens(1, 30)

@@ -17,8 +17,8 @@ from tests.conftest import tiny
 
 
 def swaps(text):
-    ball = re.search(r"under cup (\d)\.", text)[1]
-    moves = re.findall(r"Swap cups (\d) and (\d)", text)
+    ball = re.search(r"under (\w)\.", text)[1]
+    moves = re.findall(r" ([A-D])([A-D])", text)
     for a, b in moves:
         assert a != b
         ball = b if ball == a else a if ball == b else ball
@@ -28,12 +28,12 @@ def swaps(text):
 def relay(text):
     after = dict(re.findall(r"(\w+) passes to (\w+)", text))
     assert sorted(after) == sorted(after.values()) and len(after) == 12
-    name, times = re.search(r"(\w+) starts, and it is passed (\d+) time", text).groups()
-    start = name
-    for _ in range(int(times)):
+    name, passes = re.search(r"(\w+) starts:((?: pass)+)", text).groups()
+    start, times = name, passes.count("pass")
+    for _ in range(times):
         name = after[name]
         assert name != start, "no relay comes round"
-    return name, int(times)
+    return name, times
 
 
 def arithmetic(text):
@@ -74,9 +74,26 @@ def test_answers_are_right_and_validation_asks_for_more_steps(name):
         assert steps_seen == expected and len(texts) > 11
 
 
+@pytest.mark.parametrize("name", WORD_TASKS)
+def test_every_step_is_asked_about_and_no_answer_is_told(name):
+    corpus = load_corpus(
+        DataConfig(path=f"words:{name}?hops=3&held_out=2&each=1"), byte_tokenizer()
+    )
+    end = corpus.tokenizer.end_of_text_id
+    for data, asked_for in ((corpus.train, [1, 2, 3]), (corpus.validation, [4, 5])):
+        ids, targets, hops = (x[0].tolist() for x in data.problems([0], 900))
+        until = ids.index(end)
+        at = [i for i in range(until) if targets[i] != IGNORED]
+        assert [hops[i] for i in at] == asked_for and at[-1] == until - 1
+        for i in at:
+            answer, steps = SOLVE[name](corpus.tokenizer.decode(ids[: i + 1]))
+            assert steps == hops[i]
+            assert corpus.tokenizer.decode([targets[i]]) == answer[0], "the token that tells"
+
+
 def test_a_text_has_the_tokens_of_its_parts():
     """So a model that is asked for the answer in generation reads what it was trained on."""
-    said = "Now the ball is under cup 2. It is with Anna. The result is 7. " * 20
+    said = "Now the ball is under B. It is with Anna. The result is 7. " * 20
     bpe = train_bpe([Document("prose", said)], 300)
     for name in WORD_TASKS:
         data = load_corpus(DataConfig(path=f"words:{name}", tokenizer="bytes")).train
@@ -111,6 +128,20 @@ def test_accuracy_by_steps_counts_each_answer_once():
     assert found["answers_right_by_hops"][:2] == [None, None]
     assert all(0 <= share <= 1 for share in found["answers_right_by_hops"][2:])
     assert vocab_size(DataConfig(path=path, tokenizer="bytes")) == corpus.tokenizer.vocab_size
+
+
+def test_accuracy_by_steps_is_that_of_problems_by_themselves_where_they_are_trained_so():
+    path = "words:swaps?hops=2&held_out=2&each=1"
+    data = load_corpus(DataConfig(path=path), byte_tokenizer()).validation
+    model = tiny(vocab_size=byte_tokenizer().vocab_size, max_seq_len=300)
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, a, k: seen.append(k["documents_BT"]), with_kwargs=True
+    )
+    by_hops(model, data, 200, 2, document_mask=True)
+    assert torch.equal(seen[0], data.batch(data.spread(200, 2), 200, documents=True).documents_BT)
+    by_hops(model, data, 200, 2)
+    assert seen[1] is None
 
 
 @pytest.mark.parametrize(

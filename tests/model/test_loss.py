@@ -52,6 +52,17 @@ def test_frozen_parts_get_no_gradient():
         assert linear_cross_entropy(x, weight, torch.full((5,), -100)) == 0
 
 
+def test_tokens_without_a_target_cost_no_logits(monkeypatch):
+    seen = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w: seen.append(len(x)) or linear(x, w))
+    x, weight, target = torch.randn(9, 4), torch.randn(7, 4), torch.full((9,), -100)
+    target[[2, 6]] = 3
+    mean, each = module.linear_cross_entropies(x, weight, target)
+    assert seen == [2] and each.nonzero().flatten().tolist() == [2, 6]
+    torch.testing.assert_close(mean, each.sum() / 2)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_model_gives_the_same_loss_and_gradients_with_targets(tied):
     model = tiny("expert_choice", tie_embeddings=tied).double()
