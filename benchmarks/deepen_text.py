@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from deepen import area
+from deepen import area, last_states
 
 from mor import checkpoint
 from mor.analysis.early_exit import POLICIES
@@ -67,7 +67,8 @@ def read(model, rows, depths):
     ids, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     R, total = model.config.num_recursions, ids.numel()
     found = {}
-    first = model(ids, targets_BT=targets, max_depth=1, keep_states=True)
+    with last_states(model) as last:
+        first = model(ids, targets_BT=targets, max_depth=1, keep_states=True)
     entered = first.routing.states[0].view(*ids.shape, -1)
     found["source"] = first.nll_each
     common = dict(targets_BT=targets, entered_BTD=entered)
@@ -77,10 +78,10 @@ def read(model, rows, depths):
         for d in range(2, R + 1)
     ]
     nll_MR = torch.stack([first.nll_each, *(each.nll_each for each in forced)], 1)
-    shallow = model(ids, entered_BTD=entered, max_depth=1).logits_BTV.flatten(0, 1)
-    confidence_M = shallow.log_softmax(-1).amax(-1).exp()
+    confidence_M = model.predict(last[0]).log_softmax(-1).amax(-1).exp()
     for name, depth in depths.items():
-        output = model(ids, router=router_for(model, depth), **common)
+        again = depth == "full"
+        output = forced[-1] if again else model(ids, router=router_for(model, depth), **common)
         found[name] = output.nll_each
         found[f"depth of {name}"] = output.routing.depth.double()
         if name == next(iter(depths)):
@@ -90,13 +91,13 @@ def read(model, rows, depths):
 
 @torch.inference_mode()
 def chosen_by(model, policy, nll_MR, confidence_M, mean, batch):
-    """Losses where a policy says who goes deeper."""
+    """Losses where a policy says who goes deeper, and how deep all go."""
     ids, common = batch
     R = nll_MR.shape[1]
     confidence_MR = confidence_M[:, None].expand(-1, R)
     depth_M = policy(nll_MR.double(), confidence_MR.double(), mean)
     router = ForcedRouter(model.router, torch.arange(R)[:, None] < depth_M)
-    return model(ids, router=router, **common).nll_each
+    return model(ids, router=router, **common).nll_each, depth_M.double()
 
 
 def difference(values, documents):
@@ -111,13 +112,16 @@ def main():
     model, R = loaded.model.requires_grad_(False), loaded.config.num_recursions
     depths = {d: None if d == "own" else parse_depth(d, R) for d in settings.depths}
     rows, of = windows(settings, loaded.tokenizer)
+    if len(set(of)) < 2:
+        raise SystemExit("an interval needs several documents; raise --tokens or lower --pieces")
     parts, documents = [], []
     for start in range(0, len(rows), settings.batch_size):
         some = slice(start, start + settings.batch_size)
         found, nll_MR, confidence_M, score, batch = read(model, rows[some], depths)
         mean = float(found[f"depth of {settings.depths[0]}"].mean())
         for name, policy in POLICIES.items() if mean > 1 else ():
-            found[name] = chosen_by(model, policy, nll_MR, confidence_M, mean, batch)
+            chosen = chosen_by(model, policy, nll_MR, confidence_M, mean, batch)
+            found[name], found[f"depth of {name}"] = chosen
         found |= {"gain": nll_MR[:, 0] - nll_MR[:, 1], "score": score}
         parts.append(found)
         documents += [d for d in of[some] for _ in range(settings.seq_len)]
@@ -133,11 +137,7 @@ def main():
         "share_that_gains": float((whole["gain"] > 0).double().mean()),
         "rows": {
             name: difference(whole[name] - source, documents)
-            | {
-                "mean_depth": float(
-                    whole.get(f"depth of {name}", torch.tensor(float("nan"))).mean()
-                )
-            }
+            | {"mean_depth": float(whole[f"depth of {name}"].mean())}
             for name in (*settings.depths, *POLICIES)
             if name in whole
         },

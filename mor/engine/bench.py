@@ -241,14 +241,14 @@ def decode_rows(
     """The baseline, and each model with each of the depth budgets, at one batch size.
 
     slots: of each. None: models get as many slots (and lanes) as fit into the bytes that the
-    baseline's keys and values take with ``batch`` slots.
+    baseline's keys and values take with ``batch`` slots, and at least one.
     """
     base_bytes, loads = _kv_bytes_per_token(baseline), list[SteadyLoad]()
     budgets = [(model, name, depth) for name, model in models.items() for depth in depths]
     for model, name, depth in [(baseline, "vanilla", None), *budgets]:
         lanes, own_slots = batch, slots
         if own_slots is None:
-            lanes = own_slots = int(batch * base_bytes / _kv_bytes_per_token(model))
+            lanes = own_slots = max(1, int(batch * base_bytes / _kv_bytes_per_token(model)))
         label = name if depth is None else f"{name} at {depth}"
         loads.append(
             load_for(label, model, batch=lanes, slots=own_slots, lengths=lengths, depth=depth)

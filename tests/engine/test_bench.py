@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mor.costs.flops import Machine
 from mor.engine import bench
-from mor.engine.bench import Lengths, load_for, shares
+from mor.engine.bench import Lengths, decode_rows, load_for, shares
 from mor.model.config import RouterConfig, preset
 from tests.conftest import tiny
 
@@ -98,3 +99,13 @@ def test_the_hosts_time_in_the_device_loop_is_what_lies_outside_its_launches(mon
 def test_batches_beyond_the_memory_are_refused_by_name():
     with pytest.raises(ValueError, match=r"a at batch 1000000000 with 9.*max_num_seqs=9"):
         load_for("a", tiny(), batch=10**9, slots=9 * 10**9, lengths=Lengths(mean=6))
+
+
+def test_a_model_with_more_keys_and_values_than_the_baseline_still_has_a_slot():
+    plain, deep = tiny("fixed", num_recursions=1), tiny("fixed", num_recursions=3)
+    lengths = Lengths(mean=12, deviation=2)
+    machine = Machine(flops_per_s=1e9, bytes_per_s=1e9)
+    settings = dict(batch=1, slots=None, lengths=lengths, machine=machine, rounds=1, seconds=0.01)
+    rows = decode_rows(plain, {"deep": deep}, **settings)
+    assert [row.slots for row in rows] == [1, 1]
+    assert rows[1].kv_bytes_per_token > rows[0].kv_bytes_per_token
