@@ -66,7 +66,7 @@ def measure(run: Run, result: TrainResult) -> dict[str, Any]:
         "train_flops": state.flops,
         "train_s": state.train_s,
         "skipped_steps": state.skipped,
-        **(by_hops(model, data, config.seq_len, run.windows) if isinstance(data, TaskData) else {}),
+        **(by_hops(model, data, **settings) if isinstance(data, TaskData) else {}),
         **({"exits": early_exits(model, data, **settings)} if run.exits else {}),
     }
 
