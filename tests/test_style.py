@@ -26,6 +26,7 @@ OF_SEVERAL_MODULES = {
     "built_in",
     "causality",
     "data/same_ids",
+    "deepen_benchmarks",
     "docs",
     "engine/budgets",
     "examples",

@@ -4,7 +4,7 @@ The weights, gates, keys and values are the model's own; nothing is trained. ``r
 ``position`` and ``frequency`` look at the input alone and are given the share of tokens that each
 recursion is to have. ``confidence`` looks at what the model would predict.
 
-B rows · D model · M packed tokens · R recursions · V vocab
+B rows · T columns · C candidates · D model · M packed tokens · V vocab
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def _rare_first(count: Tensor) -> Need:
     position, so that any share of tokens can be had."""
     order = count.argsort(descending=True, stable=True)
     ordered = count[order].double() / count.sum()
-    width_V, start_V = torch.zeros(2, len(count), dtype=torch.float64)
-    width_V[order], start_V[order] = ordered, ordered.cumsum(0) - ordered
+    width, start = torch.zeros(2, len(count), dtype=torch.float64)
+    width[order], start[order] = ordered, ordered.cumsum(0) - ordered
 
     def need(tokens: PackedTokens) -> Tensor:
         ids, here = tokens.ids, tokens.ids.device
-        need_M: Tensor = start_V.to(here)[ids] + width_V.to(here)[ids] * evenly_by_position(tokens)
-        return need_M
+        needs: Tensor = start.to(here)[ids] + width.to(here)[ids] * evenly_by_position(tokens)
+        return needs
 
     return need
 
@@ -95,10 +95,10 @@ def by_need(model: Transformer, need: Need, shares: Sequence[float], batch: Batc
     batch: the text that the thresholds for this are fitted to."""
     device = model.embedding.weight.device
     here = batch.to(device)
-    need_M = need(pack(here.tokens_BT, documents_BT=here.documents_BT))
-    counts = [round(share * len(need_M)) for share in shares[1:]]
-    row = [EVERYONE, *(threshold_for(need_M, count) for count in counts)]
-    threshold_1R = torch.tensor([row], dtype=need_M.dtype, device=device)
+    needs = need(pack(here.tokens_BT, documents_BT=here.documents_BT))
+    counts = [round(share * len(needs)) for share in shares[1:]]
+    row = [EVERYONE, *(threshold_for(needs, count) for count in counts)]
+    threshold_1R = torch.tensor([row], dtype=needs.dtype, device=device)
     return BudgetRouter(NeedRouter(model.router, need), threshold_1R, with_own=False)
 
 

@@ -48,11 +48,14 @@ A *row* is a variant with one value of every axis (and one budget); its runs dif
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from mor.data.stream import vocab_size
 from mor.evaluation.choosers import Chooser, check_can_choose
@@ -109,7 +112,7 @@ class Claim(Settings, prefix="claims"):
     against: Listed[tuple[str, ...]] = ()
     """The best of these rows at each depth, by its mean. None: the row itself at the depth before,
     so that the first depth has nothing to be compared with."""
-    below: float | None = None
+    below: Annotated[float, Field(gt=-math.inf, lt=math.inf)] | None = None
     """Nats that the upper end of the interval of the paired difference must lie below."""
     spent_within: PositiveFloat | None = None
     """Or: how far the mean depth that is spent may lie from the depth, as a share of it, in the
