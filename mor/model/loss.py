@@ -28,13 +28,17 @@ def linear_cross_entropies(
     x_MD: Tensor, weight_VD: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same, and the loss of each token, (M,), without gradients; 0 for targets ``IGNORED``,
-    whose logits are not made."""
-    known = target != IGNORED
-    if x_MD.device.type == "cuda" or known.all():  # counting would make the host wait for a GPU
+    whose logits are not made on a CPU."""
+    if not may_look(target.device) or (known := target != IGNORED).all():
         return _losses(x_MD, weight_VD, target)
     asked = known.nonzero().squeeze(1)
     mean, some = _losses(x_MD[asked], weight_VD, target[asked])
     return mean, some.new_zeros(len(target)).index_copy(0, asked, some)
+
+
+def may_look(device: torch.device) -> bool:
+    """Whether Python can look at numbers there without waiting for the device."""
+    return device.type == "cpu"
 
 
 def _losses(x_MD: Tensor, weight_VD: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
