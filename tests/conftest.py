@@ -2,7 +2,10 @@ import functools
 import importlib.util
 import json
 import os
+import runpy
 import shutil
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # On some processors MKL rounds by where a matrix lies in memory: weights mapped from a file would
@@ -59,6 +62,20 @@ def one_thread():
     take ten times as long with two."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run_benchmark(monkeypatch, capsys):
+    """Runs a script of benchmarks/ in this process; returns the JSON of its last line."""
+    folder = Path(__file__).parent.parent / "benchmarks"
+
+    def run(script, *arguments):
+        monkeypatch.syspath_prepend(folder)  # as where a script is started
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(folder / script), run_name="__main__")
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ be known."""
 
 import dataclasses
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -37,18 +36,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(script, *arguments):
-        monkeypatch.syspath_prepend(BENCHMARKS)  # as where a script is started
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return run
-
-
-def test_convert_parity_finds_what_is_equal_and_what_is_not(folder, run, monkeypatch):
+def test_convert_parity_finds_what_is_equal_and_what_is_not(folder, run_benchmark, monkeypatch):
     arguments = [
         folder / "llama",
         folder / "text.jsonl",
@@ -59,7 +47,7 @@ def test_convert_parity_finds_what_is_equal_and_what_is_not(folder, run, monkeyp
         "--new-tokens",
         5,
     ]
-    found = run("convert_parity.py", *arguments)
+    found = run_benchmark("convert_parity.py", *arguments)
     assert found["max_abs_difference"] < 1e-4 and found["weights_bit_equal_after_the_way_back"]
     assert found["greedy_prompts_equal"].startswith("8 of 8") and found["tokens"] == 80
     assert found["chat_template_equal"] and found["documents_with_other_ids_than_transformers"] == 0
@@ -71,12 +59,12 @@ def test_convert_parity_finds_what_is_equal_and_what_is_not(folder, run, monkeyp
         return loaded
 
     monkeypatch.setattr(checkpoint, "load", spoilt)
-    assert run("convert_parity.py", *arguments)["max_abs_difference"] > 1e-2
+    assert run_benchmark("convert_parity.py", *arguments)["max_abs_difference"] > 1e-2
 
 
-def test_init_nll_measures_every_start(folder, run):
+def test_init_nll_measures_every_start(folder, run_benchmark):
     arguments = ["--windows", 2, "--seq-len", 40, "--threads", 1]
-    rows = run("init_nll.py", folder / "mor", folder / "text.jsonl", *arguments)["rows"]
+    rows = run_benchmark("init_nll.py", folder / "mor", folder / "text.jsonl", *arguments)["rows"]
     assert len(rows) == 26 and {row["init"] for row in rows[1:6]} == {
         "stepwise",
         "average",
@@ -88,7 +76,7 @@ def test_init_nll_measures_every_start(folder, run):
     assert len({row["nll"] for row in rows}) > 20
 
 
-def test_harness_parity_compares_two_checkpoints(folder, run):
+def test_harness_parity_compares_two_checkpoints(folder, run_benchmark):
     arguments = [
         "--task-data",
         folder,
@@ -102,7 +90,7 @@ def test_harness_parity_compares_two_checkpoints(folder, run):
         "--threads",
         1,
     ]
-    found = run("harness_parity.py", folder / "llama", folder / "mor", *arguments)
+    found = run_benchmark("harness_parity.py", folder / "llama", folder / "mor", *arguments)
     (row,) = found["rows"]
     assert (
         row["first"] == row["second"]
@@ -111,19 +99,19 @@ def test_harness_parity_compares_two_checkpoints(folder, run):
     )
 
 
-def test_data_prepare_measures_both_sides(folder, run):
+def test_data_prepare_measures_both_sides(folder, run_benchmark):
     arguments = ["--tokenizer", folder / "llama", "--megabytes", 0.001, "--rounds", 1]
-    found = run("data_prepare.py", folder / "text.jsonl", *arguments)
+    found = run_benchmark("data_prepare.py", folder / "text.jsonl", *arguments)
     assert (
         min(found["tokens_per_s"], found["bare_tokens_per_s"]) > 0 and found["peak_memory_mb"] > 10
     )
 
 
-def test_train_speed_counts_the_flops_of_what_was_routed(run, tmp_path):
+def test_train_speed_counts_the_flops_of_what_was_routed(run_benchmark, tmp_path):
     out = tmp_path / "speed.jsonl"
     arguments = ["--size", "tiny", "--batch", 4, "--rounds", 1, "--models", "mor-2", "--json"]
     arguments += ["--out", out]
-    result = run("train_speed.py", *arguments)
+    result = run_benchmark("train_speed.py", *arguments)
     shape = dict(num_layers=14, max_seq_len=64)
     flops = [
         costs.train_flops(preset("tiny", **shape, **other), 64)
@@ -138,10 +126,10 @@ def test_train_speed_counts_the_flops_of_what_was_routed(run, tmp_path):
     assert json.loads(out.read_text()) == result
 
 
-def test_head_loss_sees_that_chunks_take_less_memory(run, monkeypatch):
+def test_head_loss_sees_that_chunks_take_less_memory(run_benchmark, monkeypatch):
     monkeypatch.setattr("mor.model.loss.CHUNK_LOGITS", 1 << 21)
     tokens, vocab = 50, 80_000
-    chunked, whole, *_ = run(
+    chunked, whole, *_ = run_benchmark(
         "head_loss.py", "--tokens", tokens, "--dim", 8, "--vocab", vocab, "--rounds", 1
     )["rows"]
     assert whole["peak_mb"] > 2 * 4 * tokens * vocab / 1e6 > chunked["peak_mb"]
@@ -164,7 +152,7 @@ SHORT = [
 
 
 @pytest.mark.slow
-def test_decode_speed_compares_models_of_equal_depth(run, tmp_path):
+def test_decode_speed_compares_models_of_equal_depth(run_benchmark, tmp_path):
     parts = [
         "--parts",
         "models",
@@ -176,7 +164,7 @@ def test_decode_speed_compares_models_of_equal_depth(run, tmp_path):
         0.05,
         "--json",
     ]
-    found = run("decode_speed.py", *SHORT, *parts, "--out", tmp_path / "speed.json")
+    found = run_benchmark("decode_speed.py", *SHORT, *parts, "--out", tmp_path / "speed.json")
     assert json.loads((tmp_path / "speed.json").read_text()) == found
     rows = found["rows"]
     assert [row["model"] for row in rows] == ["vanilla", "mor-2", "mor-3", "mor-4"] * 2
@@ -204,18 +192,18 @@ def test_decode_speed_compares_models_of_equal_depth(run, tmp_path):
     )
 
 
-def test_decode_speed_runs_the_same_requests_in_transformers(run):
-    rows = run("decode_speed.py", *SHORT, "--parts", "transformers", "--lengths.mean", 16)[
-        "transformers"
-    ]
+def test_decode_speed_runs_the_same_requests_in_transformers(run_benchmark):
+    rows = run_benchmark(
+        "decode_speed.py", *SHORT, "--parts", "transformers", "--lengths.mean", 16
+    )["transformers"]
     assert [row["who"] for row in rows] == ["engine", "generate", "continuous"] * 2
     assert all(row["tokens_per_s"] > 0 for row in rows)
 
 
-def test_int8_reports_what_it_costs(folder, run):
+def test_int8_reports_what_it_costs(folder, run_benchmark):
     arguments = ["--windows", 2, "--seq-len", 40, "--batches", 2, "--rounds", 1, "--seconds", 0.05]
     arguments += ["--threads", 1]
-    found = run("int8.py", folder / "mor", folder / "text.jsonl", *arguments)
+    found = run_benchmark("int8.py", folder / "mor", folder / "text.jsonl", *arguments)
     assert 0 < abs(found["nll"]["int8"] - found["nll"]["float32"]) < 0.05
     assert found["tokens_per_s"][0]["batch"] == 2 and found["tokens_per_s"][0]["speedup"] > 0
 

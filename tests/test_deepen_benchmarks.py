@@ -3,7 +3,6 @@ can be known."""
 
 import json
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,17 +31,6 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(script, *arguments):
-        monkeypatch.syspath_prepend(BENCHMARKS)  # as where a script is started
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def deepened(folder):
     """Deepened, with numbers in place of every zero, and calibrated."""
@@ -61,12 +49,12 @@ def deepened(folder):
 
 
 @pytest.mark.slow  # eight runs
-def test_deepen_trains_rows_of_equal_flops_and_compares_them(folder, run, tmp_path):
+def test_deepen_trains_rows_of_equal_flops_and_compares_them(folder, run_benchmark, tmp_path):
     arguments = ["--out", tmp_path / "out", "--seeds", 1, 2, "--block", 2, 5, "--rank", 2]
     arguments += ["--task", "words:arithmetic?hops=2&held_out=1&modulus=3&each=1"]
     arguments += ["--num-recursions", 3, "--further", 1, "--flops", 2e8, "--windows", 6]
     arguments += ["--eval-windows", 4, "--seq-len", 90]
-    found = run("deepen.py", folder / "smol", *arguments)
+    found = run_benchmark("deepen.py", folder / "smol", *arguments)
     held_out = [row for row in found["table"] if row["asked"] == "held out"]
     table = {(row["row"], row["seed"], row["by"]): row for row in held_out}
     trained = [row for row in found["table"] if row["asked"] == "trained"]
@@ -87,7 +75,7 @@ def test_deepen_trains_rows_of_equal_flops_and_compares_them(folder, run, tmp_pa
     first = found["comparisons"][0]
     assert first["first"] == ["gain", "own"] and len(first["each"]) == 2
     assert all(0 <= each["p"] <= 1 for each in first["each"])
-    again = run("deepen.py", folder / "smol", *arguments)
+    again = run_benchmark("deepen.py", folder / "smol", *arguments)
     assert again == found, "what is finished is kept"
     parameters = {
         name: checkpoint.load(tmp_path / "out" / "starts" / name).model
@@ -97,11 +85,13 @@ def test_deepen_trains_rows_of_equal_flops_and_compares_them(folder, run, tmp_pa
     assert counts["no-loop"] >= counts["every-token"], "the control has no fewer parameters"
 
 
-def test_deepen_text_pairs_tokens_with_those_of_the_source(folder, deepened, run):
+def test_deepen_text_pairs_tokens_with_those_of_the_source(folder, deepened, run_benchmark):
     arguments = [folder / "text.jsonl", "--tokens", 256, "--seq-len", 32]
-    none = run("deepen_text.py", folder / "zero", *arguments)
+    none = run_benchmark("deepen_text.py", folder / "zero", *arguments)
     assert {row["nats"] for row in none["rows"].values()} == {0.0}, "nothing is trained yet"
-    found = run("deepen_text.py", deepened, *arguments, "--depths", "own", "1", "1.5", "full")
+    found = run_benchmark(
+        "deepen_text.py", deepened, *arguments, "--depths", "own", "1", "1.5", "full"
+    )
     rows = found["rows"]
     assert rows["1"]["nats"] == 0 and rows["1"]["mean_depth"] == 1
     assert rows["full"]["mean_depth"] == 2 and rows["full"]["nats"] != 0
@@ -109,10 +99,10 @@ def test_deepen_text_pairs_tokens_with_those_of_the_source(folder, deepened, run
     assert rows["oracle"]["nats"] <= rows["random"]["nats"]
 
 
-def test_self_speculation_counts_what_stops_as_accepted(folder, deepened, run):
+def test_self_speculation_counts_what_stops_as_accepted(folder, deepened, run_benchmark):
     arguments = ["--kind-field", "kind", "--windows", 4, "--seq-len", 40, "--draft-vocab", 20]
     arguments += ["--context", 16, "--rows", 1, 2, 4, "--rounds", 1]
-    found = run("self_speculation.py", deepened, folder / "text.jsonl", *arguments)
+    found = run_benchmark("self_speculation.py", deepened, folder / "text.jsonl", *arguments)
     rows = {(row["by"], row["group"]): row for row in found["acceptance"]}
     stops, deeper = rows["depth", "stops after 1"], rows["depth", "goes deeper"]
     assert stops["greedy"] == 1 and stops["sampled"] == pytest.approx(1, abs=1e-4)
