@@ -23,7 +23,8 @@ CAPTIONS: dict[str, Entry] = {
         note="Causal validation NLL of trained models at mean depths of their tokens, on windows "
         "that no threshold was fitted to; means over seeds. Models whose routers learn nothing "
         "send all tokens to whole depths; between these lies the straight line. full: all tokens "
-        "take the recursions that were trained. best: the measured depth with the lowest mean.",
+        "take the recursions that were trained. best: the measured depth with the lowest mean. A "
+        "model without recursions stands at 1 with all its layers, however many these are.",
     ),
     "hops": Entry(
         title="Right answers and depth by hops",
