@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 class Sweep(Command):
     """Run a study: its grid of runs, then tables and figures. Finished runs are kept, interrupted
-    ones go on; a run that fails is listed with its reason, stops no other, and makes the exit code
-    1."""
+    ones go on; a run that fails, or whose losses over depth cannot be measured, is listed with its
+    reason, stops no other, and makes the exit code 1."""
 
     study: Positional[Path | None] = None
     """Study file (TOML); studies/ has ready ones."""
@@ -81,7 +81,7 @@ class Sweep(Command):
         outcomes = [] if self.report else run_study(chosen, out, self.workers, console)
         found = report(study, out, console, resamples=self.resamples)
         console.print(f"written: {found}", highlight=False, soft_wrap=True)
-        if any(outcome.status == "failed" for outcome in outcomes):
+        if found.unmeasured or any(outcome.status == "failed" for outcome in outcomes):
             raise SystemExit(1)
 
     def _fit(self, source: str, console: Console) -> None:

@@ -48,6 +48,8 @@ class Output:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: list[Path] = []
+        self.unmeasured: dict[Path, str] = {}
+        """Runs whose losses over depth could not be measured, and why."""
 
     def __enter__(self) -> Output:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,6 +106,7 @@ def report(study: Study, folder: Path, console: Console, *, resamples: int = 100
     claims = depth_report.judge(study, depths)
     judged = depth_report.verdicts(claims)
     with Output(folder) as out:
+        out.unmeasured = unmeasured
         out.runs(rows)
         about = {"study": study.title, "question": study.question, "does depth pay?": verdict}
         out.summary(about | judged)
@@ -125,7 +128,7 @@ def report(study: Study, folder: Path, console: Console, *, resamples: int = 100
             points = scaling.points_of(runs, lambda run: run["params"])
             report_scaling(points, out, console, size_name=size, resamples=resamples)
     _print_left_out(rows, console)
-    for path, reason in unmeasured.items():
+    for path, reason in out.unmeasured.items():
         console.print(f"no depths of {path}: {reason}", highlight=False, soft_wrap=True)
     _print_edges(study, rows, console)
     return out

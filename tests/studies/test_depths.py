@@ -99,6 +99,20 @@ def test_a_sweep_takes_the_finished_runs_and_measures_them(asked):
     assert (Path(run.config.out) / "result.json").read_bytes() == result
 
 
+def test_runs_that_cannot_be_measured_are_named_and_make_the_exit_code_1(asked, capsys):
+    path, out = asked
+    for weights in (out / "runs/MoR").rglob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", str(path), "--out", str(out), "--report"])
+    assert stopped.value.code == 1
+    said = capsys.readouterr().out
+    assert f"no depths of {out / 'runs/MoR/seed-0'}: " in said and "no depths of" not in (
+        said.replace(f"no depths of {out / 'runs/MoR'}/", "")
+    )
+    assert (out / "tables/rows.csv").is_file(), "everything else is there"
+
+
 def missing(of, out):
     """Runs that cannot be measured, and why."""
     runs = finished(collect(out), "main")
