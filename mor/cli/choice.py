@@ -29,8 +29,9 @@ class ModelChoice(Settings):
     """How often the shared layers are applied; 1 is a vanilla Transformer."""
     recipe: Recipe = "recommended"
     """Router, gate, keys and values where they are not given. recommended: expert-choice, residual
-    gate with alpha 1, hybrid; paper: expert-choice, the paper's gate with alpha 0.1,
-    recursion_wise."""
+    gate with alpha 1, hybrid; elastic, for many depths of inference: final, the gain of going on
+    decides, and mor train teaches it in steps of full depth with exits; paper: expert-choice, the
+    paper's gate with alpha 0.1, recursion_wise."""
     router: RouterKind | None = None
     """Default: expert_choice with several recursions, fixed with one."""
     sharing: Sharing = "middle_cycle"

@@ -23,8 +23,8 @@ from mor.model.config import (
     RouterConfig,
     RouterKind,
     Sharing,
-    gate_of,
     kv_strategy_of,
+    router_settings_of,
 )
 from mor.settings import PositiveFloat, PositiveInt, Seed
 
@@ -77,7 +77,8 @@ class Convert(Command):
     """Default: expert_choice with several recursions, gain with --deepen; fixed gives a Recursive
     Transformer."""
     recipe: Recipe = "recommended"
-    """Gate, keys and values where they are not given; see mor train --help."""
+    """Gate, keys and values, and with elastic who decides, where they are not given; see mor train
+    --help."""
     gate: Literal["paper", "residual"] | None = None
     """paper: h + g * Stack(h); residual: h + g * (Stack(h) - h). Default: the recipe's."""
     alpha: PositiveFloat | None = None
@@ -118,7 +119,7 @@ class Convert(Command):
             (defaults if self.num_recursions and not self.deepen else {})
             | given
             | {
-                "router": RouterConfig(kind=kind, **(gate_of(kind, self.recipe) | gate)),
+                "router": RouterConfig(kind=kind, **(router_settings_of(kind, self.recipe) | gate)),
                 "dtype": self.dtype,
                 "seed": self.seed,
             }

@@ -23,7 +23,7 @@ from mor.interruption import EXIT_CODE
 from mor.model.config import NoEffect, RouterKind
 from mor.progress import showing
 from mor.settings import PositiveInt, Settings
-from mor.training.config import TrainConfig, total_flops, total_steps
+from mor.training.config import TrainConfig, total_flops, total_steps, training_of
 from mor.training.resume import RESUMABLE, branch, settings_to_resume
 
 USUAL = (
@@ -84,31 +84,34 @@ class Start(Settings):
             )
 
     def values(self) -> dict[str, Any]:
-        """What the file says."""
+        """What the file says. Raises ValueError if it is no table of settings."""
         if self.config is None:
             return {}
-        return (read_json if self.config.suffix == ".json" else read_toml)(self.config)
+        found = (read_json if self.config.suffix == ".json" else read_toml)(self.config)
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.config}: must be a table of settings, got {found!r}")
+        return found
 
     def settings(self, choice: ModelChoice, chosen: list[str]) -> TrainConfig:
         """chosen: flags that choose a model. A preset wins over the model of the file, other flags
         would change more than they say. Raises ValueError for them."""
-        if self.config is None:
-            return TrainConfig(model=choice.build())
         values = self.values()
-        with naming(self.config):
-            found = TrainConfig.from_dict(values)
-            if self.config.suffix == ".toml" and values.get("flops") and "steps" in values:
-                raise ValueError("steps and flops both say how long; leave out one of them")
-        if not chosen:
-            return found
-        if "model" in values and "--preset" not in chosen:
+        if chosen and "model" in values and "--preset" not in chosen:
             raise ValueError(
                 f"{', '.join(chosen)}: {self.config} has a model already; refine it with flags "
                 "such as --model.num-recursions, or choose another one with --preset"
             )
-        if "model" in values:
+        if chosen and "model" in values:
             warnings.warn(f"--preset takes the place of model in {self.config}", stacklevel=2)
-        return replace(found, model=choice.build())
+        if chosen or self.config is None:
+            model = choice.build()
+            values = training_of(choice.recipe, model) | values | {"model": model}
+        if self.config is None:
+            return TrainConfig.from_dict(values)
+        with naming(self.config):
+            if self.config.suffix == ".toml" and values.get("flops") and "steps" in values:
+                raise ValueError("steps and flops both say how long; leave out one of them")
+            return TrainConfig.from_dict(values)
 
 
 class Refined(Settings):

@@ -35,7 +35,7 @@ RouterKind = Literal[
 KVStrategyName = Literal["recursion_wise", "shared", "hybrid", "final"]
 Sharing = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
 Selection = Literal["topk", "threshold"]
-Recipe = Literal["recommended", "paper"]
+Recipe = Literal["recommended", "elastic", "paper"]
 Trained = Literal["added", "block", "all"]
 """Parts of a model: what later recursions have of their own with the router, the shared layers too,
 or everything."""
@@ -449,8 +449,10 @@ def preset(
     """A named model shape with the layout for ``num_recursions``.
 
     recipe: what is not given. ``recommended`` is what our studies favour: with several recursions
-    expert-choice, ``hybrid`` keys and values, the residual gate with alpha 1. ``paper`` is
-    arXiv 2507.10524: expert-choice, ``recursion_wise``, its gate with alpha 0.1.
+    expert-choice, ``hybrid`` keys and values, the residual gate with alpha 1. ``elastic`` is for
+    many depths of inference: keys and values ``final``, who goes on decided by predicted gains;
+    it is trained with :func:`mor.training.config.training_of`. ``paper`` is arXiv 2507.10524:
+    expert-choice, ``recursion_wise``, its gate with alpha 0.1.
     router: a kind takes its gate from the recipe; a RouterConfig is taken as it is, and then keys
     and values are ``recursion_wise`` unless given. ``fixed`` makes a Recursive Transformer.
     num_layers: without it the preset's depth is rounded up to the next one that the sharing scheme
@@ -471,20 +473,23 @@ def preset(
         router = "expert_choice" if num_recursions > 1 else "fixed"
     if isinstance(router, str):
         kv_strategy = kv_strategy or kv_strategy_of(router, recipe)
-        router = RouterConfig(kind=router, **gate_of(router, recipe))
+        router = RouterConfig(kind=router, **router_settings_of(router, recipe))
     made = shape | layout(num_layers, num_recursions, sharing) | {"router": router}
     made["kv_strategy"] = kv_strategy or "recursion_wise"
     return ModelConfig(**(made | overrides))
 
 
-def gate_of(kind: RouterKind, recipe: Recipe) -> dict[str, Any]:
-    """The recipe's gate for a router, as settings of it. Token-choice keeps the paper's in every
-    recipe: no study of ours says otherwise."""
+def router_settings_of(kind: RouterKind, recipe: Recipe) -> dict[str, Any]:
+    """The recipe's settings of a router. Token-choice keeps the paper's gate in every recipe: no
+    study of ours says otherwise."""
     if recipe == "paper" or kind in ("fixed", "token_choice"):
         return {}
-    return {"gate": "residual", "alpha": 1.0}
+    by_gain = recipe == "elastic" and kind == "expert_choice"
+    return {"gate": "residual", "alpha": 1.0} | ({"causal_selection": "gain"} if by_gain else {})
 
 
 def kv_strategy_of(kind: RouterKind, recipe: Recipe) -> KVStrategyName:
     """The recipe's keys and values. Entries of tokens that left matter only where tokens leave."""
-    return "recursion_wise" if recipe == "paper" or kind == "fixed" else "hybrid"
+    if recipe == "paper" or kind == "fixed":
+        return "recursion_wise"
+    return "final" if recipe == "elastic" else "hybrid"

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from mor.data.config import DataConfig
 from mor.files import naming, read_json
-from mor.model.config import ModelConfig, Trained, preset
+from mor.model.config import ModelConfig, Recipe, Trained, preset
 from mor.run_folder import RunFolder
 from mor.settings import (
     Listed,
@@ -238,6 +238,13 @@ class TrainConfig(Settings):
         model = self.model
         adapted_once = model.lora_rank and model.lora_from == 1
         return self.train or ("added" if model.deepened or adapted_once else "all")
+
+
+def training_of(recipe: Recipe, model: ModelConfig) -> dict[str, float]:
+    """What a recipe sets of a run beside its model."""
+    if recipe != "elastic" or model.num_recursions == 1 or model.router.kind == "fixed":
+        return {}
+    return {"full_depth_share": 0.5, "exit_share": 0.25, "exit_weight": 0.3}
 
 
 def capacities_at(config: TrainConfig, step: int) -> tuple[float, ...]:

@@ -1,11 +1,13 @@
 """Settings of a command come from a file and from flags; mistakes in either are named."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from mor.cli import main
 from mor.cli.train import Train
+from mor.studies.study import load_study, main_runs
 
 
 def test_a_broken_config_file_is_a_readable_error(tmp_path, capsys):
@@ -51,6 +53,8 @@ def test_flags_win_over_the_model_of_a_file_also_where_they_are_the_defaults(tmp
             "train --num-recursions 1 --recipe paper",
             "--recipe has no effect on 0.8x1.0 with router",
         ),
+        ("train --num-recursions 1 --recipe elastic", "--recipe has no effect on 0.8x1.0 with rou"),
+        ("train --router token_choice --recipe elastic", "full_depth_share needs a router with ca"),
         ("train --router token_choice --recipe paper --kv-strategy shared", "--recipe has no eff"),
         ("train --model.router.kind fixed --model.router.alpha .5", "--model.router.alpha has no "),
         ("train --router fixed --model.kv-strategy hybrid", "--model.kv-strategy has no effect wi"),
@@ -93,6 +97,7 @@ def test_flags_that_contradict_or_do_nothing_are_named(arguments, words, capsys)
         ("--model.router.kind random", ("random", "residual", 1.0, "hybrid")),
         ("--model.router.kind token_choice", ("token_choice", "paper", None, "hybrid")),
         ("--router random --recipe paper", ("random", "paper", None, "recursion_wise")),
+        ("--router random --recipe elastic", ("random", "residual", 1.0, "final")),
         ("--num-recursions 1", ("fixed", "paper", None, "recursion_wise")),
     ],
 )
@@ -101,6 +106,23 @@ def test_what_a_recipe_sets_is_that_of_the_router_and_nobody_is_blamed(flags, ch
     kind, gate, alpha, kv_strategy = chosen
     assert (model.router.kind, model.router.gate, model.router.alpha) == (kind, gate, alpha)
     assert model.kv_strategy.startswith(kv_strategy) and not recwarn.list
+
+
+def test_the_elastic_recipe_is_trained_as_its_study_trains_it(tmp_path):
+    def settings(*flags):
+        found = Train.read(["--num-recursions", "4", *flags], "mor train").settings
+        return (found.full_depth_share, found.exit_share, found.exit_weight), found.model
+
+    studied = main_runs(load_study(Path("studies/elastic.toml")), tmp_path, {})[0]
+    config = next(run.config for run in studied if run.variant == "elastic")
+    shares, model = settings("--recipe", "elastic")
+    assert shares == (config.full_depth_share, config.exit_share, config.exit_weight)
+    assert (model.router, model.kv_strategy) == (config.model.router, config.model.kv_strategy)
+    assert settings("--recipe", "elastic", "--exit-weight", "0.1")[0] == (*shares[:2], 0.1)
+    file = tmp_path / "a.toml"
+    file.write_text("exit_share = 0.5\n")
+    assert settings("--recipe", "elastic", "--config", str(file))[0] == (0.5, 0.5, 0.3)
+    assert settings()[0] == (0.0, 0.0, 0.1)
 
 
 def test_a_setting_of_a_file_without_effect_is_one_warning(tmp_path):

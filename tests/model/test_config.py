@@ -1,5 +1,7 @@
 """Presets, layouts, and settings that contradict each other."""
 
+from dataclasses import replace
+
 import pytest
 
 from mor.model.config import PRESET_NAMES, ModelConfig, RouterConfig, layout, preset
@@ -32,6 +34,11 @@ def test_a_recipe_fills_in_what_is_not_given():
         0.1,
     )
     assert (mor.kv_strategy, paper.kv_strategy) == ("hybrid", "recursion_wise")
+    elastic = preset("tiny", num_recursions=3, recipe="elastic")
+    assert (elastic.kv_strategy, elastic.router.causal_selection) == ("final", "gain")
+    assert elastic.router == replace(mor.router, causal_selection="gain")
+    chance = preset("tiny", num_recursions=3, recipe="elastic", router="random")
+    assert (chance.kv_strategy, chance.router.gate) == ("final", "residual")
     assert preset("tiny", num_recursions=3, kv_strategy="shared").kv_strategy == "shared"
     assert preset("tiny", num_recursions=3, router="random").router.gate == "residual"
     assert preset("tiny", num_recursions=3, router="token_choice").router.gate == "paper"
