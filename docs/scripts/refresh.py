@@ -17,12 +17,15 @@ import study_tables
 
 DOCS = Path(__file__).parents[1]
 MARKED = re.compile(
-    r"(<!-- (settings|presets|study|layers)(?:: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (settings|presets|study|depths|claims|layers)(?:: ([^\n]*?))? -->\n).*?(<!-- end -->)",
+    re.DOTALL,
 )
 MAKERS = {
     "settings": settings_tables.table,
     "presets": settings_tables.preset_table,
     "study": study_tables.section,
+    "depths": study_tables.depths,
+    "claims": study_tables.claims,
     "layers": layer_table.layer_table,
 }
 

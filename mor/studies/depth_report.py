@@ -123,6 +123,16 @@ def rows_of(study: Study, runs: Iterable[dict[str, Any]]) -> dict[str, Row]:
     return found
 
 
+def points_of(rows: Mapping[str, Row]) -> list[dict[str, Any]]:
+    """Every row, seed and depth by itself."""
+    return [
+        {"row": name, "seed": seed, **point}
+        for name, row in rows.items()
+        for seed, by_depth in row.points.items()
+        for point in by_depth.values()
+    ]
+
+
 def depth_lines(study: Study, rows: Mapping[str, Row]) -> list[DepthLine]:
     """Every row at every depth that was asked for, and that it has, then full and best."""
     found = []

@@ -21,7 +21,7 @@ from mor.statistics import paired
 from mor.studies import compare, depth_report, figures, scaling
 from mor.studies.captions import CAPTIONS
 from mor.studies.depths import measure_missing, read_curves
-from mor.studies.results import TABLE, collect, finished, tuned_rates, write_table
+from mor.studies.results import TABLE, collect, finished, tuned_rates, write_tables
 from mor.studies.study import Study, curve_asked
 
 
@@ -72,8 +72,8 @@ class Output:
         names = dict.fromkeys(first + "/" * bool(more) for first, *more in parts)
         return f"{self.folder}/{', '.join(names)}"
 
-    def runs(self, rows: Sequence[dict[str, Any]]) -> None:
-        write_table(rows, self._new(TABLE))
+    def database(self, runs: Sequence[dict[str, Any]], depths: Sequence[dict[str, Any]]) -> None:
+        write_tables(self._new(TABLE), runs=runs, depths=depths)
 
     def summary(self, texts: dict[str, str]) -> None:
         """The top of ``mor report``'s page."""
@@ -107,7 +107,7 @@ def report(study: Study, folder: Path, console: Console, *, resamples: int = 100
     judged = depth_report.verdicts(claims)
     with Output(folder) as out:
         out.unmeasured = unmeasured
-        out.runs(rows)
+        out.database(rows, depth_report.points_of(depths))
         about = {"study": study.title, "question": study.question, "does depth pay?": verdict}
         out.summary(about | judged)
         console.print(verdict, highlight=False, soft_wrap=True)

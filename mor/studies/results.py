@@ -162,16 +162,16 @@ def known(path: Path, *names: str) -> dict[str, Any]:
     return values
 
 
-def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the table ``runs``; lists and nested tables become JSON. With pandas:
+def write_tables(path: Path, **tables: Sequence[dict[str, Any]]) -> None:
+    """Write these tables; lists and nested tables become JSON. With pandas:
     ``read_sql("select * from runs", sqlite3.connect(path))``."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    places = ", ".join("?" * len(columns))
-    values = [[_plain(row.get(name)) for name in columns] for row in rows]
     with replacing(path) as unfinished, closing(sqlite3.connect(unfinished)) as database, database:
-        database.execute(f"create table runs ({', '.join(map(_quoted, columns)) or 'path'})")
-        if columns:
-            database.executemany(f"insert into runs values ({places})", values)
+        for table, rows in tables.items():
+            columns = list(dict.fromkeys(name for row in rows for name in row)) or ["path"]
+            places = ", ".join("?" * len(columns))
+            values = [[_plain(row.get(name)) for name in columns] for row in rows]
+            database.execute(f"create table {table} ({', '.join(map(_quoted, columns))})")
+            database.executemany(f"insert into {table} values ({places})", values)
 
 
 def _quoted(name: str) -> str:

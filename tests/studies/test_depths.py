@@ -1,6 +1,8 @@
 """A study's losses over inference depth: asked for in its file, measured once."""
 
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,11 @@ def test_a_finished_study_is_measured_once_from_its_checkpoints(asked, capsys):
     assert not any(line.endswith(",,,") for line in table), "every row has both"
     assert {"depths.csv", "claims.csv"} < {file.name for file in (out / "tables").iterdir()}
     assert (out / "figures/depths.svg").is_file()
+    with closing(sqlite3.connect(out / "results.sqlite")) as database:
+        one = "select nll from depths where row = 'MoR, by random' and seed = 0 and depth = 1.5"
+        measured_once = database.execute(one).fetchall()
+    points = read_curves(out / "runs/MoR/seed-0", curve_asked(load_study(path), "MoR"))["random"]
+    assert measured_once == [(next(p["nll"] for p in points if p["depth"] == 1.5),)]
     for weights in out.rglob("*.safetensors"):
         weights.unlink()
     assert missing(load_study(path), out) == {}, "a later report needs no checkpoint"
