@@ -1,4 +1,4 @@
-"""Does a deepened model do what the same adapters cannot do without a loop? Composition in words.
+r"""Does a deepened model do what the same adapters cannot do without a loop? Composition in words.
 
     mor convert SMOLLM2 smol
     python benchmarks/deepen.py smol --out runs/deepen --jobs 2
@@ -10,14 +10,25 @@ Trained, for each seed, with what the source is left as it is:
     no loop           adapters in the block's one pass, of no fewer parameters, for as many FLOPs
     no loop, longer   for twice as many
 
-FLOPs are those that were done: the prelude's states are kept on the disk and not counted, of the
-head only tokens with a target are. "gain" is charged as if every token took every recursion.
+FLOPs are those that were done: of the head only tokens with a target count, and where the source is
+left as it is, its prelude's states are kept on the disk and not counted. "gain" is charged as if
+every token took every recursion. --train all (or block) moves the source as well, in every row.
 
 The answer is the likeliest of those that there are. Asked are numbers of steps that training did
 not ask for (and, to see what was learned, those that it did, in other problems); models with a loop
 also with more recursions than they were trained with. The router is compared with random and
 confident tokens that go as deep on average, and with an oracle that knows what each depth is worth
 to each token, all in the same model. Run it again after an interruption: what is finished is kept.
+
+The same at a size where a run takes minutes, with a source that has learned two steps and may move:
+
+    mor train --preset tiny --num-recursions 1 --num-layers 6 --model.init-std 0.125 \
+        --data.path "words:swaps?each=1&cups=3&hops=2&held_out=0" --data.tokenizer bytes \
+        --data.document-mask --seq-len 128 --batch-size 16 --optim.lr 4e-3 --steps 1000 \
+        --no-calibrate --out runs/small-source
+    python benchmarks/deepen.py runs/small-source --out runs/deepen-small --train all --clip 1 \
+        --block 2 4 --num-recursions 4 --rank 16 --flops 4e12 --lr 2e-3 --windows 32768 \
+        --batch-size 16 --eval-windows 256 --jobs 2
 
 Fixed before the seeds that count: the claim is that "gain", and "every token", answer at least 10
 points more of the held-out numbers of steps than "no loop" and than "no loop, longer", as means
@@ -57,7 +68,7 @@ from mor.costs.flops import (
 from mor.data.config import DataConfig
 from mor.data.stream import Batch, Corpus, TaskData, load_corpus
 from mor.files import read_json, write_json
-from mor.model.config import ModelConfig, RouterConfig
+from mor.model.config import ModelConfig, RouterConfig, Trained
 from mor.model.loss import IGNORED
 from mor.model.other_depths import ForcedRouter, RepeatLastRouter
 from mor.model.routers import Router
@@ -88,7 +99,12 @@ class Settings:
     """Of a run."""
     longer: float = 2.0
     """Times as many for the longer one."""
+    train: Trained = "added"
+    """added: the source is left as it is, and its prelude's states are kept on the disk; block: the
+    block's layers are trained, too; all: everything."""
     lr: float = 1.5e-3
+    clip: float = 10.0
+    """Largest norm of the gradient. The gate counts tenfold, and so does its gradient."""
     seeds: tuple[int, ...] = (11, 12, 13)
     rows: tuple[str, ...] = ROWS
     windows: int = 1536
@@ -125,15 +141,16 @@ def flops_per_window(config: ModelConfig, settings: Settings, asked: float) -> f
     """Of a training step for one window, as it is done at most. asked: targets in a window."""
     length, R = settings.seq_len, config.num_recursions
     whole = sequence_workload(config, length, capacities=(1.0,) * R)
-    kept = config.replace(prelude_layers=0)
+    cached = settings.train == "added"
+    kept = config.replace(prelude_layers=0) if cached else config
 
     def work(depth: int) -> Workload:
         return replace(
             whole, kept=whole.kept[:depth], pairs=whole.pairs[:depth], logits=round(asked)
         )
 
-    found = forward_flops(kept, work(R)) + backward_flops(kept, work(R), "added")
-    measured = range(2, R) if config.router.kind == "gain" else ()
+    found = forward_flops(kept, work(R)) + backward_flops(kept, work(R), settings.train)
+    measured = range(1 + cached, R) if config.router.kind == "gain" else ()
     return found + sum(forward_flops(kept, work(depth)) for depth in measured)
 
 
@@ -168,10 +185,11 @@ def run(task: tuple[Settings, str, int]) -> None:
             weight_decay=0.0,
             warmup=0.05,
             cooldown=0.3,
-            clip=10.0,  # the gate counts tenfold, and so does its gradient
+            clip=settings.clip,
         ),
         out=str(folder / "run"),
-        source_cache=str(settings.out / "source"),
+        train=settings.train,
+        source_cache=str(settings.out / "source") if settings.train == "added" else None,
         steps=steps,
         batch_size=settings.batch_size,
         seq_len=settings.seq_len,
@@ -188,7 +206,9 @@ def run(task: tuple[Settings, str, int]) -> None:
     if not done.finished:
         raise SystemExit("interrupted; run it again to go on")
     model = checkpoint.load(done.path).model.requires_grad_(False)
-    source = SourceCache(settings.out / "source", model, settings.seq_len)
+    source = None
+    if settings.train == "added":
+        source = SourceCache(settings.out / "source", model, settings.seq_len)
     assert isinstance(corpus.train, TaskData)
     unseen = replace(corpus.train, first=1 << 30, count=settings.eval_windows // 2)
     progress = [m for m in RunFolder(folder / "run").read_metrics() if "loss" in m]
@@ -231,7 +251,7 @@ class Asked(NamedTuple):
 @torch.inference_mode()
 def ask(
     model: Transformer,
-    batches: list[tuple[Batch, Tensor]],
+    batches: list[tuple[Batch, Tensor | None]],
     choices: Tensor,
     routers: list[Router | None],
     **settings: Any,
@@ -286,7 +306,7 @@ def answers(
     settings: Settings,
     model: Transformer,
     data: Any,
-    source: SourceCache,
+    source: SourceCache | None,
     *,
     only_own: bool = False,
 ) -> dict[str, Any]:
@@ -296,7 +316,7 @@ def answers(
     batches, hops, windows = [], [], []
     for part in parts:
         batch = data.batch(part, settings.seq_len, documents=True)
-        batches.append((batch, source.of(batch).entered_BTD))
+        batches.append((batch, source.of(batch).entered_BTD if source else None))
         at_BT = batch.targets_BT != IGNORED
         hops.append(data.problems(part, settings.seq_len).hops_BT[at_BT])
         assert batch.documents_BT is not None
@@ -334,7 +354,7 @@ def answers(
 
 def policies(
     model: Transformer,
-    batches: list[tuple[Batch, Tensor]],
+    batches: list[tuple[Batch, Tensor | None]],
     choices: Tensor,
     source: Asked,
     own: Asked,

@@ -49,10 +49,14 @@ def deepened(folder):
 
 
 @pytest.mark.slow  # eight runs
-def test_deepen_trains_rows_of_equal_flops_and_compares_them(folder, run_benchmark, tmp_path):
+@pytest.mark.parametrize(("train", "flops"), [("added", 2e8), ("all", 1e9)])
+def test_deepen_trains_rows_of_equal_flops_and_compares_them(
+    folder, run_benchmark, tmp_path, train, flops
+):
     arguments = ["--out", tmp_path / "out", "--seeds", 1, 2, "--block", 2, 5, "--rank", 2]
+    arguments += ["--train", train]
     arguments += ["--task", "words:arithmetic?hops=2&held_out=1&modulus=3&each=1"]
-    arguments += ["--num-recursions", 3, "--further", 1, "--flops", 2e8, "--windows", 6]
+    arguments += ["--num-recursions", 3, "--further", 1, "--flops", flops, "--windows", 6]
     arguments += ["--eval-windows", 4, "--seq-len", 90]
     found = run_benchmark("deepen.py", folder / "smol", *arguments)
     held_out = [row for row in found["table"] if row["asked"] == "held out"]
@@ -65,7 +69,7 @@ def test_deepen_trains_rows_of_equal_flops_and_compares_them(folder, run_benchma
     longer = table["no loop, longer", 1, "own"]
     assert longer["steps"] == pytest.approx(2 * own["no loop"]["steps"], abs=1)
     for row in own.values():
-        assert row["flops_at_most"] == pytest.approx(2e8, rel=0.3)
+        assert row["flops_at_most"] == pytest.approx(flops, rel=0.3)
         assert list(row["right_by_hops"]) == ["3"], "the steps that training did not ask for"
     gain = {by: row for (name, seed, by), row in table.items() if (name, seed) == ("gain", 1)}
     for policy in ("random", "confidence", "oracle"):
