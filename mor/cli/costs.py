@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from typing import Annotated, Any, Literal
 
 from rich.console import Console
@@ -43,7 +43,9 @@ class Costs(Command):
     """Parameters, FLOPs and KV bytes of a model, before training it; with --train.batch-size what a
     GPU must hold.
 
-    The vocabulary counted is the preset's; `mor train` takes that of its tokenizer.
+    The vocabulary counted is the preset's; `mor train` takes that of its tokenizer. With --recipe
+    elastic, FLOPs are the mean of its steps, and memory is that of its steps of full depth without
+    their exits.
     """
 
     choice: Annotated[ModelChoice, arg(name="")] = field(
@@ -63,6 +65,7 @@ class Costs(Command):
 
     def run(self, console: Console) -> None:
         from mor.costs.flops import costs
+        from mor.training.config import TrainConfig, mean_flops_per_token, training_of
 
         config, dtype_bytes = self.choice.build(), 4 if self.kv_dtype == "float32" else 2
         found = asdict(costs(config, context=self.context, kv_dtype_bytes=dtype_bytes))
@@ -72,5 +75,14 @@ class Costs(Command):
             "kv_strategy": config.kv_strategy,
             "vocab_size": config.vocab_size,
         }
-        row = chosen | found | self.train.memory(config, found["context"])
+        held = config
+        if beside := training_of(self.choice.recipe, config):
+            length = found["context"]
+            model = config.replace(max_seq_len=length)
+            # of four sequences, exits are a whole number
+            steps = TrainConfig(model=model, seq_len=length, batch_size=4, **beside)
+            found["train_flops_per_token"] = mean_flops_per_token(steps)
+            everyone = (1.0,) * config.num_recursions
+            held = config.replace(router=replace(config.router, capacities=everyone))
+        row = chosen | found | self.train.memory(held, found["context"])
         print_rows([row], self.json, console, title=self.choice.preset)

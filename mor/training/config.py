@@ -288,6 +288,15 @@ def step_flops(config: TrainConfig, step: int, num_ranks: int = 1) -> float:
     return _flops_with(config, capacities_at(config, step), num_ranks)
 
 
+def mean_flops_per_token(config: TrainConfig) -> float:
+    """Training FLOPs of a token, over steps of full depth and others as often as they come; warm-up
+    and drawn recursions are left out."""
+    routed = _flops_with(config, config.model.capacities, 1)
+    full = _flops_with(config, (1.0,) * config.model.num_recursions, 1)
+    mean = routed + config.full_depth_share * (full - routed)
+    return mean / (config.accumulate * config.batch_size * config.seq_len)
+
+
 def _flops_with(config: TrainConfig, capacities: Sequence[float], num_ranks: int) -> float:
     """Training FLOPs of a step with these capacities."""
     from mor.costs.flops import measuring_flops, train_exit_flops, train_flops
