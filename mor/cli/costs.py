@@ -80,7 +80,8 @@ class Costs(Command):
             length = found["context"]
             model = config.replace(max_seq_len=length)
             # of four sequences, exits are a whole number
-            steps = TrainConfig(model=model, seq_len=length, batch_size=4, **beside)
+            shape = {"model": model, "seq_len": length, "batch_size": 4}
+            steps = TrainConfig.from_dict(shape | beside)
             found["train_flops_per_token"] = mean_flops_per_token(steps)
             everyone = (1.0,) * config.num_recursions
             held = config.replace(router=replace(config.router, capacities=everyone))
