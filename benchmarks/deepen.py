@@ -3,7 +3,7 @@ r"""Does a deepened model do what the same adapters cannot do without a loop? Co
     mor convert SMOLLM2 smol
     python benchmarks/deepen.py smol --out runs/deepen --jobs 2
 
-Trained, for each seed, with what the source is left as it is:
+Trained, for each seed:
 
     gain              adapters that act in later recursions; who takes them, learns the router
     every token       the same, and every token takes them all
@@ -12,7 +12,8 @@ Trained, for each seed, with what the source is left as it is:
 
 FLOPs are those that were done: of the head only tokens with a target count, and where the source is
 left as it is, its prelude's states are kept on the disk and not counted. "gain" is charged as if
-every token took every recursion. --train all (or block) moves the source as well, in every row.
+every token took every recursion. --train all (or block) trains the source as well, in
+every row; recursion 1 is then no longer the source.
 
 The answer is the likeliest of those that there are. Asked are numbers of steps that training did
 not ask for (and, to see what was learned, those that it did, in other problems); models with a loop
