@@ -7,6 +7,7 @@ is ratios of medians.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -19,8 +20,7 @@ from mor.costs import flops as costs
 from mor.engine.engine import Batching, Engine, EngineConfig
 from mor.files import naming
 from mor.generation import SamplingParams
-from mor.model.budget import Depth, budget_of, corners, shares_of
-from mor.model.config import ModelConfig
+from mor.model.budget import Depth, budget_of
 from mor.model.transformer import Transformer
 from mor.settings import NonNegativeFloat, Settings
 
@@ -100,8 +100,8 @@ class SteadyLoad:
     outside the launches of the device loop, each of which waits for its tokens; with the loop on
     the host, launching layers counts as layers."""
     step_s: list[float] = field(default_factory=list)
-    depth: list[float] = field(default_factory=list)
-    """Recursions per new token."""
+    depths: Counter[int] = field(default_factory=Counter)
+    """New tokens by the recursions that they came from."""
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -128,7 +128,11 @@ class SteadyLoad:
         self.layers_s.append(sum(measured.seconds[part] for part in LAYERS) / new)
         self.host_s.append((elapsed - self._away_s()) / steps)
         self.step_s.append(elapsed / steps)
-        self.depth.append((measured.tokens["block"] or measured.tokens["token"]) / new)
+
+    def shares(self) -> list[float]:
+        """The share of new tokens that took each recursion."""
+        new, deepest = self.depths.total(), max(self.depths)
+        return [sum(self.depths[d] for d in self.depths if d > r) / new for r in range(deepest)]
 
     def _away_s(self) -> float:
         """Seconds of a turn in the model."""
@@ -141,6 +145,8 @@ class SteadyLoad:
         for output in self.engine.step():
             if output.request.error:
                 raise ValueError(f"{self.name}: {output.request.error}")
+            if output.source_depth is not None:
+                self.depths[output.source_depth] += 1
             if output.finish_reason:
                 self._add(self.prompt, self.lengths.draw(1, self.generator)[0])
 
@@ -154,7 +160,7 @@ def take_turns(loads: Sequence[SteadyLoad], *, rounds: int, seconds: float) -> N
     """``rounds`` turns of each load, after a short one that does not count."""
     for load in loads:
         load.turn(seconds / 4)
-        for found in (load.tokens_per_s, load.layers_s, load.host_s, load.step_s, load.depth):
+        for found in (load.tokens_per_s, load.layers_s, load.host_s, load.step_s, load.depths):
             found.clear()
     for _ in range(rounds):
         for load in loads:
@@ -271,7 +277,7 @@ def _row(
         speedup=speedup,
         limit=limit,
         share_of_limit=speedup / limit,
-        mean_depth=median(load.depth),
+        mean_depth=sum(load.shares()),
         block_only_speedup=median(baseline.layers_s) / layers_s if layers_s else None,
         host_us_per_step=1e6 * median(load.host_s),
         kv_bytes_per_token=_kv_bytes_per_token(load.engine.runner.model),
@@ -284,28 +290,13 @@ def _kv_bytes_per_token(model: Transformer) -> float:
 
 
 def _ideal_seconds(load: SteadyLoad, lengths: Lengths, machine: costs.Machine) -> float:
-    """What a token takes at least on this machine, at the depth that was measured."""
+    """What a token takes at least on this machine, at the depths that were measured."""
     model, config = load.engine.runner.model, load.engine.config
     return costs.decode_seconds(
         model.config,
         machine,
         batch=config.lanes or config.max_num_seqs,
         context=lengths.mean / 2,
-        shares=shares(model.config, median(load.depth), config.depth, load.engine.deepest),
+        shares=load.shares(),
         dtype_bytes=model.embedding.weight.dtype.itemsize,
     )
-
-
-def shares(
-    config: ModelConfig, mean_depth: float, depth: Depth = None, deepest: int = 1
-) -> Sequence[float]:
-    """Share of tokens at each recursion: those of a depth budget, or else the capacities, scaled to
-    a measured mean depth. deepest: recursions that the budget may take."""
-    if depth == "full":
-        return [1.0] * config.num_recursions
-    if depth is not None:
-        return shares_of(corners(config, max(deepest, config.num_recursions)), mean_depth)
-    least = config.least_depth  # recursions that all tokens take
-    extra = sum(config.capacities[least:])
-    factor = (mean_depth - least) / extra if extra else 0.0
-    return [1.0] * least + [min(1.0, c * factor) for c in config.capacities[least:]]

@@ -7,8 +7,7 @@ import torch
 
 from mor.costs.flops import Machine
 from mor.engine import bench
-from mor.engine.bench import Lengths, decode_rows, load_for, shares
-from mor.model.config import RouterConfig, preset
+from mor.engine.bench import Lengths, decode_rows, load_for
 from tests.conftest import tiny
 
 
@@ -19,14 +18,20 @@ def test_a_steady_load_starts_full():
     assert len(load.engine.requests) == 24
 
 
-def test_shares_have_the_measured_mean_depth_also_where_tokens_take_none():
-    for capacities, depth, expected in (
-        ((1.0, 0.5, 0.25), 1.375, [1.0, 0.25, 0.125]),
-        ((0.5, 0.3, 0.2), 0.5, [0.25, 0.15, 0.1]),
-    ):
-        router = RouterConfig(kind="random", capacities=capacities)
-        config = preset("tiny", num_recursions=3, router=router)
-        assert shares(config, depth) == pytest.approx(expected)
+def test_shares_are_those_of_the_tokens_that_came_out():
+    load = load_for("", tiny(), batch=4, slots=4, lengths=Lengths(mean=6, deviation=3))
+    load.depths.clear()
+    load.depths.update({1: 4, 3: 2, 2: 2})
+    assert load.shares() == [1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("batching", ["depth_wise", "lock_step"])
+def test_tokens_are_counted_by_their_depth(batching):
+    model, lengths = tiny(), Lengths(mean=6, deviation=3)
+    load = load_for("", model, batch=4, slots=4, lengths=lengths, batching=batching, depth="full")
+    load.turn(0.05)
+    assert set(load.depths) == {model.config.num_recursions}
+    assert load.depths.total() > 0 and load.shares() == [1.0] * model.config.num_recursions
 
 
 @pytest.mark.parametrize(
