@@ -43,3 +43,15 @@ function lineStep(box, i, down) {
   }
   return best;
 }
+// The token that a key leads to from token i; undefined for keys that do not move.
+function moved(key, box, i) {
+  const to = {
+    ArrowRight: () => i + 1,
+    ArrowLeft: () => i - 1,
+    ArrowDown: () => lineStep(box, i, true),
+    ArrowUp: () => lineStep(box, i, false),
+    Home: () => 0,
+    End: () => Infinity,
+  };
+  return to[key]?.();
+}

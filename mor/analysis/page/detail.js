@@ -119,16 +119,9 @@ function key(event) {
   if (!box) return undefined;
   const k = +box.closest("[data-model]").dataset.model,
     i = state.at[k];
-  const to = {
-    ArrowRight: () => i + 1,
-    ArrowLeft: () => i - 1,
-    ArrowDown: () => lineStep(box, i, true),
-    ArrowUp: () => lineStep(box, i, false),
-    Home: () => 0,
-    End: () => Infinity,
-  }[event.key];
+  const to = moved(event.key, box, i);
   if (event.key === "Enter" || event.key === " ") hold(!state.held);
-  else if (to) choose(k, to());
+  else if (to !== undefined) choose(k, to);
   else return undefined;
   return event.preventDefault();
 }

@@ -87,16 +87,9 @@ function walk(event) {
   if (!box || event.ctrlKey || event.metaKey || event.altKey) return;
   const answer = answerOf(box),
     i = state.at?.answer === answer ? state.at.i : 0;
-  const to = {
-    ArrowRight: () => i + 1,
-    ArrowLeft: () => i - 1,
-    ArrowDown: () => lineStep(box, i, true),
-    ArrowUp: () => lineStep(box, i, false),
-    Home: () => 0,
-    End: () => Infinity,
-  }[event.key];
+  const to = moved(event.key, box, i);
   if (event.key === "Enter" || event.key === " ") hold(!state.held);
-  else if (to) choose(answer, to());
+  else if (to !== undefined) choose(answer, to);
   else return;
   event.preventDefault();
 }
