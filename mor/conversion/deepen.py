@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mor.conversion.layers import stored_layers, unrolled_layers
+from mor.conversion.layers import unrolled_layers
 from mor.data.stream import Windows
 from mor.model.config import KVStrategyName, ModelConfig, RouterConfig
 from mor.model.transformer import Transformer
@@ -84,7 +84,7 @@ def deepen(source: Transformer, how: Deepening, *, seed: int = 0) -> Transformer
     made.final_norm.load_state_dict(source.final_norm.state_dict())
     if made.head is not None and source.head is not None:
         made.head.load_state_dict(source.head.state_dict())
-    for block, layer in zip(stored_layers(made), layers, strict=True):
+    for block, layer in zip(made.blocks(), layers, strict=True):
         found = block.load_state_dict(layer.state_dict(), strict=False)
         new = [name for name in found.missing_keys if ".lora_" not in name]
         assert not new and not found.unexpected_keys, found

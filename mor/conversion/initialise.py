@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mor.conversion.layers import stored_layers, unrolled_layers
+from mor.conversion.layers import unrolled_layers
 from mor.model.config import ModelConfig, Sharing
 from mor.model.transformer import Transformer
 
@@ -114,7 +114,7 @@ def recursive_init(
     made.final_norm.load_state_dict(model.final_norm.state_dict())
     if made.head is not None and model.head is not None:
         made.head.load_state_dict(model.head.state_dict())
-    for block, group in zip(stored_layers(made), sources, strict=True):
+    for block, group in zip(made.blocks(), sources, strict=True):
         if group:
             block.load_state_dict(_mean([source[i].state_dict() for i in group]))
     return made.eval()

@@ -38,11 +38,6 @@ def unrolled_layers(model: Transformer) -> list[nn.Module]:
     return [*model.prelude, *shared, *model.coda]
 
 
-def stored_layers(model: Transformer) -> list[nn.Module]:
-    """The layers with weights of their own: prelude, shared, coda."""
-    return [*model.prelude, *model.recursions.shared_blocks, *model.coda]
-
-
 def count_parameters(model: nn.Module) -> int:
     """Parameters, each counted once."""
     return sum(p.numel() for p in model.parameters())

@@ -50,7 +50,7 @@ from mor.generation import (
     per_prompt,
 )
 from mor.model.budget import Budget, Depth, has_depths
-from mor.model.compiling import failed_to_compile
+from mor.model.compiling import failed_to_compile, what_failed
 from mor.model.transformer import Output, Transformer
 from mor.settings import PositiveInt, Settings
 
@@ -571,8 +571,7 @@ class Engine:
 
     def _do_without_compiling(self, error: Exception) -> None:
         """Begin anew as it is without compiling, unless that was asked for."""
-        said = " ".join(str(error).split("\n\n")[0].split())[:400]
-        reason = f"compiling the engine failed ({type(error).__name__}: {said})"
+        reason = f"compiling the engine failed ({what_failed(error)})"
         if self.config.compile:
             self._stop(f"{reason}; EngineConfig(compile=False) does without")
             return

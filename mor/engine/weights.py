@@ -252,7 +252,7 @@ def fused(model: Transformer) -> Transformer:
     """The model in fewer and larger products, as a GPU wants them: there, starting a kernel for a
     few tokens takes about as long as running it. Parts with a way of their own stay apart."""
     other = with_linear(model, PlainLinear)
-    for block in _blocks(other):
+    for block in other.blocks():
         if type(block) is not Block:
             continue
         attention, feed_forward = block.attention, block.feed_forward
@@ -371,10 +371,6 @@ def _check_bypassed(model: Transformer) -> None:
             )
 
 
-def _blocks(model: Transformer) -> list[Block]:
-    return [*model.prelude, *model.recursions.shared_blocks, *model.coda]
-
-
 def compiles(device: torch.device, wish: bool | None) -> bool:
     """Whether an engine compiles. None: on CUDA, where Triton is installed."""
     if wish is None:
@@ -416,7 +412,7 @@ def for_decoding(
 
 
 def _compiled(fused_model: Transformer, model: Transformer) -> Transformer:
-    for block, original in zip(_blocks(fused_model), _blocks(model), strict=True):
+    for block, original in zip(fused_model.blocks(), model.blocks(), strict=True):
         if not any(own_way(module, *_KINDS) for module in original.modules()):
             block.compile_parts()
     return fused_model

@@ -24,3 +24,9 @@ def failed_to_compile(error: BaseException) -> bool:
     """Whether this comes from PyTorch's compiler or what it calls, such as a C compiler or Triton,
     and not from what was compiled."""
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton"))
+
+
+def what_failed(error: BaseException) -> str:
+    """Its kind and how its message begins, in one line."""
+    said = " ".join(str(error).split("\n\n")[0].split())[:400]
+    return f"{type(error).__name__}: {said}"

@@ -153,6 +153,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """adapted: with the adapters of the settings, if there are any."""
 
+    PARTS = ("enter", "leave")  # what stands before and after attention
+
     def __init__(self, config: ModelConfig, adapted: bool = False) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
@@ -189,10 +191,7 @@ class Block(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without what :meth:`compile_parts` made: it belongs to this block's weights, so a copy or
         a pickle is to be compiled anew."""
-        state = self.__dict__.copy()
-        for name in ("enter", "leave"):
-            state.pop(name, None)
-        return state
+        return {name: value for name, value in self.__dict__.items() if name not in self.PARTS}
 
     def compile_parts(self, **settings: Any) -> None:
         """Compile what stands before and after attention, each into one graph for any number of
@@ -202,8 +201,13 @@ class Block(nn.Module):
         shape, layer or recursion asks for a compilation of its own. settings: as ``torch.compile``
         takes them.
         """
-        for name in ("enter", "leave"):
+        for name in self.PARTS:
             setattr(self, name, compiled(getattr(self, name), dynamic=True, **settings))
+
+    def as_written(self) -> None:
+        """Without what :meth:`compile_parts` made."""
+        for name in self.PARTS:
+            self.__dict__.pop(name, None)
 
 
 def checkpointed(function: Callable[..., Tensor], *args: object, recompute: bool) -> Tensor:
@@ -556,9 +560,19 @@ class Transformer(nn.Module):
 
     def compile_blocks(self, **settings: Any) -> Transformer:
         """Compile all layers (see :meth:`Block.compile_parts`)."""
-        for block in (*self.prelude, *self.recursions.shared_blocks, *self.coda):
+        for block in self.blocks():
             block.compile_parts(**settings)
         return self
+
+    def as_written(self) -> Transformer:
+        """Without what :meth:`compile_blocks` made."""
+        for block in self.blocks():
+            block.as_written()
+        return self
+
+    def blocks(self) -> list[Block]:
+        """All layers, each once."""
+        return [*self.prelude, *self.recursions.shared_blocks, *self.coda]
 
     @property
     def router(self) -> Router:

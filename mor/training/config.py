@@ -136,7 +136,7 @@ class TrainConfig(Settings):
     recompute: bool = False
     """Keep no activations inside the layers; the backward pass makes them again."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the layers. auto: on CUDA; on a CPU it gains little."""
+    """torch.compile for the layers. auto: on CUDA, and not if it fails; on a CPU it gains little."""
     profile: NonNegativeInt = 0
     """Steps traced after the first few, into trace.json.gz in the run's folder; 0: none."""
     tracker: TrackerName = "none"

@@ -37,6 +37,7 @@ from mor.model.transformer import Transformer
 from mor.progress import ProgressBar
 from mor.run_folder import RunFolder
 from mor.training import distributed, sharded_state
+from mor.training.compiling import compile_layers
 from mor.training.config import TrainConfig, step_flops, total_steps
 from mor.training.distributed import Ranks, own_share, reshard, spread
 from mor.training.log import MetricsLog, Speed, health_text
@@ -289,7 +290,7 @@ def checkpoint_bytes(model: ModelConfig) -> int:
 
 def _on_ranks(config: TrainConfig, model: Transformer, ranks: Ranks) -> TrainState:
     if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
-        model.compile_blocks()
+        compile_layers(model, config.precision, needed=config.compile == "on")
     forward = spread(model, ranks, config.parallel, config.precision)
     return TrainState(model, build_optimizers(model, config.optim), ranks, forward)
 

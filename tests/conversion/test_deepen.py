@@ -13,7 +13,6 @@ import mor.hub  # noqa: F401 (registers the classes)
 from mor import checkpoint
 from mor.conversion.convert import convert, read_source
 from mor.conversion.deepen import Deepening, angular_distances, deepen, splits
-from mor.conversion.layers import stored_layers
 from mor.conversion.llama import from_llama
 from mor.data.problems import parse_task
 from mor.data.stream import TaskData
@@ -48,7 +47,7 @@ def split_source():
     split = Transformer(source().config.replace(**sizes)).requires_grad_(False).eval()
     for name in ("embedding", "final_norm"):
         getattr(split, name).load_state_dict(getattr(source(), name).state_dict())
-    for mine, layer in zip(stored_layers(split), stored_layers(source()), strict=True):
+    for mine, layer in zip(split.blocks(), source().blocks(), strict=True):
         mine.load_state_dict(layer.state_dict())
     return split
 

@@ -5,7 +5,6 @@ import torch
 from transformers import LlamaConfig
 
 from mor.conversion.initialise import fitting_depth, layer_sources, recursive_init
-from mor.conversion.layers import stored_layers
 from mor.conversion.llama import from_llama, llama_config
 from mor.model.config import RouterConfig, layout
 from mor.model.transformer import Transformer
@@ -46,7 +45,7 @@ def test_every_layer_starts_where_it_should(init, sharing):
         expected = [*last[:1], *(groups[i] for i in sorted(groups)), *last[1:]]
     else:
         expected = [[i] for i in CHOSEN[init, "middle" if middle else "plain"]]
-    blocks = stored_layers(made)
+    blocks = made.blocks()
     assert len(blocks) == len(expected) == (5 if middle else 4)
     for block, group in zip(blocks, expected, strict=True):
         for name, weight in block.state_dict().items():

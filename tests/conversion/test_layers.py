@@ -2,13 +2,13 @@
 
 import pytest
 
-from mor.conversion.layers import count_parameters, stored_layers, unrolled_layers
+from mor.conversion.layers import count_parameters, unrolled_layers
 from tests.conftest import tiny
 
 
 def test_shared_layers_are_stored_once_and_applied_at_every_recursion():
     model = tiny("fixed", num_recursions=3, sharing="middle_cycle", num_layers=8)
-    first, a, b, last = stored_layers(model)
+    first, a, b, last = model.blocks()
     assert [id(layer) for layer in unrolled_layers(model)] == [
         id(layer) for layer in (first, a, b, a, b, a, b, last)
     ]
