@@ -142,7 +142,9 @@ def _prepare(
     if saved:
         state.load(saved.folder)
     if config.source_cache:
-        state.source = SourceCache(Path(config.source_cache), state.model, config.seq_len)
+        state.source = SourceCache(
+            Path(config.source_cache), state.model, config.seq_len, config.precision
+        )
     tracker = _tracker(config, state)
     progress = ProgressBar(console, label, total=total, done=state.step, counted=True)
     kept = state.step if found.is_own else 0

@@ -1,8 +1,9 @@
 """What a frozen source says of the training text, computed once and kept on disk: the states that
 leave the prelude, and the loss of every token at depth 1.
 
-A sequence is known by its content, so other data, other epochs and other runs of the same source
-share a folder, also at the same time. A folder of another source is refused.
+A record is known by the source, how it is computed, and the sequence itself. So other data, other
+sources, other epochs and other runs share a folder, also at the same time. It saves time and nothing
+else: what is not there, or damaged, is computed.
 
 B rows of the batch · T columns · D model
 """
@@ -10,21 +11,23 @@ B rows of the batch · T columns · D model
 from __future__ import annotations
 
 import hashlib
+import sqlite3
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from mor.data.stream import Batch
-from mor.files import LOCK, read_json, write_json
+from mor.device import Precision, is_low
 from mor.model.transformer import AdaptedLinear, Transformer
 
 _DIGEST = 16  # bytes
+_WAIT_S = 60.0  # for another process that writes
 
 
 class SourceOf(NamedTuple):
@@ -37,71 +40,96 @@ class SourceOf(NamedTuple):
 
 class SourceCache:
     """A folder with a record for each sequence, which processes may share: each adds what is
-    missing.
+    missing. precision: that of the forwards, which decides the last digits.
 
-    Raises ValueError if it belongs to another source or to sequences of another length.
+    Raises ValueError if there is something else in its place.
     """
 
-    def __init__(self, folder: Path, model: Transformer, seq_len: int) -> None:
-        self.model, self.seq_len, dim = model, seq_len, model.config.dim
+    def __init__(
+        self, folder: Path, model: Transformer, seq_len: int, precision: Precision = "auto"
+    ) -> None:
+        self.model, dim = model, model.config.dim
         self.record = np.dtype([("nll", "<f4", (seq_len,)), ("state", "<f2", (seq_len, dim))])
-        self.records, self.names = folder / "records.bin", folder / "names.bin"
+        self.file, self.works = folder / "source.sqlite", True
+        self.source = fingerprint(model, precision)
         folder.mkdir(parents=True, exist_ok=True)
-        self._adding = FileLock(folder / LOCK)
-        about = {"source": fingerprint(model), "seq_len": seq_len, "dim": dim}
-        file = folder / "source.json"
-        with self._adding:
-            before = read_json(file) if file.is_file() else about
-            if changed := [name for name in about if before.get(name) != about[name]]:
-                raise ValueError(
-                    f"{folder} was computed for another {' and '.join(changed)} than this run's; "
-                    "delete it, or choose another folder"
-                )
-            write_json(file, about)
-            self._open()
+        try:
+            _ = self.nbytes
+        except sqlite3.Error as error:
+            raise ValueError(
+                f"{self.file} cannot be used ({error}); delete it, or choose another folder"
+            ) from error
 
-    def _open(self) -> None:
-        """Read the names of what is there. A record without a name was not finished."""
-        for file in (self.records, self.names):
-            file.touch()
-        names = self.names.read_bytes()
-        count = min(len(names) // _DIGEST, self.records.stat().st_size // self.record.itemsize)
-        self.place = {names[i * _DIGEST : (i + 1) * _DIGEST]: i for i in range(count)}
-        for file, size in ((self.records, self.record.itemsize), (self.names, _DIGEST)):
-            if file.stat().st_size > count * size:
-                with file.open("r+b") as opened:
-                    opened.truncate(count * size)
+    @contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        """For each use anew, so that a file that was deleted in the meantime is no trouble."""
+        with closing(sqlite3.connect(self.file, timeout=_WAIT_S)) as database, database:
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS records (source BLOB, name BLOB, checksum BLOB, "
+                "record BLOB, PRIMARY KEY (source, name))"
+            )
+            yield database
 
     @property
     def bytes_per_token(self) -> float:
-        return self.record.itemsize / self.seq_len
+        """Of what is kept."""
+        return self.record.itemsize / self.record["nll"].shape[0]
 
     @property
     def nbytes(self) -> int:
-        return len(self.place) * self.record.itemsize
+        """Of the records of this source."""
+        asked = "SELECT COALESCE(SUM(LENGTH(record)), 0) FROM records WHERE source = ?"
+        with self._database() as database:
+            return int(database.execute(asked, [self.source]).fetchone()[0])
 
     def of(self, batch: Batch) -> SourceOf:
-        """From the disk; what is not there yet is computed and written first."""
+        """From the disk; what is not there yet is computed, and written."""
         names = _names(batch)
+        found = self._read(set(names))
         # A sequence that a batch holds twice is computed once.
         first = {name: i for i, name in reversed([*enumerate(names)])}
-        if new := [i for name, i in first.items() if name not in self.place]:
-            self._add(batch, new, names)
-        with self.records.open("rb") as opened:
-            rows = [self._read(opened, name) for name in names]
-        device, found = batch.tokens_BT.device, np.stack(rows)
-        state = torch.from_numpy(found["state"].copy()).to(device, torch.float32)
-        return SourceOf(state, torch.from_numpy(found["nll"].copy()).to(device).flatten())
+        if new := [i for name, i in first.items() if name not in found]:
+            made = dict(zip([names[i] for i in new], self._compute(batch, new), strict=True))
+            found |= made
+            self._add(made)
+        device, rows = batch.tokens_BT.device, np.stack([found[name] for name in names])
+        state = torch.from_numpy(rows["state"].copy()).to(device, torch.float32)
+        return SourceOf(state, torch.from_numpy(rows["nll"].copy()).to(device).flatten())
 
-    def _read(self, opened: Any, name: bytes) -> np.ndarray:
-        opened.seek(self.place[name] * self.record.itemsize)
-        found: np.ndarray = np.frombuffer(opened.read(self.record.itemsize), self.record)[0]
+    def _read(self, names: set[bytes]) -> dict[bytes, np.ndarray]:
+        """The records that are there and whole."""
+        asked, found = "SELECT checksum, record FROM records WHERE source = ? AND name = ?", {}
+        if self.works:
+            with self._going_on("read"), self._database() as database:
+                for name in names:
+                    row = database.execute(asked, [self.source, name]).fetchone()
+                    if row and len(row[1]) == self.record.itemsize and row[0] == _digest(row[1]):
+                        found[name] = np.frombuffer(row[1], self.record)[0]
         return found
 
+    def _add(self, made: dict[bytes, np.ndarray]) -> None:
+        rows = [(self.source, name, _digest(r.tobytes()), r.tobytes()) for name, r in made.items()]
+        if self.works:
+            with self._going_on("written"), self._database() as database:
+                database.executemany("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)", rows)
+
+    @contextmanager
+    def _going_on(self, done: str) -> Iterator[None]:
+        """Trouble with the file is said once; then the run does without it."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            self.works = False
+            warnings.warn(
+                f"{self.file} cannot be {done} any more ({error}); the source's states are computed "
+                "from now on, which takes longer",
+                stacklevel=5,
+            )
+
     @torch.no_grad()
-    def _add(self, batch: Batch, new: list[int], names: list[bytes]) -> None:
-        """These rows of a batch, in a forward at depth 1. The loss is the one that follows from the
-        states as they were rounded, so that no gain is one of rounding."""
+    def _compute(self, batch: Batch, new: list[int]) -> np.ndarray:
+        """Records of these rows of a batch, in a forward at depth 1. The loss is the one that
+        follows from the states as they were rounded, so that no gain is one of rounding."""
         tokens_BT, made = batch.tokens_BT[new], np.zeros(len(new), self.record)
         documents_BT = None if batch.documents_BT is None else batch.documents_BT[new]
         most = torch.finfo(torch.float16).max
@@ -124,16 +152,7 @@ class SourceCache:
             hook.remove()
         assert output.nll_each is not None
         made["nll"] = output.nll_each.float().view(*tokens_BT.shape).cpu().numpy()
-        with self._adding:
-            self._open()  # others may have added the same in the meantime
-            left = [(i, record) for i, record in zip(new, made, strict=True)]
-            left = [(i, record) for i, record in left if names[i] not in self.place]
-            with self.records.open("ab") as opened:
-                opened.write(b"".join(record.tobytes() for _, record in left))
-            with self.names.open("ab") as opened:
-                opened.write(b"".join(names[i] for i, _ in left))
-            for i, _ in left:
-                self.place[names[i]] = len(self.place)
+        return made
 
 
 @contextmanager
@@ -156,16 +175,24 @@ def _names(batch: Batch) -> list[bytes]:
     if batch.documents_BT is not None:
         columns.append(batch.documents_BT - batch.documents_BT[:, :1])
     rows = torch.stack(columns, dim=1).cpu().numpy()
-    return [hashlib.blake2b(row.tobytes(), digest_size=_DIGEST).digest() for row in rows]
+    return [_digest(row.tobytes()) for row in rows]
 
 
-def fingerprint(model: Transformer) -> str:
-    """Of the weights and settings that a forward at depth 1 depends on."""
-    found, config = hashlib.blake2b(digest_size=16), model.config
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_DIGEST).digest()
+
+
+def fingerprint(model: Transformer, precision: Precision) -> bytes:
+    """Of the weights and settings that a forward at depth 1 depends on, and of where and how it is
+    computed."""
+    found, config = hashlib.blake2b(digest_size=_DIGEST), model.config
+    device = model.embedding.weight.device
+    plain = "tf32" if precision == "tf32" else "float32"
+    computed = (device.type, "bfloat16" if is_low(device, precision) else plain)
     sizes = (config.num_heads, config.num_kv_heads, config.rope_theta, config.norm_eps)
-    found.update(repr((config.prelude_layers, config.coda_layers, *sizes)).encode())
+    found.update(repr((config.prelude_layers, config.coda_layers, *sizes, *computed)).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if ".lora_" not in name and ".deepening." not in name and ".router." not in name:
             found.update(name.encode())
             found.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+    return found.digest()
