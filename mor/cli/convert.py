@@ -105,7 +105,7 @@ class Convert(Command):
             self._export(self.out, given)
             return
         deepening = self._deepening(given) if self.deepen else None
-        if given and self.num_recursions is None:
+        if given and self.num_recursions is None and not self.deepen:
             flags = ", ".join(map(flag, given))
             raise ValueError(
                 f"a plain copy has no use for {flags}; add --num-recursions N or leave it out"
@@ -162,10 +162,12 @@ class Convert(Command):
             raise ValueError(f"--adapter is lora:RANK or lora:RANK:ALPHA, got {self.adapter!r}")
         rank, alpha = adapter.groups()
         kind = given.get("router", "fixed" if self.num_recursions == 1 else "gain")
+        scored = router_settings_of(kind, self.recipe) if kind == "expert_choice" else {}
+        scored.pop("gate", None)  # whose form is the deepened model's own
         return Deepening(
             block=(int(ends[1]), int(ends[2])),
             num_recursions=self.num_recursions or 2,
-            router=RouterConfig(kind=kind),
+            router=RouterConfig(kind=kind, **scored),
             kv_strategy=given.get("kv_strategy", kv_strategy_of(kind, self.recipe)),
             lora_rank=int(rank),
             lora_alpha=float(alpha) if alpha else None,

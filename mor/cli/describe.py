@@ -114,9 +114,12 @@ def size_of(folder: Path) -> int:
 def model_facts(model: ModelConfig) -> dict[str, Any]:
     """Shape and routing in a few names; numbers are counts."""
     routed = model.router.kind != "fixed"
+    adapted = f"LoRA of rank {model.lora_rank} from recursion {model.lora_from} on"
     return {
         "family": model.family,
         "layout": model.layout_name,
+        **({"deepened": True} if model.deepened else {}),
+        **({"adapters": adapted} if model.lora_rank else {}),
         "effective_layers": model.num_layers,
         "params": unique_params(model),
         "params_non_embedding": non_embedding_params(model),

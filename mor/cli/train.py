@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -54,6 +55,7 @@ class Start(Settings):
     branch_from: str | None = None
     init_from: str | None = None
     cooldown_steps: PositiveInt | None = None
+    out: str = TrainConfig.out
 
     def refuse(self, named: Sequence[str]) -> None:
         """Raise ValueError for flags that would make a continued run another one. named: the
@@ -93,8 +95,12 @@ class Start(Settings):
         return found
 
     def settings(self, choice: ModelChoice, chosen: list[str]) -> TrainConfig:
-        """chosen: flags that choose a model. A preset wins over the model of the file, other flags
-        would change more than they say. Raises ValueError for them."""
+        """What flags refine: of the run that goes on, of the file, or the defaults. chosen: flags
+        that choose a model. A preset wins over the model of the file, other flags would change more
+        than they say. Raises ValueError for them."""
+        if self.resume:
+            with suppress(ValueError):  # which is said when the run is to begin
+                return settings_to_resume(self.out)
         values = self.values()
         if chosen and "model" in values and "--preset" not in chosen:
             raise ValueError(

@@ -126,6 +126,9 @@ def convert(
         config = config.replace(
             router=router or RouterConfig(kind="fixed"),
             kv_strategy=kv_strategy,
+            lora_rank=0,
+            lora_alpha=None,
+            lora_from=2,
             **layout(depth, num_recursions, sharing),
         )
         sources = layer_sources(config, found.config.num_layers, init)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mor.conversion.layers import unrolled_layers
+from mor.conversion.layers import plain_layers, unrolled_layers
 from mor.data.stream import Windows
 from mor.model.config import KVStrategyName, ModelConfig, RouterConfig
 from mor.model.transformer import Transformer
@@ -46,9 +46,10 @@ def deepened_config(source: ModelConfig, how: Deepening) -> ModelConfig:
     first, end = how.block
     layers = source.num_layers
     if not 0 <= first < end <= layers:
+        wrong = "has no layer" if first >= end else "is not in the source"
         raise ValueError(
-            f"block {first}:{end} is not in the source, which has layers 0 to {layers - 1}; give "
-            f"FIRST:END with 0 <= FIRST < END <= {layers}"
+            f"block {first}:{end} {wrong}: give FIRST:END with 0 <= FIRST < END <= {layers}, for "
+            "layers FIRST to END - 1 of the source"
         )
     loops = how.num_recursions > 1
     if not (loops or how.lora_rank):
@@ -77,7 +78,7 @@ def deepen(source: Transformer, how: Deepening, *, seed: int = 0) -> Transformer
 
     Raises ValueError for a source whose layers are no plain stack, and as :func:`deepened_config`.
     """
-    layers = unrolled_layers(source)
+    layers = plain_layers(source)
     config = deepened_config(source.config, how)
     made = Transformer(config).init_weights(seed).to(source.embedding.weight.dtype)
     made.embedding.load_state_dict(source.embedding.state_dict())
@@ -139,6 +140,11 @@ def splits(distance_LL: Tensor, block_layers: int) -> list[Split]:
     read, the better. First and last layer stay outside: they turn ids into states and back.
     """
     layers = len(distance_LL) - 1
+    if layers < 3:
+        raise ValueError(
+            f"a source of {layers} layers has none between its first and its last; give --block "
+            f"0:{layers} to deepen all of it"
+        )
     if not 1 <= block_layers <= layers - 2:
         raise ValueError(
             f"a block of {block_layers} layers does not fit between the first and the last of "

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mor.conversion.layers import unrolled_layers
+from mor.conversion.layers import plain_layers
 from mor.model.config import ModelConfig, Sharing
 from mor.model.transformer import Transformer
 
@@ -107,7 +107,7 @@ def recursive_init(
             raise ValueError(
                 f"{name}={ours} differs from the source's {theirs}, which an initialisation keeps"
             )
-    source = unrolled_layers(model)
+    source = plain_layers(model)
     sources = layer_sources(config, len(source), init)
     made = Transformer(config).init_weights(seed).to(model.embedding.weight.dtype)
     made.embedding.load_state_dict(model.embedding.state_dict())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mor import checkpoint
 from mor.checkpoint import Checkpoint
-from mor.conversion.layers import count_parameters, unrolled_layers
+from mor.conversion.layers import count_parameters, plain_layers
 from mor.data.tokenizer import GENERATION, SPECIAL, Tokenizer, special_ids
 from mor.files import extra, naming, parse_json, read_json, replacing
 from mor.hub_access import asking_the_hub
@@ -137,7 +137,7 @@ def to_llama(model: Transformer) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = model.config
-    blocks = unrolled_layers(model)
+    blocks = plain_layers(model)
     made: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
@@ -171,7 +171,7 @@ def _pairs(model: Transformer) -> Iterator[tuple[nn.Module, str]]:
     for name, prefix in _OUTER.items():
         if (module := getattr(model, name)) is not None:
             yield module, prefix if name == "head" else f"model.{prefix}"
-    for i, block in enumerate(unrolled_layers(model)):
+    for i, block in enumerate(plain_layers(model)):
         yield block, f"model.layers.{i}"
 
 

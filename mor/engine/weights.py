@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mor.model.transformer import (
     AdaptedLinear,
+    Added,
     Angles,
     Attention,
     Block,
@@ -30,7 +31,6 @@ from mor.model.transformer import (
     Recursions,
     RMSNorm,
     Transformer,
-    ZeroLinear,
     rotate,
 )
 
@@ -354,7 +354,7 @@ def own_ways(model: Transformer) -> Iterator[tuple[str, str]]:
 
 
 _LINEAR = (nn.Linear, AdaptedLinear)
-_KINDS = (Block, Attention, FeedForward, RMSNorm, ZeroLinear, *_LINEAR)
+_KINDS = (Block, Attention, FeedForward, RMSNorm, Added, *_LINEAR)
 
 
 def _check_bypassed(model: Transformer) -> None:

@@ -35,11 +35,12 @@ from mor.model.packing import pack
 from mor.model.routers import Router
 from mor.model.routing import Routing
 from mor.model.transformer import (
+    AdaptedLinear,
+    Added,
     Deepening,
     Output,
     RMSNorm,
     Transformer,
-    ZeroLinear,
     check_finite,
     check_targets,
     check_tensors,
@@ -341,11 +342,11 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
         """As Transformer.init_weights does, for weights that a checkpoint does not hold."""
-        if isinstance(module, ZeroLinear):
+        if isinstance(module, Added) and not module.drawn:
             init.zeros_(module.weight)
         elif isinstance(module, Deepening):
             init.zeros_(module.gate)
-        elif isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+        elif isinstance(module, torch.nn.Linear | torch.nn.Embedding | Added):
             init.normal_(module.weight, mean=0.0, std=self.config.init_std)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
@@ -380,6 +381,14 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
                 "tie_word_embeddings=False to adapt the embedding alone",
                 stacklevel=3,
             )
+        for layer in self.modules():
+            if isinstance(getattr(layer, "base_layer", None), AdaptedLinear) and not _adds(layer):
+                raise ValueError(
+                    f"{type(layer).__name__} changes what a layer gives by more than a sum, and "
+                    "layers of this model have adapters of their own, which weights that were "
+                    "merged would not reach. Take LoRA without DoRA, or other layers as "
+                    "target_modules, such as those of the prelude and the coda"
+                )
 
     def get_output_embeddings(self) -> torch.nn.Module | None:
         return self.model.head
@@ -453,6 +462,12 @@ def _account(model: MoRForCausalLM, info: Mapping[str, Any], place: Any) -> None
             f"the tensors of {place} are not those of the model that its settings describe; "
             f"{'; '.join(problems)}"
         )
+
+
+def _adds(layer: torch.nn.Module) -> bool:
+    """Whether a layer of PEFT adds something to what its base layer gives, and that is all."""
+    variants = getattr(layer, "use_dora", {})
+    return type(layer).__module__.startswith("peft.tuners.lora") and not any(variants.values())
 
 
 def _usable(cache: Any, use_cache: bool | None) -> MoRCache | None:

@@ -291,7 +291,8 @@ class ModelConfig(Settings):
             yield "lora_alpha", "without lora_rank"
             yield "lora_from", "without lora_rank"
         if self.deepened:
-            for name in ("gate", "alpha", "combination"):
+            own = ("gate", "combination", *(["alpha"] if self.router.kind in _UNLEARNT else []))
+            for name in own:
                 yield f"router.{name}", "with deepened=True, which has a gate of its own"
 
     @property

@@ -81,18 +81,26 @@ def only_later(later: Later, change_KD: Tensor) -> Tensor:
     return change_KD.where(later, 0) if isinstance(later, Tensor) else change_KD
 
 
-class ZeroLinear(nn.Linear):
-    """A linear layer that is zero at the start."""
+class Added(nn.Module):
+    """A matrix that later recursions add to a source, zero at the start unless it is drawn. No
+    ``nn.Linear``: what looks for linear layers to change (PEFT, quantizers) leaves it alone."""
+
+    def __init__(self, inputs: int, outputs: int, *, drawn: bool = False) -> None:
+        super().__init__()
+        self.drawn, self.weight = drawn, nn.Parameter(torch.zeros(outputs, inputs))
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        return F.linear(x_MD, self.weight)
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear layer with an adapter (LoRA), as a rule for later recursions alone, so no merging:
-    the first recursion shares the weight and must not change."""
+    """A linear layer with an adapter (LoRA), as a rule for later recursions alone: merged into the
+    weight it would change the first one, too."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, scale: float) -> None:
         super().__init__(inputs, outputs, bias=False)
-        self.lora_A = nn.Linear(inputs, rank, bias=False)
-        self.lora_B = ZeroLinear(rank, outputs, bias=False)
+        self.lora_A = Added(inputs, rank, drawn=True)
+        self.lora_B = Added(rank, outputs)
         self.scale = scale
 
     def forward(self, x_MD: Tensor, *later: Later) -> Tensor:
@@ -104,6 +112,14 @@ class AdaptedLinear(nn.Linear):
         for where in later:
             out_MN += only_later(where, self.scale * self.lora_B(self.lora_A(x_MD)))
         return out_MN
+
+    def merged(self) -> nn.Linear:
+        """The layer as it is where the adapter acts, without one."""
+        outputs, inputs = self.weight.shape
+        made = nn.Linear(inputs, outputs, bias=False).to(self.weight)
+        added = self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
+        made.weight.data.copy_(self.weight.float() + added)
+        return made
 
 
 def linear(config: ModelConfig, inputs: int, outputs: int, adapted: bool) -> nn.Linear:
@@ -231,8 +247,9 @@ class Deepening(nn.Module):
         u = h + B [norm(h); norm(entered)]        h <- h + 10 * gate * (stack(u) - h)
 
     B and the gate, which has a number for each dimension, start at zero: later recursions change
-    nothing until they are trained. Optimizers such as AdamW move a number by about the learning
-    rate in a step, and the way from 0 to 1 is long: so the gate counts tenfold.
+    nothing until they are trained. Where the router has a gate too, both count, so that a score is
+    learned from what its recursion was worth. Optimizers such as AdamW move a number by about the
+    learning rate in a step, and the way from 0 to 1 is long: so the gate counts tenfold.
     """
 
     GATE_SCALE = 10.0
@@ -240,16 +257,19 @@ class Deepening(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.eps = config.norm_eps
-        self.reinject = ZeroLinear(2 * config.dim, config.dim, bias=False)
+        self.reinject = Added(2 * config.dim, config.dim)
         self.gate = nn.Parameter(torch.zeros(config.dim))
 
     def begin(self, h_KD: Tensor, entered_KD: Tensor, later: Later) -> Tensor:
         both = (F.rms_norm(x, x.shape[-1:], eps=self.eps) for x in (h_KD, entered_KD))
         return h_KD + only_later(later, self.reinject(torch.cat([*both], dim=-1)))
 
-    def end(self, h_KD: Tensor, out_KD: Tensor, later: Later) -> Tensor:
-        gate = self.GATE_SCALE * self.gate.to(h_KD.dtype)
-        stepped_KD = h_KD + gate * (out_KD - h_KD)
+    def end(self, h_KD: Tensor, out_KD: Tensor, routed: Tensor | None, later: Later) -> Tensor:
+        """routed: the router's gate of each token, (K,), if it has one."""
+        step_KD = self.GATE_SCALE * self.gate.to(h_KD.dtype) * (out_KD - h_KD)
+        if routed is not None:
+            step_KD = routed[:, None].to(h_KD.dtype) * step_KD
+        stepped_KD = h_KD + step_KD
         return torch.where(later, stepped_KD, out_KD) if isinstance(later, Tensor) else stepped_KD
 
 
@@ -309,11 +329,11 @@ class Recursions(nn.Module):
         gate: Tensor | None,
         memory: Memory,
     ) -> Tensor:
-        """New states after a pass: gated as the router says, in a deepened model by its own."""
+        """New states after a pass: gated as the router says, in a deepened model by its own too."""
         if self.deepening is None:
             return router.combine(recursion, h_KD, out_KD, gate, memory)
         later = _later(recursion)
-        return self.deepening.end(h_KD, out_KD, *later) if later else out_KD
+        return self.deepening.end(h_KD, out_KD, gate, *later) if later else out_KD
 
     def forward(
         self,
@@ -682,13 +702,13 @@ class Transformer(nn.Module):
         generator = torch.Generator(device="cpu").manual_seed(seed)
         missed = {name for name, _ in self.named_parameters()}
         for prefix, module in self.named_modules():
-            if isinstance(module, ZeroLinear):
+            if isinstance(module, Added) and not module.drawn:
                 module.weight.zero_()
             elif isinstance(module, Deepening):
                 module.gate.zero_()
                 missed.discard(f"{prefix}.gate")
                 continue
-            elif isinstance(module, nn.Linear | nn.Embedding):
+            elif isinstance(module, nn.Linear | nn.Embedding | Added):
                 draw = torch.randn(module.weight.shape, generator=generator) * self.config.init_std
                 module.weight.copy_(draw)
             elif isinstance(module, RMSNorm):

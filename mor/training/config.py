@@ -136,7 +136,7 @@ class TrainConfig(Settings):
     recompute: bool = False
     """Keep no activations inside the layers; the backward pass makes them again."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the layers. auto: on CUDA, and not if it fails; on a CPU it gains little."""
+    """torch.compile for the layers. auto: on CUDA, unless it fails; on a CPU it gains little."""
     profile: NonNegativeInt = 0
     """Steps traced after the first few, into trace.json.gz in the run's folder; 0: none."""
     tracker: TrackerName = "none"
@@ -164,7 +164,9 @@ class TrainConfig(Settings):
             raise ValueError(f"capacity_warmup_steps needs a router with capacities, not {kind!r}")
         if self.source_cache and self.trained != "added":
             raise ValueError(
-                f"source_cache needs a source that stays as it is, not train={self.trained!r}"
+                f"source_cache needs a source that stays as it is, and train={self.trained!r} "
+                "moves it; leave out source_cache (as a flag: --source-cache None), or take "
+                "train='added'"
             )
         if self.train == "added" and not (self.model.deepened or self.model.lora_rank):
             raise ValueError(

@@ -23,7 +23,6 @@ from rich.filesize import decimal as in_bytes
 from safetensors import SafetensorError
 
 from mor import checkpoint
-from mor.costs.flops import unique_params
 from mor.data.stream import Corpus, Fingerprint, load_corpus
 from mor.device import peak_flops_per_s
 from mor.evaluation.calibrate import FITTED_TOKENS, LEAST_TOKENS, calibrate, num_forwards
@@ -32,7 +31,7 @@ from mor.evaluation.nll import Evaluation, evaluate
 from mor.files import naming, remove_folder, write_json
 from mor.interruption import interruptible
 from mor.model.budget import has_depths
-from mor.model.config import ModelConfig, RouterConfig
+from mor.model.config import RouterConfig
 from mor.model.transformer import Transformer
 from mor.progress import ProgressBar
 from mor.run_folder import RunFolder
@@ -256,7 +255,7 @@ def _check_length(corpus: Corpus, config: TrainConfig) -> None:
 
 def _check_room(config: TrainConfig, run: RunFolder, console: Console) -> None:
     """Raise ValueError if no checkpoint fits on the disk; say so if not all that are kept do."""
-    size = checkpoint_bytes(config.model)
+    size = checkpoint_bytes(config)
     free = shutil.disk_usage(run.path).free
     held = len(run.checkpoints())
     wanted = config.keep + 1  # a new one is complete before the oldest goes
@@ -285,9 +284,13 @@ def cache_line(cache: SourceCache, config: TrainConfig, steps: int) -> str:
     )
 
 
-def checkpoint_bytes(model: ModelConfig) -> int:
-    """Of a checkpoint of training, about: weights and the optimizer's two moments, in float32."""
-    return 3 * 4 * unique_params(model)
+def checkpoint_bytes(config: TrainConfig) -> int:
+    """Of a checkpoint of training, about: weights, and two moments of those that are trained, in
+    float32."""
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    freeze(model, config.trained)
+    return 4 * sum(p.numel() * (3 if p.requires_grad else 1) for p in model.parameters())
 
 
 def _on_ranks(config: TrainConfig, model: Transformer, ranks: Ranks) -> TrainState:
@@ -588,7 +591,7 @@ class Trainer:
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # by library
             good = self._last_good()
             raise TrainingError(
-                f"could not write {path}: {why_not_written(error, self.config.model, path)}. "
+                f"could not write {path}: {why_not_written(error, self.config, path)}. "
                 f"{_called_good(good)}; mend that and continue with --resume"
             ) from error
         self.saved_step = state.step
@@ -623,14 +626,14 @@ def _called_good(good: Path | None) -> str:
     return f"The last good checkpoint is {good}" if good else "No checkpoint was saved"
 
 
-def why_not_written(error: Exception, model: ModelConfig, path: Path) -> str:
+def why_not_written(error: Exception, config: TrainConfig, path: Path) -> str:
     """In plain words: the libraries that write say only where in their code they stopped."""
     if isinstance(error, ValueError):
         return str(error)
     number, words = getattr(error, "errno", None), getattr(error, "strerror", None)
     if words and number not in (errno.EFBIG, errno.ENOSPC):
         return str(error)
-    size, free = checkpoint_bytes(model), shutil.disk_usage(path.parent.parent).free
+    size, free = checkpoint_bytes(config), shutil.disk_usage(path.parent.parent).free
     most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if most != resource.RLIM_INFINITY and most < size:
         return (

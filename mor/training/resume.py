@@ -150,11 +150,17 @@ def continued(
     was = (saved.in_force or before).optim
     known = _schedule(config.optim) in [_schedule(before.optim), *saved.schedules]
     _refuse_another_run(config, before, saved, data, num_ranks, SCHEDULE if known else ())
+    if config.flops is not None and bool(config.source_cache) != bool(before.source_cache):
+        raise ValueError(
+            f"the {saved.total_steps} steps of {saved.folder} were planned by its FLOPs, of which "
+            "source_cache saves some: with or without it they are not as many. Leave it as it was, "
+            f"or give the run steps={saved.total_steps}"
+        )
     total = total_steps(config, num_ranks)
     if total < saved.step:
         raise ValueError(
             f"{saved.folder} has taken {saved.step} steps already, more than the {total} of the "
-            "whole run; raise steps"
+            f"whole run; raise {'steps' if config.flops is None else 'flops'}"
         )
     optim = was
     if total != saved.total_steps:
@@ -247,6 +253,8 @@ def _notes(config: TrainConfig, before: TrainConfig, saved: Saved, num_ranks: in
         for name in MACHINE
         if (was := getattr(before, name)) != (now := getattr(config, name))
     ]
+    if bool(before.source_cache) != bool(config.source_cache):
+        moved.append(f"source_cache was {before.source_cache}, is {config.source_cache}")
     if saved.ranks != num_ranks:
         moved.append(f"processes were {saved.ranks}, are {num_ranks}")
     if moved:

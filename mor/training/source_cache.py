@@ -2,8 +2,8 @@
 leave the prelude, and the loss of every token at depth 1.
 
 A record is known by the source, how it is computed, and the sequence itself. So other data, other
-sources, other epochs and other runs share a folder, also at the same time. It saves time and nothing
-else: what is not there, or damaged, is computed.
+sources, other epochs and other runs share a folder, also at the same time. It saves time and that
+is all: what is not there, or damaged, is computed.
 
 B rows of the batch · T columns · D model
 """
@@ -48,7 +48,7 @@ class SourceCache:
     def __init__(
         self, folder: Path, model: Transformer, seq_len: int, precision: Precision = "auto"
     ) -> None:
-        self.model, dim = model, model.config.dim
+        self.model, self.seq_len, dim = model, seq_len, model.config.dim
         self.record = np.dtype([("nll", "<f4", (seq_len,)), ("state", "<f2", (seq_len, dim))])
         self.file, self.works = folder / "source.sqlite", True
         self.source = fingerprint(model, precision)
@@ -73,7 +73,7 @@ class SourceCache:
     @property
     def bytes_per_token(self) -> float:
         """Of what is kept."""
-        return self.record.itemsize / self.record["nll"].shape[0]
+        return self.record.itemsize / self.seq_len
 
     @property
     def nbytes(self) -> int:
@@ -121,8 +121,8 @@ class SourceCache:
         except (sqlite3.Error, OSError) as error:
             self.works = False
             warnings.warn(
-                f"{self.file} cannot be {done} any more ({error}); the source's states are computed "
-                "from now on, which takes longer",
+                f"{self.file} cannot be {done} any more ({error}); from now on the source's states "
+                "are computed, which takes longer",
                 stacklevel=5,
             )
 

@@ -3,6 +3,7 @@
 from mor.cli.describe import corpus_name, data_facts, flat, model_facts
 from mor.data.config import DataConfig
 from mor.model.config import preset
+from tests.conftest import tiny
 
 
 def test_the_facts_of_a_model_are_those_that_mean_something_for_it():
@@ -12,7 +13,14 @@ def test_the_facts_of_a_model_are_those_that_mean_something_for_it():
     )
     assert vanilla["family"] == "vanilla" and not {"kv_strategy", "gate"} & vanilla.keys()
     assert mor["family"] == "mor" and mor["capacities"] == [1.0, 0.5]
+    assert not {"deepened", "adapters"} & mor.keys()
     assert mor["params"] > mor["params_non_embedding"]
+
+
+def test_facts_of_a_model_say_what_was_added_to_its_source():
+    facts = model_facts(tiny("gain", deepened=True, lora_rank=3).config)
+    assert facts["deepened"] is True
+    assert facts["adapters"] == "LoRA of rank 3 from recursion 2 on"
 
 
 def test_the_data_of_a_run_in_words(tmp_path):

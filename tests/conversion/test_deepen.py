@@ -13,7 +13,7 @@ import mor.hub  # noqa: F401 (registers the classes)
 from mor import checkpoint
 from mor.conversion.convert import convert, read_source
 from mor.conversion.deepen import Deepening, angular_distances, deepen, splits
-from mor.conversion.llama import from_llama
+from mor.conversion.llama import from_llama, to_llama
 from mor.data.problems import parse_task
 from mor.data.stream import TaskData
 from mor.engine import Engine, EngineConfig, SamplingParams
@@ -234,6 +234,8 @@ def test_the_control_has_the_adapters_in_its_one_pass():
         if isinstance(other, AdaptedLinear):
             mine.weight += other.scale * other.lora_B.weight @ other.lora_A.weight
     torch.testing.assert_close(model(ids).logits_BTV, merged(ids).logits_BTV)
+    written = from_llama(to_llama(model)).requires_grad_(False)
+    torch.testing.assert_close(model(ids).logits_BTV, written(ids).logits_BTV)
     assert (model(ids).logits_BTV - source()(ids).logits_BTV).abs().max() > 1e-2
     prompts, params = requests()
     for batching in ("depth_wise", "lock_step"):
@@ -241,6 +243,18 @@ def test_the_control_has_the_adapters_in_its_one_pass():
         want = generate(model, prompts, params)
         for got, expected in zip(served.generate(prompts, params), want, strict=True):
             assert got.token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("router", ["expert", "expert-flat", "token-every"])
+def test_scores_learn_from_the_loss_what_a_recursion_was_worth(router):
+    """Through the gate, as in a model that was made so from the start."""
+    model, ids = trained(deepen(source(), how(router)).requires_grad_(False)), tokens(2, 12)
+    model.router.requires_grad_(True)
+    with torch.enable_grad():
+        output = model(ids[:, :-1], targets_BT=ids[:, 1:].contiguous(), selection="topk")
+        output.nll.backward()
+    found = [p.grad.abs().max() for p in model.router.parameters() if p.grad is not None]
+    assert found and max(found) > 1e-4
 
 
 def test_the_first_gradient_reaches_the_gate_and_then_everything():
@@ -262,7 +276,8 @@ def test_the_first_gradient_reaches_the_gate_and_then_everything():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(block=(3, 9)), "layers 0 to 7"),
+        (dict(block=(3, 9)), "3:9 is not in the source: give FIRST:END"),
+        (dict(block=(4, 4)), "4:4 has no layer: give FIRST:END"),
         (dict(block=(4, 4)), "0 <= FIRST < END <= 8"),
         (dict(num_recursions=1, router=RouterConfig(), lora_rank=0), "add nothing to the source"),
         (dict(num_recursions=1), "router.kind='expert_choice' needs num_recursions >= 2"),

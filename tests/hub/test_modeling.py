@@ -601,6 +601,45 @@ def test_weights_in_several_files(tied, tmp_path):
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
+def deepened_and_trained():
+    """With numbers in place of the zeros that training would fill."""
+    base = wrapped(tiny("gain", num_recursions=3, deepened=True, lora_rank=2))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if ".lora_" in name or ".deepening." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    return base
+
+
+@pytest.mark.parametrize("target", ["all-linear", ["q_proj", "down_proj"]])
+def test_lora_around_layers_that_have_adapters_of_their_own(target):
+    from peft import LoraConfig, get_peft_model
+
+    base, tokens = deepened_and_trained(), random_tokens(2, 9)
+    before = base(tokens).logits.detach()
+    lora = LoraConfig(r=2, target_modules=target, init_lora_weights=False)
+    model = get_peft_model(base, lora).eval()
+    tuned = model(tokens).logits.detach()
+    assert (tuned - before).abs().max() > 0.01
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(tokens).logits, tuned, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["dora", "ia3"])
+def test_what_would_scale_adapters_of_the_models_own_is_refused(how):
+    from peft import IA3Config, LoraConfig, get_peft_model
+
+    tokens = random_tokens(2, 9)
+    inside = {
+        "dora": LoraConfig(r=2, target_modules=["q_proj"], use_dora=True),
+        "ia3": IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    }[how]
+    with pytest.raises(ValueError, match=r"more than a sum.*Take LoRA without DoRA"):
+        get_peft_model(deepened_and_trained(), inside)(tokens)
+    get_peft_model(wrapped(num_recursions=3), inside)(tokens)  # without adapters of its own
+
+
 @pytest.mark.parametrize("how", ["target_modules", "modules_to_save", "trainable_tokens"])
 def test_an_adapter_on_tied_embeddings_acts_on_the_head_before_merging_as_after(how):
     from peft import LoraConfig, get_peft_model

@@ -19,8 +19,9 @@ from mor.model.other_depths import ExploringRouter
 from mor.model.routers import _worth_loss
 from mor.model.routing import Exits
 from mor.model.transformer import Transformer
-from mor.training.config import OptimConfig, TrainConfig
-from mor.training.loop import train
+from mor.run_folder import RunFolder
+from mor.training.config import OptimConfig, TrainConfig, load_config
+from mor.training.loop import checkpoint_bytes, train
 from mor.training.optim import build_optimizers, freeze
 from mor.training.step import with_capped
 from tests.conftest import random_tokens, tiny
@@ -164,7 +165,7 @@ def test_a_run_that_started_from_a_checkpoint_goes_on_to_the_same_end(start, tmp
         (dict(data=DataConfig(path="words:swaps", tokenizer="bytes")), "brings its own tokenizer"),
         (dict(seq_len=200), "exceeds model.max_seq_len=128"),
         (dict(init_from="nowhere"), "neither a checkpoint"),
-        (dict(train="block", source_cache="cache"), "stays as it is, not train='block'"),
+        (dict(train="block", source_cache="cache"), "train='block' moves it"),
     ],
 )
 def test_conflicts_with_the_checkpoint_are_refused(changes, words, start, tmp_path):
@@ -281,3 +282,37 @@ def test_training_from_the_cache_is_the_same_training(start, tmp_path):
         for name in ("loss", "gain", "mean_depth"):
             assert a[name] == pytest.approx(b[name], rel=0.02, abs=0.02)
     assert steps[0][-1]["gain"] > 0
+
+
+def test_a_run_goes_on_with_another_cache_or_without_one(start, tmp_path, capsys):
+    config = settings(start, tmp_path / "run", train="added", source_cache=str(tmp_path / "a"))
+    train(config, console=quiet())
+    resume = ["train", "--resume", "--out", config.out, "--steps"]
+    main([*resume, "8", "--source-cache", str(tmp_path / "b")])
+    assert (tmp_path / "b" / "source.sqlite").is_file()
+    main([*resume, "9", "--source-cache", "None"])
+    assert "source_cache was" in capsys.readouterr().out
+    main([*resume, "10", "--source-cache", str(tmp_path / "a")])
+    assert metrics(tmp_path / "run")[-1]["step"] == 10
+
+
+def test_a_run_planned_by_flops_keeps_its_cache_or_says_in_steps_how_long_it_is(start, tmp_path):
+    steps = dict(steps=TrainConfig().steps, flops=5e8)
+    cache = dict(train="added", source_cache=str(tmp_path / "a"))
+    done = train(settings(start, tmp_path / "run", **steps, **cache), console=quiet()).state.step
+    resume = ["train", "--resume", "--out", str(tmp_path / "run"), "--source-cache", "None"]
+    with pytest.raises(SystemExit) as stopped:
+        main(resume)
+    assert stopped.value.code == 2
+    main([*resume, "--steps", str(done)])
+
+
+def test_a_checkpoint_is_as_large_as_it_was_thought_to_be(start, tmp_path):
+    result = train(settings(start, tmp_path / "run"), console=quiet())
+    config = load_config(RunFolder(tmp_path / "run").settings)
+    states = [
+        s for o in result.state.optimizers for each in o.state.values() for s in each.values()
+    ]
+    held = [*result.state.model.parameters(), *states]
+    assert checkpoint_bytes(config) == pytest.approx(sum(x.nbytes for x in held), rel=0.01)
+    assert checkpoint_bytes(dataclasses.replace(config, train="all")) > 2 * checkpoint_bytes(config)

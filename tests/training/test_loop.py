@@ -244,7 +244,7 @@ def test_why_a_checkpoint_could_not_be_written(tmp_path, monkeypatch, error, fre
     usage = SimpleNamespace(free=free)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
     path = RunFolder(tmp_path).checkpoint(3)
-    assert words in module.why_not_written(error, TrainConfig().model, path)
+    assert words in module.why_not_written(error, TrainConfig(), path)
 
 
 def limited_to(size, config, answer):
