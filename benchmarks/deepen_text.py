@@ -9,6 +9,10 @@ checkpoint must have been calibrated (mor calibrate CHECKPOINT). At the mean dep
 spends, random and confident tokens go deeper instead, and those that an oracle knows to gain, all
 in real forwards. AUROC: of the router's score after the first recursion for tokens that the second
 one really helps.
+
+A gain over the source may come from the text that was trained on, with or without a loop. --control
+is a checkpoint with adapters in the one pass (mor convert --deepen --num-recursions 1), trained on
+the same text: its loss is a row, and the difference of every row from it is printed, too.
 """
 
 import json
@@ -34,6 +38,8 @@ class Settings:
     checkpoint: tyro.conf.Positional[Path]
     text: tyro.conf.Positional[Path]
     """.jsonl (also .zst or .gz) of held-out documents."""
+    control: Path | None = None
+    """Of the same source, trained likewise without a loop."""
     depths: tuple[str, ...] = ("own", "full")
     """own: the router's own rule."""
     tokens: int = 100_000
@@ -90,6 +96,13 @@ def read(model, rows, depths):
 
 
 @torch.inference_mode()
+def read_control(model, rows):
+    """Its loss of each token, and their depth."""
+    output = model(rows[:, :-1].contiguous(), targets_BT=rows[:, 1:].contiguous())
+    return output.nll_each, output.routing.depth.double()
+
+
+@torch.inference_mode()
 def chosen_by(model, policy, nll_MR, confidence_M, mean, batch):
     """Losses where a policy says who goes deeper, and how deep all go."""
     ids, common = batch
@@ -111,6 +124,9 @@ def main():
     loaded = checkpoint.load(settings.checkpoint)
     model, R = loaded.model.requires_grad_(False), loaded.config.num_recursions
     depths = {d: None if d == "own" else parse_depth(d, R) for d in settings.depths}
+    control = None
+    if settings.control is not None:
+        control = checkpoint.load(settings.control).model.requires_grad_(False)
     rows, of = windows(settings, loaded.tokenizer)
     if len(set(of)) < 2:
         raise SystemExit("an interval needs several documents; raise --tokens or lower --pieces")
@@ -122,6 +138,8 @@ def main():
         for name, policy in POLICIES.items() if mean > 1 else ():
             chosen = chosen_by(model, policy, nll_MR, confidence_M, mean, batch)
             found[name], found[f"depth of {name}"] = chosen
+        if control is not None:
+            found["control"], found["depth of control"] = read_control(control, rows[some])
         found |= {"gain": nll_MR[:, 0] - nll_MR[:, 1], "score": score}
         parts.append(found)
         documents += [d for d in of[some] for _ in range(settings.seq_len)]
@@ -138,8 +156,13 @@ def main():
         "rows": {
             name: difference(whole[name] - source, documents)
             | {"mean_depth": float(whole[f"depth of {name}"].mean())}
-            for name in (*settings.depths, *POLICIES)
+            for name in (*settings.depths, *POLICIES, "control")
             if name in whole
+        },
+        "minus_control": {
+            name: difference(whole[name] - whole["control"], documents)
+            for name in (*settings.depths, *POLICIES)
+            if name in whole and "control" in whole
         },
         "machine": dict(torch=torch.__version__, python=platform.python_version()),
     }
@@ -149,6 +172,8 @@ def main():
             f"{name:10} {row['nats']:+.5f} [{row['low']:+.5f} {row['high']:+.5f}] nats, mean depth "
             f"{row['mean_depth']:.3f}"
         )
+    for name, row in result["minus_control"].items():
+        print(f"{name} - control: {row['nats']:+.5f} [{row['low']:+.5f} {row['high']:+.5f}] nats")
     print(f"AUROC of the router's score for tokens that gain: {result['auroc_of_gain']:.3f}")
     print(json.dumps(result))
 

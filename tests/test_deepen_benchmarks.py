@@ -93,6 +93,7 @@ def test_deepen_text_pairs_tokens_with_those_of_the_source(folder, deepened, run
     arguments = [folder / "text.jsonl", "--tokens", 256, "--seq-len", 32]
     none = run_benchmark("deepen_text.py", folder / "zero", *arguments)
     assert {row["nats"] for row in none["rows"].values()} == {0.0}, "nothing is trained yet"
+    assert none["minus_control"] == {}
     found = run_benchmark(
         "deepen_text.py", deepened, *arguments, "--depths", "own", "1", "1.5", "full"
     )
@@ -101,6 +102,13 @@ def test_deepen_text_pairs_tokens_with_those_of_the_source(folder, deepened, run
     assert rows["full"]["mean_depth"] == 2 and rows["full"]["nats"] != 0
     assert found["tokens"] == 256 and 0 <= found["auroc_of_gain"] <= 1
     assert rows["oracle"]["nats"] <= rows["random"]["nats"]
+
+    as_control = run_benchmark(
+        "deepen_text.py", folder / "zero", *arguments, "--control", deepened, "--depths", "own"
+    )
+    control, minus = as_control["rows"]["control"], as_control["minus_control"]["own"]
+    assert control["nats"] == pytest.approx(rows["own"]["nats"]) and control["nats"] != 0
+    assert minus["nats"] == pytest.approx(-control["nats"])
 
 
 def test_self_speculation_counts_what_stops_as_accepted(folder, deepened, run_benchmark):
