@@ -158,9 +158,11 @@ class Reference:
         hidden = self.w[f"{name}.0.weight"] @ x
         return self.w[f"{name}.2.weight"] @ (hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))))
 
-    def gated(self, h, out, gate):
-        if self.c.deepened:
+    def gated(self, recursion, h, out, gate):
+        if self.c.deepened and recursion == 0:
             return out
+        if self.c.deepened:
+            return h + gate * (out - h)
         return h + gate * out if self.c.router.gate == "paper" else h + gate * (out - h)
 
     def forward(self, ids, selection):
@@ -228,7 +230,7 @@ class Reference:
             states = dict(states)
             for p in selected:
                 gate = r.gate_scale * self.score(logit[p] + (2.0 if by_gain else 0.0))
-                states[p] = self.gated(states[p], out[p], gate)
+                states[p] = self.gated(recursion, states[p], out[p], gate)
                 depth[p] += 1
         # Without exits there is nothing to learn gains from.
         losses = {"gain": torch.zeros(())} if by_gain else {"selection": bce_sum}
@@ -250,8 +252,10 @@ class Reference:
             states = dict(states)
             for p in active:
                 gate, last = r.gate_scale * scores[p][recursion], depth[p] == recursion + 1
-                if r.combination == "last" or c.deepened:
-                    states[p] = self.gated(h_1[p], out[p], gate) if last else out[p]
+                if c.deepened:
+                    states[p] = self.gated(recursion, states[p], out[p], gate)
+                elif r.combination == "last":
+                    states[p] = self.gated(recursion, h_1[p], out[p], gate) if last else out[p]
                 else:
                     states[p] = gate * out[p] + (h_1[p] if last else 0)
         losses = {}

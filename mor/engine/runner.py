@@ -65,7 +65,7 @@ class Runner:
         self.h_SD = torch.zeros(
             slots, config.dim, dtype=model.embedding.weight.dtype, device=device
         )
-        self.gate = at_least_fp32(self.h_SD.new_zeros(slots))
+        self.gate = at_least_fp32(self.h_SD.new_ones(slots))  # 1 where the router has none
         self.ids, self.position, self.stage = (
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(3)
         )

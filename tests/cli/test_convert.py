@@ -113,7 +113,7 @@ def test_deepening_from_the_command_line(folder, tmp_path, capsys):
     [
         (["out", "--deepen"], "--deepen needs --block FIRST:END"),
         (["out", "--deepen", "--block", "2-5"], "--deepen needs --block FIRST:END"),
-        (["out", "--deepen", "--block", "2:9"], "layers 0 to 7"),
+        (["out", "--deepen", "--block", "2:9"], "0 <= FIRST < END <= 8"),
         (["out", "--deepen", "--block", "2:5", "--adapter", "lora"], "lora:RANK:ALPHA"),
         (["out", "--deepen", "--block", "2:5", "--init", "lower"], "leave out --init"),
         (["out", "--deepen", "--block", "2:5", "--to", "llama"], "leave out num_recursions"),
