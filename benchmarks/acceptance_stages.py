@@ -489,7 +489,8 @@ def train_and_resume(bench: Bench, router: str, text: Path, out: Path) -> None:
         profile=2,
     )
     run = RunFolder(out)
-    train(config, console=Console(file=io.StringIO()))
+    did = train(config, console=Console(file=io.StringIO())).state.model.is_compiled
+    bench.promise(f"{router}: compiled on CUDA", did == bench.on_cuda, did, "did not fall back")
     first = losses(run)
     fell = first[-1] / first[0]
     bench.promise(f"{router}: loss falls", fell < 0.95, fell, "last over first: below 0.95")

@@ -284,7 +284,8 @@ def read_config(folder: Path) -> ModelConfig:
     _check(folder, [_CONFIG])
     values = read_json(file)
     if values.get("model_type") != "mor":
-        way = f"; mor convert {folder} OUT makes one of it" if "model_type" in values else ""
+        is_llama = values.get("model_type") == "llama"
+        way = f"; mor convert {folder} OUT makes one of it" if is_llama else ""
         raise ValueError(
             f"{file} does not describe a mor model: its model_type is "
             f"{values.get('model_type')!r}, not 'mor'{way}"

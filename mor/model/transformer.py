@@ -590,6 +590,10 @@ class Transformer(nn.Module):
             block.as_written()
         return self
 
+    @property
+    def is_compiled(self) -> bool:
+        return all(part in vars(block) for block in self.blocks() for part in block.PARTS)
+
     def blocks(self) -> list[Block]:
         """All layers, each once."""
         return [*self.prelude, *self.recursions.shared_blocks, *self.coda]

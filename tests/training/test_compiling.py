@@ -34,6 +34,7 @@ def test_where_compiling_fails_layers_stay_as_they_are(backend, max_seq_len):
     expected = model(tokens).logits_BTV
     with pytest.warns(UserWarning, match=r"no compiler was found.*--compile off does not try"):
         compile_layers(model, "float32", needed=False)
+    assert not model.is_compiled
     assert torch.equal(model(tokens).logits_BTV, expected)
     assert all(p.grad is None for p in model.parameters())
 
@@ -57,7 +58,7 @@ def test_the_graphs_of_the_trial_are_those_of_training(backend, squares, tmp_pat
     model = tiny()
     compile_layers(model, "float32", needed=True)
     tried = len(graphs)
-    assert tried > 0
+    assert tried > 0 and model.is_compiled
     tokens = random_tokens(3, 20)
     model(tokens, targets_BT=tokens, selection="topk").nll.backward()
     assert len(graphs) == tried
