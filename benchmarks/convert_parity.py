@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mor import checkpoint
 from mor.conversion.convert import convert
+from mor.data.corpus import tokenize
 from mor.data.sources import read_documents
-from mor.data.stream import tokenize
 from mor.generation import SamplingParams, generate
 
 QUESTIONS = (

@@ -67,7 +67,8 @@ from mor.costs.flops import (
     unique_params,
 )
 from mor.data.config import DataConfig
-from mor.data.stream import Batch, Corpus, TaskData, load_corpus
+from mor.data.corpus import Corpus, load_corpus
+from mor.data.stream import Batch, TaskData
 from mor.files import read_json, write_json
 from mor.model.config import ModelConfig, RouterConfig, Trained
 from mor.model.loss import IGNORED

@@ -16,8 +16,8 @@ import torch
 from mor.conversion.convert import read_source
 from mor.conversion.initialise import fitting_depth, recursive_init
 from mor.conversion.layers import count_parameters
+from mor.data.corpus import tokenize
 from mor.data.sources import read_documents
-from mor.data.stream import tokenize
 from mor.evaluation.nll import evaluate
 from mor.model.config import RouterConfig, layout
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import tyro
 
 from mor import checkpoint
-from mor.data.stream import load_tokens
+from mor.data.corpus import load_tokens
 from mor.engine.bench import Lengths, load_for, take_turns
 from mor.engine.weights import for_decoding
 

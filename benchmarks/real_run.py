@@ -22,7 +22,8 @@ from mor import checkpoint
 from mor.analysis.figures import loss_over_flops
 from mor.analysis.style import save
 from mor.costs import flops as costs
-from mor.data.stream import DataConfig, load_corpus
+from mor.data.config import DataConfig
+from mor.data.corpus import load_corpus
 from mor.evaluation.nll import evaluate
 from mor.model.config import RouterConfig, preset
 from mor.run_folder import RunFolder

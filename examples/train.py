@@ -6,7 +6,7 @@ python examples/train.py runs/example [STEPS]
 import sys
 
 import mor
-from mor.data.stream import DataConfig
+from mor.data.config import DataConfig
 from mor.training.config import TrainConfig
 from mor.training.loop import train
 from mor.training.optim import OptimConfig

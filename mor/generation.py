@@ -23,11 +23,12 @@ from mor.answer import Answer, allowed_rows
 from mor.data.tokenizer import Tokenizer
 from mor.files import naming
 from mor.model.budget import Budget, Depth, budget_of, router_for
+from mor.model.checks import check_finite, check_max_depth
 from mor.model.config import ModelConfig
 from mor.model.kv_cache import KVCache
 from mor.model.random import hash_uniform
 from mor.model.routers import Router
-from mor.model.transformer import Logits, Output, Transformer, check_depth, check_finite
+from mor.model.transformer import Logits, Output, Transformer
 from mor.settings import (
     Listed,
     NonNegativeFloat,
@@ -373,7 +374,7 @@ def _checked(
     max_depth: Any,
     depth: Any,
 ) -> tuple[list[Generation], list[Answer]]:
-    check_depth(max_depth, model.config.num_recursions)
+    check_max_depth(max_depth, model.config.num_recursions)
     if isinstance(prompts, str):
         prompts = [prompts]  # not only the list is missing, but the token ids
     answers = list[Answer]()

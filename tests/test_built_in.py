@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mor import checkpoint
 from mor.cli.train import Train, with_vocabulary
-from mor.data import stream
+from mor.data.corpus import load_corpus
 from mor.data.sources import Document
 from mor.data.tokenizer import byte_tokenizer
 from mor.demo import experiment
@@ -44,9 +44,10 @@ def check(config):
 @pytest.mark.parametrize("make", [text_experiment, task_experiment])
 def test_the_demo_trains_what_it_configures(make, quick, monkeypatch, tmp_path):
     documents = [Document(f"topic {i}", f"Text {i} of some words. " * 4) for i in range(60)]
-    monkeypatch.setattr(stream, "python_documents", lambda: documents)  # all of them take a while
+    # All of Python's take a while.
+    monkeypatch.setattr("mor.data.corpus.python_documents", lambda: documents)
     found = make(1e11, quick=quick)
-    corpus = stream.load_corpus(found.data)
+    corpus = load_corpus(found.data)
 
     def train(config, **_):
         check(config)

@@ -10,7 +10,7 @@ import torch
 
 from mor import checkpoint
 from mor.cli import main
-from mor.data.stream import load_tokens
+from mor.data.corpus import load_tokens
 from mor.evaluation.calibrate import calibrate
 from tests.small_llama import save_llama
 

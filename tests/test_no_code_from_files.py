@@ -15,8 +15,8 @@ import pytest
 import mor
 from mor import checkpoint
 from mor.chat import Chat
+from mor.data.corpus import load_tokens
 from mor.data.shards import PrepareConfig, prepare
-from mor.data.stream import load_tokens
 from mor.data.tokenizer import Tokenizer, byte_tokenizer
 from tests.conftest import tiny
 

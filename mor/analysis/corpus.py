@@ -25,11 +25,12 @@ from mor.data.stream import TokenData, Windows
 from mor.data.tokenizer import Tokenizer
 from mor.evaluation.finite import require_finite, values_of
 from mor.evaluation.nll import evaluate, window_length
+from mor.model.checks import check_finite
 from mor.model.kv_cache import EMPTY, KVCache
 from mor.model.loss import IGNORED
 from mor.model.other_depths import RepeatLastRouter
 from mor.model.routing import Routing
-from mor.model.transformer import Transformer, check_finite
+from mor.model.transformer import Transformer
 from mor.statistics import group_means
 
 Rows = list[dict[str, Any]]

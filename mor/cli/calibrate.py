@@ -88,8 +88,8 @@ class Calibrate(Command):
         console.print(f"depths that can be had: {ranges}", highlight=False)
 
     def _kinds(self, tokenizer: Tokenizer) -> Iterator[tuple[str, Windows]]:
+        from mor.data.corpus import load_tokens, tokenize
         from mor.data.sources import read_documents
-        from mor.data.stream import load_tokens, tokenize
 
         if self.kind_field is not None:
             assert self.data is not None

@@ -177,7 +177,7 @@ class Convert(Command):
         from mor.conversion.convert import read_source
         from mor.conversion.deepen import angular_distances, splits
         from mor.data.config import DataConfig
-        from mor.data.stream import load_corpus, load_tokens
+        from mor.data.corpus import load_corpus, load_tokens
 
         found = read_source(self.source)
         if self.text is None:

@@ -164,6 +164,6 @@ def _answers(task: Task, text: str, tokenizer: Tokenizer) -> list[int]:
 
 def _counts(corpus: Path, tokenizer: Tokenizer) -> dict[int, int]:
     from mor.analysis.corpus import token_counts
-    from mor.data.stream import load_tokens
+    from mor.data.corpus import load_tokens
 
     return token_counts(load_tokens(corpus, tokenizer))

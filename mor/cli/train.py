@@ -274,7 +274,7 @@ def with_vocabulary(settings: TrainConfig) -> TrainConfig:
     """The same with a model as large as the tokenizer makes it, or that of the checkpoint it starts
     from."""
     from mor import checkpoint
-    from mor.data.stream import vocab_size
+    from mor.data.corpus import vocab_size
 
     if settings.init_from:
         return settings.with_model_of(

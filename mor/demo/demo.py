@@ -15,7 +15,8 @@ from rich.console import Console
 
 from mor.analysis.figures import loss_over_flops
 from mor.analysis.style import save
-from mor.data.stream import TaskData, load_corpus
+from mor.data.corpus import load_corpus
+from mor.data.stream import TaskData
 from mor.demo.experiment import Experiment, Trained, train_one
 from mor.demo.figures import answers_and_depth
 from mor.demo.task import show_problem, task_experiment, task_row, task_table, task_verdict

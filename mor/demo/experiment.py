@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from mor.data.config import DataConfig
-from mor.data.stream import Corpus
+from mor.data.corpus import Corpus
 from mor.model.config import ModelConfig, RouterConfig
 from mor.model.transformer import Transformer
 from mor.run_folder import RunFolder

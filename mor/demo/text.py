@@ -16,7 +16,8 @@ from rich.table import Table
 from mor.analysis.depth_text import depth_legend, depth_text
 from mor.costs import flops as costs
 from mor.data.config import DataConfig
-from mor.data.stream import Corpus, Windows
+from mor.data.corpus import Corpus
+from mor.data.stream import Windows
 from mor.demo.experiment import ROUTED, Experiment, Trained
 from mor.evaluation.nll import evaluate
 from mor.generation import SamplingParams, generate

@@ -29,6 +29,7 @@ from transformers.utils.generic import ModelOutput
 
 from mor.hub.configuration import MoRConfig
 from mor.model.budget import Depth, DepthTable, router_for
+from mor.model.checks import check_finite, check_targets, check_tensors
 from mor.model.config import Selection
 from mor.model.kv_cache import KVCache
 from mor.model.packing import pack
@@ -41,9 +42,6 @@ from mor.model.transformer import (
     Output,
     RMSNorm,
     Transformer,
-    check_finite,
-    check_targets,
-    check_tensors,
 )
 
 # generate() passes the cache as "cache" since transformers 5.24, earlier as "past_key_values".

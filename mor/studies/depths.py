@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from mor import checkpoint
-from mor.data.stream import Batch, Corpus, Fingerprint, Windows, load_corpus
+from mor.data.corpus import Corpus, load_corpus
+from mor.data.stream import Batch, Fingerprint, Windows
 from mor.device import pick_device
 from mor.evaluation.calibrate import fit_table
 from mor.evaluation.choosers import ConfidenceRouter, by_need, need_of

@@ -57,7 +57,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mor.data.stream import vocab_size
+from mor.data.corpus import vocab_size
 from mor.evaluation.choosers import Chooser, check_can_choose
 from mor.files import naming, read_toml
 from mor.model.config import ModelConfig, RouterConfig, preset

@@ -23,7 +23,8 @@ from rich.filesize import decimal as in_bytes
 from safetensors import SafetensorError
 
 from mor import checkpoint
-from mor.data.stream import Corpus, Fingerprint, load_corpus
+from mor.data.corpus import Corpus, load_corpus
+from mor.data.stream import Fingerprint
 from mor.device import peak_flops_per_s
 from mor.evaluation.calibrate import FITTED_TOKENS, LEAST_TOKENS, calibrate, num_forwards
 from mor.evaluation.finite import NotFiniteError

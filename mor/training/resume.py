@@ -206,7 +206,7 @@ def _refuse_another_run(
     but: Sequence[str],
 ) -> None:
     """Raise ValueError that names each difference. but: dotted settings that may differ as well."""
-    from mor.data.stream import what_changed
+    from mor.data.corpus import what_changed
 
     found = list(_changed(before, config, [*FREE, *MACHINE, *LENGTH, *SHARED_OUT, *but]))
     if saved.ranks is not None:

@@ -9,9 +9,10 @@ from typing import NamedTuple
 from mor import checkpoint
 from mor.checkpoint import Checkpoint
 from mor.data.config import DataConfig
+from mor.data.corpus import held_out_split, load_corpus, load_tokens, what_changed
 from mor.data.manifest import is_prepared
 from mor.data.problems import PREFIX
-from mor.data.stream import Windows, held_out_split, load_corpus, load_tokens, what_changed
+from mor.data.stream import Windows
 from mor.training.config import settings_of
 
 _VALIDATION = "validation."  # how a corpus's fingerprint begins the names of this split

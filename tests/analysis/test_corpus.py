@@ -8,8 +8,8 @@ import torch
 
 from mor.analysis import corpus
 from mor.analysis.branches import exits_plain
+from mor.data.corpus import tokenize
 from mor.data.sources import Document
-from mor.data.stream import tokenize
 from mor.data.tokenizer import byte_tokenizer
 from mor.evaluation.nll import evaluate
 from mor.model.config import RouterConfig

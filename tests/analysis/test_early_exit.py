@@ -15,8 +15,9 @@ from mor.analysis.early_exit import (
     oracle_exits,
     random_exits,
 )
+from mor.data.config import DataConfig
+from mor.data.corpus import load_corpus, tokenize
 from mor.data.sources import Document
-from mor.data.stream import DataConfig, load_corpus, tokenize
 from mor.data.tokenizer import byte_tokenizer
 from mor.evaluation.nll import by_hops, evaluate
 from mor.model.config import RouterConfig, preset

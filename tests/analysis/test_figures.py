@@ -8,8 +8,8 @@ from matplotlib import image
 
 from mor.analysis.report import ENTRIES, analyses, run_tables, write
 from mor.checkpoint import Checkpoint
+from mor.data.corpus import tokenize
 from mor.data.sources import Document
-from mor.data.stream import tokenize
 from mor.data.tokenizer import byte_tokenizer
 from tests.analysis.small_corpus import TEXT, WINDOW
 from tests.conftest import tiny

@@ -12,8 +12,8 @@ from mor.analysis import style
 from mor.analysis.report import ENTRIES, analyses, report_page, write, write_table
 from mor.checkpoint import Checkpoint
 from mor.cli import main
+from mor.data.corpus import tokenize
 from mor.data.sources import Document
-from mor.data.stream import tokenize
 from mor.data.tokenizer import byte_tokenizer
 from tests.analysis.small_corpus import TEXT, WINDOW
 from tests.conftest import tiny

@@ -5,8 +5,10 @@ import torch
 from rich.console import Console
 
 from mor import checkpoint
+from mor.data.config import DataConfig
+from mor.data.corpus import load_corpus
 from mor.data.problems import StateTracking, parse_task
-from mor.data.stream import DataConfig, DataState, load_corpus
+from mor.data.stream import DataState
 from mor.evaluation.nll import by_hops, evaluate
 from mor.model.config import RouterConfig, preset
 from mor.model.loss import IGNORED

@@ -1,7 +1,7 @@
 """The default corpus: the documentation of Python itself."""
 
 from mor.data.python_docs import python_documents, without_repeats
-from mor.data.stream import Document
+from mor.data.sources import Document
 from mor.files import cache_folder
 
 

@@ -7,9 +7,10 @@ import random
 import pytest
 
 from mor.data.config import DataConfig
+from mor.data.corpus import load_corpus, load_tokens
 from mor.data.shards import PrepareConfig, prepare
 from mor.data.sources import find_sources
-from mor.data.stream import DataState, load_corpus, load_tokens
+from mor.data.stream import DataState
 from mor.data.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 
 PARTS = [

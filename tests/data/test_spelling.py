@@ -9,10 +9,10 @@ from rich.console import Console
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from mor.data.config import DataConfig
+from mor.data.corpus import load_corpus, load_tokens, tokenize
 from mor.data.shards import PrepareConfig, prepare
 from mor.data.sources import Document
 from mor.data.spelling import Spelling, spelling
-from mor.data.stream import load_corpus, load_tokens, tokenize
 from mor.data.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, train_bpe
 
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from mor.data.config import DataConfig
+from mor.data.corpus import load_corpus
 from mor.data.shards import PrepareConfig, prepare
 from mor.data.split import Divided, draw, held_out, held_out_documents
-from mor.data.stream import load_corpus
 
 # One document in ten holds nearly all of the text.
 SKEWED = ["word " * (2000 if i % 10 == 3 else 20) for i in range(400)]

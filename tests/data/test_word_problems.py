@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mor.data.config import DataConfig
+from mor.data.corpus import load_corpus, vocab_size
 from mor.data.sources import Document
-from mor.data.stream import load_corpus, vocab_size
 from mor.data.tokenizer import byte_tokenizer, train_bpe
 from mor.data.word_problems import WORD_TASKS, parse_word_task
 from mor.evaluation.nll import by_hops

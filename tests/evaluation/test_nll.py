@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from mor import device
+from mor.data.corpus import tokenize
 from mor.data.problems import parse_task
 from mor.data.sources import Document
-from mor.data.stream import Part, TaskData, TokenData, tokenize
+from mor.data.stream import Part, TaskData, TokenData
 from mor.data.text_bytes import TextBytes
 from mor.data.tokenizer import train_bpe
 from mor.evaluation.nll import by_hops, evaluate, leak

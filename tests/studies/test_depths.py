@@ -10,7 +10,8 @@ import pytest
 
 from mor import checkpoint
 from mor.cli import main
-from mor.data.stream import DataConfig, load_corpus
+from mor.data.config import DataConfig
+from mor.data.corpus import load_corpus
 from mor.evaluation.calibrate import calibrate
 from mor.evaluation.nll import evaluate
 from mor.files import read_json, write_json

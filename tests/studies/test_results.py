@@ -10,7 +10,8 @@ from mor import checkpoint
 from mor.analysis.early_exit import (
     early_exits,
 )
-from mor.data.stream import DataConfig, load_corpus
+from mor.data.config import DataConfig
+from mor.data.corpus import load_corpus
 from mor.evaluation.nll import evaluate
 from mor.files import read_json, write_json
 from mor.model.config import RouterConfig, preset

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch.distributed import HashStore, TCPStore
 
 from mor import checkpoint
-from mor.data.stream import DataConfig
+from mor.data.config import DataConfig
 from mor.device import autocast
 from mor.files import remove_folder
 from mor.model.config import RouterConfig, preset

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mor.data.stream import DataConfig
+from mor.data.config import DataConfig
 from mor.model.config import preset
 from mor.run_folder import RunFolder
 from mor.training.config import TrainConfig

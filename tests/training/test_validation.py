@@ -10,9 +10,10 @@ import pytest
 
 from mor import checkpoint
 from mor.data.config import DataConfig
+from mor.data.corpus import load_tokens, tokenize
 from mor.data.problems import parse_task
 from mor.data.sources import Document
-from mor.data.stream import TaskData, load_tokens, tokenize
+from mor.data.stream import TaskData
 from mor.data.tokenizer import byte_tokenizer
 from mor.training.loop import train
 from mor.training.validation import check_validation, validation_of
