@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.filesize import decimal as in_bytes
 from torch import Tensor
 
@@ -345,9 +346,11 @@ class TaskData(Windows):
         if not documents:
             return Batch(found.tokens_BT, found.targets_BT)
         documents_BT = torch.arange(len(indices))[:, None].expand_as(found.tokens_BT)
-        if isinstance(self.task, InTokens):  # the last token of a problem closes it
-            ends_BT = (found.tokens_BT == self.task.tokenizer.end_of_text_id).long()
-            documents_BT = documents_BT * seq_len + ends_BT.cumsum(1) - ends_BT
+        if isinstance(self.task, InTokens):
+            # The last token of a problem closes it; those that fill the window are one document.
+            end_BT = found.tokens_BT == self.task.tokenizer.end_of_text_id
+            closes_BT = end_BT & ~F.pad(end_BT, (1, -1))
+            documents_BT = documents_BT * seq_len + closes_BT.cumsum(1) - closes_BT.long()
         return Batch(found.tokens_BT, found.targets_BT, documents_BT)
 
     def problems(self, indices: Sequence[int], seq_len: int) -> Problems:

@@ -11,10 +11,10 @@ B problems · T tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import count, takewhile
 from typing import Annotated, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from mor.settings import NonNegativeInt, PositiveInt, Seed, Settings
 
 WORDS_PREFIX = "words:"
 _MOST = 1 << 10  # problems in a window
+_DRAWN = 64  # numbers at a time
 _PEOPLE = (
     *("Anna", "Ben", "Carl", "Dora", "Emma", "Frank"),
     *("Grace", "Henry", "Iris", "Jack", "Kate", "Leo"),
@@ -163,6 +164,12 @@ def parse_word_task(path: str) -> WordTask:
     return settings_of_task(path, WORDS_PREFIX, WORD_TASKS)
 
 
+def _uniforms(seed: int, index: int) -> Iterator[float]:
+    """In [0, 1), as many as are wanted; made together, since one takes as long as many."""
+    for first in count(1, _DRAWN):
+        yield from hash_uniform(seed, index, torch.arange(first, first + _DRAWN)).tolist()
+
+
 class Asked(NamedTuple):
     """answers: for each token of one its place, what is to be predicted there, and the steps that
     it takes; 0 where all answers have the same token."""
@@ -196,12 +203,10 @@ class InTokens:
 
     def problem(self, index: int) -> tuple[Problem, int]:
         """The problem of this number, and its steps."""
-        drawn = 0
+        uniform = _uniforms(self.task.seed, index)
 
         def draw(below: int) -> int:
-            nonlocal drawn
-            drawn += 1
-            return int(hash_uniform(self.task.seed, index, drawn) * below)
+            return int(next(uniform) * below)
 
         several = self.steps()
         steps = several[-1] if self.task.each else several[draw(len(several))]
