@@ -202,6 +202,18 @@ def cases(quick="all", *, with_final=False):
     return found
 
 
+def some(params, one_in):
+    """All of them; of those that run without ``slow`` only the first of every so many still do."""
+    found, quick = [], 0
+    for case in params:
+        case = case if hasattr(case, "marks") else pytest.param(case)
+        keep = bool(case.marks) or quick % one_in == 0
+        quick += not case.marks
+        marks = case.marks if keep else pytest.mark.slow
+        found.append(pytest.param(*case.values, id=case.id, marks=marks))
+    return found
+
+
 def final_maker(router):
     """Makes the model of ``cases`` with this router (a name) and ``final``."""
     return _maker(ROUTERS[router], "middle_cycle", "final")

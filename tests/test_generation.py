@@ -19,7 +19,7 @@ def greedy_by_full_forward(model, prompt, count):
     return ids[len(prompt) :], model(torch.tensor([ids[:-1]])).routing.depth_BT[0].tolist()
 
 
-@pytest.mark.parametrize("make", cases("pairs", with_final=True))
+@pytest.mark.parametrize("make", cases("singles", with_final=True))
 def test_greedy_decoding_equals_repeated_full_forwards_token_by_token_and_depth_by_depth(make):
     model = make()
     prompts = [random_tokens(n, seed=n).tolist() for n in (1, 7)]

@@ -119,8 +119,19 @@ def definition_cases():
     ]
 
 
-@pytest.mark.parametrize("selection", ["topk", "threshold"])
-@pytest.mark.parametrize(("router", "kv", "sharing", "added"), definition_cases())
+@pytest.mark.parametrize(
+    ("router", "kv", "sharing", "added", "selection"),
+    [
+        pytest.param(
+            *case.values,
+            selection,
+            id=f"{case.id}-{selection}",
+            marks=() if i % 2 == j else pytest.mark.slow,
+        )
+        for i, case in enumerate(definition_cases())
+        for j, selection in enumerate(("topk", "threshold"))
+    ],
+)
 def test_equals_the_per_token_definition_in_values_and_gradients(
     router, kv, sharing, added, selection
 ):

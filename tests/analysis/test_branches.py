@@ -7,7 +7,7 @@ from mor.analysis.branches import at_depth, exits, exits_plain
 from mor.model.budget import router_for
 from mor.model.kv_cache import KVCache
 from tests.budgets import calibrated
-from tests.conftest import cases, random_tokens, tiny
+from tests.conftest import cases, random_tokens, some, tiny
 
 
 def read(model, ids):
@@ -15,7 +15,7 @@ def read(model, ids):
     return model(torch.tensor([ids]), cache=cache), cache
 
 
-@pytest.mark.parametrize("make", cases("singles", with_final=True))
+@pytest.mark.parametrize("make", some(cases("singles", with_final=True), 3))
 def test_all_counterfactuals_at_once_equal_one_run_of_the_whole_sequence_each(make, monkeypatch):
     model, ids = make(), random_tokens(13, seed=4).tolist()
     with torch.no_grad():

@@ -216,7 +216,9 @@ def test_depth_scaling_is_evaluation_at_every_cap_and_labels_what_was_never_trai
     assert len({round(r["nll"], 6) for r in rows}) == 5, "every further recursion changes something"
 
 
-@pytest.mark.parametrize("asked", ["everywhere", "at a third", "from depth 0"])
+@pytest.mark.parametrize(
+    "asked", ["everywhere", pytest.param("at a third", marks=pytest.mark.slow), "from depth 0"]
+)
 def test_counterfactual_gains_are_means_of_one_run_per_token(data, asked):
     router = {"router": FROM_0} if asked == "from depth 0" else {}
     reading = reading_of(data, windows=2, **router)

@@ -277,7 +277,7 @@ def test_a_text_is_explained_at_a_depth():
         assert token.logprob == pytest.approx(float(logp[token.target_id]), abs=1e-4)
 
 
-@pytest.mark.parametrize("router", ["expert", "token"])
+@pytest.mark.parametrize("router", ["expert", pytest.param("token", marks=pytest.mark.slow)])
 def test_other_depths_of_the_same_text_are_recorded_as_those_budgets_read_it(router):
     """Also of a text longer than the window."""
     from tests.budgets import calibrated

@@ -36,7 +36,7 @@ SCHEDULES = {
     "one-at-a-time": dict(max_num_seqs=1, prefill_chunk=1, page_size=1),
 }
 # Which models run without ``slow``; under the other schedules: singles.
-QUICK = {"depth-wise": "pairs", "device": "pairs"}
+QUICK = {"depth-wise": "pairs"}
 WITH_FINAL = [
     pytest.param(
         final_maker(router),

@@ -5,11 +5,11 @@ import pytest
 from mor.engine import Engine, EngineConfig, SamplingParams
 from mor.engine.prefix_cache import PrefixCache, Segment
 from mor.generation import generate
-from tests.conftest import cases, random_tokens, tiny
+from tests.conftest import cases, random_tokens, some, tiny
 from tests.engine.requests import POISON, all_memory_is_back, poisoned, same
 
 
-@pytest.mark.parametrize("make_model", cases("singles", with_final=True))
+@pytest.mark.parametrize("make_model", some(cases("singles", with_final=True), 2))
 def test_prefix_cache_hits(make_model):
     model = make_model()
     shared = random_tokens(17, seed=5).tolist()

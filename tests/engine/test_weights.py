@@ -9,7 +9,7 @@ from mor.engine import Engine, EngineConfig, SamplingParams, weights
 from mor.engine import engine as engine_module
 from mor.engine.weights import FewRowsLinear, Int8Linear, for_decoding, fused, with_linear
 from mor.generation import generate
-from tests.conftest import random_tokens, tiny
+from tests.conftest import random_tokens, some, tiny
 from tests.engine.requests import KV, all_memory_is_back, draw_requests, same
 
 
@@ -98,8 +98,17 @@ def replace_a_layer(model):
 CHANGES = [add, load, lambda m: load(m, assign=True), take_a_step, set_data, swap_rows]
 
 
-@pytest.mark.parametrize("settings", [{}, dict(quantize="int8"), dict(loop="device")])
-@pytest.mark.parametrize("change", [*CHANGES, replace_a_layer])
+@pytest.mark.parametrize(
+    ("change", "settings"),
+    some(
+        [
+            pytest.param(change, settings)
+            for change in (*CHANGES, replace_a_layer)
+            for settings in ({}, dict(quantize="int8"), dict(loop="device"))
+        ],
+        2,
+    ),
+)
 def test_a_changed_model_is_noticed(change, settings):
     """Cached prefixes go, and so do copies of the weights; unchanged, the prefix is a hit."""
     model, prompt = tiny(), [5, 6, 7, 8, 9, 10, 6, 5]
@@ -242,8 +251,10 @@ OWN_WAYS = [
 ]
 
 
-@pytest.mark.parametrize("fuse", [False, True])
-@pytest.mark.parametrize(("change", "name"), OWN_WAYS)
+@pytest.mark.parametrize(
+    ("change", "name", "fuse"),
+    some([pytest.param(*way, fuse) for fuse in (False, True) for way in OWN_WAYS], 2),
+)
 def test_modules_with_a_way_of_their_own_are_served_as_they_are(change, name, fuse, monkeypatch):
     if fuse:
         monkeypatch.setattr("mor.engine.engine.for_decoding", lambda model, *_, **__: fused(model))

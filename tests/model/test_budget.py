@@ -20,7 +20,7 @@ from mor.model.budget import (
 from mor.model.config import ModelConfig, RouterConfig
 from mor.model.kv_cache import KVCache
 from tests.budgets import DEPTHS, calibrated
-from tests.conftest import KV_STRATEGIES, ROUTERS, random_tokens, tiny
+from tests.conftest import KV_STRATEGIES, ROUTERS, random_tokens, some, tiny
 
 
 def some_models():
@@ -56,7 +56,7 @@ def test_shares_have_the_mean_that_was_asked_for_and_never_fall(capacities, deep
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "kv"), [*some_models()])
+@pytest.mark.parametrize(("name", "kv"), some(some_models(), 2))
 def test_budgets_decode_as_they_read_also_in_one_batch(name, kv):
     """Full forward = piece by piece with a cache = each row alone = padded, with another depth in
     every row; and without a depth nothing changes."""
