@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mor.model.compiling import compiled
-from mor.model.packing import PackedTokens
+from mor.model.packing import PackedTokens, take
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -128,6 +128,7 @@ class PackedAttention:
     rows of equal length, own keys        causal attention, nothing is padded or masked
     rows of any length, own keys          CUDA: a kernel for packed rows; else padded, causal
     keys of all tokens                    CUDA with Triton: FlexAttention; else padded, with a mask
+    padded rows of very different length  in groups of rows alike
     """
 
     def __init__(self, queries: PackedTokens, keys: PackedTokens) -> None:
@@ -160,7 +161,36 @@ class PackedAttention:
     # Padded rows
 
     def padded(self, q_MNH: Tensor, k_SGH: Tensor, v_SGH: Tensor) -> Tensor:
-        """Any device, any precision."""
+        """Any device, any precision. Rows of very different length in turns: one long document
+        would make a row as long of each short one."""
+        if not self._parts:
+            return self._padded(q_MNH, k_SGH, v_SGH)
+        mixed = [
+            part._padded(take(q_MNH, queries), take(k_SGH, keys), take(v_SGH, keys))
+            for part, queries, keys in self._parts
+        ]
+        return take(torch.cat(mixed), self._order)
+
+    @functools.cached_property
+    def _order(self) -> Tensor:
+        """Where each query stands when the parts are one after the other."""
+        return torch.cat([queries for _, queries, _ in self._parts]).argsort()
+
+    @functools.cached_property
+    def _parts(self) -> list[tuple[PackedAttention, Tensor, Tensor]]:
+        """The same for each group of rows alike, and where its queries and keys stand; empty where
+        all are."""
+        found = []
+        for rows in self.keys.rows_alike():
+            at, keys = (rows[t.row].nonzero().squeeze(1) for t in (self.queries, self.keys))
+            if len(at):
+                queries = self.queries.select(at)
+                own = self.queries is self.keys
+                part = PackedAttention(queries, queries if own else self.keys.select(keys))
+                found.append((part, at, keys))
+        return found
+
+    def _padded(self, q_MNH: Tensor, k_SGH: Tensor, v_SGH: Tensor) -> Tensor:
         mask = None if self.queries is self.keys else self._bias(q_MNH.dtype)
         k_ASGH, v_ASGH = self._key_lines(k_SGH), self._key_lines(v_SGH)
         q_AKNH = self.queries.pad(q_MNH)

@@ -85,6 +85,26 @@ class PackedTokens:
         """Tokens in the fullest row."""
         return max(self._counts) if self.per_row is None else self.per_row
 
+    def rows_alike(self) -> list[Tensor]:
+        """Rows that hold tokens in groups, each as truth values, (num_rows,): none of a group is
+        twice as long as another. Empty where attention, padded, costs at most twice as much for all
+        rows together: they are alike enough."""
+        if self.per_row is not None:
+            return []
+        groups: dict[int, list[int]] = {}
+        for row, count in enumerate(self._counts):
+            if count:
+                groups.setdefault(count.bit_length(), []).append(row)
+        cost = sum(
+            len(rows) * max(self._counts[row] for row in rows) ** 2 for rows in groups.values()
+        )
+        if sum(map(len, groups.values())) * self.longest**2 <= 2 * cost:
+            return []
+        found = torch.zeros(len(groups), self.num_rows, dtype=torch.bool)
+        for group, rows in zip(found, groups.values(), strict=True):
+            group[rows] = True
+        return [*found.to(self.row.device)]
+
     @cached_property
     def _lines(self) -> tuple[int, int]:
         """Shape (A, K) of the padded tokens."""

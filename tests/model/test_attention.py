@@ -52,6 +52,8 @@ def rows(kind, own, device="cpu"):
     length = torch.tensor([[150], [97], [1], [150]])
     mask = None if kind == "equal" else torch.arange(150) < length
     documents = (torch.arange(150) // 40).expand(4, 150) if kind == "documents" else None
+    if kind == "unlike":  # one long document beside many short ones
+        documents = (torch.arange(150) // 5 * torch.tensor([[0], [1], [1], [1]])).expand(4, 150)
     given = (None if x is None else x.to(device) for x in (tokens, mask, documents))
     keys = pack(next(given), next(given), documents_BT=next(given))
     if kind == "equal":
@@ -65,12 +67,26 @@ def rows(kind, own, device="cpu"):
 
 
 @pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("kind", ["equal", "ragged", "documents"])
+@pytest.mark.parametrize("kind", ["equal", "ragged", "documents", "unlike"])
 def test_packed_attention_equals_its_plain_definition_in_values_and_gradients(kind, own):
     queries, keys = rows(kind, own)
     inputs = draw((len(queries), 6, 8), (len(keys), 2, 8), (len(keys), 2, 8))
     fast = PackedAttention(queries, keys)(*inputs)
     equal_in_values_and_gradients(fast, plain_packed_attention(*inputs, queries, keys), inputs)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_long_row_does_not_make_short_ones_as_long(own, monkeypatch):
+    queries, keys = rows("unlike", own)
+    lines, plainly = [], module.attention
+
+    def seen(q, k, v, *more, **settings):
+        lines.append(k.shape[:2].numel())
+        return plainly(q, k, v, *more, **settings)
+
+    monkeypatch.setattr(module, "attention", seen)
+    PackedAttention(queries, keys)(*draw((len(queries), 6, 8), *[(len(keys), 2, 8)] * 2))
+    assert sum(lines) < 2 * len(keys) < len(keys.count) * keys.longest / 5
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
