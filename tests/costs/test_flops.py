@@ -136,22 +136,43 @@ def kernel_pairs(config, batch, width, kept):
     return batch * width * width, [batch * k * s for k, s in zip(kept, keys, strict=True)]
 
 
+def padded_pairs(queries, keys):
+    """The same for rows that hold so many queries and keys: those alike are padded together, where
+    padding all of them would cost over twice as much."""
+
+    def together(rows):
+        taking = [row for row in rows if queries[row]]
+        most = max((queries[row] for row in taking), default=0)
+        return len(taking) * most * max(keys[row] for row in rows)
+
+    held = [row for row, count in enumerate(keys) if count]
+    alike = {}
+    for row in held:
+        alike.setdefault(len(f"{keys[row]:b}"), []).append(row)
+    apart = sum(len(rows) * max(keys[row] for row in rows) ** 2 for rows in alike.values())
+    if len(held) * max(keys) ** 2 <= 2 * apart:
+        return together(held)
+    return sum(map(together, alike.values()))
+
+
+def pairs_of(config, routing):
+    """Of a whole forward: outside of the recursions, and in each of them."""
+    everyone = routing.tokens.count.tolist()
+    taken = [step.tokens.count.tolist() for step in routing.steps]
+    is_own = config.kv_strategy == "recursion_wise"
+    pairs = [padded_pairs(counts, counts if is_own else everyone) for counts in taken]
+    return padded_pairs(everyone, everyone), pairs
+
+
 @pytest.mark.parametrize("make", cases("singles", with_final=True))
 def test_flops_of_a_training_batch_are_those_of_costs(make):
     model, batch, length = make(), 3, 20
     tokens = random_tokens(batch, length)
     forward, output = count_flops(lambda: model(tokens, selection="topk"))
     routing = output.routing
-    # depths differ by row: attention pads to the fullest
-    if model.config.router.kind in ("token_choice", "gain"):
+    if model.config.router.kind in ("token_choice", "gain"):  # depths differ by row
         kept = routing.tokens_per_recursion()
-        fullest = [int(s.tokens.count.max()) for s in routing.steps]
-        lanes = [int((s.tokens.count > 0).sum()) for s in routing.steps]
-        keys = fullest if model.config.kv_strategy == "recursion_wise" else [length] * 3
-        own, pairs = (
-            batch * length**2,
-            [a * k * s for a, k, s in zip(lanes, fullest, keys, strict=True)],
-        )
+        own, pairs = pairs_of(model.config, routing)
     else:
         per_row = kept_per_recursion(model.config, length)
         kept = [batch * k for k in per_row]
@@ -173,15 +194,9 @@ def test_padding_and_early_exits_cost_no_linear_flops(make):
         mask[row, 16 - length :] = True
     total, output = count_flops(lambda: model(tokens, mask_BT=mask))
     kept = output.routing.tokens_per_recursion()
-    steps = [s.tokens for s in output.routing.steps]
-    lanes, fullest = (
-        [int((t.count > 0).sum()) for t in steps],
-        [int(t.count.max()) for t in steps],
-    )
-    # a row's keys of the first recursion are padded to the longest row's 16
-    keys = fullest if model.config.kv_strategy == "recursion_wise" else [16, 16, 16]
-    pairs = [a * k * s for a, k, s in zip(lanes, fullest, keys, strict=True)]
-    work = Workload(tokens=29, kept=kept, own_pairs=4 * 16 * 16, pairs=pairs, logits=29)
+    own, pairs = pairs_of(model.config, output.routing)
+    assert own == 16**2 + 9**2 + 3**2 + 1**2 < 4 * 16**2 / 2
+    work = Workload(tokens=29, kept=kept, own_pairs=own, pairs=pairs, logits=29)
     assert total == forward_flops(model.config, work)
     if model.config.family == "mor":
         assert kept[-1] < kept[0] and (kept[0] == 29) == model.config.least_depth
