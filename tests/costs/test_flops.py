@@ -143,7 +143,7 @@ def padded_pairs(queries, keys):
     def together(rows):
         taking = [row for row in rows if queries[row]]
         most = max((queries[row] for row in taking), default=0)
-        return len(taking) * most * max(keys[row] for row in rows)
+        return len(taking) * most * max((keys[row] for row in rows), default=0)
 
     held = [row for row, count in enumerate(keys) if count]
     alike = {}
