@@ -23,7 +23,9 @@ def text(tokens, *, seed=0):
     )
 
 
-GAIN = RouterConfig(kind="expert_choice", causal_selection="gain", gate="residual")
+GAIN = RouterConfig(
+    kind="expert_choice", causal_selection="gain", gate="residual", reads="direction"
+)
 
 
 @functools.cache

@@ -143,7 +143,7 @@ ROUTERS = {
     "fixed": RouterConfig(),
     "expert": RouterConfig(kind="expert_choice"),
     "expert-aux-router": RouterConfig(
-        kind="expert_choice", causal_selection="aux_router", gate="residual"
+        kind="expert_choice", causal_selection="aux_router", gate="residual", reads="direction"
     ),
     "expert-flat": RouterConfig(kind="expert_choice", hierarchical=False, score="tanh"),
     "token": RouterConfig(kind="token_choice"),

@@ -153,6 +153,8 @@ class Reference:
         }[name](logit)
 
     def net(self, name, x):
+        if self.c.router.reads == "direction":
+            x = x / x.square().sum().sqrt()
         if f"{name}.weight" in self.w:
             return self.w[f"{name}.weight"] @ x
         hidden = self.w[f"{name}.0.weight"] @ x

@@ -82,13 +82,14 @@ def definition_cases():
         "expert-wide-none": expert | dict(architecture="wide_mlp", score="none", z_loss_weight=0.1),
         "expert-residual": expert | dict(gate="residual", alpha=1.0),
         "expert-aux-router": expert | dict(causal_selection="aux_router"),
-        "expert-gain": expert | dict(causal_selection="gain", gate="residual", alpha=1.0),
+        "expert-gain": expert
+        | dict(causal_selection="gain", gate="residual", alpha=1.0, reads="direction"),
         "expert-flat": expert | dict(hierarchical=False),
         "token": token,
         "token-residual": token | dict(gate="residual", z_loss_weight=0.1),
         "token-sigmoid": token | dict(score="sigmoid", alpha=0.5, architecture="mlp"),
         "token-every": token | dict(combination="every"),
-        "token-loss-free": token | dict(balancing="loss_free"),
+        "token-loss-free": token | dict(balancing="loss_free", reads="direction"),
     }
     found = [
         (f"{n}-{kv}", r, kv, "middle_cycle")

@@ -73,6 +73,7 @@ _READ_BY: dict[str, tuple[RouterKind, ...]] = {
     "balancing_weight": ("token_choice",),
     "bias_update_rate": ("token_choice",),
     "combination": ("token_choice",),
+    "reads": ("expert_choice", "token_choice"),
     "seed": ("random",),
     "explore": ("gain",),
 }
@@ -99,6 +100,10 @@ class RouterConfig(Settings, prefix="router"):
     top-k: expert_choice with causal_selection gain); random: the control; position and frequency:
     baselines whose depth follows from the position, or from how rare the token is."""
     architecture: Literal["linear", "mlp", "wide_mlp"] = "linear"
+    reads: Literal["state", "direction"] = "state"
+    """What the router's network sees of a token. state: its state as it is (paper); direction: the
+    state at length one, so that a step of AdamW moves a logit by at most lr * sqrt(dim), however
+    large states get. Where logits move further, sigmoids are shut before anything is learned."""
     score: Literal["sigmoid", "tanh", "none", "softmax"] | None = None
     """Function applied to router logits. Paper: sigmoid (expert-choice), softmax (token-choice)."""
     alpha: PositiveFloat | None = None
@@ -451,7 +456,8 @@ def preset(
 
     recipe: what is not given. ``recommended`` is what our studies favour: with several recursions
     expert-choice, ``hybrid`` keys and values, the residual gate with alpha 1. ``elastic`` is for
-    many depths of inference: keys and values ``final``, who goes on decided by predicted gains;
+    many depths of inference: keys and values ``final``, who goes on decided by predicted gains,
+    from the direction of states;
     it is trained with :func:`mor.training.config.training_of`. ``paper`` is arXiv 2507.10524:
     expert-choice, ``recursion_wise``, its gate with alpha 0.1.
     router: a kind takes its gate from the recipe; a RouterConfig is taken as it is, and then keys
@@ -486,7 +492,8 @@ def router_settings_of(kind: RouterKind, recipe: Recipe) -> dict[str, Any]:
     if recipe == "paper" or kind in ("fixed", "token_choice"):
         return {}
     by_gain = recipe == "elastic" and kind == "expert_choice"
-    return {"gate": "residual", "alpha": 1.0} | ({"causal_selection": "gain"} if by_gain else {})
+    own = {"causal_selection": "gain", "reads": "direction"} if by_gain else {}
+    return {"gate": "residual", "alpha": 1.0} | own
 
 
 def kv_strategy_of(kind: RouterKind, recipe: Recipe) -> KVStrategyName:

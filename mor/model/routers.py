@@ -80,11 +80,14 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def router_logits(net: nn.Module, x_MD: Tensor) -> Tensor:
-    """``net(x)`` in the precision of its weights, also under autocast: bf16 has too few digits to
-    rank tokens by."""
+def router_logits(net: nn.Module, x_MD: Tensor, reads: str = "state") -> Tensor:
+    """``net(x)``, or of x at length one, in the precision of its weights, also under autocast: bf16
+    has too few digits to rank tokens by."""
     with torch.autocast(x_MD.device.type, enabled=False):
-        return at_least_fp32(net(x_MD.to(next(net.parameters()).dtype)))
+        x_MD = x_MD.to(next(net.parameters()).dtype)
+        if reads == "direction":
+            x_MD = F.normalize(x_MD, dim=-1)
+        return at_least_fp32(net(x_MD))
 
 
 def score_net(architecture: str, dim: int, outputs: int) -> nn.Module:
@@ -215,7 +218,8 @@ class Router(nn.Module):
 
         mean_depth; share_per_recursion: of all tokens; depth_entropy: of the depths that tokens
         took, 1 if all that the capacities allow are equally frequent; dead_positions: share of
-        columns in which no row reached the last recursion.
+        columns in which no row reached the last recursion; gate_per_recursion: mean size of the
+        gates of the tokens that went in, if there are gates.
         """
         processes, R = processes or self.processes, len(routings[0].steps)
         taken = torch.stack([r.taken_RM.sum(1) for r in routings]).sum(0)
@@ -227,6 +231,11 @@ class Router(nn.Module):
             "mean_depth": float(taken.sum() / tokens),
             "share_per_recursion": (taken / tokens).tolist(),
         }
+        gates = [step.gate for routing in routings for step in routing.steps]
+        sizes = [gate.abs().sum() for gate in gates if gate is not None]
+        if len(sizes) == len(gates):
+            total = processes.sum(torch.stack(sizes).view(-1, R).sum(0))
+            found["gate_per_recursion"] = (total / taken.clamp(min=1)).tolist()
         return found | self._routing_health(routings, depths_R1, processes)
 
     def _routing_health(
@@ -293,11 +302,12 @@ class ExpertChoiceRouter(Router):
     def decide(
         self, recursion: int, h_CD: Tensor, tokens: PackedTokens, memory: Memory, capacity: float
     ) -> Decision:
-        logit = causal = router_logits(self.nets[recursion], h_CD).squeeze(-1)
+        reads = self.config.reads
+        logit = causal = router_logits(self.nets[recursion], h_CD, reads).squeeze(-1)
         if self.aux_nets:
             # What imitates top-k learns from its own loss alone: no gradient goes into the states.
             seen_CD = h_CD if self.predicts_gain else h_CD.detach()
-            causal = router_logits(self.aux_nets[recursion], seen_CD).squeeze(-1)
+            causal = router_logits(self.aux_nets[recursion], seen_CD, reads).squeeze(-1)
         takes = None if capacity == 1 else causal.sigmoid() > self.threshold_R[recursion]
         gate = self.config.gate_scale * self.score(logit + self.open)
         # The logit ranks as the score does, and does not saturate.
@@ -399,7 +409,7 @@ class TokenChoiceRouter(Router):
         self.combine_form = forms[config.combination]
 
     def start(self, x_MD: Tensor, tokens: PackedTokens, max_depth: int) -> Memory:
-        logit_MR = router_logits(self.net, x_MD)
+        logit_MR = router_logits(self.net, x_MD, self.config.reads)
         score_MR = self.score(logit_MR)
         wish = (score_MR + self.bias_R).argmax(-1) + 1  # the bias balances, it does not gate
         depth = wish.clamp(max=max_depth)

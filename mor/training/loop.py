@@ -32,11 +32,11 @@ from mor.evaluation.nll import Evaluation, evaluate
 from mor.files import naming, remove_folder, write_json
 from mor.interruption import interruptible
 from mor.model.budget import has_depths
-from mor.model.config import RouterConfig
 from mor.model.transformer import Transformer
 from mor.progress import ProgressBar
 from mor.run_folder import RunFolder
 from mor.training import distributed, sharded_state
+from mor.training.collapse import CollapseWatch
 from mor.training.compiling import compile_layers
 from mor.training.config import TrainConfig, step_flops, total_steps
 from mor.training.distributed import Ranks, own_share, reshard, spread
@@ -158,7 +158,8 @@ def _prepare(
         *kept_lines,
     ]:
         progress.note(line)
-    trainer = Trainer(config, state, found.corpus, run, log, progress, total, facts)
+    watch = CollapseWatch(config.model.router)
+    trainer = Trainer(config, state, found.corpus, run, log, progress, total, facts, watch)
     trainer.skipped_in_a_row = saved.skipped_in_a_row if saved and found.is_own else 0
     if saved and found.is_own and saved.total_steps == total:
         trainer.saved_step = state.step
@@ -320,6 +321,7 @@ class Trainer:
     """Steps of the whole run."""
     facts: dict[str, Any]
     """Of the run, for its checkpoints: see :func:`mor.training.resume.record`."""
+    collapse: CollapseWatch
 
     saved_step: int | None = None
     """Of the newest checkpoint; None if there is none of this run."""
@@ -335,10 +337,6 @@ class Trainer:
     cannot_link: bool = False
     passing: Path | None = None
     """The newest checkpoint, if only the clock asked for it."""
-    empty: set[int] = field(default_factory=set)
-    """Recursions (from 1) that no token took at the last validation."""
-    warned: set[int] = field(default_factory=set)
-    """Those of them that were reported."""
 
     def train(self) -> TrainResult:
         """Train to the end or an interruption, and save."""
@@ -550,7 +548,9 @@ class Trainer:
     def _validate(self) -> Evaluation:
         """Evaluate and log; warns of recursions that no token takes."""
         state, found = self.state, self._evaluate(self.config.eval_windows)
-        self._warn_of_collapse(found.share_per_recursion)
+        last = state.step == self.total
+        for message in self.collapse.messages(found.share_per_recursion, self.health, last=last):
+            self.progress.note(f"warning: step {state.step}: {message}")
         self.log.write(
             step=state.step,
             flops=state.flops,
@@ -563,16 +563,6 @@ class Trainer:
             validation_share_per_recursion=found.share_per_recursion,
         )
         return found
-
-    def _warn_of_collapse(self, share_per_recursion: Sequence[float]) -> None:
-        """Once for each recursion that stays empty from one validation to the next, or at the end:
-        early in a run a router may be on its way."""
-        step = self.state.step
-        empty = {r for r, share in enumerate(share_per_recursion, start=1) if share == 0}
-        lasting = empty if step == self.total else empty & self.empty
-        if message := collapse_message(sorted(lasting - self.warned), self.config.model.router):
-            self.progress.note(f"warning: step {step}: {message}")
-        self.empty, self.warned = empty, (self.warned & empty) | lasting
 
     def save(self, *, by_clock: bool = False) -> None:
         """Write the checkpoint of this step and delete those that are no longer kept. Raises
@@ -644,25 +634,3 @@ def why_not_written(error: Exception, config: TrainConfig, path: Path) -> str:
     if free < size:
         return f"the disk has {in_bytes(free)} free, a checkpoint takes about {in_bytes(size)}"
     return words or f"not all of a file was written; is the disk full or its quota? ({error})"
-
-
-_AGAINST_COLLAPSE = {
-    "aux_loss": "raise router.selection_weight",
-    "aux_router": "raise router.selection_weight",
-    "gain": "ask for a depth, or raise full_depth_share or exit_share",
-    "loss": "raise router.balancing_weight",
-    "loss_free": "raise router.bias_update_rate",
-    "none": "set router.balancing to 'loss'",
-}
-
-
-def collapse_message(empty: Sequence[int], router: RouterConfig) -> str | None:
-    """Plain words if causal selection leaves recursions (from 1) without tokens, with what this
-    router can do about it; None for a router that does not learn where tokens go."""
-    learnt_by = {"expert_choice": router.causal_selection, "token_choice": router.balancing}
-    if not empty or (found := learnt_by.get(router.kind)) is None:
-        return None
-    return (
-        f"no validation token takes recursion {', '.join(map(str, empty))}: the router has "
-        f"collapsed, or is not trained yet. If it stays so, {_AGAINST_COLLAPSE[found]}"
-    )

@@ -36,7 +36,7 @@ def test_a_recipe_fills_in_what_is_not_given():
     assert (mor.kv_strategy, paper.kv_strategy) == ("hybrid", "recursion_wise")
     elastic = preset("tiny", num_recursions=3, recipe="elastic")
     assert (elastic.kv_strategy, elastic.router.causal_selection) == ("final", "gain")
-    assert elastic.router == replace(mor.router, causal_selection="gain")
+    assert elastic.router == replace(mor.router, causal_selection="gain", reads="direction")
     chance = preset("tiny", num_recursions=3, recipe="elastic", router="random")
     assert (chance.kv_strategy, chance.router.gate) == ("final", "residual")
     assert preset("tiny", num_recursions=3, kv_strategy="shared").kv_strategy == "shared"

@@ -121,6 +121,8 @@ def test_router_health_by_hand():
         "share_per_recursion"
     ] == pytest.approx([1, 2 / 3, 1 / 3])
     assert found["depth_entropy"] == pytest.approx(1.0), "a third of the tokens at each depth"
+    gates = [0.1 * step.decision.logit[step.chosen].sigmoid().detach() for step in routing.steps]
+    assert found["gate_per_recursion"] == pytest.approx([float(each.mean()) for each in gates])
     last = routing.selected_BT(2)
     assert found["dead_positions"] == pytest.approx(
         sum(not (last[0, t] or last[1, t]) for t in range(12)) / 12

@@ -21,10 +21,9 @@ from mor.cli.describe import facts
 from mor.cli.info import describe
 from mor.costs.flops import train_flops
 from mor.files import remove_folder
-from mor.model.config import RouterConfig
 from mor.run_folder import RunFolder
 from mor.training.config import TrainConfig, load_config
-from mor.training.loop import TrainingError, collapse_message, train
+from mor.training.loop import TrainingError, train
 from mor.training.optim import OptimConfig
 from mor.training.resume import Saved, branch
 from tests.training.small_run import LOSS_FREE, metrics, poisoned, quiet, settings
@@ -470,25 +469,6 @@ def test_a_collapsed_router_is_reported_in_plain_words(squares, tmp_path, monkey
     assert printed.count("no validation token takes recursion 2") == 1, "once, not at every step"
     assert "step 2: no validation token" in printed and "raise router.selection_weight" in printed
     assert metrics(tmp_path / "run")[-1]["validation_share_per_recursion"] == [1.0, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("router", "advice"),
-    [
-        (RouterConfig(kind="expert_choice"), "raise router.selection_weight"),
-        (RouterConfig(kind="token_choice"), "raise router.balancing_weight"),
-        (LOSS_FREE, "raise router.bias_update_rate"),
-        (RouterConfig(kind="token_choice", balancing="none"), "set router.balancing to 'loss'"),
-    ],
-)
-def test_advice_against_a_collapse_is_for_the_router_at_hand(router, advice):
-    assert collapse_message([2, 3], router).endswith(f"stays so, {advice}")
-    assert collapse_message([], router) is None
-
-
-@pytest.mark.parametrize("kind", ["fixed", "random", "position", "frequency"])
-def test_a_router_that_learns_nothing_cannot_collapse(kind):
-    assert collapse_message([2], RouterConfig(kind=kind)) is None
 
 
 def test_where_the_peak_is_known_the_share_of_it_is_logged_and_shown(
