@@ -113,7 +113,7 @@ def test_the_elastic_recipe_is_trained_as_its_study_trains_it(tmp_path):
         found = Train.read(["--num-recursions", "4", *flags], "mor train").settings
         return (found.full_depth_share, found.exit_share, found.exit_weight), found.model
 
-    studied = main_runs(load_study(Path("studies/elastic.toml")), tmp_path, {})[0]
+    studied = main_runs(load_study(Path("studies/elastic-direction.toml")), tmp_path, {})[0]
     config = next(run.config for run in studied if run.variant == "elastic")
     shares, model = settings("--recipe", "elastic")
     assert shares == (config.full_depth_share, config.exit_share, config.exit_weight)
