@@ -102,8 +102,8 @@ class RouterConfig(Settings, prefix="router"):
     architecture: Literal["linear", "mlp", "wide_mlp"] = "linear"
     reads: Literal["state", "direction"] = "state"
     """What the router's network sees of a token. state: its state as it is (paper); direction: the
-    state at length one, so that a step of AdamW moves a logit by at most lr * sqrt(dim), however
-    large states get. Where logits move further, sigmoids are shut before anything is learned."""
+    state at length one, so that a step of AdamW moves a logit by about lr * sqrt(dim) at most,
+    however large states get. Where logits move further, gates shut before anything is learned."""
     score: Literal["sigmoid", "tanh", "none", "softmax"] | None = None
     """Function applied to router logits. Paper: sigmoid (expert-choice), softmax (token-choice)."""
     alpha: PositiveFloat | None = None

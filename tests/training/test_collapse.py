@@ -6,6 +6,7 @@ import torch
 from mor.model.config import RouterConfig
 from mor.training.collapse import CollapseWatch, collapse_message, shut_gates, shut_message
 from mor.training.loop import train
+from tests.conftest import tiny
 from tests.training.small_run import LOSS_FREE, metrics, quiet, settings
 
 EXPERT = RouterConfig(kind="expert_choice", gate="residual", alpha=1.0)
@@ -87,9 +88,7 @@ def test_a_run_whose_gates_shut_says_so(squares, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("reads", ["state", "direction"])
-def test_a_step_of_the_optimizer_moves_a_gate_no_further_than_its_rate_allows(reads):
-    from tests.conftest import tiny
-
+def test_the_first_step_of_adamw_moves_a_gate_no_further_than_its_rate_allows(reads):
     router = RouterConfig(kind="expert_choice", gate="residual", alpha=1.0, reads=reads)
     model = tiny(router)
     h = 100 * torch.randn(64, model.config.dim, generator=torch.Generator().manual_seed(0))
@@ -104,4 +103,4 @@ def test_a_step_of_the_optimizer_moves_a_gate_no_further_than_its_rate_allows(re
     optimizer.step()
     moved = float((logit().detach() - before).abs().max())
     allowed = 1e-2 * model.config.dim**0.5
-    assert moved <= allowed * (1 + 1e-5) if reads == "direction" else moved > 100 * allowed / 10
+    assert moved <= allowed * (1 + 1e-5) if reads == "direction" else moved > 10 * allowed
