@@ -50,7 +50,13 @@ class Step(Settings):
 
 
 def train_memory(config: ModelConfig, run: Step) -> TrainMemory:
-    """Memory of a training step with top-k selection (or as many tokens at each depth)."""
+    """Memory of a training step with top-k selection (or as many tokens at each depth). Raises
+    ValueError for a model with adapters, which are not counted."""
+    if config.deepened or config.lora_rank:
+        raise ValueError(
+            "the memory of training is not counted for a model with adapters; leave out "
+            "--train.batch-size"
+        )
     params = MASTER_BYTES * unique_params(config)
     several, share = run.ranks > 1, run.ranks if run.parallel == "fsdp" else 1
     # FSDP: during a step also the gathered parameters

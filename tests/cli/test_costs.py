@@ -2,10 +2,14 @@
 
 import pytest
 
+from mor import checkpoint
 from mor.cli import main
+from mor.costs.flops import unique_params
+from mor.data.tokenizer import byte_tokenizer
 from mor.model.config import preset
-from mor.training.config import TrainConfig, total_flops, training_of
+from mor.training.config import TrainConfig, settings_of, total_flops, training_of
 from tests.cli.printed import last_json
+from tests.conftest import tiny
 
 
 def test_costs_of_the_papers_model(capsys):
@@ -35,3 +39,28 @@ def test_costs_of_the_elastic_recipe_are_those_of_its_steps(capsys):
     routed = last_json(capsys)
     for name in ("train_flops_per_token", "train_activations_gb"):
         assert found[name] > routed[name]
+
+
+def test_costs_of_a_checkpoint_are_those_of_its_model_and_run(run, tmp_path, capsys):
+    main(["costs", "--checkpoint", str(run / "run"), "--json"])
+    found = last_json(capsys)
+    settings = settings_of(run / "run")
+    model = settings.model
+    assert found["params"] == unique_params(model) and found["context"] == model.max_seq_len
+    assert "recipe" not in found
+    main(["costs", "--checkpoint", str(run / "run"), "--context", str(settings.seq_len), "--json"])
+    tokens = settings.steps * settings.batch_size * settings.seq_len
+    per_token = total_flops(settings) / tokens
+    assert last_json(capsys)["train_flops_per_token"] == pytest.approx(per_token, rel=1e-6)
+
+    with pytest.raises(SystemExit):
+        main(["costs", "--checkpoint", str(run / "run"), "--num-recursions", "2"])
+    assert "--num-recursions has no effect with --checkpoint" in capsys.readouterr().err
+
+
+def test_memory_of_training_adapters_is_refused(tmp_path, capsys):
+    model = tiny("gain", deepened=True, lora_rank=2, vocab_size=257)
+    checkpoint.save(tmp_path / "adapted", model, byte_tokenizer())
+    with pytest.raises(SystemExit):
+        main(["costs", "--checkpoint", str(tmp_path / "adapted"), "--train.batch-size", "2"])
+    assert "leave out --train.batch-size" in capsys.readouterr().err
