@@ -25,7 +25,7 @@ from mor.model.config import NoEffect, RouterKind
 from mor.progress import showing
 from mor.settings import PositiveInt, Settings
 from mor.training.config import TrainConfig, total_flops, total_steps, training_of
-from mor.training.resume import RESUMABLE, branch, settings_to_resume
+from mor.training.resume import ANEW, RESUMABLE, branch, settings_to_resume
 
 USUAL = (
     "preset",
@@ -60,7 +60,8 @@ class Start(Settings):
     def refuse(self, named: Sequence[str]) -> None:
         """Raise ValueError for flags that would make a continued run another one. named: the
         settings that have flags."""
-        takes = {"resume": RESUMABLE, "branch_from": ("cooldown_steps", "steps", "optim.lr", "out")}
+        branched = ("cooldown_steps", "steps", "optim.lr", *ANEW)
+        takes = {"resume": RESUMABLE, "branch_from": branched}
         for mode, allowed in takes.items():
             ignored = [flag(name) for name in sorted(set(named)) if name not in (mode, *allowed)]
             if getattr(self, mode) and ignored:
@@ -260,13 +261,14 @@ class Train(Command):
             anew |= {name: getattr(given, name) for name in named & set(RESUMABLE)}
             return replace(settings_to_resume(given.out), **anew | {"out": given.out})
         if given.branch_from is not None and named & {"steps", "cooldown_steps"}:
-            return branch(
+            made = branch(
                 given.branch_from,
                 cooldown_steps=self.cooldown_steps,
                 steps=given.steps if "steps" in named else None,
                 lr=given.optim.lr if "optim.lr" in named else None,
                 out=given.out,
             )
+            return replace(made, **{name: getattr(given, name) for name in named & set(ANEW)})
         return given
 
 

@@ -49,7 +49,9 @@ LENGTH = ("steps", "flops")
 SCHEDULE = ("optim.warmup", "optim.cooldown")
 # A step's sequences may be shared out otherwise, over another number of processes.
 SHARED_OUT = ("batch_size", "accumulate")
-RESUMABLE = (*LENGTH, *SHARED_OUT, *MACHINE, *(name for name in FREE if not name.endswith("_from")))
+ANEW = (*MACHINE, *(name for name in FREE if not name.endswith("_from")))
+"""Settings that may be given anew when a run goes on, here or in another folder."""
+RESUMABLE = (*LENGTH, *SHARED_OUT, *ANEW)
 """Settings that may be given anew when a run is resumed."""
 
 

@@ -108,10 +108,12 @@ def test_a_branch_goes_on_to_more_steps_with_another_rate(run, tmp_path, capsys)
     branch = ["train", "--branch-from", str(tmp_path / "trunk"), "--steps", "9"]
     flags = ["--config", str(run / "run.toml"), "--save-every", "4", "--optim.cooldown", "0"]
     main(["train", *flags, "--steps", "4", "--out", str(tmp_path / "trunk")])
-    main([*branch, "--optim.lr", "1e-3", "--out", str(tmp_path / "b")])
+    anew = ["--optim.lr", "1e-3", "--log-every", "3", "--no-calibrate"]
+    main([*branch, *anew, "--out", str(tmp_path / "b")])
     kept = json.loads((tmp_path / "b" / "train.json").read_text())
     assert kept["optim"]["lr"] == 1e-3 and kept["steps"] == 9 and kept["seq_len"] == 32
     assert kept["branch_from"].endswith("trunk/checkpoints/step-00000004")
+    assert (kept["log_every"], kept["calibrate"], kept["save_every"]) == (3, False, 4)
     assert (tmp_path / "b" / "checkpoints" / "step-00000009").is_dir()
 
 
