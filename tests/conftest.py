@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from mor.model.config import ModelConfig, RouterConfig, layout
 from mor.model.transformer import Transformer
 
 torch.set_num_threads(1)
+# Shells start what runs in the background with Ctrl-C ignored, and processes of tests inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest.register_assert_rewrite("tests.engine.requests")
 
 
