@@ -175,6 +175,39 @@ def reducing(forward: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
+def backward(forward: nn.Module, loss: Tensor) -> None:
+    """Gradients of the loss; parameters that it does not depend on get none.
+
+    DDP waits for a gradient of each, and takes the model's outputs for what the loss depends on.
+    So those that the loss does not reach are given zeros, which are taken away again. On all ranks
+    they are the same: what a step leaves out depends on its number alone.
+    """
+    if not isinstance(forward, nn.parallel.DistributedDataParallel):
+        loss.backward()
+        return
+    reached = _reached(loss)
+    idle = [
+        p for p in forward.parameters() if p.requires_grad and p not in reached and p.grad is None
+    ]
+    sum(((p * 0).sum() for p in idle), loss).backward()
+    for p in idle:
+        p.grad = None
+
+
+def _reached(loss: Tensor) -> set[Tensor]:
+    """The leaves that a backward pass comes to. (Tensors are told apart by identity.)"""
+    nodes, seen, found = [loss.grad_fn], set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.add(leaf)
+        nodes += [before for before, _ in node.next_functions]
+    return found
+
+
 def reshard(model: nn.Module) -> None:
     """Give back the gathered weights, after forwards that no backward followed."""
     from torch.distributed.fsdp import FSDPModule

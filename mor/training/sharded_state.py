@@ -76,12 +76,26 @@ def load_optimizers(
     """Fill the optimizers of ``model`` from a checkpoint, which another number of ranks may have
     written. Every rank must call it. Raises OSError as above, ValueError if the files hold anything
     but an optimizer's state."""
-    shares = {"optimizer": get_optimizer_state_dict(model, optimizers)}
-    place = path / checkpoint.OPTIMIZER
+    shares: dict[str, Any] = {"optimizer": get_optimizer_state_dict(model, optimizers)}
+    place, states = path / checkpoint.OPTIMIZER, shares["optimizer"]["state"]
     with naming(place):
         reader = _Reader(place)
+        for name in _never_stepped(states, reader.metadata):
+            del states[name]
         _quietly(state_dict_loader.load, shares, ranks, storage_reader=reader, planner=_Planner())
-    set_optimizer_state_dict(model, optimizers, shares["optimizer"])
+    # What was never stepped has no state: so it is not strict.
+    options = StateDictOptions(strict=False)
+    set_optimizer_state_dict(model, optimizers, shares["optimizer"], options=options)
+
+
+def _never_stepped(states: Mapping[str, Any], saved: records.Metadata) -> list[str]:
+    """Parameters that no gradient had reached, so that the optimizers held nothing of them."""
+    keys = list(saved.state_dict_metadata)
+    return [
+        name
+        for name in states
+        if not any(key.startswith(f"optimizer.state.{name}.") for key in keys)
+    ]
 
 
 _REFUSED = "a file in it holds more than an optimizer's state, perhaps code; it is not read"

@@ -26,7 +26,7 @@ from mor.model.routing import AuxiliaryLoss, Exits, Routing
 from mor.model.transformer import Output, Transformer
 from mor.training import sharded_state
 from mor.training.config import TrainConfig, capacities_at, exit_rows_at, step_flops
-from mor.training.distributed import Ranks, reducing, whole
+from mor.training.distributed import Ranks, backward, reducing, whole
 from mor.training.optim import learning_rate
 from mor.training.source_cache import SourceCache
 
@@ -141,7 +141,7 @@ def _backward(config: TrainConfig, state: TrainState, batches: Iterator[Any]) ->
             with autocast(device, config.precision):
                 output = _forward(config, state, batch.to(device))
                 loss = compute_loss(output)
-            (loss / config.accumulate).backward()
+            backward(state.forward, loss / config.accumulate)
         assert output.nll is not None
         losses.append(output.nll.detach())
         routings.append(output.routing)

@@ -13,6 +13,8 @@ from mor.training.config import TrainConfig
 from tests.conftest import random_tokens
 
 LOSS_FREE = RouterConfig(kind="token_choice", balancing="loss_free")
+BY_GAIN = RouterConfig(kind="expert_choice", causal_selection="gain", gate="residual", alpha=1.0)
+WITH_EXITS = dict(full_depth_share=0.5, exit_share=0.25, exit_weight=0.3)
 
 
 def settings(squares, out, router="expert_choice", **overrides):

@@ -37,7 +37,11 @@ ROUTERS = {
     "token": RouterConfig(kind="token_choice"),
     "token-free": RouterConfig(kind="token_choice", balancing="loss_free", bias_update_rate=0.01),
     "random": RouterConfig(kind="random"),
+    "elastic": RouterConfig(
+        kind="expert_choice", causal_selection="gain", gate="residual", alpha=1.0
+    ),
 }
+BESIDE = {"elastic": dict(full_depth_share=0.5, exit_share=1.0, exit_weight=0.3)}
 
 
 # One of two processes: trains what each line of stdin says, answers each run with its collective
@@ -208,15 +212,16 @@ def curve(out, *names):
 @pytest.mark.parametrize(
     ("how", "names"),
     [
-        ("ddp", ("fixed", "token", "random")),
+        ("ddp", ("fixed", "token", "random", "elastic")),
         ("fsdp", ("expert", "token-free")),
         pytest.param("ddp", ("expert", "token-free"), marks=pytest.mark.slow),
+        pytest.param("fsdp", ("elastic",), marks=pytest.mark.slow),
         pytest.param("fsdp", ("fixed", "token", "random"), marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_train_as_one(how, names, data, tmp_path, pair):
     for name in names:
-        router, short = ROUTERS[name], dict(steps=6, eval_every=3)
+        router, short = ROUTERS[name], dict(steps=6, eval_every=3) | BESIDE.get(name, {})
         pair(settings(data, tmp_path / f"two-{name}", router, parallel=how, **short))
         result = alone(settings(data, tmp_path / f"one-{name}", router, batch_size=4, **short))
         for what in (
@@ -236,6 +241,7 @@ def test_two_ranks_train_as_one(how, names, data, tmp_path, pair):
         for extra in {
             "expert": ["agreement", "selection", "z_loss"],
             "token": ["max_violation", "balancing"],
+            "elastic": ["gain", "exits"],
         }.get(name, []):
             ours, theirs = (
                 torch.tensor(curve(tmp_path / f"{n}-{name}", extra)) for n in ("two", "one")

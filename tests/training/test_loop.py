@@ -26,7 +26,15 @@ from mor.training.config import TrainConfig, load_config
 from mor.training.loop import TrainingError, train
 from mor.training.optim import OptimConfig
 from mor.training.resume import Saved, branch
-from tests.training.small_run import LOSS_FREE, metrics, poisoned, quiet, settings
+from tests.training.small_run import (
+    BY_GAIN,
+    LOSS_FREE,
+    WITH_EXITS,
+    metrics,
+    poisoned,
+    quiet,
+    settings,
+)
 
 
 @pytest.mark.parametrize(
@@ -42,9 +50,11 @@ def test_every_family_learns(squares, tmp_path, router):
     assert result.finished and result.state.step == 40 and result.state.tokens == 40 * 4 * 32
 
 
-@pytest.mark.parametrize("router", ["expert_choice", LOSS_FREE])
-def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(squares, tmp_path, router):
-    common = dict(save_every=5, accumulate=2)
+@pytest.mark.parametrize(
+    ("router", "beside"), [("expert_choice", {}), (LOSS_FREE, {}), (BY_GAIN, WITH_EXITS)]
+)
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(squares, tmp_path, router, beside):
+    common = dict(save_every=5, accumulate=2) | beside
     whole = train(settings(squares, tmp_path / "whole", router, **common), console=quiet())
     part = settings(squares, tmp_path / "part", router, **common)
     train(part, console=quiet())

@@ -14,7 +14,15 @@ from mor.training.loop import train
 from mor.training.optim import build_optimizers
 from mor.training.step import TrainState, train_step
 from tests.conftest import random_tokens, tiny
-from tests.training.small_run import LOSS_FREE, metrics, poisoned, quiet, settings
+from tests.training.small_run import (
+    BY_GAIN,
+    LOSS_FREE,
+    WITH_EXITS,
+    metrics,
+    poisoned,
+    quiet,
+    settings,
+)
 from tests.waits import Waits
 
 
@@ -53,9 +61,7 @@ def test_the_host_waits_once_in_a_step(router, kv):
 
 
 def test_exits_are_trained_in_steps_of_full_depth_alone(squares, tmp_path):
-    router = RouterConfig(kind="expert_choice", causal_selection="gain", gate="residual", alpha=1.0)
-    elastic = dict(full_depth_share=0.5, exit_share=0.25, exit_weight=0.3)
-    config = settings(squares, tmp_path / "run", router, log_every=1, **elastic)
+    config = settings(squares, tmp_path / "run", BY_GAIN, log_every=1, **WITH_EXITS)
     result = train(config, console=quiet())
     rows = [row for row in metrics(tmp_path / "run") if "mean_depth" in row]
     assert [row["step"] for row in rows if "exits" in row] == [2, 4, 5, 7, 10, 12]
