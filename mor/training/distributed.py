@@ -138,6 +138,8 @@ def shard(model: Transformer, ranks: Ranks, *, low: bool) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+    # Nothing is changed in place of what these modules return.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if low else None,
