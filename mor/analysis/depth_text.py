@@ -7,7 +7,6 @@ from rich.text import Text
 
 from mor.data.tokenizer import Tokenizer
 from mor.generation import Generation
-from mor.model.config import ModelConfig
 
 _COLOURS = ("cyan", "yellow", "red", "magenta", "blue", "green")
 _DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
@@ -22,9 +21,9 @@ def _digits(depth: int) -> str:
     return "".join(_DIGITS[int(d)] for d in str(depth))
 
 
-def depth_legend(config: ModelConfig, console: Console) -> Text:
+def depth_legend(least: int, deepest: int, console: Console) -> Text:
     legend = Text("depth ")
-    for depth in range(config.least_depth, config.num_recursions + 1):
+    for depth in range(least, deepest + 1):
         legend.append(
             f" {depth} " if console.color_system else f" {_digits(depth)}", style=_style(depth)
         )

@@ -14,7 +14,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from mor.cli.command import Command
-from mor.cli.depth import parse_depth
+from mor.cli.depth import parse_depths
 from mor.engine.bench import DecodeRow, Lengths
 from mor.model.budget import Depth
 from mor.model.transformer import Transformer
@@ -42,7 +42,7 @@ class Bench(Command):
     more with as many slots as fit into the bytes of the baseline's keys and values."""
     lengths: Lengths = field(default_factory=Lengths)
     depths: tuple[str, ...] = ()
-    """Mean depths to serve all requests with, such as 1.5 2 full: a row for each. Default: each
+    """Mean depths to serve all requests with, such as 1.5,2,full: a row for each. Default: each
     model's own rule."""
     rounds: PositiveInt = 5
     seconds: PositiveFloat = 1.0
@@ -76,7 +76,7 @@ class Bench(Command):
         depths: list[Depth] = [None]
         if self.depths:  # a share of full depth is of the first model's
             trained = next(iter(models.values())).config.num_recursions
-            depths = [parse_depth(depth, trained) for depth in self.depths]
+            depths = [d for text in self.depths for d in parse_depths(text, trained)]
         for model in (baseline, *models.values()):
             model.to(place, dtype)
         weight = baseline.embedding.weight

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from mor.model.budget import DepthTable
 
 
+MOST_KINDS = 32
+
+
 class Calibrate(Command):
     """Measure what each mean depth asks of a checkpoint's router, so that --depth can be had, and
     write it into the checkpoint. Half of the text is fitted to, the other half shows what is
@@ -83,9 +86,10 @@ class Calibrate(Command):
             shown = {"reachable": table.reachable(), "checked": table.checked}
             print_json([{"checkpoint": str(place), **shown, "spent": table.spent}])
             return
-        console.print(_table(table, f"{place}\nfitted to {table.tokens:,} tokens of {name}"))
-        ranges = ", ".join(f"{low:.4g} to {high:.4g}" for low, high in table.reachable())
-        console.print(f"depths that can be had: {ranges}", highlight=False)
+        title = f"{place}\nfitted to {table.tokens:,} tokens of {name}"
+        console.print(title, style="italic", highlight=False, soft_wrap=True)
+        console.print(_table(table))
+        console.print(f"depths that can be had: {table.shown()}", highlight=False)
 
     def _kinds(self, tokenizer: Tokenizer) -> Iterator[tuple[str, Windows]]:
         from mor.data.corpus import load_tokens, tokenize
@@ -93,9 +97,21 @@ class Calibrate(Command):
 
         if self.kind_field is not None:
             assert self.data is not None
-            kind_of = {d.name: d.text for d in read_documents(self.data, self.kind_field)}
             documents = read_documents(self.data, self.text_field)
-            for kind in sorted(set(kind_of.values())):
+            kind_of = {d.name: d.text for d in read_documents(self.data, self.kind_field)}
+            if any(kind_of.get(d.name) == d.text for d in documents):
+                raise ValueError(
+                    f"--kind-field {self.kind_field}: {self.data} has no fields beside its text; "
+                    "kinds are told apart in records, such as those of .jsonl"
+                )
+            kinds = sorted(set(kind_of.values()))
+            if len(kinds) > MOST_KINDS:
+                raise ValueError(
+                    f"--kind-field {self.kind_field}: {len(kinds):,} kinds, the first "
+                    f"{kinds[0][:40]!r}; a table has room for {MOST_KINDS}, so take a field with "
+                    "few values"
+                )
+            for kind in kinds:
                 own = [d for d in documents if kind_of.get(d.name) == kind]
                 if own:
                     yield kind, tokenize(own, tokenizer, kind)
@@ -103,8 +119,8 @@ class Calibrate(Command):
             yield str(path), load_tokens(path, tokenizer, self.text_field)
 
 
-def _table(table: DepthTable, title: str) -> Table:
-    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+def _table(table: DepthTable) -> Table:
+    made = Table(box=SIMPLE_HEAD, padding=0)
     made.add_column("depth", justify="right")
     for kind in table.spent:
         made.add_column(kind, justify="right", overflow="fold")

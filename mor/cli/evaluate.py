@@ -133,7 +133,8 @@ class Eval(Command):
         if self.json:
             print_json([{"checkpoint": str(self.checkpoint), **result.to_dict()}])
             return
-        console.print(_tasks_table(result, title=f"{self.checkpoint}: {self.shots}-shot"))
+        at = f" at depth {self.depth}" if self.depth else ""
+        console.print(_tasks_table(result, title=f"{self.checkpoint}: {self.shots}-shot{at}"))
 
     def _run_nll(self, console: Console) -> None:
         from mor.checkpoint import load

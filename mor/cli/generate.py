@@ -120,10 +120,12 @@ class Generate(Command):
             found = {"prompt": self.prompt, **asdict(result)}
             print(json.dumps(found | {"mean_depth": result.mean_depth}))
             return
-        console.print(depth_legend(config, console))
+        deepest = max(config.num_recursions, *result.depths)
+        console.print(depth_legend(config.least_depth, deepest, console))
         console.print(depth_text(tokenizer, result, console), soft_wrap=True)
         console.print(
-            f"mean depth {result.mean_depth:.2f} of {config.num_recursions}", highlight=False
+            f"mean depth {result.mean_depth:.2f}, trained with {config.num_recursions}",
+            highlight=False,
         )
 
     def _check(self) -> None:

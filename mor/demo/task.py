@@ -142,7 +142,8 @@ def show_problem(model: Transformer, corpus: Corpus, console: Console, words: in
         "\nA problem as MoR reads it: =3 sets the state, p0 to p3 move it; after each word"
     )
     console.print("the model says which state it is now. Coloured by recursion depth")
-    console.print(depth_legend(model.config, console))
+    config = model.config
+    console.print(depth_legend(config.least_depth, config.num_recursions, console))
     read = Generation(prompt_ids=ids, depths=depth.tolist())
     console.print(depth_text(corpus.tokenizer, read, console))
     return corpus.tokenizer.decode(ids[:12])

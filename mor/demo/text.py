@@ -179,6 +179,6 @@ def show_sample(
     params = SamplingParams(max_new_tokens=tokens, temperature=0.7, top_p=0.9, seed=1)
     result = generate(model, [ids], params)[0]
     console.print("\nText that MoR writes, coloured by recursion depth")
-    console.print(depth_legend(model.config, console))
+    console.print(depth_legend(model.config.least_depth, model.config.num_recursions, console))
     console.print(depth_text(corpus.tokenizer, result, console))
     console.print(f"mean depth {result.mean_depth:.2f}", highlight=False)

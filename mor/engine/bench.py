@@ -20,7 +20,7 @@ from mor.costs import flops as costs
 from mor.engine.engine import Batching, Engine, EngineConfig
 from mor.files import naming
 from mor.generation import SamplingParams
-from mor.model.budget import Depth, budget_of
+from mor.model.budget import Depth, budget_of, corners, shares_of, table_of
 from mor.model.transformer import Transformer
 from mor.settings import NonNegativeFloat, Settings
 
@@ -249,12 +249,12 @@ def decode_rows(
     slots: of each. None: models get as many slots (and lanes) as fit into the bytes that the
     baseline's keys and values take with ``batch`` slots, and at least one.
     """
-    base_bytes, loads = _kv_bytes_per_token(baseline), list[SteadyLoad]()
+    base_bytes, loads = _kv_bytes_per_token(baseline, None), list[SteadyLoad]()
     budgets = [(model, name, depth) for name, model in models.items() for depth in depths]
     for model, name, depth in [(baseline, "vanilla", None), *budgets]:
         lanes, own_slots = batch, slots
         if own_slots is None:
-            lanes = own_slots = max(1, int(batch * base_bytes / _kv_bytes_per_token(model)))
+            lanes = own_slots = max(1, int(batch * base_bytes / _kv_bytes_per_token(model, depth)))
         label = name if depth is None else f"{name} at {depth}"
         loads.append(
             load_for(label, model, batch=lanes, slots=own_slots, lengths=lengths, depth=depth)
@@ -280,13 +280,20 @@ def _row(
         mean_depth=sum(load.shares()),
         block_only_speedup=median(baseline.layers_s) / layers_s if layers_s else None,
         host_us_per_step=1e6 * median(load.host_s),
-        kv_bytes_per_token=_kv_bytes_per_token(load.engine.runner.model),
+        kv_bytes_per_token=_kv_bytes_per_token(load.engine.runner.model, load.engine.config.depth),
     )
 
 
-def _kv_bytes_per_token(model: Transformer) -> float:
-    itemsize = model.embedding.weight.dtype.itemsize
-    return costs.kv_bytes(model.config, 1, model.config.capacities, itemsize)
+def _kv_bytes_per_token(model: Transformer, depth: Depth) -> float:
+    """As expected: with the model's capacities, or where a mean depth is asked for, with shares
+    that have it."""
+    config, shares = model.config, list(model.config.capacities)
+    if depth == "full":
+        shares = [1.0] * config.num_recursions
+    elif depth is not None:
+        table = table_of(model)
+        shares = list(shares_of(corners(config, table.deepest), depth))
+    return costs.kv_bytes(config, 1, shares, model.embedding.weight.dtype.itemsize)
 
 
 def _ideal_seconds(load: SteadyLoad, lengths: Lengths, machine: costs.Machine) -> float:

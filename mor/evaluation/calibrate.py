@@ -13,6 +13,7 @@ B batch · C candidates · D model · M packed tokens · T tokens
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +26,7 @@ from mor.data.stream import Batch, Windows
 from mor.device import autocast
 from mor.evaluation.finite import require_finite, values_of
 from mor.evaluation.nll import window_length
+from mor.files import naming
 from mor.model.budget import (
     EVERYONE,
     GRID_STEP,
@@ -54,7 +56,7 @@ WIDEST, CLOSE = 64.0, 1e-6
 FINE = 0.08
 """Neighbours of a table with one threshold spend no more than this share apart."""
 LEAST_TOKENS = 1_024
-"""With fewer, a mean depth is off by some percent."""
+"""With fewer, a mean depth is off by some percent or more."""
 
 
 def num_forwards(config: ModelConfig, deepest: int | None = None) -> int:
@@ -163,13 +165,21 @@ def calibrate(
     length = window_length(model, seq_len)
     most = max_windows or max(1, math.ceil(FITTED_TOKENS / length))
     fitted, unseen = _halves(data, length, most, document_mask)
+    shown = {"held out": unseen}
+    for name, windows in (kinds or {}).items():
+        with naming(name):
+            some = windows.spread(length, most)
+        shown[name] = windows.batch(some, length, documents=document_mask)
+    if fitted.tokens_BT.numel() < LEAST_TOKENS:
+        warnings.warn(
+            f"fitted to {fitted.tokens_BT.numel():,} tokens alone: with fewer than "
+            f"{LEAST_TOKENS:,}, what is spent may be far from what is asked for; give more text or "
+            "windows",
+            stacklevel=2,
+        )
     table = fit_table(model, fitted, deepest, step=lambda done: step(0.7 * done))
     checked = [b for b in budgets_to_check(model.config.num_recursions, deepest) if table.has(b)]
     model.depth_table = table
-    shown = {"held out": unseen}
-    for name, windows in (kinds or {}).items():
-        some = windows.spread(length, most)
-        shown[name] = windows.batch(some, length, documents=document_mask)
     spent = {}
     for i, (name, batch) in enumerate(shown.items()):
         spent[name] = tuple(mean_depth(model, batch, budget) for budget in checked)

@@ -13,7 +13,8 @@ import json
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -89,8 +90,9 @@ class TaskResult:
 class HarnessResult:
     """average: mean of the paper's six scores, None unless all six ran. parts: ARC's two sets.
 
-    cut_requests: requests longer than the model's context, of which lm-eval dropped the beginning.
-    full: everything lm-eval returns, samples included.
+    depth: the mean depth that was asked for; None: the model's own rule. cut_requests: requests
+    longer than the model's context, of which lm-eval dropped the beginning. full: everything that
+    lm-eval returns, samples included, and the depth.
     """
 
     tasks: tuple[TaskResult, ...]
@@ -98,6 +100,7 @@ class HarnessResult:
     average: float | None
     shots: int
     limit: int | None
+    depth: Depth
     cut_requests: int
     full: dict[str, Any]
 
@@ -163,17 +166,12 @@ def evaluate_tasks(
     unknown task, for data that cannot be read and for settings out of range.
     """
     check_tasks(tasks)
-    if depth is not None:
-        if not isinstance(model, mor.hub.MoRForCausalLM):
-            raise ValueError(f"depth goes with a mor model, not with a {type(model).__name__}")
-        budget_of(model.model, depth)
-        model.depth = depth
     if shots < 0 or batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(
             f"shots must be 0 or more, batch_size and limit 1 or more; got {shots}, {batch_size}, "
             f"{limit}"
         )
-    with quiet() as cut:
+    with _at_depth(model, depth), quiet() as cut:
         manager = _task_manager(include_path)
         parts = [part for name in tasks for part in _BENCHMARKS[name].parts]
         loaded = {part: _load_tasks(manager, part, shots) for part in parts}
@@ -197,9 +195,27 @@ def evaluate_tasks(
         average=paper_average(merged),
         shots=shots,
         limit=limit,
+        depth=depth,
         cut_requests=cut.count,
-        full=full,
+        full=full | {"depth": depth},
     )
+
+
+@contextmanager
+def _at_depth(model: Any, depth: Depth) -> Iterator[None]:
+    """Forwards that name no depth have this one; None leaves the model's as it is. Raises
+    ValueError for what cannot be had."""
+    if depth is None:
+        yield
+        return
+    if not isinstance(model, mor.hub.MoRForCausalLM):
+        raise ValueError(f"depth goes with a mor model, not with a {type(model).__name__}")
+    budget_of(model.model, depth)
+    before, model.depth = model.depth, depth
+    try:
+        yield
+    finally:
+        model.depth = before
 
 
 def paper_average(rows: Sequence[TaskResult]) -> float | None:

@@ -136,9 +136,17 @@ class DepthTable(Settings, prefix="depth_table"):
             for edge in (low, high):  # such as a depth of 1.98 where 2 can be had
                 if abs(edge - budget) <= 0.01 * budget:
                     return self._between(edge)
-        shown = [f"{a:.4g} to {b:.4g}" if a < b else f"{a:.4g}" for a, b in self.reachable()]
+        deeper = ""
+        if budget > self.deepest:
+            deeper = f"; mor calibrate --deepest {math.ceil(budget)} would have more"
         raise ValueError(
-            f"depth={budget:g} cannot be had from this model; it has {', '.join(shown)}"
+            f"depth={budget:g} cannot be had from this model; it has {self.shown()}{deeper}"
+        )
+
+    def shown(self) -> str:
+        """The budgets that can be had, in words."""
+        return ", ".join(
+            f"{a:.4g} to {b:.4g}" if a < b else f"{a:.4g}" for a, b in self.reachable()
         )
 
     def _between(self, budget: float) -> list[float]:
@@ -237,6 +245,11 @@ def curve_depths(model: Transformer) -> list[float | Literal["full"]]:
     return [*within, "full", *found[len(within) :]]
 
 
+def plain_number(depth: Any) -> Any:
+    """A number of NumPy or a tensor of one as Python's own; anything else as it is."""
+    return depth.item() if getattr(depth, "ndim", None) == 0 else depth
+
+
 def check_depth(depth: Any) -> None:
     """Raise ValueError for what is no :data:`Depth`."""
     is_number = isinstance(depth, int | float) and not isinstance(depth, bool)
@@ -269,6 +282,7 @@ class Budget:
 
 def budget_of(model: Transformer, depth: Depth) -> Budget:
     """What a depth means for a model. Raises ValueError for one that cannot be had."""
+    depth = plain_number(depth)
     check_depth(depth)
     trained = model.config.num_recursions
     if depth is None or (depth == "full" and model.config.router.kind == "fixed"):
@@ -287,6 +301,7 @@ def router_for(model: Transformer, depth: Depth | Sequence[Depth], *, at_least: 
     has: ``KVCache(config, batch, num_recursions=router.num_recursions)``. at_least: recursions that
     it has, should no token take so many. Raises ValueError for a depth that cannot be had.
     """
+    depth = plain_number(depth)
     depths = [depth] if depth is None or isinstance(depth, int | float | str) else list(depth)
     budgets = [budget_of(model, each) for each in depths]
     if all(budget.own for budget in budgets):

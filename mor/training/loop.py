@@ -203,8 +203,6 @@ def _beginning(
     start = ranks.first_does(lambda: _start(config, run, resume, console))
     source = start or (checkpoint.resolve(config.init_from) if config.init_from else None)
     loaded = checkpoint.load(source) if source else None
-    if loaded is not None:
-        loaded.model.depth_table = None  # of weights that are about to change
     corpus = corpus or load_corpus(config.data, loaded.tokenizer if loaded else None)
     if loaded and config.init_from:
         config = config.with_model_of(loaded.config)

@@ -66,7 +66,14 @@ def save(
         place = folder / checkpoint.OPTIMIZER
         _quietly(state_dict_saver.save, shares, ranks, checkpoint_id=place)
         if ranks.is_first:
-            checkpoint.write(folder, model.config, weights, tokenizer, progress=progress)
+            checkpoint.write(
+                folder,
+                model.config,
+                weights,
+                tokenizer,
+                progress=progress,
+                depth_table=model.depth_table,
+            )
     ranks.wait()
 
 

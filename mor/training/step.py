@@ -120,6 +120,7 @@ def train_step(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optim, state.step, total)
             optimizer.step()
+        state.model.depth_table = None  # it was of other weights
         state.model.router.after_step(result.routings)
     else:
         state.skipped += 1
