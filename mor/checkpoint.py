@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -114,11 +115,11 @@ def write(
     if depth_table is not None:
         extras[_TABLE] = asdict(depth_table)
     (folder / _CONFIG).write_text(json.dumps(extras | config.to_dict(), indent=2))
-    save_file(
-        {_PREFIX + name: tensor.detach().contiguous() for name, tensor in state.items()},
-        folder / WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    tensors = {_PREFIX + name: tensor.detach().contiguous() for name, tensor in state.items()}
+    try:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(f"could not write the weights: {error}") from error
     share_weights(folder)
     tokenizer.save(folder)
     if progress is not None:

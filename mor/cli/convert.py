@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -143,6 +143,10 @@ class Convert(Command):
             yield "block adapter", "without --deepen"
         if not self.suggest_split:
             yield "block_layers text", "without --suggest-split"
+        else:
+            kept = ("source", "out", "suggest_split", "block_layers", "text", "json")
+            others = [each.name for each in fields(self) if each.name not in kept]
+            yield " ".join(others), "with --suggest-split, which writes nothing"
 
     def _deepening(self, given: dict[str, Any]) -> Deepening:
         from mor.conversion.deepen import Deepening

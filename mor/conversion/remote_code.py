@@ -7,10 +7,11 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mor
 from mor import checkpoint
-from mor.files import read_json
+from mor.files import read_json, replacing
 
 _IMPORT = re.compile(r"^(\s*)from mor\.(?:\w+\.)?(\w+) import", re.MULTILINE)
 _AUTO_MAP = {
@@ -30,13 +31,23 @@ def export(source: str | Path, out: str | Path) -> Path:
     if out.exists():
         raise ValueError(f"{out} exists; choose another directory or delete it")
     checkpoint.load(source)  # nobody else will look at its checksums
-    shutil.copytree(source, out, ignore=shutil.ignore_patterns("training_state", "checksums.json"))
-    for module in modules():
-        code = _IMPORT.sub(r"\1from .mor_\2 import", module.read_text(encoding="utf-8"))
-        (out / f"mor_{module.name}").write_text(code, encoding="utf-8")
-    file = out / "config.json"
-    file.write_text(json.dumps(read_json(file) | {"auto_map": _AUTO_MAP}, indent=2))
+    left_out = shutil.ignore_patterns("training_state", "checksums.json")
+    with replacing(out) as made:
+        _copy(source, made, left_out)
+        for module in modules():
+            code = _IMPORT.sub(r"\1from .mor_\2 import", module.read_text(encoding="utf-8"))
+            (made / f"mor_{module.name}").write_text(code, encoding="utf-8")
+        file = made / "config.json"
+        file.write_text(json.dumps(read_json(file) | {"auto_map": _AUTO_MAP}, indent=2))
     return out
+
+
+def _copy(source: Path, out: Path, left_out: Any) -> None:
+    """A folder. Raises OSError with the first thing that went wrong; shutil gathers them all."""
+    try:
+        shutil.copytree(source, out, ignore=left_out)
+    except shutil.Error as error:
+        raise OSError(f"could not write {out}: {error.args[0][0][2]}") from None
 
 
 def modules() -> list[Path]:

@@ -214,6 +214,19 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         made.train(model.training)
         return made
 
+    def save_pretrained(self, *args: Any, **settings: Any) -> Any:
+        """As transformers does it, with the table of depths that the model has now, and with the
+        depth of its GenerationConfig."""
+        table = self.model.depth_table
+        vars(self.config).pop("depth_table", None)
+        if table is not None:
+            self.config.depth_table = asdict(table)
+        generation = self.generation_config
+        if generation is not None and getattr(generation, "depth", None) is not None:
+            # Else transformers leaves out of it, in reading, all that it has no name for.
+            generation._from_model_config = False
+        return super().save_pretrained(*args, **settings)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -270,6 +283,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
             documents_BT = _documents(position_ids, input_ids, mask_BT, kv)
         last_only = labels is None and documents_BT is None and _keeps_last(logits_to_keep, mask_BT)
         training_step = self.training and labels is not None
+        if training_step and torch.is_grad_enabled():
+            self.model.depth_table = None  # it was of weights that are about to change
         output = self.model(
             input_ids,
             mask_BT=mask_BT,

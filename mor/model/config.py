@@ -254,6 +254,11 @@ class ModelConfig(Settings):
                     f"router.capacities={given} must not grow with depth when tokens drop out for "
                     "good; sort them or set router.hierarchical=False"
                 )
+        if self.lora_rank > max(self.dim, self.ffn_dim):
+            raise ValueError(
+                f"lora_rank={self.lora_rank} is larger than any matrix that it could adapt; take "
+                f"one below dim={self.dim}"
+            )
         later_only = self.deepened or (self.lora_rank and self.lora_from > 1)
         if later_only and self.num_recursions == 1:
             raise ValueError(

@@ -85,3 +85,36 @@ def test_what_cannot_be_meant_is_refused(run, words, said, capsys):
     with pytest.raises(SystemExit):
         main([str(run / "run") if word == "RUN" else word for word in words])
     assert said in capsys.readouterr().err
+
+
+def test_kinds_are_fields_of_records_and_large_enough(own, tmp_path, capsys):
+    (tmp_path / "plain.txt").write_text("".join(f"Line {i}.\n\n" for i in range(90)))
+    rows = [{"text": f"{i} and {i + 1}. " * 12, "source": "a"} for i in range(60)]
+    rows.append({"text": "b", "source": "rare"})
+    (tmp_path / "rare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    many = [row | {"source": f"kind {i}"} for i, row in enumerate(rows)]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    before = checkpoint.load(own / "run").model.depth_table
+    for name, said in (
+        ("plain.txt", "plain.txt has no fields beside its text"),
+        ("rare.jsonl", "rare: the data"),
+        ("many.jsonl", "61 kinds, the first 'kind 0'"),
+    ):
+        with pytest.raises(SystemExit):
+            text = ["--data", str(tmp_path / name), "--kind-field", "source", "--seq-len", "32"]
+            main(["calibrate", str(own / "run"), *text, "--max-windows", "16"])
+        assert said in capsys.readouterr().err
+    assert checkpoint.load(own / "run").model.depth_table == before
+
+
+@pytest.mark.filterwarnings("always:fitted to")
+def test_a_lengthened_run_keeps_the_table_of_the_step_it_starts_from(own, tmp_path, capsys):
+    shutil.copytree(own / "run", tmp_path / "run", symlinks=True)
+    main(["calibrate", str(tmp_path / "run"), "--seq-len", "32", "--max-windows", "1"])
+    assert "fitted to 32 tokens alone: with fewer than 1,024" in capsys.readouterr().err
+    start = checkpoint.resolve(tmp_path / "run")
+    table = checkpoint.load(start).model.depth_table
+    main(["train", "--resume", "--out", str(tmp_path / "run"), "--steps", "10", "--keep", "0"])
+    assert table is not None and checkpoint.load(start).model.depth_table == table
+    newest = checkpoint.resolve(tmp_path / "run")
+    assert newest != start and checkpoint.load(newest).model.depth_table is None

@@ -1,8 +1,12 @@
 """mor convert: what it prints, and what it refuses."""
 
+import errno
 import json
+import os
+import shutil
 
 import pytest
+from safetensors import SafetensorError
 
 from mor import checkpoint
 from mor.cli import main
@@ -143,3 +147,38 @@ def test_the_proposed_split(folder, tmp_path, capsys):
     assert distances == sorted(distances) and 0 < distances[0] < 1
     main(command)
     assert "--block" in capsys.readouterr().out
+
+
+def test_a_proposed_split_has_no_use_for_other_flags_and_adapters_fit(folder, tmp_path, capsys):
+    for flags, said in (
+        (["--suggest-split", "--dtype", "float16"], "--dtype has no effect with --suggest-split"),
+        (
+            [str(tmp_path / "a"), "--deepen", "--block", "2:4", "--adapter", "lora:99999999999"],
+            "lora_rank=99999999999 is larger than any matrix",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            main(["convert", str(folder), *flags])
+        assert said in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    main(["convert", str(folder), str(tmp_path / "whole")])
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(shutil, "copyfile", lambda *_, **__: no_space())
+    monkeypatch.setattr(shutil, "copy2", lambda *_, **__: no_space())
+    for flags in ([str(folder), "x"], [str(tmp_path / "whole"), "y", "--to", "remote-code"]):
+        source, out, *rest = flags
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main(["convert", source, str(tmp_path / out), *rest])
+        said = capsys.readouterr().err
+        assert said.startswith("error: could not write") and "No space left" in said
+        assert said.count("\n") == 1 and not (tmp_path / out).exists()
+
+
+def no_space():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -22,7 +22,8 @@ from mor.model.config import RouterConfig
 from mor.model.kv_cache import KVCache
 from mor.model.other_depths import ForcedRouter, RepeatLastRouter
 from mor.model.transformer import AdaptedLinear, Transformer
-from tests.conftest import KV_STRATEGIES, ROUTERS, some
+from mor.model.transformer import Deepening as Deepened
+from tests.conftest import KV_STRATEGIES, ROUTERS, some, tiny
 from tests.small_llama import llama, save_llama, tokens
 
 NAMES = ["fixed", "expert", "expert-flat", "token-every", "gain"]
@@ -349,3 +350,11 @@ def test_smollm2_stays_smollm2():
     )
     for a, b in zip(want, got, strict=True):
         assert a.token_ids == b.token_ids and a.logprobs == b.logprobs
+
+
+def test_a_shut_gate_lets_nothing_through_that_float16_cannot_hold():
+    end = Deepened(tiny("fixed", deepened=True).config).half().end
+    h = torch.tensor([[6e4, -6e4, 1.0, 0.0]]).half().repeat(1, 6)
+    out = h + h  # infinite
+    assert not out.isfinite().all()
+    assert torch.equal(end(h, out, None, True), h)

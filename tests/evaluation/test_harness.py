@@ -336,7 +336,9 @@ def test_the_command_scores_a_benchmark_at_a_depth(depth, hub, tmp_path, capsys)
     checkpoint.save(tmp_path / "c", model, byte_tokenizer())
     command = ["eval", str(tmp_path / "c"), "--tasks", "arc", "--include-path", str(hub), "--json"]
     main([*command, "--depth", depth, "--out", str(tmp_path / "all.json")])
-    assert last_json(capsys)["tasks"][0]["task"] == "arc"
+    row = last_json(capsys)
+    assert row["tasks"][0]["task"] == "arc" and row["depth"] == float(depth)
+    assert json.loads((tmp_path / "all.json").read_text())["depth"] == float(depth)
     full = SimpleNamespace(full=json.loads((tmp_path / "all.json").read_text()))
     found, tokenizer = requests(full), byte_tokenizer()
     assert len(found) == 9
@@ -347,6 +349,20 @@ def test_the_command_scores_a_benchmark_at_a_depth(depth, hub, tmp_path, capsys)
             logp = model(torch.tensor([ids + new]), router=router).logits_BTV[0].log_softmax(-1)
         expected = logp[range(len(ids) - 1, len(ids) + len(new) - 1), new].sum()
         assert value == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_a_depth_is_that_of_one_call(hub):
+    model, tokenizer = wrapped("random")
+
+    def score(**settings):
+        found = evaluate_tasks(model, tokenizer, ["piqa"], include_path=hub, **settings)
+        return list(requests(found).values())
+
+    own = score()
+    assert score(depth=1) != own and score() == own
+    with pytest.raises(ValueError, match="from 1 on"):
+        score(depth=0)
+    assert score() == own
 
 
 def test_the_command_prints_a_table_or_json_for_mor_and_for_others(hub, tmp_path, capsys):

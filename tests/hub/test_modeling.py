@@ -18,6 +18,7 @@ from mor.data.tokenizer import byte_tokenizer
 from mor.generation import SamplingParams, generate
 from mor.hub.configuration import MoRConfig
 from mor.hub.modeling import _CACHE, MoRCache, MoRForCausalLM
+from mor.model.budget import even_table
 from mor.model.config import ModelConfig, RouterConfig
 from tests.conftest import cases, random_tokens, some, tiny
 from tests.hub.wrapped import wrapped
@@ -794,3 +795,18 @@ def test_routers_that_predict_gains_say_that_they_learn_none_here(router):
     model, tokens = wrapped(tiny(router)).train(), random_tokens(2, 7)
     with pytest.warns(UserWarning, match="predicts gains learns nothing here"):
         model(tokens, labels=tokens)
+
+
+def test_the_table_of_depths_and_the_depth_are_saved_and_training_forgets_them(tmp_path):
+    model = MoRForCausalLM.from_transformer(tiny("expert_choice"))
+    table = even_table(model.model.config, 4)
+    model.model.depth_table = table
+    model.generation_config.depth = 1.5
+    model.save_pretrained(tmp_path / "a")
+    found = MoRForCausalLM.from_pretrained(tmp_path / "a")
+    assert found.model.depth_table == table and found.generation_config.depth == 1.5
+    ids = random_tokens(1, 8)
+    found.train()(ids, labels=ids)
+    assert found.model.depth_table is None, "its weights are about to change"
+    found.save_pretrained(tmp_path / "b")
+    assert MoRForCausalLM.from_pretrained(tmp_path / "b").model.depth_table is None

@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -184,3 +185,19 @@ def test_a_damaged_table_is_refused(change):
     table = DepthTable(budgets=(1.0, 2.0), thresholds=((1.0,), (0.0,)))
     with pytest.raises(ValueError, match="depth_table is damaged"):
         replace(table, **change)
+
+
+@pytest.mark.parametrize("make", [np.float32, np.float64, torch.tensor])
+def test_depths_are_numbers_of_any_library(make):
+    model = calibrated("random")
+    assert budget_of(model, make(2.0)) == budget_of(model, 2.0)
+    found = router_for(model, make(2.0)).threshold_BR
+    assert torch.equal(found, router_for(model, 2.0).threshold_BR)
+    assert budget_of(model, np.int64(2)) == budget_of(model, 2)
+    with pytest.raises(ValueError, match="from 1 on"):
+        budget_of(model, np.float32(0))
+
+
+def test_a_depth_beyond_the_table_says_how_to_have_it():
+    with pytest.raises(ValueError, match=r"it has 1 to 5; mor calibrate --deepest 8 would"):
+        budget_of(calibrated("expert"), 7.5)
