@@ -25,7 +25,10 @@ def console(**settings):
 def test_without_colours_every_token_has_its_depth_in_digits():
     plain = console(color_system=None)
     assert depth_text(TOKENIZER, READ, plain).plain == "a¹b²c¹²³\nd¹", "and no end of text"
-    assert depth_legend(CONFIG, plain).plain == "depth  ¹ ²  (after each token)"
+    assert (
+        depth_legend(CONFIG.least_depth, CONFIG.num_recursions, plain).plain
+        == "depth  ¹ ²  (after each token)"
+    )
 
 
 def test_with_colours_the_text_stays_as_it_is_and_the_prompt_is_bold():
@@ -34,7 +37,7 @@ def test_with_colours_the_text_stays_as_it_is_and_the_prompt_is_bold():
     assert text.plain == "abc\nd"
     styles = {text.plain[span.start]: str(span.style) for span in text.spans}
     assert styles == {"a": "cyan bold", "b": "yellow bold", "c": "green", "\n": "red", "d": "cyan"}
-    assert depth_legend(CONFIG, coloured).plain == "depth  1  2 "
+    assert depth_legend(CONFIG.least_depth, CONFIG.num_recursions, coloured).plain == "depth  1  2 "
 
 
 def test_the_last_token_was_never_read_and_is_dim():
@@ -50,7 +53,10 @@ def test_a_token_without_recursions_is_shown_and_named_in_the_legend():
     read = SimpleNamespace(prompt_ids=READ.prompt_ids, token_ids=[99], depths=[0, 1])
     plain = console(color_system=None)
     assert depth_text(TOKENIZER, read, plain).plain.startswith("a⁰b¹")
-    assert depth_legend(config, plain).plain == "depth  ⁰ ¹ ²  (after each token)"
+    assert (
+        depth_legend(config.least_depth, config.num_recursions, plain).plain
+        == "depth  ⁰ ¹ ²  (after each token)"
+    )
     coloured = console(force_terminal=True, color_system="standard")
     styles = [str(span.style) for span in depth_text(TOKENIZER, read, coloured).spans]
     assert styles == ["default bold", "cyan bold", "dim"]
