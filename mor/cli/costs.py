@@ -108,8 +108,10 @@ class Costs(Command):
 
         shape: dict[str, Any] = {"model": config.replace(max_seq_len=length), "seq_len": length}
         if self.checkpoint is not None:
-            made = settings_of(self.checkpoint)
-            return made and replace(made, **shape)
+            if (made := settings_of(self.checkpoint)) is not None:
+                return replace(made, **shape)
+            # A deepened one is trained in its new parts, and measures gains.
+            return TrainConfig.from_dict(shape) if config.deepened else None
         if beside := training_of(self.choice.recipe, config):
             # of four sequences, exits are a whole number
             return TrainConfig.from_dict(shape | {"batch_size": 4} | beside)

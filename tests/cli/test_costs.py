@@ -58,9 +58,14 @@ def test_costs_of_a_checkpoint_are_those_of_its_model_and_run(run, tmp_path, cap
     assert "--num-recursions has no effect with --checkpoint" in capsys.readouterr().err
 
 
-def test_memory_of_training_adapters_is_refused(tmp_path, capsys):
+def test_training_adapters_costs_what_is_trained_and_its_memory_is_refused(tmp_path, capsys):
     model = tiny("gain", deepened=True, lora_rank=2, vocab_size=257)
     checkpoint.save(tmp_path / "adapted", model, byte_tokenizer())
+    main(["costs", "--checkpoint", str(tmp_path / "adapted"), "--context", "32", "--json"])
+    settings = TrainConfig(model=model.config.replace(max_seq_len=32), seq_len=32, steps=1)
+    assert settings.trained == "added"
+    per_token = total_flops(settings) / (settings.batch_size * 32)
+    assert last_json(capsys)["train_flops_per_token"] == pytest.approx(per_token)
     with pytest.raises(SystemExit):
         main(["costs", "--checkpoint", str(tmp_path / "adapted"), "--train.batch-size", "2"])
     assert "leave out --train.batch-size" in capsys.readouterr().err
