@@ -162,13 +162,14 @@ class TrainConfig(Settings):
         kind = self.model.router.kind
         if self.capacity_warmup_steps and kind in ("fixed", "token_choice", "gain"):
             raise ValueError(f"capacity_warmup_steps needs a router with capacities, not {kind!r}")
+        has_added = bool(self.model.deepened or self.model.lora_rank)
         if self.source_cache and self.trained != "added":
             raise ValueError(
                 f"source_cache needs a source that stays as it is, and train={self.trained!r} "
-                "moves it; leave out source_cache (as a flag: --source-cache None), or take "
-                "train='added'"
+                "moves it; leave out source_cache (as a flag: --source-cache None)"
+                + (", or take train='added'" if has_added else "")
             )
-        if self.train == "added" and not (self.model.deepened or self.model.lora_rank):
+        if self.train == "added" and not has_added:
             raise ValueError(
                 "train='added' is for models with parts of their own for later recursions "
                 "(deepened or lora_rank), as mor convert --deepen makes them; this one has none"
