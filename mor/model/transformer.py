@@ -267,10 +267,10 @@ class Deepening(nn.Module):
 
     def end(self, h_KD: Tensor, out_KD: Tensor, routed: Tensor | None, later: Later) -> Tensor:
         """routed: the router's gate of each token, (K,), if it has one."""
-        gate_D, change_KD = self.gate.to(h_KD.dtype), out_KD - h_KD
+        gate, change_KD = self.gate.to(h_KD.dtype), out_KD - h_KD
         # A shut gate lets nothing through, not even what float16 cannot hold.
-        change_KD = torch.where(gate_D == 0, change_KD.nan_to_num(), change_KD)
-        step_KD = self.GATE_SCALE * gate_D * change_KD
+        change_KD = torch.where(gate == 0, change_KD.nan_to_num(), change_KD)
+        step_KD = self.GATE_SCALE * gate * change_KD
         if routed is not None:
             step_KD = routed[:, None].to(h_KD.dtype) * step_KD
         stepped_KD = h_KD + step_KD
