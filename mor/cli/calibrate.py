@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 MOST_KINDS = 32
+"""Columns that a table of what is spent may have for kinds of text."""
 
 
 class Calibrate(Command):
@@ -93,18 +94,20 @@ class Calibrate(Command):
 
     def _kinds(self, tokenizer: Tokenizer) -> Iterator[tuple[str, Windows]]:
         from mor.data.corpus import load_tokens, tokenize
-        from mor.data.sources import read_documents
+        from mor.data.readers import has_fields
+        from mor.data.sources import FileSource, find_sources, read_documents
 
         if self.kind_field is not None:
             assert self.data is not None
+            for source in find_sources([self.data])[0]:
+                if isinstance(source, FileSource) and not has_fields(source.path):
+                    raise ValueError(
+                        f"--kind-field {self.kind_field}: {source.path} is plain text, which has "
+                        "no fields; kinds are told apart in records, such as those of .jsonl"
+                    )
             documents = read_documents(self.data, self.text_field)
-            kind_of = {d.name: d.text for d in read_documents(self.data, self.kind_field)}
-            if any(kind_of.get(d.name) == d.text for d in documents):
-                raise ValueError(
-                    f"--kind-field {self.kind_field}: {self.data} has no fields beside its text; "
-                    "kinds are told apart in records, such as those of .jsonl"
-                )
-            kinds = sorted(set(kind_of.values()))
+            own_kind = {d.name: d.text for d in read_documents(self.data, self.kind_field)}
+            kinds = sorted(set(own_kind.values()))
             if len(kinds) > MOST_KINDS:
                 raise ValueError(
                     f"--kind-field {self.kind_field}: {len(kinds):,} kinds, the first "
@@ -112,7 +115,7 @@ class Calibrate(Command):
                     "few values"
                 )
             for kind in kinds:
-                own = [d for d in documents if kind_of.get(d.name) == kind]
+                own = [d for d in documents if own_kind.get(d.name) == kind]
                 if own:
                     yield kind, tokenize(own, tokenizer, kind)
         for path in self.check:

@@ -120,7 +120,7 @@ class Generate(Command):
             found = {"prompt": self.prompt, **asdict(result)}
             print(json.dumps(found | {"mean_depth": result.mean_depth}))
             return
-        deepest = max(config.num_recursions, *result.depths)
+        deepest = max([config.num_recursions, *result.depths])
         console.print(depth_legend(config.least_depth, deepest, console))
         console.print(depth_text(tokenizer, result, console), soft_wrap=True)
         console.print(

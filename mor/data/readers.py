@@ -47,6 +47,11 @@ def kind_of(path: Path) -> str:
     return last if last in KINDS else ""
 
 
+def has_fields(path: Path) -> bool:
+    """Whether records of this file have fields to choose the text from."""
+    return kind_of(path) != ".txt"
+
+
 def read_file(
     path: Path, *, name: str, text_field: str, skip: int = 0
 ) -> Iterator[tuple[Record, int]]:

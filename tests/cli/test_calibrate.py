@@ -96,7 +96,7 @@ def test_kinds_are_fields_of_records_and_large_enough(own, tmp_path, capsys):
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
     before = checkpoint.load(own / "run").model.depth_table
     for name, said in (
-        ("plain.txt", "plain.txt has no fields beside its text"),
+        ("plain.txt", "plain.txt is plain text, which has no fields"),
         ("rare.jsonl", "rare: the data"),
         ("many.jsonl", "61 kinds, the first 'kind 0'"),
     ):

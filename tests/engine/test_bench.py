@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mor.costs import flops
 from mor.costs.flops import Machine
 from mor.engine import bench
 from mor.engine.bench import Lengths, decode_rows, load_for
@@ -114,3 +115,15 @@ def test_a_model_with_more_keys_and_values_than_the_baseline_still_has_a_slot():
     rows = decode_rows(plain, {"deep": deep}, **settings)
     assert [row.slots for row in rows] == [1, 1]
     assert rows[1].kv_bytes_per_token > rows[0].kv_bytes_per_token
+
+
+def test_bytes_of_keys_and_values_follow_the_depth():
+    plain, model = tiny("fixed", num_recursions=1), tiny("random", num_recursions=3)
+    machine, lengths = Machine(flops_per_s=1e9, bytes_per_s=1e9), Lengths(mean=6, deviation=2)
+    common = dict(lengths=lengths, machine=machine, rounds=1, seconds=0.01)
+    depths = [1, 2, "full", 5]
+    rows = decode_rows(plain, {"m": model}, batch=4, slots=None, depths=depths, **common)[1:]
+    found = [row.kv_bytes_per_token for row in rows]
+    assert found == sorted(found) and len(set(found)) == 4
+    whole = flops.kv_bytes(model.config, 1, [1.0] * 3, model.embedding.weight.dtype.itemsize)
+    assert found[2] == whole and rows[0].slots > rows[3].slots
